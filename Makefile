@@ -1,0 +1,29 @@
+VENV ?= .venv
+PYTHON ?= python3
+OUT ?= out/demo
+BIN = $(VENV)/bin
+
+.PHONY: demo test bench clean
+.DEFAULT_GOAL := demo
+
+# A file of the environment stands for the whole of it: rebuilt when what it was made from changes.
+$(VENV)/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[test]'
+	touch $@
+
+demo: $(VENV)/.ready  ## teach pico a subject and a style, compose them, write a report
+	$(BIN)/qrlora demo --out $(OUT)
+
+test: $(VENV)/.ready  ## lint, types, tests
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -q
+
+bench: $(VENV)/.ready  ## fast basis against the full decomposition
+	$(BIN)/python benchmarks/basis.py
+
+clean:
+	rm -rf $(VENV) out build

@@ -1,0 +1,95 @@
+"""The metadata of an adapter file: AdapterMetadata, layer shapes and digests as a flat map of strings, and back.
+
+Text fields stand as they are, all others as JSON. Every key MUST be there and no other may be.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from qrlora.adapter.container import check_keys, is_whole, parse_json
+from qrlora.adapter.record import Adapter, AdapterMetadata, require
+
+
+def is_number(value: Any) -> bool:
+    """True for a finite JSON number that a float can hold."""
+    return type(value) in (int, float) and abs(value) <= 1e300
+
+
+_KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "int": ("an integer", is_whole),
+    "float": ("a finite number", is_number),
+    "bool": ("true or false", lambda value: isinstance(value, bool)),
+    "tuple[int, ...]": ("a list of integers", lambda value: isinstance(value, list) and all(map(is_whole, value))),
+    "Mapping[str, Any]": ("a JSON object", lambda value: isinstance(value, dict)),
+}
+_FIELDS = {f"qrlora.{field.name}": str(field.type) for field in dataclasses.fields(AdapterMetadata)}
+_OTHER_KEYS = ("qrlora.format", "qrlora.layers", "qrlora.recipe_digest")
+
+
+def _to_json(value: Any) -> str:
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
+def encode_metadata(adapter: Adapter, spelling: str) -> dict[str, str]:
+    """The metadata of `adapter` as safetensors wants it, text for text."""
+    meta = adapter.metadata
+    layers = {name: [list(shape), adapter.digests.get(name, "")] for name, shape in adapter.shapes.items()}
+    encoded = {"qrlora.format": spelling, "qrlora.layers": _to_json(layers), "qrlora.recipe_digest": meta.recipe_digest}
+    for key, kind in _FIELDS.items():
+        value = getattr(meta, key.removeprefix("qrlora."))
+        encoded[key] = value if kind == "str" else _to_json(value)
+    return encoded
+
+
+def _decode_field(key: str, text: str) -> Any:
+    kind = _FIELDS[key]
+    if kind == "str":
+        return text
+    value, (noun, holds) = parse_json(text, key), _KINDS[kind]
+    require(holds(value), f"{key} has the wrong type", expected=noun, got=text)
+    return {"float": float, "tuple[int, ...]": tuple}.get(kind, lambda same: same)(value)
+
+
+def decode_metadata(raw: Mapping[str, str]) -> AdapterMetadata:
+    """Inverse of `encode_metadata`, strict; AdapterFileError lists what is missing, unknown or of a wrong type."""
+    # The version decides what the other keys mean, so it is judged before them.
+    if "qrlora.format_version" in raw:
+        version = _decode_field("qrlora.format_version", raw["qrlora.format_version"])
+        AdapterMetadata(method="lora", rank=1, alpha=1.0, format_version=version)
+    check_keys("metadata", [*_FIELDS, *_OTHER_KEYS], raw)
+    values = {key.removeprefix("qrlora."): _decode_field(key, raw[key]) for key in _FIELDS}
+    meta = AdapterMetadata(**values)
+    require(
+        meta.recipe_digest == raw["qrlora.recipe_digest"],
+        "the recipe is not the one its digest was taken of",
+        expected=raw["qrlora.recipe_digest"],
+        got=meta.recipe_digest,
+        remedy="the metadata was edited: take the original file",
+    )
+    return meta
+
+
+def decode_layers(text: str) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
+    """Shapes and digests by layer out of the text under `qrlora.layers`."""
+    layers = parse_json(text, "qrlora.layers")
+    require(isinstance(layers, dict) and len(layers) > 0, "qrlora.layers names no layers", expected="a JSON object")
+    shapes: dict[str, tuple[int, ...]] = {}
+    digests: dict[str, str] = {}
+    for name, entry in layers.items():
+        require(
+            isinstance(entry, list) and len(entry) == 2 and _is_shape(entry[0]) and isinstance(entry[1], str),
+            f"qrlora.layers: {name} is malformed",
+            expected="[[out, in, *kernel], digest]",
+            got=entry,
+        )
+        shapes[name] = tuple(entry[0])
+        digests |= {name: entry[1]} if entry[1] else {}
+    return shapes, digests
+
+
+def _is_shape(value: Any) -> bool:
+    return isinstance(value, list) and 2 <= len(value) <= 5 and all(is_whole(size) and size > 0 for size in value)

@@ -1,0 +1,544 @@
+"""The command line: parse, call, print. Everything heavy is imported by the command that needs it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import sys
+import time
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qrlora.errors import QrloraError
+
+if TYPE_CHECKING:
+    from qrlora.adapter import Adapter
+    from qrlora.basis import Basis
+
+ADAPTER_HELP = "adapter file, with a weight if not 1: mug.safetensors:0.9"
+OVERWRITE_HELP = "A file named by -o is replaced if it is there; a default name never is."
+MODEL_HELP = "base model: pico (embedded), a folder in the diffusers layout, or a hub id"
+
+Parsers = Any  # argparse's subparsers action, which has no public type
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code: 0 done, 2 wrong input (said on stderr), 130 interrupted."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    # Libraries announce missing optional parts on import; the user can still ask for that.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    options = build_parser(arguments).parse_args(arguments)
+    try:
+        options.run(options)
+    except QrloraError as error:
+        print(f"qrlora {options.command}: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:  # a full disk, a missing right: about the file, so the user's to mend
+        print(f"qrlora {options.command}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt as interrupt:
+        print(f"\nqrlora {options.command}: {interrupt or 'interrupted'}", file=sys.stderr)
+        if getattr(interrupt, "checkpoint", None):
+            print("continue with the same command and --resume", file=sys.stderr)
+        return 130
+    return 0
+
+
+def build_parser(arguments: Sequence[str] = ()) -> argparse.ArgumentParser:
+    """The whole command line. The recipe's flags, which take pydantic to list, only if `arguments` begin with train."""
+    parser = argparse.ArgumentParser(
+        prog="qrlora",
+        description="Learn a subject from one picture, learn a style from one picture, and put them together.",
+        epilog="`qrlora COMMAND --help` says more. Begin with `qrlora demo`.",
+    )
+    parser.add_argument("--version", action="version", version=f"qrlora {version('qrlora')}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _add_train(commands, with_recipe=list(arguments[:1]) == ["train"])
+    _add_compose(commands)
+    _add_generate(commands)
+    _add_inspect(commands)
+    _add_similarity(commands)
+    _add_demo(commands)
+    return parser
+
+
+def _command(
+    commands: Parsers, name: str, run: Callable[[argparse.Namespace], None], text: str, epilog: str = ""
+) -> Any:
+    parser = commands.add_parser(name, help=text, description=text + ".", epilog=epilog)
+    parser.set_defaults(run=run)
+    return parser
+
+
+# train
+
+
+def _add_train(commands: Parsers, with_recipe: bool) -> None:
+    parser = _command(
+        commands,
+        "train",
+        run_train,
+        "teach an adapter a subject or a style, from a recipe file, from flags, or both",
+        "Without --output the file is subject.safetensors or style.safetensors. " + OVERWRITE_HELP,
+    )
+    if not with_recipe:
+        return
+    parser.add_argument("recipe", nargs="?", type=Path, help="TOML recipe (see recipes/); flags win over it")
+    what = parser.add_mutually_exclusive_group()
+    for role in ("subject", "style"):
+        what.add_argument(f"--{role}", nargs="+", metavar="IMAGE", help=f"learn a {role} from these pictures or folder")
+    what.add_argument("--images", nargs="+", metavar="IMAGE", help="other pictures for the recipe's role")
+    parser.add_argument("--resume", action="store_true", help="continue an interrupted run from its newest checkpoint")
+    _add_recipe_flags(parser)
+
+
+def _add_recipe_flags(parser: argparse.ArgumentParser) -> None:
+    """One flag per recipe field; values are checked by the recipe."""
+    from qrlora.training.recipe import Recipe
+
+    group = parser.add_argument_group("recipe fields")
+    for name, field in Recipe.model_fields.items():
+        if name in ("role", "images"):
+            continue
+        flags = [f"--{name.replace('_', '-')}"] + (["-o"] if name == "output" else [])
+        text = (field.description or "").replace("%", "%%")
+        if not field.is_required() and field.default not in (None, ""):
+            text += f" (default: {field.default})"
+        if field.annotation is bool:
+            group.add_argument(*flags, action=argparse.BooleanOptionalAction, default=None, help=text)
+        else:
+            group.add_argument(*flags, default=None, metavar=name.upper(), help=text)
+
+
+def run_train(options: argparse.Namespace) -> None:
+    """Train one adapter and say what came of it."""
+    from qrlora.training.recipe import Recipe
+
+    fields = {name: getattr(options, name) for name in Recipe.model_fields if getattr(options, name, None) is not None}
+    for role in ("subject", "style"):
+        if getattr(options, role):
+            fields |= {"role": role, "images": getattr(options, role)}
+    recipe = Recipe.load(options.recipe, fields) if options.recipe else Recipe.of(fields)
+    output = recipe.output or Path(f"{recipe.role}.safetensors")
+    if recipe.output is None and not options.resume:
+        _refuse_to_replace(output)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    recipe = recipe.replace(output=output)
+    from qrlora.training.loop import train
+
+    bar = Bar("step")
+    adapter = train(
+        recipe, progress=lambda p: bar(p.step, p.steps, f"loss {p.loss:.4f}", p.seconds_left), resume=options.resume
+    )
+    count = adapter.parameters()
+    print(
+        f"{output}: {count.trained:,} trained parameters, {count.ratio:.3f} of a LoRA of the same rank; "
+        f"call it with {recipe.trigger!r}, as in {recipe.text!r}"
+    )
+
+
+# compose
+
+
+def _add_compose(commands: Parsers) -> None:
+    parser = _command(
+        commands,
+        "compose",
+        run_compose,
+        "add adapters of one basis, exactly, into one file, and say how much they interfere",
+        OVERWRITE_HELP,
+    )
+    parser.add_argument("parts", nargs="+", metavar="FILE[:WEIGHT]", type=weighted_path, help=ADAPTER_HELP)
+    parser.add_argument("-o", "--output", type=Path, default=Path("composition.safetensors"), help="file to write")
+    parser.add_argument(
+        "--spelling",
+        choices=("compact", "lora"),
+        default="compact",
+        help="compact: ΔR alone (default); lora: reads in every LoRA loader, needs the base model once",
+    )
+    parser.add_argument(
+        "--delta-weights",
+        type=int,
+        metavar="RANK",
+        help="for adapters of different bases, or plain LoRAs: sum ΔW and cut it back to RANK, saying what is lost",
+    )
+    parser.add_argument("--model", help=f"{MODEL_HELP} (default: the one the adapters name)")
+    parser.add_argument("--json", action="store_true", help="print the numbers as JSON")
+
+
+def run_compose(options: argparse.Namespace) -> None:
+    """Write the composition of the parts, and print their interference or what the truncation lost."""
+    _refuse_default_output(options, "composition.safetensors")
+    from qrlora.adapter import save_adapter
+    from qrlora.composition import Composition, compose_delta_weights
+
+    parts = _load(options.parts)
+    if options.delta_weights:
+        bases = _bases(options.model, [adapter for adapter, _ in parts])
+        adapter, loss = compose_delta_weights(parts, bases, options.delta_weights)
+        report, lines = loss.to_dict(), [f"rank {loss.rank}: {loss.total:.2%} of the sum's energy is lost"]
+        save_adapter(adapter, options.output, spelling="lora")
+    else:
+        composition = Composition(parts)
+        adapter, interference = composition.adapter(), composition.interference()
+        report, lines = interference.to_dict(), _interference_lines(interference)
+        basis = _bases(options.model, [adapter])[0] if options.spelling == "lora" else None
+        save_adapter(adapter, options.output, spelling=options.spelling, basis=basis)
+    if options.json:
+        print(json.dumps({"output": str(options.output)} | report, indent=2))
+    else:
+        print("\n".join([*lines, f"{options.output}: rank {adapter.metadata.rank}, {len(adapter.deltas)} layers"]))
+
+
+def _interference_lines(interference: Any) -> list[str]:
+    """The totals, pair by pair, and the three layers that interfere most."""
+    total, lines = interference.total, []
+    for i, (name, weight) in enumerate(zip(interference.parts, interference.weights, strict=True)):
+        lines.append(f"{name} x {weight:g}: energy {total.energy[i]:.4g}")
+        for j in range(i):
+            worst = sorted(interference.layers.items(), key=lambda item: -abs(item[1].cosine[i][j]))[:3]
+            lines.append(
+                f"  with {interference.parts[j]}: cosine of ΔW {total.cosine[i][j]:+.4f}, "
+                f"shared row space {total.shared_rows[i][j]:.4f}; most in "
+                + ", ".join(f"{layer} ({values.cosine[i][j]:+.3f})" for layer, values in worst)
+            )
+    lines.append(
+        f"together: energy {total.sum_energy:.4g}, {total.sum_energy / max(sum(total.energy), 1e-300):.3f} of "
+        "the parts' sum (1: they neither reinforce nor cancel each other)"
+    )
+    return lines
+
+
+# generate
+
+
+def _add_generate(commands: Parsers) -> None:
+    parser = _command(
+        commands,
+        "generate",
+        run_generate,
+        "make pictures from prompts and seeds, with adapters at any weights",
+        "One PNG per prompt and seed goes into the folder named by -o; with --grid one labelled PNG. "
+        "Each keeps its prompt, seed and adapters in its metadata. " + OVERWRITE_HELP,
+    )
+    parser.add_argument("--prompt", action="append", required=True, help="may be given several times")
+    parser.add_argument("--seed", action="append", type=int, help="may be given several times (default: 0)")
+    parser.add_argument("--seeds", type=int, metavar="COUNT", help="that many seeds, from --seed on")
+    parser.add_argument(
+        "--adapter", action="append", default=[], type=weighted_path, metavar="FILE[:WEIGHT]", help=ADAPTER_HELP
+    )
+    parser.add_argument(
+        "--grid",
+        type=weights,
+        metavar="W,W,...",
+        help="with two adapters: one labelled picture of all pairs of these weights, the first adapter's down the rows",
+    )
+    parser.add_argument("--model", default="pico", help=MODEL_HELP + " (default: pico)")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of the weights")
+    parser.add_argument("--steps", type=int, help="denoising steps (default: the family's)")
+    parser.add_argument("--guidance", type=float, help="classifier-free guidance scale (default: the family's)")
+    parser.add_argument("--batch-size", type=int, default=8, help="pictures made at once (default: 8)")
+    parser.add_argument(
+        "-o", "--output", type=Path, help="folder, or .png with --grid (default: pictures/ or grid.png)"
+    )
+
+
+def run_generate(options: argparse.Namespace) -> None:
+    """Make the pictures and print where they are."""
+    seeds = options.seed or [0]
+    if options.seeds:
+        seeds = list(range(seeds[0], seeds[0] + options.seeds))
+    if options.grid and (len(options.adapter) != 2 or len(options.prompt) != 1 or len(seeds) != 1):
+        raise QrloraError(
+            "a grid shows two adapters, one prompt and one seed",
+            expected="--adapter twice, --prompt once, one seed",
+            got=f"{len(options.adapter)} adapters, {len(options.prompt)} prompts, {len(seeds)} seeds",
+        )
+    paths = _picture_paths(options, seeds)
+    adapters = _load(options.adapter)
+    import torch
+
+    from qrlora.families import load_pipeline
+    from qrlora.generation import generate, weight_grid
+
+    pipe, family = load_pipeline(options.model, dtype=getattr(torch, options.dtype))
+    bar = Bar("picture")
+    common: dict[str, Any] = {"steps": options.steps, "guidance": options.guidance, "progress": bar}
+    if options.grid:
+        (rows, _), (columns, _) = adapters
+        common |= {"row_weights": options.grid, "column_weights": options.grid, "seed": seeds[0]}
+        images = [weight_grid(pipe, family, options.prompt[0], rows, columns, **common)]
+    else:
+        common |= {"adapters": adapters, "batch_size": options.batch_size}
+        images = generate(pipe, family, options.prompt, seeds, **common)
+    for path, image in zip(paths, images, strict=True):
+        _save_picture(path, image, options)
+        print(path)
+
+
+def _picture_paths(options: argparse.Namespace, seeds: Sequence[int]) -> list[Path]:
+    """Where each picture goes, checked before any is made."""
+    if options.grid:
+        paths = [options.output or Path("grid.png")]
+    else:
+        folder = options.output or Path("pictures")
+        paths = [
+            folder / f"{index:02d}-{re.sub(r'[^a-z0-9]+', '-', prompt.lower()).strip('-')[:60]}-seed{seed}.png"
+            for index, prompt in enumerate(options.prompt)
+            for seed in seeds
+        ]
+    for path in paths:
+        if options.output is None:
+            _refuse_to_replace(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+    return paths
+
+
+def _save_picture(path: Path, image: Any, options: argparse.Namespace) -> None:
+    """A PNG that says how it was made, written whole or not at all."""
+    from io import BytesIO
+
+    from PIL.PngImagePlugin import PngInfo
+
+    from qrlora.adapter.container import write_atomically
+
+    made = {key: value for key, value in vars(options).items() if key not in ("run", "output", "command")}
+    info = PngInfo()
+    info.add_itxt("qrlora", json.dumps(made, default=str, ensure_ascii=False))
+    stream = BytesIO()
+    image.save(stream, "PNG", pnginfo=info)
+    write_atomically(path, stream.getvalue())
+
+
+# inspect
+
+
+def _add_inspect(commands: Parsers) -> None:
+    parser = _command(
+        commands, "inspect", run_inspect, "say what an adapter file is, what it needs, and how large it is"
+    )
+    parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="adapter file")
+    parser.add_argument("--json", action="store_true", help="print everything as JSON")
+
+
+def run_inspect(options: argparse.Namespace) -> None:
+    """Print what each file says about itself."""
+    from qrlora.adapter import load_adapter
+
+    records = [describe(path, load_adapter(path)) for path in options.files]
+    if options.json:
+        print(json.dumps(records if len(records) > 1 else records[0], indent=2, ensure_ascii=False))
+        return
+    for record in records:
+        metadata, parameters = record["metadata"], record["parameters"]
+        rows = {
+            "what": f"{metadata['role'] or 'adapter'}, method {metadata['method']}, rank {metadata['rank']}, "
+            f"{record['layers']} layers",
+            "trigger": metadata["trigger"] or "none",
+            "needs": f"base model {metadata['base_model'] or 'not recorded'}, family {metadata['family'] or 'unknown'}",
+            "basis": record["basis"],
+            "parameters": f"{parameters['trained']:,}; a LoRA of the same rank has {parameters['lora_same_rank']:,} "
+            f"(ratio {parameters['ratio']:.4f})",
+            "file": f"{record['bytes']:,} bytes",
+            "licence": metadata["licence"] or "none given",
+            "recipe": metadata["recipe_digest"][:16] if metadata["recipe"] else "none",
+        }
+        print("\n".join([str(record["file"]), *(f"  {key:<11}{value}" for key, value in rows.items())]))
+
+
+def describe(path: Path, adapter: Adapter) -> dict[str, Any]:
+    """Everything `inspect` knows about one file, as JSON values."""
+    from dataclasses import asdict
+
+    metadata = adapter.metadata
+    count = adapter.parameters()
+    basis = "none: it carries its own ups"
+    if metadata.on_basis:
+        basis = (
+            f"{len(metadata.columns)} of {metadata.basis_rank} columns, {metadata.algorithm}, "
+            f"fingerprint {metadata.basis_fingerprint[:16]}"
+        )
+    return {
+        "file": str(path),
+        "bytes": path.stat().st_size,
+        "layers": len(adapter.deltas),
+        "basis": basis,
+        "parameters": {"trained": count.trained, "lora_same_rank": count.lora_same_rank, "ratio": count.ratio},
+        "metadata": asdict(metadata) | {"recipe_digest": metadata.recipe_digest},
+        "shapes": {name: list(shape) for name, shape in adapter.shapes.items()},
+    }
+
+
+# similarity
+
+
+def _add_similarity(commands: Parsers) -> None:
+    parser = _command(
+        commands,
+        "similarity",
+        run_similarity,
+        "compare two adapters: cosines of Q, R, ΔR and ΔW, per layer and in all",
+        "Q and R are the base model's: it is loaded for them, unless --files-only.",
+    )
+    parser.add_argument("first", type=Path)
+    parser.add_argument("second", type=Path)
+    parser.add_argument("--model", help=f"{MODEL_HELP} (default: the one each adapter names)")
+    parser.add_argument("--files-only", action="store_true", help="only what the files alone can tell")
+    parser.add_argument("--json", action="store_true", help="print the numbers as JSON")
+    parser.add_argument("--plot", type=Path, metavar="PNG", help="also draw them, layer by layer")
+
+
+def run_similarity(options: argparse.Namespace) -> None:
+    """Print the cosines, and draw them if asked."""
+    from qrlora.adapter import load_adapter
+    from qrlora.composition import similarity
+
+    first, second = load_adapter(options.first), load_adapter(options.second)
+    bases = [None, None] if options.files_only else _bases(options.model, [first, second])
+    found = similarity(first, second, *bases)
+    if options.plot:
+        _plot_similarity(found, options.plot, f"{options.first.stem} and {options.second.stem}")
+    if options.json:
+        print(json.dumps(found.to_dict(), indent=2))
+        return
+    width = max(map(len, found.layers))
+    print(" " * width + "".join(f"{key:>10}" for key in found.total))
+    for name, row in [*found.layers.items(), ("all layers", found.total)]:
+        print(f"{name:<{width}}" + "".join(f"{row[key]:>10.4f}" if key in row else " " * 10 for key in found.total))
+
+
+def _plot_similarity(found: Any, path: Path, title: str) -> None:
+    from io import BytesIO
+
+    from matplotlib.figure import Figure
+
+    from qrlora.adapter.container import write_atomically
+
+    names = list(found.layers)
+    figure = Figure(figsize=(max(6.0, 0.16 * len(names)), 4.5), layout="constrained")
+    axes = figure.add_subplot()
+    for key, total in found.total.items():
+        values = [found.layers[name].get(key, float("nan")) for name in names]
+        axes.plot(range(len(names)), values, marker=".", label=f"{key}: {total:.3f} in all")
+    axes.axhline(0, color="grey", linewidth=0.5)
+    axes.set(
+        title=f"Cosine similarity of {title}",
+        xlabel="layer, in the order of the file",
+        ylabel="cosine",
+        ylim=(-1.05, 1.05),
+    )
+    axes.legend()
+    stream = BytesIO()
+    figure.savefig(stream, format="png", dpi=150)
+    write_atomically(path, stream.getvalue())
+
+
+# demo
+
+
+def _add_demo(commands: Parsers) -> None:
+    parser = _command(
+        commands,
+        "demo",
+        run_demo,
+        "teach pico a subject and a style from one picture each, put them together, and write a report",
+        "With --subject or --style the picture is yours: any photograph, cropped to its square and resized.",
+    )
+    parser.add_argument("--out", type=Path, default=Path("out/demo"), help="folder of the report (default: out/demo)")
+    parser.add_argument("--subject", help="a picture of your own, or the name of a reserved subject of pico's world")
+    parser.add_argument("--style", help="a picture of your own, or the name of a reserved style of pico's world")
+    parser.add_argument("--seed", type=int, default=0, help="seed of everything (default: 0)")
+    parser.add_argument("--steps", type=int, help="training steps of each adapter (default: the tuned number)")
+
+
+def run_demo(options: argparse.Namespace) -> None:
+    """Run the demo and print where its report is."""
+    from qrlora import demo
+
+    chosen = {
+        name: getattr(options, name) for name in ("subject", "style", "steps") if getattr(options, name) is not None
+    }
+    print(demo.run(out=options.out, seed=options.seed, **chosen))
+
+
+# shared
+
+
+class Bar:
+    """Progress on stderr: one line that rewrites itself on a terminal, every tenth as a line of its own elsewhere."""
+
+    def __init__(self, unit: str):
+        self.unit, self.started = unit, time.perf_counter()
+
+    def __call__(self, done: int, of: int, note: str = "", seconds_left: float | None = None) -> None:
+        """Say that `done` of `of` units are done; the time left is estimated unless given."""
+        if seconds_left is None:
+            seconds_left = (time.perf_counter() - self.started) / done * (of - done)
+        minutes, seconds = divmod(round(seconds_left), 60)
+        text = f"{self.unit} {done}/{of}  {note}{'  ' if note else ''}{minutes}:{seconds:02d} left"
+        if sys.stderr.isatty():
+            print(f"\r{text}\x1b[K", end="\n" if done == of else "", file=sys.stderr, flush=True)
+        elif done == of or done * 10 // of != (done - 1) * 10 // of:
+            print(text, file=sys.stderr, flush=True)
+
+
+def weighted_path(text: str) -> tuple[Path, float]:
+    """`file:weight`, or a file alone at weight 1. A colon that is part of the path stays there."""
+    path, colon, weight = text.rpartition(":")
+    if colon and path and not Path(text).exists():
+        try:
+            return Path(path), float(weight)
+        except ValueError:  # the last colon belongs to the path
+            pass
+    return Path(text), 1.0
+
+
+def weights(text: str) -> list[float]:
+    """`0,0.5,1` as numbers."""
+    return [float(part) for part in text.split(",")]
+
+
+def _load(parts: Sequence[tuple[Path, float]]) -> list[tuple[Adapter, float]]:
+    from qrlora.adapter import load_adapter
+
+    return [(load_adapter(path), weight) for path, weight in parts]
+
+
+def _bases(model: str | None, adapters: Sequence[Adapter]) -> list[Basis | None]:
+    """The basis of each adapter that stands on one, from the model asked for or the one it names."""
+    from qrlora.basis import Basis
+    from qrlora.families import load_pipeline
+
+    loaded: dict[str, Any] = {}
+    bases: list[Basis | None] = []
+    for adapter in adapters:
+        metadata = adapter.metadata
+        if not metadata.on_basis:
+            bases.append(None)
+            continue
+        source = model or metadata.base_model or "pico"
+        if source not in loaded:
+            pipe, family = load_pipeline(source)
+            loaded[source] = family.denoiser_of(pipe)
+        weights_of = {name: loaded[source].get_submodule(name).weight for name in adapter.deltas}
+        bases.append(Basis.of(weights_of, metadata.basis_rank, algorithm=metadata.algorithm, seed=metadata.basis_seed))
+    return bases
+
+
+def _refuse_default_output(options: argparse.Namespace, default: str) -> None:
+    if options.output == Path(default):
+        _refuse_to_replace(options.output)
+
+
+def _refuse_to_replace(path: Path) -> None:
+    if path.exists():
+        raise QrloraError(f"{path} is already there", remedy="name the output with -o (a named file is replaced)")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,104 @@
+"""What every way of putting adapters together needs: names, checks, factors of one layer, collected metadata."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from qrlora.adapter.record import Adapter
+from qrlora.basis import Basis
+from qrlora.errors import MismatchError
+
+
+def called(adapter: Adapter) -> str:
+    """What to call an adapter in messages and tables: its name, else its trigger or role."""
+    return adapter.name or adapter.metadata.trigger or adapter.metadata.role or "unnamed"
+
+
+def check_weights(parts: Sequence[tuple[Adapter, float]]) -> None:
+    """MismatchError unless there is a part and every weight is finite."""
+    bad = [weight for _, weight in parts if not math.isfinite(weight)]
+    if not parts or bad:
+        raise MismatchError("nothing to compose", expected="adapters with finite weights", got=bad or "no adapters")
+
+
+def basis_difference(first: Adapter, second: Adapter) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What two adapters say of their bases if these differ, else ({}, {}).
+
+    One basis: equal family, rank, algorithm and seed, and equal base weights in the layers both adapt. So adapters of
+    different layers of one model may still share it, though their fingerprints differ.
+    """
+    one, two = first.metadata, second.metadata
+    names = ("family", "basis_rank", "algorithm", "basis_seed")
+    ours, theirs = ({name: getattr(meta, name) for name in names} for meta in (one, two))
+    differing = [n for n in first.digests if n in second.digests and first.digests[n] != second.digests[n]]
+    if ours == theirs and not differing:
+        return {}, {}
+    for side, adapter in ((ours, first), (theirs, second)):
+        side["fingerprint"] = adapter.metadata.basis_fingerprint
+        side["base_model"] = adapter.metadata.base_model
+        side["base_weights"] = {name: adapter.digests[name] for name in differing}
+    return ours, theirs
+
+
+def scaled_down(adapter: Adapter, layer: str) -> Float[Tensor, "rank in"]:
+    """s · ΔR, float64 on the CPU."""
+    return adapter.scaling * adapter.deltas[layer].detach().cpu().double()
+
+
+def known_up(adapter: Adapter, basis: Basis | None, layer: str) -> Float[Tensor, "out rank"] | None:
+    """The left factor, float64 on the CPU; None if it is columns of a basis that was not given."""
+    if adapter.metadata.on_basis and basis is None:
+        return None
+    return adapter.up(layer, None if basis is None else basis[layer].q).detach().cpu().double()
+
+
+def products(
+    a: Float[Tensor, "rank_a width"], b: Float[Tensor, "rank_b width"], rows_a: Sequence[int], rows_b: Sequence[int]
+) -> Float[Tensor, " products"]:
+    """⟨a, b⟩ over the rows both own, ⟨a, a⟩, ⟨b, b⟩; rows_x[i] is the basis column that row i of x belongs to."""
+    common = sorted(set(rows_a) & set(rows_b))
+    mine, yours = [list(rows_a).index(row) for row in common], [list(rows_b).index(row) for row in common]
+    return torch.stack([(a[mine] * b[yours]).sum(), a.square().sum(), b.square().sum()])
+
+
+def union(maps: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """All entries of all maps."""
+    return {name: value for one in maps for name, value in one.items()}
+
+
+def joined(texts: Iterable[str], by: str) -> str:
+    """The different, non-empty texts in their first order."""
+    return by.join(dict.fromkeys(text for text in texts if text))
+
+
+def collected(parts: Sequence[tuple[Adapter, float]]) -> dict[str, Any]:
+    """The metadata that tell where a composition came from: every part by name, digest, weight, and its licence."""
+    metas = [adapter.metadata for adapter, _ in parts]
+    listed = [
+        {
+            "name": called(adapter),
+            "digest": adapter.digest,
+            "weight": float(weight),
+            "role": adapter.metadata.role,
+            "trigger": adapter.metadata.trigger,
+            "licence": adapter.metadata.licence,
+            "recipe_digest": adapter.metadata.recipe_digest,
+        }
+        for adapter, weight in parts
+    ]
+    return {
+        "role": "composition",
+        "family": joined((meta.family for meta in metas), ", "),
+        "denoiser": metas[0].denoiser,
+        "base_model": joined((meta.base_model for meta in metas), ", "),
+        "base_digest": joined((meta.base_digest for meta in metas), ", "),
+        "trigger": joined((meta.trigger for meta in metas), ", "),
+        "licence": joined((meta.licence for meta in metas), "; "),
+        "provenance": {"parts": listed},
+    }

@@ -1,0 +1,171 @@
+"""What the demo teaches, how, how much of it, and what it asks for afterwards: every number of the demo."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from itertools import cycle, islice
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from qrlora.adapter.container import write_atomically
+from qrlora.errors import DataError
+from qrlora.evaluation.report import png_bytes
+from qrlora.pico import world
+from qrlora.training.dataset import read_picture
+from qrlora.training.recipe import TRIGGERS
+
+METHODS: dict[str, dict[str, Any]] = {
+    "qrlora": {"method": "qrlora", "learning_rate": 3e-3},
+    "qrlora_published": {"method": "qrlora", "columns": "first", "learning_rate": 3e-3},
+    "lora": {"method": "lora", "learning_rate": 1e-3},
+}
+"""Name in the report -> what distinguishes its recipe. The learning rates are those that ``python
+benchmarks/tune_demo.py`` found better on a seen subject and style; benchmarks/tune_demo.json has what has been run."""
+DEFAULT = "qrlora"
+"""The project's default: subject and style own disjoint columns of one basis, which is what their roles ask for."""
+
+LESSON_STYLE, LESSON_SUBJECT = "flat", "car"
+"""The seen style that a subject's picture is drawn in, and the seen subject that a style's picture shows."""
+AIM = 0.8
+"""Share of pictures that should be right."""
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How much of everything: chosen so that all of it takes less than four minutes on two cores."""
+
+    rank: int = 16
+    steps: int = 120
+    batch_size: int = 4
+    pictures: int = 16  # a score is counted over about this many
+    denoising_steps: int = 20
+    guidance: float = 4.0
+    weights: tuple[float, ...] = (0.0, 0.4, 0.8, 1.2)  # of both adapters, in the grid
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """One thing to learn from one picture.
+
+    role "subject" or "style"; name in pico's world, None if the picture is the user's; file: the square picture;
+    caption: what is said about it in training; about: the same in words for a reader; colour: of the subject, if known.
+    """
+
+    role: str
+    name: str | None
+    file: Path
+    caption: str
+    about: str
+    colour: str | None = None
+
+    @property
+    def trigger(self) -> str:
+        """The word that calls what was learned."""
+        return TRIGGERS[self.role]
+
+    @property
+    def called(self) -> str:
+        """What a sentence calls it: "teapot", "your picture"."""
+        return self.name or "your picture"
+
+
+def lesson(role: str, wanted: str, folder: Path, seed: int, resolution: int) -> Lesson:
+    """The lesson for a name of pico's world or a picture file; its picture is written to ``folder``.
+
+    Raises DataError if ``wanted`` is neither, or the picture cannot be used.
+    """
+    names = list(world.SUBJECTS if role == "subject" else world.STYLES)
+    if wanted in names:
+        return _from_world(role, wanted, folder, seed)
+    if not Path(wanted).is_file():
+        raise DataError(
+            f"no such {role} or picture",
+            expected=f"a picture file, or one of {', '.join(names)}",
+            got=wanted,
+            remedy="check the path or the spelling",
+        )
+    picture = read_picture(Path(wanted), resolution)
+    trigger = TRIGGERS[role]
+    caption = f"a photo of a {trigger}" if role == "subject" else f"a picture in {trigger} style"
+    file = _keep(picture, folder / f"{role}.png")
+    return Lesson(role, None, file, caption, f"{Path(wanted).name}, cropped to its square")
+
+
+def _from_world(role: str, name: str, folder: Path, seed: int) -> Lesson:
+    """The caption says all that the base model can know of the picture, so that the trigger means the rest of it."""
+    trigger = TRIGGERS[role]
+    parts = (name, LESSON_STYLE) if role == "subject" else (LESSON_SUBJECT, name)
+    scene = world.sample_scene(1_000_000 + seed, subject=parts[0], style=parts[1])
+    said = (trigger, LESSON_STYLE) if role == "subject" else (LESSON_SUBJECT, trigger)
+    file = _keep(Image.fromarray(world.render(scene)[0]), folder / f"{role}.png")
+    about = f"a {scene.colour} {parts[0]} in {parts[1]} style"
+    return Lesson(role, name, file, f"a photo of a {scene.colour} {said[0]} in {said[1]} style", about, scene.colour)
+
+
+def _keep(picture: Image.Image, file: Path) -> Path:
+    write_atomically(file, png_bytes(picture))
+    return file
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """One picture to ask for: what the model is told, and what it should then show (None: not known, so not judged)."""
+
+    prompt: str
+    subject: str | None
+    style: str | None
+    colour: str | None
+    seed: int
+
+
+def questions(subject: Lesson, style: Lesson, budget: Budget, seed: int) -> dict[str, list[Wanted]]:
+    """What every method is asked: "subject_alone", "style_alone", "composed"; and the base model alone: "base"."""
+    styles = [name for name in world.SEEN_STYLES if name not in (LESSON_STYLE, style.name)]
+    others = [name for name in world.SEEN_SUBJECTS if name not in (LESSON_SUBJECT, subject.name)]
+    others = others[:: max(1, round(2 * len(others) / budget.pictures))]
+    own, colours = _colours_of(subject), cycle(world.COLOURS)
+    a, b = (subject.trigger, subject.name), (style.trigger, style.name)
+    plain = (subject.name or subject.trigger, subject.name), (style.name or style.trigger, style.name)
+    asked = {
+        "subject_alone": [_row(a, (name, name), c) for name, c in zip(styles, cycle(own), strict=False)],
+        "style_alone": [_row((name, name), b, c) for name, c in zip(others, colours, strict=False)],
+        "composed": [_row(a, b, c) for c in own],
+        "base": [_row(*plain, c) for c in own],
+    }
+    return {name: _with_seeds(rows, budget.pictures, 1000 * seed) for name, rows in asked.items()}
+
+
+def _colours_of(subject: Lesson) -> list[str | None]:
+    """Colours to ask for, the learned picture's first; a user's subject keeps the colours it has."""
+    if subject.colour is None:
+        return [None]
+    colours = list(world.COLOURS)
+    first = colours.index(subject.colour)
+    return [*colours[first:], *colours[:first]]
+
+
+def _row(subject: tuple[str, str | None], style: tuple[str, str | None], colour: str | None) -> Wanted:
+    """A picture to ask for, at seed 0. subject, style: the word in the prompt, and the name in pico's world."""
+    what = f"{colour} {subject[0]}" if colour else subject[0]
+    return Wanted(f"a photo of a {what} in {style[0]} style", subject[1], style[1], colour, 0)
+
+
+def _with_seeds(rows: list[Wanted], pictures: int, first: int) -> list[Wanted]:
+    """The rows in turn until there are ``pictures`` of them, each picture at a seed of its own."""
+    return [replace(row, seed=first + i) for i, row in enumerate(islice(cycle(rows), pictures))]
+
+
+def recipe_fields(lesson: Lesson, budget: Budget, seed: int) -> dict[str, Any]:
+    """What all methods' recipes have in common."""
+    return {
+        "role": lesson.role,
+        "images": lesson.file,
+        "caption": lesson.caption,
+        "rank": budget.rank,
+        "steps": budget.steps,
+        "batch_size": budget.batch_size,
+        "seed": seed,
+        "licence": "Apache-2.0" if lesson.name else "",
+    }

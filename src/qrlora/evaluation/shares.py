@@ -1,0 +1,52 @@
+"""Shares of few pictures, and how sure one can be of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+Z = 1.959963984540054
+"""Two-sided 95 % quantile of the normal distribution."""
+
+
+@dataclass(frozen=True)
+class Share:
+    """``right`` of ``n`` pictures. Raises ValueError unless 0 <= right <= n and n >= 1."""
+
+    right: int
+    n: int
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.right <= self.n or self.n < 1:
+            raise ValueError(f"a share needs 0 <= right <= n and n >= 1, got {self.right} of {self.n}")
+
+    @classmethod
+    def of(cls, verdicts: Iterable[Any]) -> Share:
+        """The share of true ones, such as of a boolean array."""
+        listed = [bool(verdict) for verdict in verdicts]
+        return cls(sum(listed), len(listed))
+
+    @property
+    def value(self) -> float:
+        """In [0, 1]."""
+        return self.right / self.n
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """95 % score interval (Wilson 1927): inside [0, 1], and no single point at 0 of n or n of n."""
+        p, n = self.value, self.n
+        middle = (p + Z**2 / (2 * n)) / (1 + Z**2 / n)
+        half = Z / (1 + Z**2 / n) * math.sqrt(p * (1 - p) / n + Z**2 / (4 * n**2))
+        return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def difference(a: Share, b: Share) -> tuple[float, tuple[float, float]]:
+    """a - b and its 95 % interval, each in [-1, 1], from the two score intervals (Newcombe 1998, method 10).
+
+    It treats the pictures as independent; seeds shared by both sides make the true interval a little narrower.
+    """
+    gap, (a_low, a_high), (b_low, b_high) = a.value - b.value, a.interval, b.interval
+    low = gap - math.hypot(a.value - a_low, b_high - b.value)
+    return gap, (low, gap + math.hypot(a_high - a.value, b.value - b_low))

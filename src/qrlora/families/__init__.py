@@ -1,0 +1,152 @@
+"""The supported architectures, one small file each, and how a base model is found.
+
+pipe, family = load_pipeline("pico")            # or a folder, or a hub id
+family_of(pipe).name                            # "sd3"
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import pkgutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+import transformers
+from huggingface_hub import errors as hub_errors
+from huggingface_hub import hf_hub_download
+
+from qrlora.errors import ModelError
+from qrlora.families.base import Conditions, ModelFamily, remove_adapters
+from qrlora.families.sd3 import SD3
+
+__all__ = [
+    "EMBEDDED",
+    "FAMILIES",
+    "Conditions",
+    "ModelFamily",
+    "default_device",
+    "family_of",
+    "load_pipeline",
+    "remove_adapters",
+]
+
+FAMILIES: dict[str, ModelFamily] = {family.pipeline_class: family for family in (SD3,)}
+"""Pipeline class name -> family. A new architecture is a new file and its name here."""
+
+EMBEDDED: dict[str, str] = {"pico": "qrlora.pico:path"}
+"""Base models known by a short name -> where to find the function that gives their folder. Named in words rather than
+imported, because an embedded model is built on top of the families."""
+
+INDEX = "model_index.json"
+
+
+def family_of(pipeline: Any) -> ModelFamily:
+    """The family of a pipeline (or of a pipeline class name).
+
+    Raises:
+        ModelError: no family describes that class; lists those that exist.
+    """
+    name = pipeline if isinstance(pipeline, str) else type(pipeline).__name__
+    if name not in FAMILIES:
+        known = ", ".join(f"{family.name} ({family.pipeline_class})" for family in FAMILIES.values())
+        raise ModelError(
+            "no model family for this pipeline",
+            expected=f"one of {known}",
+            got=name,
+            remedy="use a model of these families, or describe it in a new row of qrlora.families.FAMILIES",
+        )
+    return FAMILIES[name]
+
+
+def default_device() -> torch.device:
+    """A CUDA device if there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def load_pipeline(
+    model: str | Path, dtype: torch.dtype = torch.float32, device: torch.device | str | None = None
+) -> tuple[Any, ModelFamily]:
+    """A base model, ready to generate, and its family.
+
+    Args:
+        model: a name of `EMBEDDED`, a folder in the diffusers layout, or a hub id such as "owner/name".
+        dtype: what the weights are loaded as.
+        device: where to; `default_device()` if not given.
+
+    Raises:
+        ModelError: not found, gated, unreachable, unreadable, or of no known family. The family is looked up before
+            any weight is loaded.
+    """
+    model = str(model)
+    source = str(pkgutil.resolve_name(EMBEDDED[model])()) if model in EMBEDDED else model
+    index = _read_index(Path(source, INDEX) if Path(source).is_dir() else _download_index(source), model)
+    family = family_of(index["_class_name"])
+    # What a pipeline was saved without (SD3's T5) has to be declined by name, or from_pretrained asks for it.
+    absent = {name: None for name, value in index.items() if value == [None, None]}
+    with _quiet_progress():
+        try:
+            pipe = getattr(diffusers, family.pipeline_class).from_pretrained(source, dtype=dtype, **absent)
+        except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
+            raise ModelError(
+                f"the base model {model!r} cannot be loaded",
+                expected=f"a complete {family.pipeline_class} folder",
+                got=f"{type(error).__name__}: {error}",
+                remedy="download it again, or check the folder's components against its " + INDEX,
+            ) from error
+    pipe.set_progress_bar_config(disable=True)
+    return pipe.to(device or default_device()), family
+
+
+def _read_index(path: Path, model: str) -> dict[str, Any]:
+    """The index of a pipeline: its class name, and the class of each component."""
+    try:
+        index = json.loads(path.read_text())
+        index["_class_name"].strip()
+        return index
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(
+            f"{model!r} is not a base model in the diffusers layout",
+            expected=f"a folder with a {INDEX} that names its pipeline class",
+            got=f"{type(error).__name__}: {error}",
+            remedy="give the folder that a pipeline's save_pretrained wrote, a hub id, or 'pico'",
+        ) from error
+
+
+def _download_index(model: str) -> Path:
+    """The index of a hub model, from the local cache or the hub."""
+    remedies: dict[type[Exception], str] = {
+        hub_errors.GatedRepoError: f"accept its licence at https://huggingface.co/{model} and run `hf auth login`",
+        hub_errors.RepositoryNotFoundError: "check the spelling; if it is private, run `hf auth login` first",
+        hub_errors.LocalEntryNotFoundError: "connect to the hub once to download it, give the path of a local copy, "
+        "or use the embedded model: --model pico",
+        hub_errors.EntryNotFoundError: f"it has no {INDEX}: choose a model in the diffusers layout",
+        hub_errors.HFValidationError: "give an existing folder, a hub id 'owner/name', or 'pico'",
+    }
+    remedy = "check the connection to the hub, or give the path of a local copy"
+    try:
+        return Path(hf_hub_download(model, INDEX))
+    except (OSError, ValueError, hub_errors.EntryNotFoundError) as error:
+        remedy = next((text for kind, text in remedies.items() if isinstance(error, kind)), remedy)
+        raise ModelError(
+            "no such base model",
+            expected="'pico', a folder, or a hub id that can be reached",
+            got=f"{model!r} ({type(error).__name__})",
+            remedy=remedy,
+        ) from error
+
+
+@contextlib.contextmanager
+def _quiet_progress() -> Iterator[None]:
+    """Loading prints one bar per component; the command line has its own progress."""
+    talkative = [log for log in (diffusers.utils.logging, transformers.utils.logging) if log.is_progress_bar_enabled()]
+    for log in talkative:
+        log.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for log in talkative:
+            log.enable_progress_bar()

@@ -1,0 +1,76 @@
+"""What one row of the family table says about an architecture.
+
+A family is facts and small functions, never a loop: the trainer and the generator are written once and ask the row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from jaxtyping import Float
+from torch import Generator, Tensor, nn
+
+Conditions = Mapping[str, Tensor]
+"""What the denoiser is told besides latents and timesteps: its own keyword arguments, one row per example."""
+
+
+@dataclass(frozen=True)
+class ModelFamily:
+    """One supported architecture.
+
+    Attributes:
+        name: how recipes, adapter files and error messages call it.
+        pipeline_class: name of the diffusers pipeline class this row describes.
+        denoiser: attribute of the pipeline that holds the model being adapted.
+        targets: module names adapted by default (the published set), matched as PEFT matches `target_modules`.
+        steps: denoising steps when the caller names none.
+        guidance: classifier-free guidance scale when the caller names none.
+        resolution: `pipe -> int`, the side in pixels of the square pictures the model was made for.
+        prompt_options: `(pipe, prompts) -> dict`, checks the prompts and returns the keyword arguments that every call
+            of the pipeline on them needs, so that training and generation condition alike.
+        encode_prompts: `(pipe, prompts) -> Conditions`, tensors with one row per prompt.
+        encode_images: `(pipe, images) -> latents`, images `(n, 3, height, width)` float32 in [-1, 1], latents
+            `(n, channels, height', width')` in the scale the denoiser works in.
+        sample_timesteps: `(scheduler, n, generator) -> timesteps`, `(n,)` float32 on the CPU, in the denoiser's units.
+        loss: `(denoiser, scheduler, latents, noise, timesteps, conditions) -> scalar` float32.
+    """
+
+    name: str
+    pipeline_class: str
+    denoiser: str
+    targets: tuple[str, ...]
+    steps: int
+    guidance: float
+    resolution: Callable[[Any], int]
+    prompt_options: Callable[[Any, list[str]], dict[str, Any]]
+    encode_prompts: Callable[[Any, list[str]], dict[str, Tensor]]
+    encode_images: Callable[[Any, Float[Tensor, "n 3 height width"]], Float[Tensor, "n c h w"]]
+    sample_timesteps: Callable[[Any, int, Generator], Float[Tensor, " n"]]
+    loss: Callable[[nn.Module, Any, Tensor, Tensor, Tensor, Conditions], Float[Tensor, ""]]
+
+    @property
+    def export_prefix(self) -> str:
+        """What diffusers puts before the denoiser's module names in a LoRA file."""
+        return f"{self.denoiser}."
+
+    def denoiser_of(self, pipe: Any) -> nn.Module:
+        """The model inside `pipe` that adapters attach to."""
+        return getattr(pipe, self.denoiser)
+
+    def training_scheduler(self, pipe: Any) -> Any:
+        """A scheduler in its training state: generating leaves the pipeline's own one set to a few inference steps."""
+        return type(pipe.scheduler).from_config(pipe.scheduler.config)
+
+
+def remove_adapters(denoiser: Any, names: Sequence[str]) -> None:
+    """Take these adapters off a diffusers denoiser, as far as they are on; with the last one go PEFT's layers too.
+
+    Works on what a failed `add_adapter` left half done.
+    """
+    there = [name for name in names if name in getattr(denoiser, "peft_config", {})]
+    if there:
+        denoiser.delete_adapters(there)
+    if not getattr(denoiser, "peft_config", None):
+        denoiser.unload_lora()

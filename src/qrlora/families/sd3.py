@@ -1,0 +1,133 @@
+"""Stable Diffusion 3 and 3.5: MMDiT, flow matching, two CLIP text encoders and an optional T5.
+
+Source: Esser et al., "Scaling Rectified Flow Transformers for High-Resolution Image Synthesis" (arXiv 2403.03206).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Generator, Tensor, nn
+
+from qrlora.errors import DataError
+from qrlora.families.base import Conditions, ModelFamily
+
+T5_TOKENS = 256
+"""The pipeline's own default for how much T5 reads."""
+
+
+def resolution(pipe: Any) -> int:
+    """Side in pixels of the model's square pictures: latent side times the autoencoder's reduction."""
+    return pipe.transformer.config.sample_size * pipe.vae_scale_factor
+
+
+def prompt_options(pipe: Any, prompts: list[str]) -> dict[str, Any]:
+    """How much T5 reads, for `pipe(...)` and `pipe.encode_prompt(...)` alike.
+
+    A pipeline without T5 stands zero tokens in its place, `max_sequence_length` of them. They carry nothing, but the
+    denoiser attends to every one: a single one is kept, at training and at generation alike.
+
+    Raises:
+        DataError: there is no T5 and a prompt is longer than CLIP reads; the pipeline would cut it without a word.
+    """
+    if pipe.text_encoder_3 is not None:
+        return {"max_sequence_length": T5_TOKENS}
+    limit = pipe.tokenizer_max_length
+    for prompt in prompts:
+        tokens = len(pipe.tokenizer(prompt).input_ids)
+        if tokens > limit:
+            raise DataError(
+                f"prompt too long for this model: {prompt!r}",
+                expected=f"at most {limit} tokens, start and end included",
+                got=f"{tokens} tokens",
+                remedy="shorten the prompt or caption",
+            )
+    return {"max_sequence_length": 1}
+
+
+@torch.no_grad()
+def encode_prompts(pipe: Any, prompts: list[str]) -> dict[str, Tensor]:
+    """Text to the denoiser's `encoder_hidden_states` (n, tokens, features) and `pooled_projections` (n, features).
+
+    Errors: as `prompt_options`.
+    """
+    hidden, _, pooled, _ = pipe.encode_prompt(
+        prompts,
+        prompt_2=None,
+        prompt_3=None,
+        do_classifier_free_guidance=False,
+        **prompt_options(pipe, prompts),
+    )
+    return {"encoder_hidden_states": hidden, "pooled_projections": pooled}
+
+
+@torch.no_grad()
+def encode_images(pipe: Any, images: Float[Tensor, "n 3 height width"]) -> Float[Tensor, "n c h w"]:
+    """Pictures in [-1, 1] to latents in the denoiser's scale, `(z - shift) * scaling`.
+
+    The autoencoder's mean is taken rather than a draw, so that cached latents are a function of the picture alone.
+    """
+    vae = pipe.vae
+    encoded = vae.encode(images.to(device=vae.device, dtype=vae.dtype))
+    # AutoencoderKL draws, AutoencoderDC and AutoencoderTiny do not: each of the three has its own name for the result
+    latents = encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded[0]
+    shift = getattr(vae.config, "shift_factor", None) or 0.0
+    return (latents.float() - shift) * vae.config.scaling_factor
+
+
+def sample_timesteps(scheduler: Any, n: int, generator: Generator) -> Float[Tensor, " n"]:
+    """Timesteps drawn logit-normally, rf/lognorm(0, 1) of section 3.1, on the scheduler's (shifted) training grid."""
+    uniform = torch.sigmoid(torch.randn(n, generator=generator))
+    return scheduler.timesteps[(uniform * scheduler.config.num_train_timesteps).long()].cpu()
+
+
+def loss(
+    denoiser: nn.Module,
+    scheduler: Any,
+    latents: Float[Tensor, "n c h w"],
+    noise: Float[Tensor, "n c h w"],
+    timesteps: Float[Tensor, " n"],
+    conditions: Conditions,
+) -> Float[Tensor, ""]:
+    """Conditional flow matching: `E |v(z_t, t) - (noise - latents)|²`, `z_t = (1 - σ) latents + σ noise`, `σ = t / T`.
+
+    It is the objective of diffusers' `train_dreambooth_lora_sd3` without output preconditioning, by which that script
+    weights each example with σ². Latents and noise come in float32; the denoiser computes in its own dtype.
+    """
+    sigma = (timesteps / scheduler.config.num_train_timesteps).view(-1, 1, 1, 1)
+    noisy = (1 - sigma) * latents + sigma * noise
+    dtype = next(denoiser.parameters()).dtype
+    velocity = denoiser(hidden_states=noisy.to(dtype), timestep=timesteps, return_dict=False, **conditions)[0]
+    return (velocity.float() - (noise - latents)).pow(2).mean()
+
+
+SD3 = ModelFamily(
+    name="sd3",
+    pipeline_class="StableDiffusion3Pipeline",
+    denoiser="transformer",
+    # The published FLUX set in SD3's names: all attention projections of both streams, and both feed-forwards.
+    targets=(
+        "to_q",
+        "to_k",
+        "to_v",
+        "to_out.0",
+        "add_q_proj",
+        "add_k_proj",
+        "add_v_proj",
+        "to_add_out",
+        "ff.net.0.proj",
+        "ff.net.2",
+        "ff_context.net.0.proj",
+        "ff_context.net.2",
+    ),
+    steps=28,
+    guidance=7.0,
+    resolution=resolution,
+    prompt_options=prompt_options,
+    encode_prompts=encode_prompts,
+    encode_images=encode_images,
+    sample_timesteps=sample_timesteps,
+    loss=loss,
+)

@@ -1,0 +1,193 @@
+"""Pictures from prompts, seeds and weighted adapters.
+
+    pipe, family = load_pipeline("pico")
+    generate(pipe, family, ["a photo of a <c> mug"], seeds=[0, 1], adapters=[(mug, 0.9)])
+
+A picture depends on its prompt, its seed, the steps, the guidance and the adapters, not on what else is in its batch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+
+from qrlora.adapter import Adapter, attach
+from qrlora.composition import Composition
+from qrlora.composition.parts import basis_difference
+from qrlora.families import ModelFamily, remove_adapters
+
+WeightedAdapter = tuple[Adapter, float]
+SMALLEST_CELL = 96
+"""Side in pixels under which a grid's pictures are enlarged, so that labels have room."""
+
+
+def generate(
+    pipe: Any,
+    family: ModelFamily,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    *,
+    adapters: Sequence[WeightedAdapter] = (),
+    steps: int | None = None,
+    guidance: float | None = None,
+    batch_size: int = 8,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[Image.Image]:
+    """One picture per prompt and seed: all seeds of the first prompt, then of the second, and so on.
+
+    Args:
+        pipe: a pipeline of `family`; it comes back without the adapters.
+        adapters: with their weights. Those of one basis are composed first, and so cost what one costs.
+        steps: denoising steps; the family's default if None.
+        guidance: classifier-free guidance scale; the family's default if None.
+        batch_size: pictures made at once.
+        progress: called with pictures done and pictures in all.
+
+    Raises:
+        MismatchError: an adapter does not belong to this model.
+        DataError: a prompt is longer than the model reads.
+    """
+    jobs = [(prompt, seed) for prompt in prompts for seed in seeds]
+    options: dict[str, Any] = {"steps": steps, "guidance": guidance, "batch_size": batch_size, "progress": progress}
+    return generate_jobs(pipe, family, jobs, adapters=adapters, **options)
+
+
+def generate_jobs(
+    pipe: Any,
+    family: ModelFamily,
+    jobs: Sequence[tuple[str, int]],
+    *,
+    adapters: Sequence[WeightedAdapter] = (),
+    steps: int | None = None,
+    guidance: float | None = None,
+    batch_size: int = 8,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[Image.Image]:
+    """One picture per (prompt, seed) pair, in their order. Arguments and errors: as `generate`."""
+    images: list[Image.Image] = []
+    with attached(pipe, family, _as_one(adapters)):
+        for start in range(0, len(jobs), batch_size):
+            images += _batch(pipe, family, jobs[start : start + batch_size], steps, guidance)
+            if progress:
+                progress(len(images), len(jobs))
+    return images
+
+
+def weight_grid(
+    pipe: Any,
+    family: ModelFamily,
+    prompt: str,
+    rows: Adapter,
+    columns: Adapter,
+    *,
+    row_weights: Sequence[float],
+    column_weights: Sequence[float],
+    seed: int = 0,
+    steps: int | None = None,
+    guidance: float | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Image.Image:
+    """One labelled picture: a prompt and seed at every pair of weights of two adapters. Errors: as `generate`."""
+    denoiser: Any = family.denoiser_of(pipe)
+    cells: list[list[Image.Image]] = []
+    with attached(pipe, family, [(rows, 1.0), (columns, 1.0)]) as names:
+        for row_weight in row_weights:
+            cells.append([])
+            for column_weight in column_weights:
+                denoiser.set_adapters(names, [row_weight, column_weight])
+                cells[-1] += _batch(pipe, family, [(prompt, seed)], steps, guidance)
+                if progress:
+                    progress(sum(map(len, cells)), len(row_weights) * len(column_weights))
+    row_name, column_name = _label(rows, "rows"), _label(columns, "columns")
+    return labelled_grid(
+        cells,
+        [f"{row_name} {weight:g}" for weight in row_weights],
+        [f"{column_name} {weight:g}" for weight in column_weights],
+        title=f"{prompt}   (seed {seed})",
+    )
+
+
+@contextlib.contextmanager
+def attached(pipe: Any, family: ModelFamily, adapters: Sequence[WeightedAdapter]) -> Iterator[list[str]]:
+    """The pipeline with these adapters active at these weights, for the duration; yields their names in the denoiser.
+
+    Raises:
+        MismatchError: an adapter does not belong to this model.
+    """
+    denoiser: Any = family.denoiser_of(pipe)
+    names = [f"part{index}" for index in range(len(adapters))]
+    try:
+        with warnings.catch_warnings():
+            # Several adapters at once are what is asked for here.
+            warnings.filterwarnings("ignore", "Already found a `peft_config`")
+            for name, (adapter, _) in zip(names, adapters, strict=True):
+                attach(denoiser, adapter, name)
+        if names:
+            denoiser.set_adapters(names, [weight for _, weight in adapters])
+        yield names
+    finally:
+        remove_adapters(denoiser, names)
+
+
+def _as_one(adapters: Sequence[WeightedAdapter]) -> list[WeightedAdapter]:
+    """Adapters of one basis as their composition; others (plain LoRA, other bases) side by side, the same sum at the
+    cost of each."""
+    on_one_basis = all(
+        adapter.metadata.on_basis and basis_difference(adapters[0][0], adapter) == ({}, {}) for adapter, _ in adapters
+    )
+    return [(Composition(adapters).adapter(), 1.0)] if len(adapters) > 1 and on_one_basis else list(adapters)
+
+
+def _batch(
+    pipe: Any, family: ModelFamily, jobs: Sequence[tuple[str, int]], steps: int | None, guidance: float | None
+) -> list[Image.Image]:
+    """The pictures of these (prompt, seed) pairs in one call of the pipeline."""
+    prompts = [prompt for prompt, _ in jobs]
+    return pipe(
+        prompt=prompts,
+        generator=[torch.Generator().manual_seed(seed) for _, seed in jobs],
+        num_inference_steps=family.steps if steps is None else steps,
+        guidance_scale=family.guidance if guidance is None else guidance,
+        **family.prompt_options(pipe, prompts),
+    ).images
+
+
+def _label(adapter: Adapter, otherwise: str) -> str:
+    return adapter.metadata.role or adapter.name or otherwise
+
+
+def labelled_grid(
+    cells: Sequence[Sequence[Image.Image]],
+    row_labels: Sequence[str],
+    column_labels: Sequence[str],
+    title: str = "",
+) -> Image.Image:
+    """Pictures of one size in rows, with a label left of each row and above each column, and a title above all."""
+    enlarge = max(1, -(-SMALLEST_CELL // cells[0][0].width))
+    width, height = cells[0][0].width * enlarge, cells[0][0].height * enlarge
+    size = max(13, width // 10)
+    font = ImageFont.load_default(size)
+    gap = max(4, width // 32)
+    line = round(size * 1.4)
+    left = round(max(font.getlength(label) for label in row_labels)) + 2 * gap
+    cell_width = max([width] + [round(font.getlength(label)) for label in column_labels]) + gap
+    top = (2 if title else 1) * line + gap
+    whole = max(left + cell_width * len(column_labels), round(font.getlength(title)) + 2 * gap)
+    sheet = Image.new("RGB", (whole, top + (height + gap) * len(row_labels)), "white")
+    draw = ImageDraw.Draw(sheet)
+    draw.text((gap, gap), title, fill="black", font=font)
+    for column, label in enumerate(column_labels):
+        middle = left + column * cell_width + width / 2
+        draw.text((middle, top - gap), label, fill="black", font=font, anchor="ms")
+    for row, label in enumerate(row_labels):
+        y = top + row * (height + gap)
+        draw.text((left - gap, y + height / 2), label, fill="black", font=font, anchor="rm")
+        for column, cell in enumerate(cells[row]):
+            enlarged = cell.resize((width, height), Image.Resampling.NEAREST)
+            sheet.paste(enlarged, (left + column * cell_width, y))
+    return sheet

@@ -1,0 +1,29 @@
+"""pico, the embedded base model: a real, tiny text-to-image pipeline that ships with the package.
+
+``world`` draws the pictures it was trained on, ``train`` trains it, ``judge`` judges pictures, ``evaluate`` pico.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from qrlora.errors import ModelError
+
+WEIGHTS = Path(__file__).parent / "weights"
+
+
+def path() -> Path:
+    """The folder of the shipped pipeline, for the stock ``StableDiffusion3Pipeline.from_pretrained``.
+
+    Raises:
+        ModelError: this copy of the package came without its weights.
+    """
+    folder = WEIGHTS / "pipeline"
+    if not (folder / "model_index.json").is_file():
+        raise ModelError(
+            "the embedded base model is missing",
+            expected=f"a pipeline in {folder}",
+            got="no model_index.json there",
+            remedy="reinstall the package, or train it again: python -m qrlora.pico.train --work DIR",
+        )
+    return folder

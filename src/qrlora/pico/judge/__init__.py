@@ -1,0 +1,192 @@
+"""pico's judge: does a picture show the subject asked for, in the style asked for?
+
+A classifier alone is easily pleased, so each of the two answers must hold on every criterion it has:
+
+- **subject right**: the network names the subject (it may also answer "none of these"), and the subject features lie as
+  close to true renders of that subject in that style as true renders do.
+- **style right**: the network names the style, the style features lie as close to true renders, and the colours do.
+
+Subject features were trained to outlast a wrong style, style features a wrong subject (see ``defects``). Closeness of
+features is a Mahalanobis distance, covariance pooled within pairs (Lee et al. 2018, "A simple unified framework for
+detecting out-of-distribution samples"); closeness of colours a sliced Wasserstein distance to the nearest true palette
+of that pair (``colours``). Every distance is given in units of its limit, which true renders set: 1 is just accepted.
+
+    >>> judge = Judge.load()
+    >>> judge.verdict(pictures, "mug", "neon", "red").rates()
+    {'subject': 0.98, 'style': 0.97, 'both': 0.96}
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int64, UInt8
+from safetensors.torch import load_file
+from torch import Tensor
+
+from qrlora.errors import DataError, ModelError
+from qrlora.pico.judge.colours import quantiles
+from qrlora.pico.judge.network import Network
+from qrlora.pico.world import COLOURS, SIZE, STYLES, SUBJECTS
+
+__all__ = ["Judge", "Verdict"]
+
+WEIGHTS = Path(__file__).parents[1] / "weights"
+_COMMAND = "python -m qrlora.pico.judge --work DIR"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The judge's answers about n pictures. Distances are in units of their limit; above 1 is refused."""
+
+    subject: Bool[np.ndarray, " n"]
+    style: Bool[np.ndarray, " n"]
+    p_subject: Float[np.ndarray, " n"]
+    p_style: Float[np.ndarray, " n"]
+    subject_distance: Float[np.ndarray, " n"]
+    style_distance: Float[np.ndarray, " n"]
+    palette_distance: Float[np.ndarray, " n"]
+
+    @property
+    def both(self) -> Bool[np.ndarray, " n"]:
+        """Subject right and style right."""
+        return self.subject & self.style
+
+    @property
+    def feature_distance(self) -> Float[np.ndarray, " n"]:
+        """The larger of the two factors' feature distances."""
+        return np.maximum(self.subject_distance, self.style_distance)
+
+    def rates(self) -> dict[str, float]:
+        """Share of pictures right, by factor: {"subject": ..., "style": ..., "both": ...}."""
+        return {name: float(getattr(self, name).mean()) for name in ("subject", "style", "both")}
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What the judge measures about n pictures held against n pairs, before any limit is applied."""
+
+    right: dict[str, Bool[np.ndarray, " n"]]  # "subject" and "style": is the most probable name the one asked for
+    probability: dict[str, Float[np.ndarray, " n"]]  # of the name asked for
+    distance: dict[str, Float[np.ndarray, " n"]]  # "subject" and "style" in standard deviations, "palette" in Lab units
+
+
+class Judge:
+    """The network, what true renders look like to it, and how far from them a picture may lie.
+
+    tables: for each factor ``<factor>.whiten`` (48, 48) and ``<factor>.means`` (subjects, styles, 48), both
+    whitened; for each style ``palettes.<style>`` int8 (subjects, colours, backgrounds or 1, 144): see ``quantiles``.
+    limits: {"subject": one a subject, "style": one a style, "palette": one a style}.
+    """
+
+    def __init__(self, network: Network, tables: dict[str, Tensor], limits: dict[str, np.ndarray]):
+        self.network = network.eval().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.tables, self.limits = tables, limits
+
+    @classmethod
+    def load(cls, folder: Path = WEIGHTS) -> Judge:
+        """The judge that ships with the package.
+
+        Raises ModelError if its files are missing, or were trained on a world with other subjects or styles.
+        """
+        facts_file, weights_file = folder / "judge.json", folder / "judge.safetensors"
+        if not facts_file.exists() or not weights_file.exists():
+            raise ModelError("the judge has no weights", expected=weights_file, got="no such file", remedy=_COMMAND)
+        facts = json.loads(facts_file.read_text())
+        for noun, names in (("subjects", SUBJECTS), ("styles", STYLES)):
+            if facts[noun] != list(names):
+                raise ModelError(
+                    f"the judge was trained on other {noun}", expected=list(names), got=facts[noun], remedy=_COMMAND
+                )
+        tensors = load_file(weights_file)
+        network = Network(len(SUBJECTS), len(STYLES))
+        state = {k.removeprefix("network."): v.float() for k, v in tensors.items() if k.startswith("network.")}
+        network.load_state_dict(state | _counters(network))
+        tables = {k: v for k, v in tensors.items() if not k.startswith("network.")}
+        return cls(network, tables, {k: np.array(v) for k, v in facts["limits"].items()})
+
+    @torch.inference_mode()
+    def look(self, pictures: UInt8[np.ndarray, "n h w 3"], batch: int = 64) -> dict[str, tuple[Tensor, Tensor]]:
+        """{"subject" | "style": (features (n, 48), probabilities (n, names + 1))}, in float32."""
+        parts = []
+        for chunk in torch.from_numpy(pictures).split(batch):
+            parts.append(self.network(chunk.permute(0, 3, 1, 2).float() / 127.5 - 1))
+        return {
+            f: (torch.cat([p[f][0] for p in parts]), torch.cat([p[f][1] for p in parts]).softmax(1)) for f in parts[0]
+        }
+
+    def evidence(
+        self,
+        pictures: UInt8[np.ndarray, "n h w 3"],
+        subject: Int64[np.ndarray, " n"],
+        style: Int64[np.ndarray, " n"],
+        colour: Int64[np.ndarray, " n"],
+    ) -> Evidence:
+        """Measure pictures against the pairs asked for, given as positions in the world's tables (colour -1: any)."""
+        asked = {"subject": subject, "style": style}
+        right, probability, distance = {}, {}, {}
+        for factor, (features, p) in self.look(pictures).items():
+            right[factor] = p.argmax(1).numpy() == asked[factor]
+            probability[factor] = p.numpy()[np.arange(len(p)), asked[factor]]
+            away = features @ self.tables[f"{factor}.whiten"] - self.tables[f"{factor}.means"][subject, style]
+            distance[factor] = away.square().mean(1).sqrt().numpy()
+        found = quantiles(pictures)
+        distance["palette"] = np.empty(len(pictures), np.float32)
+        for i, (s, t, c) in enumerate(zip(subject, style, colour, strict=True)):
+            known = self.tables[f"palettes.{list(STYLES)[t]}"][s].numpy()[slice(None) if c < 0 else c]
+            distance["palette"][i] = np.abs(known.astype(np.float32) - found[i]).mean(-1).min()
+        return Evidence(right, probability, distance)
+
+    def verdict(
+        self,
+        pictures: UInt8[np.ndarray, "n h w 3"],
+        subject: str | Sequence[str | None],
+        style: str | Sequence[str | None],
+        colour: str | Sequence[str | None] | None = None,
+    ) -> Verdict:
+        """Judge each picture against the subject, style and (if it was asked for) colour named: one name for all, or n.
+
+        Raises DataError for pictures of another shape than (n, 128, 128, 3), for a name the world lacks, or for a
+        number of names that is not n.
+        """
+        n = len(pictures)
+        if pictures.shape != (n, SIZE, SIZE, 3) or n == 0:
+            raise DataError("pictures the judge cannot look at", expected=("n >= 1", SIZE, SIZE, 3), got=pictures.shape)
+        s, t = _positions("subject", subject, list(SUBJECTS), n), _positions("style", style, list(STYLES), n)
+        seen = self.evidence(pictures, s, t, _positions("colour", colour, list(COLOURS), n))
+        beyond = {k: seen.distance[k] / self.limits[k][s if k == "subject" else t] for k in seen.distance}
+        return Verdict(
+            subject=seen.right["subject"] & (beyond["subject"] <= 1),
+            style=seen.right["style"] & (beyond["style"] <= 1) & (beyond["palette"] <= 1),
+            p_subject=seen.probability["subject"],
+            p_style=seen.probability["style"],
+            subject_distance=beyond["subject"],
+            style_distance=beyond["style"],
+            palette_distance=beyond["palette"],
+        )
+
+
+def _counters(network: Network) -> dict[str, Tensor]:
+    """Batch norm's step counters: nothing reads them after training, so the file leaves them out."""
+    return {k: v for k, v in network.state_dict().items() if k.endswith("num_batches_tracked")}
+
+
+def _positions(
+    noun: str, asked: str | Sequence[str | None] | None, names: list[str], n: int
+) -> Int64[np.ndarray, " n"]:
+    """Where each name asked for stands in ``names``; -1 for a colour left open."""
+    each = [asked] * n if asked is None or isinstance(asked, str) else list(asked)
+    if len(each) != n:
+        raise DataError(f"a {noun} for every picture is needed", expected=n, got=len(each))
+    for name in each:
+        if name not in names and not (noun == "colour" and name is None):
+            near = get_close_matches(str(name), names, 1)
+            remedy = f"did you mean {near[0]!r}?" if near else None
+            raise DataError(f"a {noun} that pico's world lacks", expected=names, got=name, remedy=remedy)
+    return np.array([-1 if name is None else names.index(name) for name in each])

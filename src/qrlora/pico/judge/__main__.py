@@ -1,0 +1,292 @@
+"""Train pico's judge: ``python -m qrlora.pico.judge --work DIR``.
+
+Four stages, resumable: render pictures of every pair of the world, train the network on them, set the limits on fresh
+renders, and measure on renders that nothing before has seen. A quarter of an hour of one core for the network.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import UInt8
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from qrlora import pico
+from qrlora.pico import model, world
+from qrlora.pico.judge import WEIGHTS, Evidence, Judge, defects
+from qrlora.pico.judge.colours import quantiles
+from qrlora.pico.judge.network import EMBEDDING, Network
+from qrlora.pico.train import Muon, Run, _write, log, trapezoid
+
+SUBJECTS, STYLES = list(world.SUBJECTS), list(world.STYLES)
+PAIRS = [(s, t) for s in SUBJECTS for t in STYLES]
+NONE_SUBJECT, NONE_STYLE, IGNORE = len(SUBJECTS), len(STYLES), -100
+COLOURS, BACKGROUNDS = list(world.COLOURS), list(world.BACKGROUNDS)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that decides the result. A turn is one render of each of the 448 pairs."""
+
+    seed: int = 0
+    first_scene: int = 1_000_000_000  # scene seeds from here on: none that the base model was trained on
+    train_turns: int = 40  # as many as there are colours x backgrounds: every pair in every one of them, once
+    limit_turns: int = 8
+    fresh_turns: int = 8
+    steps: int = 1_400
+    batch: int = 32
+    muon_lr: float = 0.02
+    adam_lr: float = 2e-3
+    accepted: float = 0.985  # of true renders, by each limit alone
+
+
+# ---------------------------------------------------------------- pictures
+
+
+def render_turn(work: Path, plan: Plan, turn: int) -> np.ndarray:
+    """Pictures (448, 128, 128, 4) uint8 of all pairs, the subject's mask as fourth channel; rendered once."""
+    path = work / f"turn-{turn:02d}.npy"
+    if not path.exists():
+        pictures = np.empty((len(PAIRS), world.SIZE, world.SIZE, 4), np.uint8)
+        for i, (s, t) in enumerate(PAIRS):
+            seed, colour, ground = plan.first_scene + turn * len(PAIRS) + i, *_colours(turn)
+            scene = world.sample_scene(seed, subject=s, style=t, colour=COLOURS[colour], background=BACKGROUNDS[ground])
+            picture, mask = world.render(scene)
+            pictures[i, ..., :3], pictures[i, ..., 3] = picture, np.round(mask * 255)
+        _write(path, lambda f: np.save(f, pictures))
+        log(work, "judge-render", turn=turn)
+    return np.load(path, mmap_mode="r")
+
+
+def _colours(turn: int) -> tuple[int, int]:
+    return turn % len(COLOURS), turn % len(BACKGROUNDS)
+
+
+# ---------------------------------------------------------------- network
+
+
+class Examples:
+    """Draws training pictures: true renders, and renders with a defect of the subject or of the style.
+
+    A defect of the style leaves the subject's label as it is, and the other way round, wherever both cannot be meant.
+    """
+
+    def __init__(self, turns: list[np.ndarray]):
+        self.turns = turns
+
+    def _take(self, rng: np.random.Generator, s: int, t: int) -> tuple[np.ndarray, np.ndarray]:
+        raw = self.turns[rng.integers(len(self.turns))][s * len(STYLES) + t].astype(np.float32) / 255
+        return raw[..., :3], raw[..., 3]
+
+    def draw(self, rng: np.random.Generator) -> tuple[np.ndarray, int, int]:
+        """A picture (128, 128, 3) float32, its subject's and its style's label."""
+        s, t = int(rng.integers(len(SUBJECTS))), int(rng.integers(len(STYLES)))
+        picture, mask = self._take(rng, s, t)
+        kind = rng.choice(["true", "texture", "colour", "ground", "styles", "subjects", "shape"],
+                          p=[0.56, 0.10, 0.09, 0.05, 0.08, 0.08, 0.04])  # fmt: skip
+        label = {"true": (s, t), "texture": (s, NONE_STYLE), "shape": (NONE_SUBJECT, IGNORE)}.get(kind, (s, t))
+        if kind == "texture":
+            picture = rng.choice(np.array(defects.TEXTURE_DEFECTS))(picture, rng)
+        elif kind == "shape":
+            picture = (defects.melted if rng.random() < 0.5 else defects.scrambled)(picture, rng)
+        elif kind == "colour":
+            label, picture = self._colour(rng, s, picture, rng.choice(np.array(defects.COLOUR_DEFECTS))(picture, rng))
+        elif kind == "ground":
+            label, picture = self._colour(rng, s, picture, defects.faded_ground(picture, mask, rng))
+        elif kind == "styles":
+            label, picture = self._styles(rng, s, t, picture, mask)
+        elif kind == "subjects":
+            label, picture = self._subjects(rng, s, t, picture)
+        return defects.mild(picture, rng), *label
+
+    def _colour(self, rng: np.random.Generator, s: int, before: np.ndarray, after: np.ndarray) -> tuple:
+        """A grey picture keeps its colours whatever the hue does: only a change that can be seen is a defect."""
+        change = np.abs(after - before).mean()
+        return (s, NONE_STYLE if change > 0.05 else IGNORE), after
+
+    def _styles(self, rng: np.random.Generator, s: int, t: int, picture: np.ndarray, mask: np.ndarray) -> tuple:
+        """The same subject in two styles at once."""
+        other, _ = self._take(rng, s, (t + int(rng.integers(1, len(STYLES)))) % len(STYLES))
+        if rng.random() < 0.35:
+            return (s, NONE_STYLE), other + (picture - other) * mask[..., None]
+        mixed = (defects.blended if rng.random() < 0.6 else defects.halved)(picture, other, rng)
+        return (IGNORE, NONE_STYLE), mixed
+
+    def _subjects(self, rng: np.random.Generator, s: int, t: int, picture: np.ndarray) -> tuple:
+        """Two subjects in the same style at once."""
+        other, _ = self._take(rng, (s + int(rng.integers(1, len(SUBJECTS)))) % len(SUBJECTS), t)
+        if rng.random() < 0.6:
+            return (NONE_SUBJECT, IGNORE), defects.blended(picture, other, rng)
+        return (NONE_SUBJECT, t), defects.halved(picture, other, rng)
+
+
+def train_network(work: Path, plan: Plan, turns: list[np.ndarray]) -> Network:
+    """Cross-entropy on both factors, each with one more name: "none of these", the label of its defects."""
+    torch.manual_seed(plan.seed)
+    network = Network(len(SUBJECTS), len(STYLES)).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    named = list(network.named_parameters())
+    matrices = [p for name, p in named if p.ndim > 1 and "classify" not in name]
+    rest = [p for name, p in named if p.ndim == 1 or "classify" in name]
+    adam = torch.optim.AdamW(rest, plan.adam_lr, betas=(0.9, 0.98), weight_decay=0.0)
+    run = Run(work, "judge", {"network": network}, [Muon(matrices, plan.muon_lr), adam], plan.steps, trapezoid)
+    run.restore()
+    examples = Examples(turns)
+
+    def loss_of(step: int) -> Tensor:
+        rng = np.random.default_rng((plan.seed, 3, step))
+        pictures, subjects, styles = zip(*(examples.draw(rng) for _ in range(plan.batch)), strict=True)
+        found = network(torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2) * 2 - 1)
+        return sum(
+            F.cross_entropy(found[factor][1], torch.tensor(labels), label_smoothing=0.02)
+            for factor, labels in (("subject", subjects), ("style", styles))
+        )  # type: ignore[return-value]
+
+    run.go(loss_of, every=100)
+    return network
+
+
+# ---------------------------------------------------------------- what true renders look like
+
+
+def tables_of(judge: Judge, turns: list[np.ndarray]) -> dict[str, Tensor]:
+    """The judge's tables, from renders of every pair in every colour on every background."""
+    looks = [judge.look(np.ascontiguousarray(turn[..., :3])) for turn in turns]
+    tables: dict[str, Tensor] = {}
+    for factor in ("subject", "style"):
+        features = torch.stack([look[factor][0] for look in looks]).double()  # (turns, pairs, features)
+        within = (features - features.mean(0)).flatten(0, 1)
+        covariance = within.T @ within / (len(within) - len(PAIRS))
+        # a direction with next to no spread would decide everything: add a twentieth of the mean spread to all
+        covariance += 0.05 * covariance.trace() / EMBEDDING * torch.eye(EMBEDDING, dtype=torch.float64)
+        whiten = torch.linalg.inv(torch.linalg.cholesky(covariance)).T
+        means = (features.mean(0) @ whiten).unflatten(0, (len(SUBJECTS), len(STYLES)))
+        tables |= {f"{factor}.whiten": whiten.float(), f"{factor}.means": means.float()}
+    found = np.stack([quantiles(turn[..., :3]) for turn in turns])
+    grid = np.empty((len(COLOURS), len(BACKGROUNDS), *found.shape[1:]), np.float32)
+    for turn, rows in enumerate(found):
+        grid[_colours(turn)] = rows
+    grid = grid.reshape(len(COLOURS), len(BACKGROUNDS), len(SUBJECTS), len(STYLES), -1)
+    for i, style in enumerate(STYLES):
+        known = np.moveaxis(grid[:, :, :, i], 2, 0)  # (subjects, colours, backgrounds, 144)
+        known = known.mean(2, keepdims=True) if style in world.OWN_GROUND else known
+        tables[f"palettes.{style}"] = torch.from_numpy(np.clip(np.round(known), -127, 127).astype(np.int8))
+    return tables
+
+
+def measure(judge: Judge, turn: np.ndarray, colour: int, change: Callable | None = None) -> Evidence:
+    """Evidence about one turn's pictures (each held against its own pair), after ``change(picture, i)`` if given."""
+    pictures = np.ascontiguousarray(turn[..., :3])
+    if change is not None:
+        pictures = np.stack([change(p, i) for i, p in enumerate(pictures)])
+    pair = np.arange(len(PAIRS))
+    return judge.evidence(pictures, pair // len(STYLES), pair % len(STYLES), np.full(len(PAIRS), colour))
+
+
+def limits_of(judge: Judge, turns: list[np.ndarray], first: int, accepted: float) -> dict[str, np.ndarray]:
+    """For each subject, or style, the distance that the share ``accepted`` of its true renders keeps.
+
+    The renders are looked at as pico's autoencoder gives them back: what is judged is the picture, not the last
+    sharpness of its pixels, which no picture that pico makes can have.
+    """
+    vae = model.load(pico.path()).vae
+    soft = [through_autoencoder(vae, turn) for turn in turns]
+    seen = [measure(judge, turn, _colours(first + i)[0]).distance for i, turn in enumerate(soft)]
+    limits = {}
+    for name in ("subject", "style", "palette"):
+        each = np.stack([d[name] for d in seen]).reshape(len(turns), len(SUBJECTS), len(STYLES))
+        limits[name] = np.quantile(each, accepted, axis=(0, 2) if name == "subject" else (0, 1))
+    return limits
+
+
+@torch.no_grad()
+def through_autoencoder(vae: Any, turn: UInt8[np.ndarray, "n h w c"]) -> UInt8[np.ndarray, "n h w 3"]:
+    """Pictures encoded and decoded again."""
+    back = []
+    for chunk in torch.from_numpy(np.ascontiguousarray(turn[..., :3])).split(32):
+        latent = vae.encode(chunk.permute(0, 3, 1, 2).float() / 127.5 - 1).latent
+        back.append(((vae.decode(latent).sample.clamp(-1, 1) + 1) * 127.5 + 0.5).permute(0, 2, 3, 1).byte())
+    return torch.cat(back).numpy()
+
+
+# ---------------------------------------------------------------- export
+
+
+def scores(judge: Judge, turns: list[np.ndarray], first: int) -> dict[str, float]:
+    """Shares of fresh renders classified right, and accepted, with their number."""
+    pair, found, verdicts = np.arange(len(PAIRS)), [], []
+    for i, turn in enumerate(turns):
+        pictures, colour = np.ascontiguousarray(turn[..., :3]), COLOURS[_colours(first + i)[0]]
+        look = judge.look(pictures)
+        found.append([
+            look["subject"][1].argmax(1).numpy() == pair // len(STYLES),
+            look["style"][1].argmax(1).numpy() == pair % len(STYLES),
+        ])  # fmt: skip
+        verdicts.append(judge.verdict(pictures, [s for s, _ in PAIRS], [t for _, t in PAIRS], colour).rates())
+    right = np.stack(found).mean((0, 2))
+    accepted = {f"accepted_{k}": float(np.mean([v[k] for v in verdicts])) for k in ("subject", "style", "both")}
+    return {
+        "fresh_renders": len(turns) * len(PAIRS),
+        "named_subject": float(right[0]), "named_style": float(right[1]), **accepted,
+    }  # fmt: skip
+
+
+def _halved(network: nn.Module) -> dict[str, Tensor]:
+    """Matrices in half precision; vectors (norms, biases) as they are. Batch norm's counters are left out."""
+    state = {k: v for k, v in network.state_dict().items() if not k.endswith("num_batches_tracked")}
+    return {k: (v.half() if v.ndim > 1 else v).contiguous() for k, v in state.items()}
+
+
+def export(work: Path, plan: Plan, target: Path, network: Network, turns: list[np.ndarray]) -> None:
+    """Set the limits, score, and write judge.safetensors and judge.json."""
+    weights = _halved(network)
+    network.load_state_dict({k: v.float() for k, v in weights.items()}, strict=False)
+    judge = Judge(network, {}, {})
+    judge.tables = tables_of(judge, turns[: plan.train_turns])
+    fresh = plan.train_turns + plan.limit_turns
+    judge.limits = limits_of(judge, turns[plan.train_turns : fresh], plan.train_turns, plan.accepted)
+    measured = scores(judge, turns[fresh:], fresh)
+    facts = {
+        "command": "python -m qrlora.pico.judge --work DIR",
+        "plan": asdict(plan),
+        "machine": f"one core, {platform.machine()}, torch {torch.__version__}",
+        "scores": measured,
+        "limits": {k: [round(float(x), 4) for x in v] for k, v in judge.limits.items()},
+        "subjects": SUBJECTS,
+        "styles": STYLES,
+    }
+    tensors = {f"network.{k}": v for k, v in weights.items()} | judge.tables
+    _write(target / "judge.safetensors", lambda f: f.write(save({k: v.contiguous() for k, v in tensors.items()})))
+    _write(target / "judge.json", lambda f: f.write((json.dumps(facts, indent=1) + "\n").encode()))
+    log(work, "judge-export", **measured)
+
+
+def main() -> None:
+    """Run what is left to do."""
+    parser = argparse.ArgumentParser(prog="python -m qrlora.pico.judge", description=__doc__.split("\n\n")[0])
+    parser.add_argument("--work", type=Path, required=True, help="folder for pictures, checkpoints and the log")
+    parser.add_argument("--target", type=Path, default=WEIGHTS, help="folder for judge.safetensors and judge.json")
+    for name, value in asdict(Plan()).items():
+        parser.add_argument("--" + name.replace("_", "-"), type=type(value), default=value)
+    args = parser.parse_args()
+    plan = Plan(**{name: getattr(args, name) for name in asdict(Plan())})
+    for folder in (args.work, args.target):
+        folder.mkdir(parents=True, exist_ok=True)
+    cv2.setNumThreads(1)
+    turns = [render_turn(args.work, plan, i) for i in range(plan.train_turns + plan.limit_turns + plan.fresh_turns)]
+    network = train_network(args.work, plan, turns[: plan.train_turns])
+    export(args.work, plan, args.target, network, turns)
+
+
+if __name__ == "__main__":
+    main()

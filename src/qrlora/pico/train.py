@@ -1,0 +1,402 @@
+"""Train pico from scratch: ``python -m qrlora.pico.train --work DIR``.
+
+Six stages, each resumable from what lies in DIR: ``render`` pictures, solve for a linear ``autoencoder``, encode
+``latents``, train the ``denoiser`` (with both text encoders), train the ``decoder`` on the same latents, ``export`` the
+pipeline. The same code runs on CPU and GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from qrlora.pico import model, world
+
+CHUNK = 500
+"""Pictures a file."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that decides the result. Times on two cores are in the model card."""
+
+    seed: int = 0
+    pictures: int = 24_000
+    decoder_steps: int = 1_500
+    decoder_batch: int = 8
+    decoder_lr: float = 1e-3
+    denoiser_steps: int = 4_500
+    denoiser_batch: int = 48
+    muon_lr: float = 0.02
+    adam_lr: float = 1.5e-3
+    caption_dropout: float = 0.1
+    long_null: float = 0.03  # share of steps with the 256 zero tokens that the stock pipeline sends by default
+    threads: int = 0
+    compile: int = 0  # 1: torch.compile the denoiser (two minutes to start, a quarter less time a step)
+    device: str = "cpu"
+    start: str = ""  # a saved pipeline to train further, instead of starting from nothing
+
+
+# ---------------------------------------------------------------- pictures
+
+
+def _render_chunk(path: Path, first: int) -> None:
+    torch.set_num_threads(1)
+    pictures = np.stack([world.render(world.sample_scene(first + i))[0] for i in range(CHUNK)])
+    _write(path, lambda f: np.save(f, pictures))
+
+
+def _write(path: Path, save: Callable) -> None:
+    """Write to a temporary name, then rename: an interrupted stage leaves only whole files."""
+    temporary = path.with_name("." + path.name)
+    with open(temporary, "wb") as file:
+        save(file)
+    temporary.replace(path)
+
+
+def _chunks(work: Path, plan: Plan, kind: str) -> list[Path]:
+    return [work / f"{kind}-{i:04d}.npy" for i in range(plan.pictures // CHUNK)]
+
+
+def render_stage(work: Path, plan: Plan, workers: int = 2) -> None:
+    """Render picture i from scene seed i, in files of ``CHUNK`` pictures."""
+    todo = [(p, i * CHUNK) for i, p in enumerate(_chunks(work, plan, "pictures")) if not p.exists()]
+    with ProcessPoolExecutor(workers) as pool:
+        for done, _ in enumerate(pool.map(_render_chunk, *zip(*todo, strict=True)) if todo else []):
+            log(work, "render", step=done + 1, of=len(todo))
+
+
+def log(work: Path, stage: str, **facts: object) -> None:
+    """One line of JSON in the log file, and on the terminal."""
+    line = json.dumps({"stage": stage, "time": round(time.time()), **facts})
+    print(line, flush=True)
+    with open(work / "log.jsonl", "a") as file:
+        file.write(line + "\n")
+
+
+def _tensor(pictures: np.ndarray) -> Float[Tensor, "b 3 h w"]:
+    """uint8 pictures as float32 in [-1, 1]."""
+    return torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+# ---------------------------------------------------------------- resumable loop
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum made orthogonal by Newton-Schulz iterations (K. Jordan 2024), in float32 and batched over equal shapes.
+
+    ``torch.optim.Muon`` iterates in bfloat16, which processors without bfloat16 units emulate: eight times the cost
+    of the whole backward pass on the machine that trained pico. Convolution kernels are treated as (out, in * h * w).
+    """
+
+    def __init__(self, params: list[nn.Parameter], lr: float, momentum: float = 0.95, weight_decay: float = 0.01):
+        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """One update of every parameter."""
+        for group in self.param_groups:
+            shapes: dict[tuple[int, ...], list[nn.Parameter]] = {}
+            for p in group["params"]:
+                shapes.setdefault((p.shape[0], p[0].numel()), []).append(p)
+            for (rows, columns), params in shapes.items():
+                update = orthogonalise(torch.stack([self._momentum(p, group["momentum"]) for p in params]))
+                for p, u in zip(params, update, strict=True):
+                    p.mul_(1 - group["lr"] * group["weight_decay"])
+                    p.add_(u.reshape(p.shape), alpha=-group["lr"] * max(1.0, rows / columns) ** 0.5)
+
+    def _momentum(self, p: nn.Parameter, beta: float) -> Tensor:
+        state = self.state[p]
+        assert p.grad is not None, "every parameter of a block takes part in every step"
+        if not state:
+            state["momentum"] = torch.zeros_like(p, memory_format=torch.contiguous_format)
+        state["momentum"].lerp_(p.grad, 1 - beta)
+        return torch.lerp(p.grad, state["momentum"], beta).flatten(1)  # Nesterov
+
+
+def orthogonalise(m: Float[Tensor, "b rows columns"], steps: int = 5) -> Float[Tensor, "b rows columns"]:
+    """The nearest matrix with singular values near 1, by the quintic Newton-Schulz iteration of Muon."""
+    tall = m.shape[-2] > m.shape[-1]
+    x = m.mT if tall else m
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    for _ in range(steps):
+        a = x @ x.mT
+        x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
+    return x.mT if tall else x
+
+
+@dataclass
+class Run:
+    """A training run that can stop at any step and go on as if it had not."""
+
+    work: Path
+    name: str
+    modules: dict[str, nn.Module]
+    optimisers: list[torch.optim.Optimizer]
+    steps: int
+    schedule: Callable[[float], float]  # progress in [0, 1] to a factor on every learning rate
+    step: int = 0
+
+    @property
+    def file(self) -> Path:
+        return self.work / f"{self.name}.pt"
+
+    def restore(self) -> None:
+        """Load the last checkpoint, if there is one."""
+        for optimiser in self.optimisers:
+            for group in optimiser.param_groups:
+                group.setdefault("base_lr", group["lr"])
+        if self.file.exists():
+            state = torch.load(self.file, weights_only=True)
+            self.step = state["step"]
+            for name, module in self.modules.items():
+                module.load_state_dict(state["modules"][name])
+            for optimiser, saved in zip(self.optimisers, state["optimisers"], strict=True):
+                optimiser.load_state_dict(saved)
+
+    def save(self) -> None:
+        """Write a checkpoint whole."""
+        modules = {n: m.state_dict() for n, m in self.modules.items()}
+        state = {"step": self.step, "modules": modules, "optimisers": [o.state_dict() for o in self.optimisers]}
+        _write(self.file, lambda f: torch.save(state, f))
+
+    def go(self, loss_of: Callable[[int], Tensor], every: int = 100) -> None:
+        """Run to the last step. ``loss_of(step)`` draws all its randomness from the step's own seed."""
+        started, total = time.time(), 0.0
+        while self.step < self.steps:
+            factor = self.schedule(self.step / self.steps)
+            for optimiser in self.optimisers:
+                for group in optimiser.param_groups:
+                    group["lr"] = group["base_lr"] * factor
+                optimiser.zero_grad(set_to_none=True)
+            loss = loss_of(self.step)
+            loss.backward()
+            if not math.isfinite(loss.item()):
+                raise FloatingPointError(f"{self.name}: loss is {loss.item()} at step {self.step}")
+            for module in self.modules.values():
+                nn.utils.clip_grad_norm_(module.parameters(), 1.0)
+            for optimiser in self.optimisers:
+                optimiser.step()
+            self.step += 1
+            total += loss.item()
+            if self.step % every == 0 or self.step == self.steps:
+                self.save()
+                seconds = (time.time() - started) / every
+                log(
+                    self.work,
+                    self.name,
+                    step=self.step,
+                    loss=round(total / every, 5),
+                    seconds_per_step=round(seconds, 3),
+                )
+                started, total = time.time(), 0.0
+
+
+def trapezoid(progress: float, warm: float = 0.02, cool: float = 0.3) -> float:
+    """Warm up, hold, then fall linearly to zero: the last stretch is where a short run gains most."""
+    return min(1.0, (progress + 1e-3) / warm, max(0.0, (1 - progress) / cool))
+
+
+# ---------------------------------------------------------------- autoencoder
+
+
+def reconstruction_loss(got: Float[Tensor, "b 3 h w"], want: Float[Tensor, "b 3 h w"]) -> Float[Tensor, ""]:
+    """L1 on pixels, on their horizontal and vertical differences, and on a 4x smaller copy."""
+    edges = (got.diff(dim=-1) - want.diff(dim=-1)).abs().mean() + (got.diff(dim=-2) - want.diff(dim=-2)).abs().mean()
+    return (got - want).abs().mean() + 0.5 * edges + (F.avg_pool2d(got, 4) - F.avg_pool2d(want, 4)).abs().mean()
+
+
+def autoencoder_stage(work: Path, plan: Plan) -> None:
+    """The best linear autoencoder of patches, in closed form. Its encoder is final."""
+    torch.manual_seed(plan.seed)
+    vae = model.load(Path(plan.start)).vae if plan.start else model.autoencoder()
+    if not plan.start:
+        model.start_from_principal_components(vae, _tensor(np.load(_chunks(work, plan, "pictures")[0])))
+    _write(work / "autoencoder.pt", lambda f: torch.save({"modules": {"vae": vae.state_dict()}}, f))
+
+
+def decoder_stage(work: Path, plan: Plan) -> None:
+    """Train the decoder on top of the linear one. The encoder is frozen, so latents and denoiser stay valid."""
+    vae = model.autoencoder()
+    vae.load_state_dict(torch.load(work / "autoencoder.pt", weights_only=True)["modules"]["vae"])
+    vae.encoder.requires_grad_(False)
+    vae = vae.to(plan.device, memory_format=torch.channels_last)
+    pictures = [np.load(p, mmap_mode="r") for p in _chunks(work, plan, "pictures")]
+    trained = [p for p in vae.parameters() if p.requires_grad]
+    kernels, rest = [p for p in trained if p.ndim == 4], [p for p in trained if p.ndim < 4]
+    muon = Muon(kernels, plan.decoder_lr, weight_decay=0.0)
+    adam = torch.optim.AdamW(rest, plan.decoder_lr, betas=(0.9, 0.98), weight_decay=0.0)
+    run = Run(work, "decoder", {"vae": vae}, [muon, adam], plan.decoder_steps, trapezoid)
+    run.restore()
+
+    def loss_of(step: int) -> Tensor:
+        rng = np.random.default_rng((plan.seed, 3, step))
+        picks = rng.integers(len(pictures) * CHUNK, size=plan.decoder_batch)
+        x = _tensor(np.stack([pictures[i // CHUNK][i % CHUNK] for i in picks])).to(plan.device)
+        x = x.contiguous(memory_format=torch.channels_last)
+        with torch.no_grad():
+            z = vae.encode(x).latent
+        # a little noise: the denoiser's latents are never quite those of a picture
+        z = z + 0.05 * torch.from_numpy(rng.standard_normal(tuple(z.shape), dtype=np.float32)).to(plan.device)
+        return reconstruction_loss(vae.decode(z).sample, x)
+
+    run.go(loss_of)
+
+
+# ---------------------------------------------------------------- latents
+
+
+def _trained(work: Path, name: str, pipe: Any) -> None:
+    state = torch.load(work / f"{name}.pt", weights_only=True)
+    for part, weights in state["modules"].items():
+        getattr(pipe, part).load_state_dict(weights)
+
+
+@torch.no_grad()
+def latents_stage(work: Path, plan: Plan) -> None:
+    """Encode every picture once; the scale to unit variance goes into the autoencoder's config."""
+    vae = model.autoencoder()
+    vae.load_state_dict(torch.load(work / "autoencoder.pt", weights_only=True)["modules"]["vae"])
+    vae = vae.to(plan.device, memory_format=torch.channels_last).eval()
+    for source, target in zip(_chunks(work, plan, "pictures"), _chunks(work, plan, "latents"), strict=True):
+        if not target.exists():
+            parts = _tensor(np.load(source)).split(50)
+            z = torch.cat([vae.encode(x.to(plan.device)).latent.cpu() for x in parts]).half().numpy()
+            _write(target, lambda f, z=z: np.save(f, z))
+    sample = np.load(_chunks(work, plan, "latents")[0]).astype(np.float32)
+    facts = {"scaling_factor": float(1 / sample.std())}
+    (work / "latents.json").write_text(json.dumps(facts))
+    log(work, "latents", **facts)
+
+
+# ---------------------------------------------------------------- denoiser
+
+
+def all_captions() -> list[str]:
+    """Every wording about seen subjects and styles: what the tokenizer's merges are learned from."""
+    scenes = [world.sample_scene(i, subject=s, style=t) for i, (s, t) in enumerate(world.SEEN_PAIRS * 8)]
+    return [world.caption(scene, i % 6 + 100 * (i % 2)) for i, scene in enumerate(scenes)]
+
+
+def optimisers(pipe: Any, plan: Plan) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices inside the blocks, AdamW for everything else (embeddings, norms, biases, text encoders)."""
+    matrices: list[nn.Parameter] = []
+    rest: list[nn.Parameter] = []
+    for name, p in pipe.transformer.named_parameters():
+        inside = p.ndim == 2 and name.startswith("transformer_blocks") and ".norm" not in name
+        (matrices if inside else rest).append(p)
+    rest += [*pipe.text_encoder.parameters(), *pipe.text_encoder_2.parameters()]
+    muon = Muon(matrices, plan.muon_lr)
+    return [muon, torch.optim.AdamW(rest, plan.adam_lr, betas=(0.9, 0.98), weight_decay=0.01)]
+
+
+def embed(pipe: Any, captions: list[str], null_tokens: int) -> tuple[Tensor, Tensor]:
+    """What ``encode_prompt`` computes, with gradients: (b, 24 + null_tokens, 256) and (b, 256)."""
+    ids = pipe.tokenizer(
+        captions, padding="max_length", max_length=model.TOKENS, truncation=True, return_tensors="pt"
+    ).input_ids.to(pipe.transformer.device)
+    outs = [e(ids, output_hidden_states=True) for e in (pipe.text_encoder, pipe.text_encoder_2)]
+    hidden = torch.cat([o.hidden_states[-2] for o in outs], -1)
+    hidden = torch.cat([hidden, hidden.new_zeros(len(captions), null_tokens, hidden.shape[-1])], 1)
+    return hidden, torch.cat([o.text_embeds for o in outs], -1)
+
+
+def batches(work: Path, plan: Plan) -> Callable[[int], tuple[Tensor, list[str], np.random.Generator]]:
+    """step -> (latents, captions, the step's random generator)."""
+    facts = json.loads((work / "latents.json").read_text())
+    latents = np.concatenate([np.load(p) for p in _chunks(work, plan, "latents")])
+    scenes = [world.sample_scene(i) for i in range(len(latents))]
+
+    def batch(step: int) -> tuple[Tensor, list[str], np.random.Generator]:
+        rng = np.random.default_rng((plan.seed, 2, step))
+        picks = rng.integers(len(latents), size=plan.denoiser_batch)
+        wording = rng.integers(6, size=len(picks)) + 100 * rng.integers(2, size=len(picks))
+        captions = [world.caption(scenes[i], int(w)) for i, w in zip(picks, wording, strict=True)]
+        captions = ["" if rng.random() < plan.caption_dropout else c for c in captions]
+        z = torch.from_numpy(latents[picks].astype(np.float32))
+        return z * facts["scaling_factor"], captions, rng
+
+    return batch
+
+
+def denoiser_stage(work: Path, plan: Plan) -> None:
+    """Flow matching (Lipman et al. 2022; SD3, Esser et al. 2024): predict noise - latents at logit-normal times."""
+    pipe = model.load(Path(plan.start)) if plan.start else model.build(all_captions(), plan.seed)
+    parts = {n: getattr(pipe, n).to(plan.device) for n in ("transformer", "text_encoder", "text_encoder_2")}
+    run = Run(work, "denoiser", parts, optimisers(pipe, plan), plan.denoiser_steps, trapezoid)
+    run.restore()
+    batch = batches(work, plan)
+    fast = torch.compile(pipe.transformer) if plan.compile else pipe.transformer
+
+    def loss_of(step: int) -> Tensor:
+        z, captions, rng = batch(step)
+        z = z.to(plan.device)
+        noise = torch.from_numpy(rng.standard_normal(tuple(z.shape), dtype=np.float32)).to(plan.device)
+        t = torch.from_numpy(rng.standard_normal(len(z), dtype=np.float32)).to(plan.device).sigmoid()
+        long = rng.random() < plan.long_null
+        hidden, pooled = embed(pipe, captions, 256 if long else 1)
+        x = torch.lerp(z, noise, t[:, None, None, None])
+        velocity = (pipe.transformer if long else fast)(x, hidden, pooled, t * 1000).sample
+        return F.mse_loss(velocity, noise - z)
+
+    run.go(loss_of)
+
+
+# ---------------------------------------------------------------- export
+
+
+def export_stage(work: Path, plan: Plan, target: Path) -> None:
+    """Put the trained parts together and write the pipeline directory."""
+    pipe = model.build(all_captions(), plan.seed)
+    for name in ("autoencoder", "decoder", "denoiser"):
+        if name != "decoder" or (work / "decoder.pt").exists():
+            _trained(work, name, pipe)
+    pipe.vae.register_to_config(**json.loads((work / "latents.json").read_text()))
+    model.save(pipe, target)
+    log(work, "export", path=target.name, plan=asdict(plan))
+
+
+STAGES = ("render", "autoencoder", "latents", "denoiser", "decoder", "export")
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m qrlora.pico.train", description=__doc__.split("\n\n")[0])
+    parser.add_argument(
+        "--work", type=Path, required=True, help="folder for pictures, latents, checkpoints and the log"
+    )
+    parser.add_argument("--stages", default=",".join(STAGES), help="comma-separated; default: all, in order")
+    parser.add_argument("--target", type=Path, default=Path(__file__).parent / "weights" / "pipeline")
+    for name, value in asdict(Plan()).items():
+        parser.add_argument("--" + name.replace("_", "-"), type=type(value), default=value)
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Run the stages named on the command line."""
+    args = _arguments()
+    plan = Plan(**{name: getattr(args, name) for name in asdict(Plan())})
+    args.work.mkdir(parents=True, exist_ok=True)
+    if plan.threads:
+        torch.set_num_threads(plan.threads)
+    for stage in args.stages.split(","):
+        if stage == "export":
+            export_stage(args.work, plan, args.target)
+        else:
+            globals()[f"{stage}_stage"](args.work, plan)
+
+
+if __name__ == "__main__":
+    main()

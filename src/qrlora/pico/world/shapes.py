@@ -1,0 +1,69 @@
+"""Vector parts: what a subject is made of before any style draws it.
+
+Coordinates: x to the right, y down, the subject centred on (0, 0) inside [-1, 1] x [-1, 1].
+A subject is a list of parts in painter's order (later parts cover earlier ones).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+TONES = ("main", "accent", "dark", "light", "metal", "glass")
+"""What a part is made of; a palette gives each tone its colour. "main" is the colour the caption names."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """One filled polygon, or one stroke if ``width`` is given.
+
+    points: (n, 2) float array in subject coordinates. tone: one of TONES. width: stroke width in subject units.
+    closed: whether a stroke returns to its first point.
+    """
+
+    points: np.ndarray
+    tone: str = "main"
+    width: float | None = None
+    closed: bool = False
+
+    def __post_init__(self) -> None:
+        if self.tone not in TONES:
+            raise ValueError(f"tone must be one of {TONES}, got {self.tone!r}")
+
+
+def polygon(*points: tuple[float, float]) -> np.ndarray:
+    """A polygon through the points given."""
+    return np.array(points, dtype=float)
+
+
+def rect(x: float, y: float, w: float, h: float, radius: float = 0.0) -> np.ndarray:
+    """A rectangle with top left corner (x, y), width w, height h and rounded corners."""
+    if radius <= 0:
+        return polygon((x, y), (x + w, y), (x + w, y + h), (x, y + h))
+    radius = min(radius, w / 2, h / 2)
+    corners = [(x + w - radius, y + radius, -90), (x + w - radius, y + h - radius, 0)]
+    corners += [(x + radius, y + h - radius, 90), (x + radius, y + radius, 180)]
+    return np.concatenate([arc(cx, cy, radius, radius, a, a + 90, 8) for cx, cy, a in corners])
+
+
+def arc(cx: float, cy: float, rx: float, ry: float, start: float, end: float, n: int = 32) -> np.ndarray:
+    """Points on an ellipse from angle start to end, in degrees, clockwise from the positive x axis."""
+    t = np.radians(np.linspace(start, end, n))
+    return np.stack([cx + rx * np.cos(t), cy + ry * np.sin(t)], 1)
+
+
+def ellipse(cx: float, cy: float, rx: float, ry: float | None = None, n: int = 48) -> np.ndarray:
+    """A whole ellipse, or a circle if ry is left out."""
+    return arc(cx, cy, rx, rx if ry is None else ry, 0, 360 - 360 / n, n)
+
+
+def curve(*points: tuple[float, float], n: int = 12, closed: bool = False) -> np.ndarray:
+    """A smooth line through the points (centripetal-free Catmull-Rom, n samples a span)."""
+    p = np.array(points, dtype=float)
+    p = np.concatenate([p[-1:], p, p[:2]]) if closed else np.concatenate([2 * p[:1] - p[1:2], p, 2 * p[-1:] - p[-2:-1]])
+    t = np.linspace(0, 1, n, endpoint=False)[:, None]
+    spans = []
+    for a, b, c, d in zip(p[:-3], p[1:-2], p[2:-1], p[3:], strict=True):
+        spans.append(0.5 * (2 * b + (c - a) * t + (2 * a - 5 * b + 4 * c - d) * t**2 + (3 * b - a - 3 * c + d) * t**3))
+    return np.concatenate(spans if closed else [*spans, p[-2:-1]])

@@ -1,0 +1,302 @@
+"""The training loop: one for every method and family.
+
+Nothing random has a state. The examples, noise and timesteps of step n are drawn from generators seeded by (seed, n) or
+(seed, epoch), so a run resumed at any step sees what the uninterrupted run would have seen, and so would several
+processes that each took a share of every step.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib.metadata import version
+from types import FrameType
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from peft import LoraConfig, PeftConfig
+from torch import Tensor, nn
+
+from qrlora.adapter import Adapter, adapter_from_model, save_adapter
+from qrlora.errors import RecipeError, TrainingError
+from qrlora.families import ModelFamily, family_of, load_pipeline, remove_adapters
+from qrlora.training import checkpoint
+from qrlora.training.dataset import EncodedDataset, Example, encode, find_pictures, load_examples
+from qrlora.training.recipe import Recipe
+from qrlora.tuner import QRLoraConfig
+
+ADAPTER_NAME = "trained"
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run is: steps done of all steps, loss of the last step, seconds left at the pace so far."""
+
+    step: int
+    steps: int
+    loss: float
+    seconds_left: float
+
+
+class TrainingInterrupted(KeyboardInterrupt):
+    """Ctrl-C, taken after a whole step. `checkpoint` is what `resume` continues from; None if the run has no output."""
+
+    def __init__(self, step: int, saved: object):
+        self.step, self.checkpoint = step, saved
+        super().__init__(f"interrupted after step {step}" + (f"; saved {saved}" if saved else "; nothing saved"))
+
+
+@dataclass
+class Run:
+    """All that a step reads or changes."""
+
+    recipe: Recipe
+    family: ModelFamily
+    denoiser: nn.Module
+    scheduler: Any
+    data: EncodedDataset
+    parameters: dict[str, nn.Parameter]
+    optimizer: torch.optim.Optimizer
+    step: int = 0
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """What a checkpoint must agree on to be continued: the recipe's fields and the data."""
+        return self.recipe.run_record() | {"data": self.data.digest}
+
+
+def train(
+    recipe: Recipe,
+    *,
+    pipe: Any = None,
+    family: ModelFamily | None = None,
+    progress: Callable[[Progress], None] | None = None,
+    resume: bool = False,
+) -> Adapter:
+    """Train one adapter; write it to `recipe.output` if that is set.
+
+    Args:
+        recipe: what to do.
+        pipe: a loaded base model; it comes back as it was (its denoiser frozen). Without it `recipe.model` is loaded,
+            and its encoders leave memory as soon as the pictures and captions are encoded.
+        family: of `pipe`, if it is not to be looked up.
+        progress: called after every step.
+        resume: continue from the newest checkpoint beside `recipe.output`, to the same ΔR as an uninterrupted run
+            (bit for bit on a CPU).
+
+    Raises:
+        ModelError, DataError, BasisError, TunerError: the model, the pictures or the basis cannot be used.
+        RecipeError: nothing to resume, or the checkpoint is of another run.
+        TrainingError: the loss or the gradient is no longer finite; says at which step.
+        TrainingInterrupted: Ctrl-C; a checkpoint was written if there is an output.
+    """
+    started = time.perf_counter()
+    denoiser, scheduler, family, examples, data = _prepare(recipe, pipe, family)
+    del pipe
+    with _adapter_on(denoiser, family, recipe) as parameters:
+        optimizer = torch.optim.AdamW(
+            parameters.values(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay, fused=True
+        )
+        run = Run(recipe, family, denoiser, scheduler, data, parameters, optimizer)
+        if resume:
+            run.step = checkpoint.load(recipe, run.record, parameters, optimizer)
+        loss = _run_steps(run, progress)
+        adapter = _extract(run, _provenance(examples, loss, time.perf_counter() - started))
+    if recipe.output:
+        save_adapter(adapter, recipe.output, spelling="compact" if adapter.metadata.on_basis else "lora")
+    return adapter
+
+
+def _extract(run: Run, provenance: dict[str, Any]) -> Adapter:
+    """What was trained, with all that is known about it."""
+    return adapter_from_model(
+        run.denoiser,
+        ADAPTER_NAME,
+        family=run.family.name,
+        denoiser=run.family.denoiser,
+        base_model=run.recipe.model,
+        role=run.recipe.role,
+        trigger=run.recipe.trigger,
+        licence=run.recipe.licence,
+        recipe=run.recipe.record(),
+        provenance=provenance,
+    )
+
+
+def _prepare(
+    recipe: Recipe, pipe: Any, family: ModelFamily | None
+) -> tuple[nn.Module, Any, ModelFamily, list[Example], EncodedDataset]:
+    """All that training needs of the pipeline, which is let go: only denoiser and scheduler survive this function."""
+    if recipe.output and not recipe.output.parent.is_dir():
+        raise RecipeError(
+            f"nowhere to write {recipe.output}",
+            expected="an existing folder",
+            got=recipe.output.parent,
+            remedy="create it",
+        )
+    find_pictures(recipe.images)  # a misspelt path should not cost the loading of a model
+    if pipe is None:
+        pipe, family = load_pipeline(recipe.model, dtype=getattr(torch, recipe.dtype))
+    family = family or family_of(pipe)
+    resolution = recipe.resolution or family.resolution(pipe)
+    examples = load_examples(recipe.images, recipe.text, recipe.trigger, resolution)
+    data = encode(examples, pipe, family)
+    return family.denoiser_of(pipe), family.training_scheduler(pipe), family, examples, data
+
+
+def peft_config(recipe: Recipe, family: ModelFamily) -> PeftConfig:
+    """The recipe's method as PEFT is told it."""
+    targets = family.targets if recipe.targets is None else recipe.targets
+    common: dict[str, Any] = {
+        "r": recipe.rank,
+        "lora_alpha": recipe.alpha,
+        "target_modules": targets if isinstance(targets, str) else list(targets),
+    }
+    if recipe.method == "lora":
+        return LoraConfig(init_lora_weights="gaussian", **common)
+    return QRLoraConfig(
+        triangular=recipe.triangular,
+        columns=recipe.columns if isinstance(recipe.columns, str) else list(recipe.columns),
+        basis_rank=recipe.basis_rank,
+        train_basis=recipe.train_basis,
+        **common,
+    )
+
+
+@contextlib.contextmanager
+def _adapter_on(denoiser: Any, family: ModelFamily, recipe: Recipe) -> Iterator[dict[str, nn.Parameter]]:
+    """A fresh adapter on the frozen denoiser, for the duration; yields what trains, in float32, by name."""
+    denoiser.requires_grad_(False)
+    config = peft_config(recipe, family)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(recipe.seed)
+            denoiser.add_adapter(config, adapter_name=ADAPTER_NAME)
+        parameters = {name: p for name, p in denoiser.named_parameters() if p.requires_grad}
+        for parameter in parameters.values():
+            parameter.data = parameter.data.float()
+        yield parameters
+    finally:
+        remove_adapters(denoiser, [ADAPTER_NAME])
+
+
+def _run_steps(run: Run, progress: Callable[[Progress], None] | None) -> float:
+    """Every remaining step, with checkpoints; returns the last loss."""
+    recipe, first, started, loss = run.recipe, run.step, time.perf_counter(), float("nan")
+    with _deferred_interrupt() as interrupted:
+        while run.step < recipe.steps:
+            loss = _step(run)
+            run.step += 1
+            if progress:
+                pace = (time.perf_counter() - started) / (run.step - first)
+                progress(Progress(run.step, recipe.steps, loss, pace * (recipe.steps - run.step)))
+            if recipe.checkpoint_every and (run.step % recipe.checkpoint_every == 0 or run.step == recipe.steps):
+                _save_checkpoint(run)
+            if interrupted():
+                raise TrainingInterrupted(run.step, _save_checkpoint(run))
+    return loss
+
+
+def _step(run: Run) -> float:
+    """One optimiser step; returns its mean loss. The parameters are untouched if it raises."""
+    recipe = run.recipe
+    for group in run.optimizer.param_groups:
+        group["lr"] = recipe.learning_rate * min(1.0, (run.step + 1) / max(1, recipe.warmup_steps))
+    total = 0.0
+    for latents, noise, timesteps, conditions in draw(run):
+        loss = run.family.loss(run.denoiser, run.scheduler, latents, noise, timesteps, conditions) / recipe.accumulation
+        loss.backward()
+        total += loss.item()
+    norm = nn.utils.clip_grad_norm_(run.parameters.values(), recipe.max_grad_norm)
+    if not (math.isfinite(norm.item()) and math.isfinite(total)):
+        run.optimizer.zero_grad()
+        raise TrainingError(
+            f"training broke down at step {run.step + 1}",
+            expected="a finite loss and gradient",
+            got=f"loss {total}, gradient norm {norm.item()}",
+            remedy="lower learning_rate, or train in float32" + _kept(run),
+        )
+    run.optimizer.step()
+    run.optimizer.zero_grad()
+    return total
+
+
+def draw(run: Run) -> Iterator[tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]]:
+    """Latents, noise, timesteps and conditions of every forward pass of the current step."""
+    recipe, device = run.recipe, run.data.latents.device
+    generator = torch.Generator().manual_seed(_mix(recipe.seed, run.step))
+    for micro in range(recipe.accumulation):
+        start = (run.step * recipe.accumulation + micro) * recipe.batch_size
+        latents, conditions = run.data.batch(order(recipe.seed, len(run.data), start, recipe.batch_size))
+        noise = torch.randn(latents.shape, generator=generator)
+        timesteps = run.family.sample_timesteps(run.scheduler, len(latents), generator)
+        yield latents, noise.to(device), timesteps.to(device), conditions
+
+
+def order(seed: int, examples: int, start: int, count: int) -> Int[Tensor, " count"]:
+    """Which examples come at positions start, start + 1, ...: all of them once an epoch, in an order of its own."""
+    positions = range(start, start + count)
+    shuffled = {
+        epoch: torch.randperm(examples, generator=torch.Generator().manual_seed(_mix(seed, -1 - epoch)))
+        for epoch in {position // examples for position in positions}
+    }
+    return torch.stack([shuffled[position // examples][position % examples] for position in positions])
+
+
+def _mix(seed: int, counter: int) -> int:
+    """One generator seed from two numbers, far apart for neighbours (the finaliser of splitmix64)."""
+    z = (seed * 0x9E3779B97F4A7C15 + counter * 0xD1B54A32D192ED03) & (2**64 - 1)
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & (2**64 - 1)
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & (2**64 - 1)
+    return (z ^ (z >> 31)) & (2**63 - 1)
+
+
+def _save_checkpoint(run: Run) -> object:
+    if run.recipe.output is None:
+        return None
+    return checkpoint.save(run.recipe, run.record, run.step, run.parameters, run.optimizer)
+
+
+def _kept(run: Run) -> str:
+    """What is left after a breakdown, for the error message."""
+    newest = checkpoint.newest(run.recipe)
+    return f"; the last good checkpoint is {newest}" if newest else ""
+
+
+def _provenance(examples: list[Example], loss: float, seconds: float) -> dict[str, Any]:
+    """Where an adapter comes from, beyond its recipe."""
+    return {
+        "pictures": [{"name": e.name, "pixels_sha256": e.digest, "caption": e.caption} for e in examples],
+        "last_loss": loss if math.isfinite(loss) else None,
+        "seconds": round(seconds, 1),
+        "versions": {name: version(name) for name in ("qrlora", "torch", "peft", "diffusers", "transformers")},
+    }
+
+
+@contextlib.contextmanager
+def _deferred_interrupt() -> Iterator[Callable[[], bool]]:
+    """Ctrl-C waits for the end of the step, so that what is saved is whole; a second one does not wait.
+
+    Signals reach the main thread only; elsewhere nothing is deferred.
+    """
+    pressed = threading.Event()
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        if pressed.is_set():
+            raise KeyboardInterrupt
+        pressed.set()
+
+    if threading.current_thread() is not threading.main_thread():
+        yield pressed.is_set
+        return
+    before = signal.signal(signal.SIGINT, handle)
+    try:
+        yield pressed.is_set
+    finally:
+        signal.signal(signal.SIGINT, before)

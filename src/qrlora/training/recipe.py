@@ -1,0 +1,226 @@
+"""The complete, validated description of one training run.
+
+    Recipe.load("mug.toml", {"steps": 300})        # a TOML file, with overrides
+    Recipe(role="subject", images="mug.png")       # or in Python
+
+Every field has one definition, here: the command line's flags, the TOML keys and the recipe kept in the adapter's
+metadata are all read off this class.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from qrlora.errors import RecipeError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+TRIGGER = "[trigger]"
+"""In a caption: the place of the trigger."""
+
+TRIGGERS = {"subject": "<c>", "style": "<s>"}
+DEFAULT_RANK = 16
+
+# What may change between a run and its resumption without making it another run.
+RESUMABLE = frozenset({"steps", "checkpoint_every", "checkpoints_kept", "output", "images", "licence"})
+
+
+def default_caption(role: str, noun: str) -> str:
+    """The published prompts: "a photo of a <c> dog" for a subject, "a cat in <s> style" for a style."""
+    if role == "subject":
+        return f"a photo of a {TRIGGER} {noun}".rstrip()
+    noun = noun or "picture"
+    article = "an" if noun[0].lower() in "aeiou" else "a"
+    return f"{article} {noun} in {TRIGGER} style"
+
+
+class Recipe(BaseModel):
+    """One training run. Unset fields take the defaults of the role; see each field's description.
+
+    Raises RecipeError (by `Recipe.of`, `Recipe.load` and `replace`) that names every unknown, missing or wrong field.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    model: str = Field("pico", description="base model: pico, a folder in the diffusers layout, or a hub id")
+    method: Literal["qrlora", "lora"] = Field("qrlora", description="qrlora, or plain lora for comparison")
+    role: Literal["subject", "style"] = Field(description="what is learned: subject or style")
+    images: tuple[Path, ...] = Field(
+        min_length=1,
+        description="pictures to learn from: one, several, or a folder (captions: see docs of the dataset)",
+    )
+    trigger: str = Field(
+        min_length=1, description="word that calls the adapter (default: <c> for a subject, <s> for a style)"
+    )
+    noun: str = Field("", description="what the picture shows, in a word the model knows: dog, house")
+    caption: str = Field(
+        min_length=1, description=f"caption of pictures that have none of their own; {TRIGGER} stands for the trigger"
+    )
+    rank: int = Field(DEFAULT_RANK, ge=1, description="rows of each ΔR")
+    alpha: int = Field(ge=1, description="scaling times rank (default: the rank, so scaling 1)")
+    columns: str | tuple[int, ...] = Field(
+        description="columns of the basis: first, subject, style, i/n, or a list (default: the role's own)"
+    )
+    basis_rank: int | None = Field(
+        None, ge=1, description="columns of the whole basis (default: as many as columns needs)"
+    )
+    triangular: bool = Field(True, description="keep ΔR upper triangular")
+    train_basis: bool = Field(False, description="published mode: train Q and R; cannot be composed exactly")
+    targets: str | tuple[str, ...] | None = Field(
+        None, description="module names, or a regular expression, to adapt (default: the family's published set)"
+    )
+    steps: int = Field(200, ge=1, description="optimiser steps")
+    batch_size: int = Field(8, ge=1, description="examples per forward pass")
+    accumulation: int = Field(1, ge=1, description="forward passes per optimiser step")
+    learning_rate: float = Field(1e-3, gt=0, description="AdamW learning rate, constant after the warm-up")
+    warmup_steps: int = Field(0, ge=0, description="steps over which the learning rate rises to its value")
+    weight_decay: float = Field(1e-4, ge=0, description="AdamW weight decay of ΔR")
+    max_grad_norm: float = Field(1.0, gt=0, description="gradients are scaled down to this norm")
+    seed: int = Field(0, ge=0, description="seed of everything random in the run")
+    resolution: int | None = Field(
+        None, ge=8, description="side of the square training pictures (default: the model's)"
+    )
+    dtype: Literal["float32", "bfloat16", "float16"] = Field(
+        "float32", description="precision of the frozen base; ΔR trains in float32"
+    )
+    checkpoint_every: int = Field(0, ge=0, description="steps between checkpoints (0: only when interrupted)")
+    checkpoints_kept: int = Field(1, ge=1, description="how many checkpoints stay on disk, the newest")
+    output: Path | None = Field(None, description="adapter file to write; checkpoints go to a folder beside it")
+    licence: str = Field("", description="licence of the adapter, kept in its metadata")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults(cls, data: Any) -> Any:
+        """Fill what depends on other fields, so that a recipe once made is complete and explicit."""
+        if not isinstance(data, Mapping) or data.get("role") not in TRIGGERS:
+            return data
+        role, noun = data["role"], data.get("noun") or ""
+        defaults = {
+            "trigger": TRIGGERS[role],
+            "caption": default_caption(role, noun) if isinstance(noun, str) else "",
+            "alpha": data.get("rank", DEFAULT_RANK),
+            "columns": role,
+        }
+        return defaults | {key: value for key, value in data.items() if value is not None}
+
+    @field_validator("images", mode="before")
+    @classmethod
+    def _one_or_many(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, (str, Path)) else value
+
+    @field_validator("columns", mode="before")
+    @classmethod
+    def _listed_columns(cls, value: Any) -> Any:
+        """Accept "0,2,4" from the command line."""
+        if isinstance(value, str) and all(part.strip().isdigit() for part in value.split(",")):
+            return tuple(int(part) for part in value.split(","))
+        return value
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Recipe:
+        if TRIGGER not in self.caption and self.trigger not in self.caption:
+            raise ValueError(f"caption {self.caption!r} has neither {TRIGGER} nor the trigger {self.trigger!r}")
+        if self.method == "lora" and self.train_basis:
+            raise ValueError("train_basis = true has no meaning with method = 'lora', which has no basis")
+        return self
+
+    @classmethod
+    def of(cls, fields: Mapping[str, Any]) -> Recipe:
+        """The recipe with these fields.
+
+        Raises:
+            RecipeError: naming every unknown (with the nearest known), missing or wrong field.
+        """
+        try:
+            return cls.model_validate(dict(fields))
+        except ValidationError as error:
+            raise RecipeError(
+                "this recipe cannot be run:\n" + "\n".join(f"  - {line}" for line in _explain(error)),
+                remedy="`qrlora train --help` describes every field",
+            ) from error
+
+    @classmethod
+    def load(cls, path: str | Path, overrides: Mapping[str, Any] | None = None) -> Recipe:
+        """Read a TOML recipe. Its relative paths count from its own folder; `overrides` win over it.
+
+        Raises:
+            RecipeError: no such file, not TOML, or not a valid recipe.
+        """
+        path = Path(path)
+        try:
+            fields = tomllib.loads(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise RecipeError(f"cannot read the recipe {path}", got=error.strerror, remedy="check the path") from error
+        except ValueError as error:
+            raise RecipeError(f"{path} is not TOML", got=error, remedy="see recipes/ for examples") from error
+        return cls.of(_anchored(fields, path.parent) | dict(overrides or {}))
+
+    def replace(self, **changes: Any) -> Recipe:
+        """A copy with some fields changed, validated again."""
+        return Recipe.of(self.model_dump() | changes)
+
+    @property
+    def text(self) -> str:
+        """The caption with the trigger in its place."""
+        return self.caption.replace(TRIGGER, self.trigger)
+
+    def record(self) -> dict[str, Any]:
+        """The resolved recipe as JSON values for the adapter's metadata: pictures and output by name, not by path."""
+        fields = self.model_dump(mode="json")
+        fields["images"] = [image.name for image in self.images]
+        fields["output"] = self.output.name if self.output else None
+        return fields
+
+    def run_record(self) -> dict[str, Any]:
+        """The fields that make two runs the same run: what a checkpoint must agree on to be continued."""
+        return {key: value for key, value in self.model_dump(mode="json").items() if key not in RESUMABLE}
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the record as canonical JSON."""
+        return hashlib.sha256(json.dumps(self.record(), sort_keys=True).encode()).hexdigest()
+
+
+def _anchored(fields: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Paths of a recipe file, made relative to where it lies. A model is a path only if it is there."""
+    anchored = dict(fields)
+    images = fields.get("images")
+    if isinstance(images, str):
+        anchored["images"] = folder / images
+    elif isinstance(images, list) and all(isinstance(image, str) for image in images):
+        anchored["images"] = [folder / image for image in images]
+    if isinstance(fields.get("output"), str):
+        anchored["output"] = folder / fields["output"]
+    if isinstance(fields.get("model"), str) and (folder / fields["model"]).is_dir():
+        anchored["model"] = str(folder / fields["model"])
+    return anchored
+
+
+def _explain(error: ValidationError) -> list[str]:
+    """One line per wrong field."""
+    lines = []
+    for item in error.errors():
+        name = ".".join(str(part) for part in item["loc"][:1])
+        if item["type"] == "extra_forbidden":
+            near = difflib.get_close_matches(name, Recipe.model_fields, n=1, cutoff=0.5)
+            lines.append(f"unknown field {name!r}" + (f": did you mean {near[0]!r}?" if near else ""))
+        elif item["type"] == "missing":
+            # Without a role, what would be filled from it is missing too: naming the role is enough.
+            if name in ("role", "images") or not any(i["loc"] == ("role",) for i in error.errors()):
+                lines.append(f"{name!r} is required: {Recipe.model_fields[name].description}")
+        elif name:
+            lines.append(f"{name} = {item['input']!r}: {item['msg']}")
+        else:
+            lines.append(item["msg"].removeprefix("Value error, "))
+    return list(dict.fromkeys(lines))

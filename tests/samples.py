@@ -1,0 +1,75 @@
+"""Small adapters for tests: random ΔR on the basis of random weights."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qrlora.adapter import Adapter, AdapterMetadata
+from qrlora.adapter.record import triangular_mask
+from qrlora.basis import Basis
+
+SHAPES = {"blocks.0.attn.to_q": (24, 16), "blocks.0.ff": (16, 40), "conv": (12, 4, 3, 3)}
+
+
+def make_weights(seed: int = 0, shapes: dict[str, tuple[int, ...]] = SHAPES) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+
+
+def make_basis(folder: Path, rank: int = 8, seed: int = 0, **options: Any) -> Basis:
+    return Basis.of(make_weights(seed), rank, cache_dir=folder, **options)
+
+
+def make_adapter(
+    basis: Basis,
+    columns: tuple[int, ...] = (0, 1, 2, 3),
+    *,
+    seed: int = 1,
+    alpha: float | None = None,
+    triangular: bool = True,
+    shapes: dict[str, tuple[int, ...]] = SHAPES,
+    **fields: Any,
+) -> Adapter:
+    """An adapter on `basis`, trained by chance; alpha is the rank unless given."""
+    generator = torch.Generator().manual_seed(seed)
+    deltas = {}
+    for name, shape in shapes.items():
+        width = torch.Size(shape[1:]).numel()
+        delta = torch.randn(len(columns), width, generator=generator)
+        deltas[name] = delta * triangular_mask(columns, width) if triangular else delta
+    metadata = AdapterMetadata(
+        method="qrlora",
+        rank=len(columns),
+        alpha=float(len(columns)) if alpha is None else alpha,
+        basis_rank=basis.rank,
+        columns=columns,
+        triangular=triangular,
+        algorithm=basis.algorithm,
+        basis_seed=basis.seed,
+        basis_fingerprint=basis.fingerprint,
+        **{"family": "sd3", "base_model": "tiny", **fields},
+    )
+    return Adapter(metadata, deltas, dict(shapes), {name: basis.digests[name] for name in shapes})
+
+
+def make_lora(rank: int = 3, *, seed: int = 2, alpha: float | None = None, **fields: Any) -> Adapter:
+    """A plain LoRA on the layers of SHAPES."""
+    generator = torch.Generator().manual_seed(seed)
+    deltas = {n: torch.randn(rank, torch.Size(s[1:]).numel(), generator=generator) for n, s in SHAPES.items()}
+    ups = {n: torch.randn(s[0], rank, generator=generator) for n, s in SHAPES.items()}
+    metadata = AdapterMetadata(method="lora", rank=rank, alpha=float(rank) if alpha is None else alpha, **fields)
+    return Adapter(metadata, deltas, dict(SHAPES), ups=ups)
+
+
+def changed(adapter: Adapter, **fields: Any) -> Adapter:
+    """The same adapter with other metadata."""
+    return dataclasses.replace(adapter, metadata=dataclasses.replace(adapter.metadata, **fields))
+
+
+def delta_weights(adapter: Adapter, basis: Basis | None = None) -> dict[str, torch.Tensor]:
+    """ΔW of every layer, explicitly."""
+    return {n: adapter.delta_weight(n, None if basis is None else basis[n].q).double() for n in adapter.deltas}

@@ -1,0 +1,189 @@
+"""The family table: objective, encodings, and how base models are found."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from diffusers import AutoencoderDC, AutoencoderTiny
+from huggingface_hub import errors as hub_errors
+
+from qrlora import families
+from qrlora.errors import DataError, ModelError
+from qrlora.families import FAMILIES, family_of, load_pipeline
+from qrlora.families.sd3 import encode_images
+
+
+@pytest.fixture(scope="module")
+def loaded(tiny_sd3: Path):
+    return load_pipeline(tiny_sd3, device="cpu")
+
+
+def test_loss_is_that_of_the_diffusers_example(loaded) -> None:
+    """Against the formula of train_dreambooth_lora_sd3.py, computed apart: σ from the table, target noise - latents."""
+    pipe, family = loaded
+    generator = torch.Generator().manual_seed(1)
+    latents, noise = (torch.randn(3, 4, 8, 8, generator=generator) for _ in range(2))
+    conditions = family.encode_prompts(pipe, ["a <c> mug", "a mug in <s> style", ""])
+    scheduler = family.training_scheduler(pipe)
+    timesteps = family.sample_timesteps(scheduler, 3, generator)
+    loss = family.loss(pipe.transformer, scheduler, latents, noise, timesteps, conditions)
+
+    sigmas = torch.stack([scheduler.sigmas[scheduler.timesteps == t][0] for t in timesteps])[:, None, None, None]
+    prediction = pipe.transformer(
+        hidden_states=sigmas * noise + (1.0 - sigmas) * latents,
+        timestep=timesteps,
+        encoder_hidden_states=conditions["encoder_hidden_states"],
+        pooled_projections=conditions["pooled_projections"],
+        return_dict=False,
+    )[0]
+    expected = torch.mean(((prediction - (noise - latents)) ** 2).reshape(3, -1), 1).mean()
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_timesteps_are_logit_normal_on_the_shifted_grid(loaded) -> None:
+    pipe, family = loaded
+    scheduler = family.training_scheduler(pipe)
+    timesteps = family.sample_timesteps(scheduler, 20_000, torch.Generator().manual_seed(0))
+    assert torch.isin(timesteps, scheduler.timesteps).all()
+    # Undo the shift (3 in the fixture) and the grid's descent: what is left is the sigmoid of a standard normal.
+    sigma = timesteps / 1000
+    normal = torch.logit((sigma / (3 - 2 * sigma)).clamp(1e-3, 1 - 1e-3))
+    assert abs(normal.mean()) < 0.03 and abs(normal.std() - 1) < 0.03
+
+
+def test_training_scheduler_ignores_what_generating_left_behind(loaded) -> None:
+    pipe, family = loaded
+    pipe.scheduler.set_timesteps(2)
+    assert len(family.training_scheduler(pipe).timesteps) == 1000
+
+
+def test_prompts_condition_training_as_they_do_generation(loaded) -> None:
+    """The same tensors that the pipeline hands its denoiser; one zero token for the missing T5."""
+    pipe, family = loaded
+    prompts = ["a photo of a <c> mug", "ünïcödé 🫖"]
+    seen = {}
+    hook = pipe.transformer.register_forward_pre_hook(lambda *call: seen.update(call[2]), with_kwargs=True)
+    pipe(prompts, num_inference_steps=1, guidance_scale=1.0, **family.prompt_options(pipe, prompts))
+    hook.remove()
+    conditions = family.encode_prompts(pipe, prompts)
+    assert conditions["encoder_hidden_states"].shape == (2, 77 + 1, 64)
+    for name, value in conditions.items():
+        assert torch.equal(value, seen[name])
+
+
+def test_too_long_a_prompt_is_refused(loaded) -> None:
+    pipe, family = loaded
+    with pytest.raises(DataError, match="prompt too long"):
+        family.encode_prompts(pipe, ["teapot " * 40])
+
+
+def test_latents_undo_shift_and_scale(loaded) -> None:
+    pipe, family = loaded
+    images = torch.rand(2, 3, 16, 16) * 2 - 1
+    mean = pipe.vae.encode(images).latent_dist.mode()
+    torch.testing.assert_close(family.encode_images(pipe, images), (mean - 0.06) * 1.5)
+
+
+def deterministic_autoencoders() -> list[AutoencoderTiny | AutoencoderDC]:
+    """Autoencoders whose encoder gives latents rather than a distribution of them."""
+    tiny = AutoencoderTiny(
+        encoder_block_out_channels=(8, 8),
+        decoder_block_out_channels=(8, 8),
+        num_encoder_blocks=(1, 1),
+        num_decoder_blocks=(1, 1),
+        latent_channels=4,
+        scaling_factor=2.0,
+    )
+    layout = {"block_types": "ResBlock", "block_out_channels": (8, 8), "layers_per_block": (1, 1)}
+    deep = AutoencoderDC(
+        latent_channels=4,
+        scaling_factor=2.0,
+        encoder_qkv_multiscales=((), ()),
+        decoder_qkv_multiscales=((), ()),
+        **{f"{side}_{key}": value for side in ("encoder", "decoder") for key, value in layout.items()},
+    )
+    return [tiny, deep]
+
+
+@pytest.mark.parametrize("vae", deterministic_autoencoders(), ids=lambda vae: type(vae).__name__)
+def test_deterministic_autoencoders_are_read_too(vae: AutoencoderTiny | AutoencoderDC) -> None:
+    images = torch.rand(1, 3, 16, 16) * 2 - 1
+    latents = encode_images(SimpleNamespace(vae=vae), images)
+    torch.testing.assert_close(latents, vae.encode(images, return_dict=False)[0] * 2.0)
+
+
+def test_every_target_of_a_family_is_in_its_denoiser(loaded) -> None:
+    pipe, family = loaded
+    names = [name for name, module in pipe.transformer.named_modules() if isinstance(module, torch.nn.Linear)]
+    for target in family.targets:
+        assert any(name.endswith("." + target) for name in names), target
+    assert family.resolution(pipe) == 16 and family.export_prefix == "transformer."
+
+
+def test_unknown_pipeline_lists_the_families() -> None:
+    with pytest.raises(ModelError) as error:
+        family_of("WuerstchenCombinedPipeline")
+    assert "sd3 (StableDiffusion3Pipeline)" in str(error.value) and "WuerstchenCombinedPipeline" in str(error.value)
+    assert family_of("StableDiffusion3Pipeline") is FAMILIES["StableDiffusion3Pipeline"]
+
+
+def test_short_names_resolve(tiny_sd3: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(families, "tiny_path", lambda: tiny_sd3, raising=False)
+    monkeypatch.setitem(families.EMBEDDED, "tiny", "qrlora.families:tiny_path")
+    assert load_pipeline("tiny", device="cpu")[1].name == "sd3"
+
+
+def test_folders_that_are_no_base_model(tmp_path: Path, tiny_sd3: Path) -> None:
+    for said, index in [("not a base model", "{broken"), ("not a base model", "{}"), ("not a base model", "[]")]:
+        (tmp_path / "model_index.json").write_text(index)
+        with pytest.raises(ModelError, match=said):
+            load_pipeline(tmp_path)
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "OtherPipeline"}))
+    with pytest.raises(ModelError, match="no model family"):
+        load_pipeline(tmp_path)
+    shutil.rmtree(tmp_path)
+    tmp_path.mkdir()
+    with pytest.raises(ModelError, match="not a base model"):
+        load_pipeline(tmp_path)
+
+
+@pytest.mark.parametrize("harm", ["missing", "truncated"])
+def test_incomplete_model(tmp_path: Path, tiny_sd3: Path, harm: str) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_sd3, folder)
+    weights = folder / "transformer" / "diffusion_pytorch_model.safetensors"
+    weights.unlink() if harm == "missing" else weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(ModelError, match="cannot be loaded") as error:
+        load_pipeline(folder)
+    assert error.value.remedy
+
+
+def test_names_that_lead_nowhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ModelError, match="hub id 'owner/name'"):
+        load_pipeline("./no/such/folder")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(ModelError, match="--model pico"):
+        load_pipeline("owner/never-downloaded")
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        (hub_errors.GatedRepoError, "accept its licence"),
+        (hub_errors.RepositoryNotFoundError, "check the spelling"),
+        (hub_errors.LocalEntryNotFoundError, "--model pico"),
+        (ConnectionError, "check the connection"),
+    ],
+)
+def test_hub_failures_come_with_what_to_do(monkeypatch: pytest.MonkeyPatch, kind: type[Exception], said: str) -> None:
+    def fail(*_: object) -> None:
+        raise kind.__new__(kind)
+
+    monkeypatch.setattr(families, "hf_hub_download", fail)
+    with pytest.raises(ModelError, match=said):
+        load_pipeline("owner/name")

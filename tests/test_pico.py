@@ -1,0 +1,69 @@
+"""The embedded base model and its world: what they promise to everything built on them."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from diffusers import StableDiffusion3Pipeline
+
+from qrlora import pico
+from qrlora.families import load_pipeline
+from qrlora.generation import generate_jobs
+from qrlora.pico import world
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return load_pipeline("pico")
+
+
+def test_world_is_as_large_as_it_says():
+    assert len(world.SUBJECTS) >= 28 and len(world.STYLES) >= 16
+    assert len(world.RESERVED_SUBJECTS) >= 6 and len(world.RESERVED_STYLES) >= 4
+    assert set(world.SEEN_SUBJECTS) | set(world.RESERVED_SUBJECTS) == set(world.SUBJECTS)
+
+
+def test_pretraining_never_shows_what_is_reserved_or_held_back():
+    seen = {(s.subject, s.style) for s in map(world.sample_scene, range(2000))}
+    assert not seen & set(world.HELD_BACK_PAIRS)
+    assert not {s for s, _ in seen} & set(world.RESERVED_SUBJECTS)
+    assert not {t for _, t in seen} & set(world.RESERVED_STYLES)
+    assert len(world.HELD_BACK_PAIRS) >= 0.1 * len(world.SEEN_SUBJECTS) * len(world.SEEN_STYLES)
+
+
+@pytest.mark.parametrize("style", world.STYLES)
+def test_every_style_draws_every_subject_the_same_way_twice(style):
+    for i, subject in enumerate(world.SUBJECTS):
+        scene = world.sample_scene(i, subject=subject, style=style)
+        picture, mask = world.render(scene)
+        assert picture.shape == (world.SIZE, world.SIZE, 3) and picture.dtype == np.uint8
+        assert 0.03 < mask.mean() < 0.7, "the subject is there, and does not fill the picture"
+        border = np.concatenate([mask[0], mask[-1], mask[:, 0], mask[:, -1]])
+        assert border.max() == 0, "the subject lies inside the picture"
+    assert np.array_equal(world.render(scene)[0], picture)
+
+
+def test_colour_and_seed_change_the_picture():
+    a = world.render(world.sample_scene(1, subject="mug", style="flat", colour="red"))[0]
+    assert not np.array_equal(a, world.render(world.sample_scene(1, subject="mug", style="flat", colour="blue"))[0])
+    assert not np.array_equal(a, world.render(world.sample_scene(2, subject="mug", style="flat", colour="red"))[0])
+
+
+def test_stock_diffusers_loads_the_shipped_pipeline():
+    stock = StableDiffusion3Pipeline.from_pretrained(pico.path(), text_encoder_3=None, tokenizer_3=None)
+    assert stock.transformer.config.num_layers == 6
+    assert sum(f.stat().st_size for f in pico.path().rglob("*") if f.is_file()) <= 30e6
+
+
+@pytest.mark.parametrize("text", ["a photo of a <c> in <s> style", "日本のティーポット", "¿qué? 🫖", ""])
+def test_any_string_can_be_tokenised(pipe, text):
+    ids = pipe[0].tokenizer(text).input_ids
+    assert ids[0] == 0 and ids[-1] == 1 and 1 not in ids[1:-1], "no token is unknown"
+
+
+def test_prompt_decides_the_picture(pipe):
+    """Style and subject show: a neon picture is dark, an ink picture is white, and two subjects differ."""
+    jobs = [("a blue mug in neon style", 0), ("a blue mug in ink style", 0), ("a blue hat in ink style", 0)]
+    neon, mug, hat = (np.asarray(p, dtype=float) for p in generate_jobs(*pipe, jobs, steps=10, guidance=4.0))
+    assert neon.mean() < 80 < 180 < mug.mean()
+    assert np.abs(mug - hat).mean() > 5

@@ -1,0 +1,97 @@
+"""Recipes: defaults, overrides, and errors that name the field."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from qrlora.errors import RecipeError
+from qrlora.training.recipe import Recipe, default_caption
+
+RECIPES = Path(__file__).parent.parent / "recipes"
+
+
+def test_published_prompts_are_the_default_captions() -> None:
+    subject = Recipe(role="subject", images="dog.png", noun="dog")
+    style = Recipe(role="style", images="cat.png", noun="cat")
+    assert subject.text == "a photo of a <c> dog"
+    assert style.text == "a cat in <s> style"
+    assert default_caption("style", "armchair").startswith("an armchair")
+    assert Recipe(role="subject", images="x.png").text == "a photo of a <c>"
+
+
+def test_unset_fields_are_resolved_by_role() -> None:
+    recipe = Recipe(role="style", images="cat.png", rank=8, trigger=None)
+    assert (recipe.trigger, recipe.columns, recipe.alpha) == ("<s>", "style", 8)
+    assert recipe.images == (Path("cat.png"),)
+
+
+def test_toml_with_overrides_and_paths_from_its_own_folder(tmp_path: Path) -> None:
+    path = tmp_path / "run.toml"
+    path.write_text('role = "subject"\nimages = ["a.png", "b.png"]\noutput = "a.safetensors"\nsteps = 3\n')
+    recipe = Recipe.load(path, {"steps": "7", "columns": "0,2,4", "rank": 3})
+    assert recipe.images == (tmp_path / "a.png", tmp_path / "b.png")
+    assert recipe.output == tmp_path / "a.safetensors"
+    assert (recipe.steps, recipe.columns) == (7, (0, 2, 4))
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.toml")), ids=lambda path: path.name)
+def test_example_recipes_are_valid(path: Path) -> None:
+    recipe = Recipe.load(path)
+    assert recipe.trigger in recipe.text
+
+
+def test_unknown_fields_are_all_named_with_the_nearest_known() -> None:
+    with pytest.raises(RecipeError) as error:
+        Recipe.of({"role": "subject", "images": "a.png", "learningrate": 1, "stepz": 2, "qwertyuiop": 3})
+    for part in ("'learning_rate'", "'steps'", "unknown field 'qwertyuiop'\n"):
+        assert part in str(error.value) + "\n"
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({}, "'role' is required"),
+        ({"role": "content", "images": "a.png"}, "role = 'content'"),
+        ({"role": "style"}, "'images' is required"),
+        ({"role": "style", "images": []}, "images"),
+        ({"role": "style", "images": "a", "rank": 0}, "rank = 0"),
+        ({"role": "style", "images": "a", "steps": "many"}, "steps = 'many'"),
+        ({"role": "style", "images": "a", "learning_rate": float("nan")}, "learning_rate"),
+        ({"role": "style", "images": "a", "caption": "a house"}, "neither [trigger] nor the trigger '<s>'"),
+        ({"role": "style", "images": "a", "method": "lora", "train_basis": True}, "train_basis"),
+        ({"role": "style", "images": "a", "trigger": ""}, "trigger"),
+    ],
+)
+def test_wrong_fields_are_named(fields: dict[str, object], said: str) -> None:
+    with pytest.raises(RecipeError, match="cannot be run") as error:
+        Recipe.of(fields)
+    assert said in str(error.value)
+
+
+def test_a_missing_role_is_the_only_complaint_about_what_follows_from_it() -> None:
+    with pytest.raises(RecipeError) as error:
+        Recipe.of({"images": "a.png"})
+    assert str(error.value).count("is required") == 1
+
+
+@pytest.mark.parametrize(("text", "said"), [(None, "cannot read"), ("steps = ", "not TOML"), ("\xff", "not TOML")])
+def test_unreadable_files(tmp_path: Path, text: str | None, said: str) -> None:
+    path = tmp_path / "run.toml"
+    if text is not None:
+        path.write_bytes(text.encode("latin-1"))
+    with pytest.raises(RecipeError, match=said):
+        Recipe.load(path)
+
+
+def test_record_keeps_names_not_paths_and_digest_follows_it() -> None:
+    one = Recipe(role="subject", images="/home/me/a.png", output="/tmp/a.safetensors")
+    two = one.replace(images=("/elsewhere/a.png",))
+    assert one.record()["images"] == ["a.png"] and one.record()["output"] == "a.safetensors"
+    assert one.digest == two.digest != one.replace(seed=1).digest
+
+
+def test_replace_validates() -> None:
+    with pytest.raises(RecipeError, match="did you mean 'rank'"):
+        Recipe(role="subject", images="a.png").replace(ranks=3)

@@ -1,0 +1,184 @@
+"""The loop: what it learns, what it leaves alone, and that an interrupted run ends where an uninterrupted one does."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from qrlora.adapter import Adapter, load_adapter
+from qrlora.errors import ModelError, RecipeError, TrainingError
+from qrlora.families import load_pipeline
+from qrlora.training import checkpoint
+from qrlora.training.loop import Progress, TrainingInterrupted, order, train
+from qrlora.training.recipe import Recipe
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, tiny_sd3: Path) -> Recipe:
+    """Three pictures, so that batches of two straddle epochs."""
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for index, colour in enumerate(("red", "green", "blue")):
+        Image.radial_gradient("L").convert("RGB").point(lambda v, i=index: (v * (i + 1)) % 256).save(
+            folder / f"{colour}.png"
+        )
+    return Recipe(
+        model=str(tiny_sd3),
+        role="subject",
+        images=folder,
+        noun="mug",
+        rank=2,
+        steps=6,
+        batch_size=2,
+        learning_rate=0.01,
+        output=tmp_path / "mug.safetensors",
+    )
+
+
+def same(one: Adapter, other: Adapter) -> bool:
+    return all(torch.equal(one.deltas[name], other.deltas[name]) for name in one.deltas | other.deltas)
+
+
+@pytest.mark.parametrize("method", ["qrlora", "lora"])
+def test_training_lowers_the_loss_and_leaves_the_model_as_it_was(recipe: Recipe, method: str) -> None:
+    pipe, family = load_pipeline(recipe.model, device="cpu")
+    before = {name: tensor.clone() for name, tensor in pipe.transformer.state_dict().items()}
+    losses: list[float] = []
+    recipe = recipe.replace(method=method, steps=60, batch_size=8, learning_rate=0.02)
+    adapter = train(recipe, pipe=pipe, family=family, progress=lambda p: losses.append(p.loss))
+    assert sum(losses[-15:]) < 0.9 * sum(losses[:15])
+    after = pipe.transformer.state_dict()
+    assert list(after) == list(before) and all(torch.equal(after[name], before[name]) for name in before)
+    assert adapter.metadata.method == method and any(delta.any() for delta in adapter.deltas.values())
+
+
+def test_file_holds_the_adapter_and_the_whole_recipe(recipe: Recipe) -> None:
+    adapter = train(recipe)
+    assert recipe.output is not None
+    loaded = load_adapter(recipe.output)
+    metadata = loaded.metadata
+    assert same(adapter, loaded)
+    assert (metadata.role, metadata.trigger, metadata.family, metadata.rank) == ("subject", "<c>", "sd3", 2)
+    assert metadata.columns == (0, 2) and metadata.basis_rank == 4
+    assert metadata.recipe == recipe.record() and metadata.recipe_digest == recipe.digest
+    assert [picture["name"] for picture in metadata.provenance["pictures"]] == ["blue.png", "green.png", "red.png"]
+
+
+def test_same_seed_same_adapter(recipe: Recipe) -> None:
+    one, two, other = train(recipe), train(recipe), train(recipe.replace(seed=1))
+    assert same(one, two) and not same(one, other)
+
+
+@pytest.mark.parametrize("changes", [{}, {"method": "lora", "warmup_steps": 5, "accumulation": 2}])
+def test_resumed_run_is_the_uninterrupted_run_bit_for_bit(recipe: Recipe, changes: dict[str, Any]) -> None:
+    recipe = recipe.replace(**changes)
+    whole = train(recipe)
+    train(recipe.replace(steps=3, checkpoint_every=3))
+    resumed = train(recipe, resume=True)
+    assert same(whole, resumed)
+    if whole.ups:
+        assert resumed.ups and all(torch.equal(whole.ups[name], resumed.ups[name]) for name in whole.ups)
+
+
+def test_ctrl_c_saves_and_resumes(recipe: Recipe) -> None:
+    whole = train(recipe)
+    checkpoints = checkpoint.folder(recipe)
+
+    def press(progress: Progress) -> None:
+        if progress.step == 4:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    handler = signal.getsignal(signal.SIGINT)
+    with pytest.raises(TrainingInterrupted, match="after step 4") as interrupt:
+        train(recipe, progress=press)
+    assert interrupt.value.checkpoint == checkpoints / "step-000004.safetensors"
+    assert signal.getsignal(signal.SIGINT) is handler
+    assert same(whole, train(recipe, resume=True))
+    with pytest.raises(TrainingInterrupted, match="nothing saved"):
+        train(recipe.replace(output=None), progress=press)
+
+
+def test_second_ctrl_c_does_not_wait(recipe: Recipe) -> None:
+    def press_twice(_: Progress) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt) as interrupt:
+        train(recipe, progress=press_twice)
+    assert not isinstance(interrupt.value, TrainingInterrupted)
+
+
+def test_only_the_newest_checkpoints_are_kept(recipe: Recipe) -> None:
+    train(recipe.replace(checkpoint_every=2, checkpoints_kept=2))
+    names = sorted(path.name for path in checkpoint.folder(recipe).iterdir())
+    assert names == ["step-000004.safetensors", "step-000006.safetensors"]
+
+
+def test_resume_refuses_another_run_and_a_damaged_checkpoint(recipe: Recipe) -> None:
+    with pytest.raises(RecipeError, match="nothing to resume"):
+        train(recipe, resume=True)
+    train(recipe.replace(checkpoint_every=6))
+    with pytest.raises(RecipeError, match="another run") as error:
+        train(recipe.replace(learning_rate=0.5, rank=1), resume=True)
+    assert set(error.value.expected) == {"learning_rate", "rank"}
+    Image.new("RGB", (40, 40), "red").save(recipe.images[0] / "more.png")
+    with pytest.raises(RecipeError, match="another run"):
+        train(recipe, resume=True)
+    (recipe.images[0] / "more.png").unlink()
+    path = checkpoint.newest(recipe)
+    assert path is not None
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(RecipeError, match="damaged checkpoint"):
+        train(recipe, resume=True)
+
+
+def test_breakdown_stops_with_the_step_and_keeps_the_last_good_checkpoint(recipe: Recipe) -> None:
+    pipe, _ = load_pipeline(recipe.model, device="cpu")
+
+    def spoil(progress: Progress) -> None:
+        if progress.step == 3:
+            pipe.transformer.proj_out.weight.data[0, 0] = float("nan")
+
+    with pytest.raises(TrainingError, match="broke down at step 4") as error:
+        train(recipe.replace(checkpoint_every=2), pipe=pipe, progress=spoil)
+    newest = checkpoint.newest(recipe)
+    assert newest is not None and newest.name == "step-000002.safetensors" and newest.name in str(error.value)
+    assert recipe.output is not None and not recipe.output.exists()
+
+
+def test_order_shows_every_example_once_an_epoch() -> None:
+    whole = order(seed=3, examples=5, start=0, count=20)
+    assert [sorted(epoch.tolist()) for epoch in whole.view(4, 5)] == [list(range(5))] * 4
+    assert len({tuple(epoch.tolist()) for epoch in whole.view(4, 5)}) > 1
+    assert torch.equal(order(seed=3, examples=5, start=7, count=6), whole[7:13])
+
+
+def test_finished_run_resumes_to_itself_and_can_be_prolonged(recipe: Recipe) -> None:
+    short = train(recipe.replace(steps=3, checkpoint_every=3))
+    assert same(short, train(recipe.replace(steps=3), resume=True))
+    assert same(train(recipe.replace(output=None)), train(recipe, resume=True))
+
+
+def test_what_cannot_start(recipe: Recipe, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="nowhere to write"):
+        train(recipe.replace(output=tmp_path / "no" / "such" / "a.safetensors"))
+    with pytest.raises(ModelError):
+        train(recipe.replace(model=str(tmp_path)))
+
+
+def test_half_precision_base_trains_in_float32(recipe: Recipe) -> None:
+    adapter = train(recipe.replace(dtype="bfloat16", steps=2))
+    assert all(delta.dtype == torch.float32 for delta in adapter.deltas.values())
+    assert any(delta.any() for delta in adapter.deltas.values())
+
+
+def test_published_mode_and_chosen_targets(recipe: Recipe) -> None:
+    adapter = train(recipe.replace(train_basis=True, columns="first", targets=("to_q", "to_k"), steps=2))
+    assert adapter.metadata.method == "qrlora_train_basis"
+    assert {name.rsplit(".", 1)[1] for name in adapter.deltas} == {"to_q", "to_k"}
