@@ -22,8 +22,10 @@ test: $(VENV)/.ready  ## lint, types, tests
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q
 
-bench: $(VENV)/.ready  ## fast basis against the full decomposition
+bench: $(VENV)/.ready  ## fast basis against the full decomposition: a large weight, then every weight of pico
 	$(BIN)/python benchmarks/basis.py
+	$(BIN)/python benchmarks/basis.py --rank 16 --summary \
+		--weights src/qrlora/pico/weights/pipeline/transformer/diffusion_pytorch_model.safetensors
 
 clean:
 	rm -rf $(VENV) out build

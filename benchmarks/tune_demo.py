@@ -23,9 +23,9 @@ from statistics import fmean
 from typing import Any
 
 from qrlora.adapter import Adapter
-from qrlora.adapter.container import write_atomically
 from qrlora.demo.flow import PARTS, SETS, Setting, load
 from qrlora.demo.plan import METHODS, Budget, Lesson, lesson, questions
+from qrlora.files import write_atomically
 from qrlora.pico import world
 
 PAIRS = (("mug", "neon"), ("sneaker", "watercolour"), ("guitar", "embroidery"), ("camera", "blueprint"))

@@ -23,12 +23,12 @@ from peft import LoraConfig, get_peft_model
 
 from denoisers import ATTENTION, build, predict
 from qrlora.adapter import Adapter, adapter_from_model, attach, load_adapter, save_adapter
-from qrlora.adapter.container import write_atomically
 from qrlora.adapter.file import pack, unpack
 from qrlora.adapter.record import triangular_mask
 from qrlora.basis import Basis
 from qrlora.composition import Composition
 from qrlora.errors import AdapterFileError, MismatchError, TunerError
+from qrlora.files import write_atomically
 from qrlora.tuner import QRLoraConfig
 from samples import SHAPES, changed, delta_weights, make_adapter, make_basis, make_lora
 

@@ -42,7 +42,7 @@ class StandInJudge(Judge):
         assert len(pictures) == len(subject) == len(style) == len(colour)
         assert set(subject) <= set(world.SUBJECTS) and set(style) <= set(world.STYLES)
         even = pictures[:, 0, 0, 0] % 2 == 0
-        return SimpleNamespace(subject=even, style=~even)
+        return SimpleNamespace(subject=even, style=~even, both=even & ~even)
 
 
 @dataclass

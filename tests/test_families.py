@@ -15,7 +15,7 @@ from huggingface_hub import errors as hub_errors
 from qrlora import families
 from qrlora.errors import DataError, ModelError
 from qrlora.families import FAMILIES, family_of, load_pipeline
-from qrlora.families.sd3 import encode_images
+from qrlora.families.base import encode_images
 
 
 @pytest.fixture(scope="module")
@@ -133,9 +133,10 @@ def test_unknown_pipeline_lists_the_families() -> None:
 
 
 def test_short_names_resolve(tiny_sd3: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(families, "tiny_path", lambda: tiny_sd3, raising=False)
-    monkeypatch.setitem(families.EMBEDDED, "tiny", "qrlora.families:tiny_path")
-    assert load_pipeline("tiny", device="cpu")[1].name == "sd3"
+    monkeypatch.setattr(families, "tiny", SimpleNamespace(path=lambda: tiny_sd3, SETTINGS={"steps": 3}), raising=False)
+    monkeypatch.setitem(families.EMBEDDED, "tiny", "qrlora.families:tiny")
+    family = load_pipeline("tiny", device="cpu")[1]
+    assert (family.name, family.steps, family.guidance) == ("sd3", 3, families.SD3.guidance)
 
 
 def test_folders_that_are_no_base_model(tmp_path: Path, tiny_sd3: Path) -> None:

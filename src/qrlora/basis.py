@@ -11,7 +11,6 @@ import hashlib
 import json
 import math
 import os
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +22,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from qrlora.errors import BasisError
+from qrlora.files import write_atomically
 
 BASIS_VERSION = 1  # part of every fingerprint and cache name: raise it when the same weight would give another basis
 ALGORITHMS = ("exact", "fast")
@@ -162,7 +162,7 @@ def cached_layer_basis(
     else:
         q = _orthonormal_columns(matrix, rank, algorithm, seed, name)
         # R is QᵀW and cheap to have again, so the file holds Q alone.
-        _write_atomically(path, save({"q": q.cpu()}))
+        _cache(path, save({"q": q.cpu()}))
     return _with_coordinates(matrix, q)
 
 
@@ -312,19 +312,10 @@ def _read_columns(path: Path, shape: tuple[int, int]) -> Float[Tensor, "out rank
     return q
 
 
-def _write_atomically(path: Path, content: bytes) -> None:
-    """Write under a temporary name in the same folder, sync, rename: readers see the whole file or none."""
+def _cache(path: Path, content: bytes) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".part", delete=False) as file:
-            try:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            except OSError:
-                os.unlink(file.name)
-                raise
-        os.replace(file.name, path)
+        write_atomically(path, content)
     except OSError as error:
         raise BasisError(
             "a basis cannot be cached",

@@ -242,6 +242,7 @@ def _add_generate(commands: Parsers) -> None:
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of the weights")
     parser.add_argument("--steps", type=int, help="denoising steps (default: the family's)")
     parser.add_argument("--guidance", type=float, help="classifier-free guidance scale (default: the family's)")
+    parser.add_argument("--resolution", type=int, help="side of the pictures in pixels (default: the model's)")
     parser.add_argument("--batch-size", type=int, default=8, help="pictures made at once (default: 8)")
     parser.add_argument(
         "-o", "--output", type=Path, help="folder, or .png with --grid (default: pictures/ or grid.png)"
@@ -268,7 +269,8 @@ def run_generate(options: argparse.Namespace) -> None:
 
     pipe, family = load_pipeline(options.model, dtype=getattr(torch, options.dtype))
     bar = Bar("picture")
-    common: dict[str, Any] = {"steps": options.steps, "guidance": options.guidance, "progress": bar}
+    names = ("steps", "guidance", "resolution")
+    common: dict[str, Any] = {**{name: getattr(options, name) for name in names}, "progress": bar}
     if options.grid:
         (rows, _), (columns, _) = adapters
         common |= {"row_weights": options.grid, "column_weights": options.grid, "seed": seeds[0]}
@@ -305,7 +307,7 @@ def _save_picture(path: Path, image: Any, options: argparse.Namespace) -> None:
 
     from PIL.PngImagePlugin import PngInfo
 
-    from qrlora.adapter.container import write_atomically
+    from qrlora.files import write_atomically
 
     made = {key: value for key, value in vars(options).items() if key not in ("run", "output", "command")}
     info = PngInfo()
@@ -417,7 +419,7 @@ def _plot_similarity(found: Any, path: Path, title: str) -> None:
 
     from matplotlib.figure import Figure
 
-    from qrlora.adapter.container import write_atomically
+    from qrlora.files import write_atomically
 
     names = list(found.layers)
     figure = Figure(figsize=(max(6.0, 0.16 * len(names)), 4.5), layout="constrained")

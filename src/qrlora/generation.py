@@ -19,6 +19,7 @@ from PIL import Image, ImageDraw, ImageFont
 from qrlora.adapter import Adapter, attach
 from qrlora.composition import Composition
 from qrlora.composition.parts import basis_difference
+from qrlora.errors import DataError
 from qrlora.families import ModelFamily, remove_adapters
 
 WeightedAdapter = tuple[Adapter, float]
@@ -35,6 +36,7 @@ def generate(
     adapters: Sequence[WeightedAdapter] = (),
     steps: int | None = None,
     guidance: float | None = None,
+    resolution: int | None = None,
     batch_size: int = 8,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Image.Image]:
@@ -45,16 +47,17 @@ def generate(
         adapters: with their weights. Those of one basis are composed first, and so cost what one costs.
         steps: denoising steps; the family's default if None.
         guidance: classifier-free guidance scale; the family's default if None.
+        resolution: side of the pictures in pixels; the model's own if None.
         batch_size: pictures made at once.
         progress: called with pictures done and pictures in all.
 
     Raises:
         MismatchError: an adapter does not belong to this model.
-        DataError: a prompt is longer than the model reads.
+        DataError: a prompt is longer than the model reads, or the model makes no pictures of that size.
     """
     jobs = [(prompt, seed) for prompt in prompts for seed in seeds]
-    options: dict[str, Any] = {"steps": steps, "guidance": guidance, "batch_size": batch_size, "progress": progress}
-    return generate_jobs(pipe, family, jobs, adapters=adapters, **options)
+    options: dict[str, Any] = {"steps": steps, "guidance": guidance, "resolution": resolution}
+    return generate_jobs(pipe, family, jobs, adapters=adapters, batch_size=batch_size, progress=progress, **options)
 
 
 def generate_jobs(
@@ -65,6 +68,7 @@ def generate_jobs(
     adapters: Sequence[WeightedAdapter] = (),
     steps: int | None = None,
     guidance: float | None = None,
+    resolution: int | None = None,
     batch_size: int = 8,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Image.Image]:
@@ -72,7 +76,7 @@ def generate_jobs(
     images: list[Image.Image] = []
     with attached(pipe, family, _as_one(adapters)):
         for start in range(0, len(jobs), batch_size):
-            images += _batch(pipe, family, jobs[start : start + batch_size], steps, guidance)
+            images += _batch(pipe, family, jobs[start : start + batch_size], steps, guidance, resolution)
             if progress:
                 progress(len(images), len(jobs))
     return images
@@ -90,6 +94,7 @@ def weight_grid(
     seed: int = 0,
     steps: int | None = None,
     guidance: float | None = None,
+    resolution: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Image.Image:
     """One labelled picture: a prompt and seed at every pair of weights of two adapters. Errors: as `generate`."""
@@ -100,7 +105,7 @@ def weight_grid(
             cells.append([])
             for column_weight in column_weights:
                 denoiser.set_adapters(names, [row_weight, column_weight])
-                cells[-1] += _batch(pipe, family, [(prompt, seed)], steps, guidance)
+                cells[-1] += _batch(pipe, family, [(prompt, seed)], steps, guidance, resolution)
                 if progress:
                     progress(sum(map(len, cells)), len(row_weights) * len(column_weights))
     row_name, column_name = _label(rows, "rows"), _label(columns, "columns")
@@ -144,17 +149,35 @@ def _as_one(adapters: Sequence[WeightedAdapter]) -> list[WeightedAdapter]:
 
 
 def _batch(
-    pipe: Any, family: ModelFamily, jobs: Sequence[tuple[str, int]], steps: int | None, guidance: float | None
+    pipe: Any,
+    family: ModelFamily,
+    jobs: Sequence[tuple[str, int]],
+    steps: int | None,
+    guidance: float | None,
+    resolution: int | None,
 ) -> list[Image.Image]:
     """The pictures of these (prompt, seed) pairs in one call of the pipeline."""
     prompts = [prompt for prompt, _ in jobs]
-    return pipe(
-        prompt=prompts,
-        generator=[torch.Generator().manual_seed(seed) for _, seed in jobs],
-        num_inference_steps=family.steps if steps is None else steps,
-        guidance_scale=family.guidance if guidance is None else guidance,
-        **family.prompt_options(pipe, prompts),
-    ).images
+    own, unit = family.resolution(pipe), 2 * pipe.vae_scale_factor
+    side = own if resolution is None else resolution
+    options = family.prompt_options(pipe, prompts)
+    try:
+        if side % unit:  # FLUX's pipeline would make pictures of another size, and say so in a log only
+            raise ValueError(f"{side} is no multiple of {unit}")
+        return pipe(
+            prompt=prompts,
+            generator=[torch.Generator().manual_seed(seed) for _, seed in jobs],
+            num_inference_steps=family.steps if steps is None else steps,
+            guidance_scale=family.guidance if guidance is None else guidance,
+            height=side,
+            width=side,
+            **options,
+        ).images
+    except ValueError as error:
+        if resolution is None:
+            raise
+        expected = f"a multiple of {unit} pixels; {own} is its own"
+        raise DataError("this model makes no pictures of that size", expected=expected, got=error) from error
 
 
 def _label(adapter: Adapter, otherwise: str) -> str:

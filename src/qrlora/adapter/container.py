@@ -1,4 +1,4 @@
-"""The container of adapter files: safetensors, written atomically, read with suspicion.
+"""The container of adapter files: safetensors, read with suspicion.
 
 Every check that needs no knowledge of adapters is here: kind of file, header, dtypes, completeness, finite numbers.
 All complaints are AdapterFileError.
@@ -7,8 +7,6 @@ All complaints are AdapterFileError.
 from __future__ import annotations
 
 import json
-import os
-import secrets
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -26,26 +24,6 @@ from qrlora.errors import AdapterFileError
 DTYPES = ("F32", "F16", "BF16")
 MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Put `data` at `path` at once: a temporary file beside it, synced, renamed over it, the folder synced."""
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
-    try:
-        with temporary.open("xb") as stream:
-            stream.write(data)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    if os.name == "posix":  # elsewhere a folder cannot be opened
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
 
 
 @contextmanager

@@ -35,12 +35,12 @@ from qrlora.adapter.container import (
     parse_json,
     read_header,
     read_tensors,
-    write_atomically,
 )
 from qrlora.adapter.metadata import decode_layers, decode_metadata, encode_metadata, is_number
 from qrlora.adapter.record import Adapter, AdapterMetadata, require, triangular_mask
 from qrlora.basis import Basis
 from qrlora.errors import MismatchError
+from qrlora.files import write_atomically
 
 SPELLINGS = ("compact", "lora")
 ORTHONORMAL = 0.05  # what rounding Q to bfloat16 leaves of QᵀQ = I, with room; a scaled or foreign Q is far beyond it

@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from itertools import product
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -38,7 +37,7 @@ Say = Callable[[str], None]
 class Answer:
     """Pictures for a list of Wanted, and the judge's verdict on each.
 
-    pixels (n, h, w, 3) uint8. right: "subject" and "style" -> n verdicts, or None where the truth is not known.
+    pixels (n, h, w, 3) uint8. right: "subject", "style" and "both" -> n verdicts, or None where the truth is not known.
     likeness: mean cosine of the judge's subject features to the user's own picture, if there is one.
     """
 
@@ -49,15 +48,8 @@ class Answer:
 
     def share(self, part: str) -> Share | None:
         """The share of pictures in which ``part`` ("subject", "style" or "both") is right; None if not known."""
-        verdicts = self.verdicts(part)
+        verdicts = self.right.get(part)
         return None if verdicts is None else Share.of(verdicts)
-
-    def verdicts(self, part: str) -> Bool[np.ndarray, " n"] | None:
-        """One verdict a picture."""
-        if part != "both":
-            return self.right.get(part)
-        subject, style = self.right.get("subject"), self.right.get("style")
-        return None if subject is None or style is None else subject & style
 
 
 @dataclass
@@ -97,23 +89,14 @@ class Setting:
 
     def judged(self, answer: Answer, picture: Lesson | None = None) -> Answer:
         """The answer with its verdicts; with ``picture``, also how like the user's own picture it is."""
-        right: dict[str, Any] = {}
-        for part in ("subject", "style"):
-            known = getattr(answer.wanted[0], part) is not None
-            right[part] = self._any_pair(answer, part) if known else None
+        anything = {"subject": next(iter(world.SUBJECTS)), "style": next(iter(world.STYLES))}
+        asked = {part: [getattr(w, part) or name for w in answer.wanted] for part, name in anything.items()}
+        verdict = self.judge.verdict(answer.pixels, **asked, colour=[w.colour for w in answer.wanted])
+        # what is said of one part does not change the verdict on the other, so any name may stand for the user's own
+        known = {part: getattr(answer.wanted[0], part) is not None for part in anything}
+        known["both"] = all(known.values())
+        right = {part: getattr(verdict, part) if known[part] else None for part in PARTS}
         return replace(answer, right=right, likeness=self._likeness(answer, picture) if picture else None)
-
-    def _any_pair(self, answer: Answer, part: str) -> Bool[np.ndarray, " n"]:
-        """Verdicts on one part; where the other part is the user's own, any name of the world may stand for it."""
-        pairs = [
-            list(product([w.subject] if w.subject else world.SUBJECTS, [w.style] if w.style else world.STYLES))
-            for w in answer.wanted
-        ]
-        times = len(pairs[0])
-        subjects, styles = zip(*(pair for row in pairs for pair in row), strict=True)
-        colours = [w.colour for w in answer.wanted for _ in range(times)]
-        verdict = self.judge.verdict(np.repeat(answer.pixels, times, axis=0), subjects, styles, colours)
-        return getattr(verdict, part).reshape(-1, times).any(1)
 
     def _likeness(self, answer: Answer, picture: Lesson) -> float:
         from qrlora.training.dataset import read_picture

@@ -197,7 +197,7 @@ def _gallery(answer: Answer, words: Sequence[str]) -> list[Picture]:
 
 
 def _marks(answer: Answer, index: int) -> list[tuple[str, bool]]:
-    verdicts = {part: answer.verdicts(part) for part in ("subject", "style")}
+    verdicts = {part: answer.right[part] for part in ("subject", "style")}
     return [(part, bool(found[index])) for part, found in verdicts.items() if found is not None]
 
 
@@ -311,7 +311,8 @@ def _reading(outcome: Outcome) -> Section:
         "picture that is counted.",
         "“Right” is strict. The judge, a small network trained on true drawings of the whole world, must name the "
         "subject or style; and the picture must lie as close to true drawings of it, in features and (for a style) in "
-        "colours, as true drawings do.",
+        "colours, as true drawings do. For both to be right it must besides lie as close to true drawings of that very "
+        "subject in that very style.",
         f"This is one run with one subject and one style, and about {budget.pictures} pictures a score. The intervals "
         "say what chance alone could do; they do not cover another subject, style or seed.",
         f"Each adapter has rank {budget.rank} and was trained for {budget.steps} steps of {budget.batch_size} "

@@ -9,10 +9,10 @@ from typing import Any
 
 from PIL import Image
 
-from qrlora.adapter.container import write_atomically
 from qrlora.errors import DataError
 from qrlora.evaluation.report import png_bytes
-from qrlora.pico import world
+from qrlora.files import write_atomically
+from qrlora.pico import SETTINGS, world
 from qrlora.training.dataset import read_picture
 from qrlora.training.recipe import TRIGGERS
 
@@ -40,8 +40,8 @@ class Budget:
     steps: int = 120
     batch_size: int = 4
     pictures: int = 16  # a score is counted over about this many
-    denoising_steps: int = 20
-    guidance: float = 4.0
+    denoising_steps: int = SETTINGS["steps"]
+    guidance: float = SETTINGS["guidance"]
     weights: tuple[float, ...] = (0.0, 0.4, 0.8, 1.2)  # of both adapters, in the grid
 
 

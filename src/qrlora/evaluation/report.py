@@ -24,8 +24,8 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
-from qrlora.adapter.container import write_atomically
 from qrlora.evaluation.shares import Share
+from qrlora.files import write_atomically
 
 TONES = ("", "good", "bad", "note")
 

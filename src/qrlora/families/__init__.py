@@ -10,6 +10,7 @@ import contextlib
 import json
 import pkgutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,9 @@ from huggingface_hub import hf_hub_download
 
 from qrlora.errors import ModelError
 from qrlora.families.base import Conditions, ModelFamily, remove_adapters
+from qrlora.families.flux import FLUX
 from qrlora.families.sd3 import SD3
+from qrlora.families.sdxl import SDXL
 
 __all__ = [
     "EMBEDDED",
@@ -34,12 +37,12 @@ __all__ = [
     "remove_adapters",
 ]
 
-FAMILIES: dict[str, ModelFamily] = {family.pipeline_class: family for family in (SD3,)}
+FAMILIES: dict[str, ModelFamily] = {family.pipeline_class: family for family in (FLUX, SD3, SDXL)}
 """Pipeline class name -> family. A new architecture is a new file and its name here."""
 
-EMBEDDED: dict[str, str] = {"pico": "qrlora.pico:path"}
-"""Base models known by a short name -> where to find the function that gives their folder. Named in words rather than
-imported, because an embedded model is built on top of the families."""
+EMBEDDED: dict[str, str] = {"pico": "qrlora.pico"}
+"""Base models known by a short name -> the module with their folder, `path()`, and with what they do other than their
+family, `SETTINGS`. Named in words rather than imported, because an embedded model is built on top of the families."""
 
 INDEX = "model_index.json"
 
@@ -57,7 +60,7 @@ def family_of(pipeline: Any) -> ModelFamily:
             "no model family for this pipeline",
             expected=f"one of {known}",
             got=name,
-            remedy="use a model of these families, or describe it in a new row of qrlora.families.FAMILIES",
+            remedy="use a model of these families, or add one: docs/families.md takes you through it",
         )
     return FAMILIES[name]
 
@@ -82,9 +85,10 @@ def load_pipeline(
             any weight is loaded.
     """
     model = str(model)
-    source = str(pkgutil.resolve_name(EMBEDDED[model])()) if model in EMBEDDED else model
+    embedded: Any = pkgutil.resolve_name(EMBEDDED[model]) if model in EMBEDDED else None
+    source = str(embedded.path()) if embedded else model
     index = _read_index(Path(source, INDEX) if Path(source).is_dir() else _download_index(source), model)
-    family = family_of(index["_class_name"])
+    family = replace(family_of(index["_class_name"]), **(embedded.SETTINGS if embedded else {}))
     # What a pipeline was saved without (SD3's T5) has to be declined by name, or from_pretrained asks for it.
     absent = {name: None for name, value in index.items() if value == [None, None]}
     with _quiet_progress():

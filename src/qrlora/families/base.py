@@ -9,8 +9,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import diffusers
+import torch
 from jaxtyping import Float
 from torch import Generator, Tensor, nn
+
+from qrlora.errors import DataError
 
 Conditions = Mapping[str, Tensor]
 """What the denoiser is told besides latents and timesteps: its own keyword arguments, one row per example."""
@@ -35,6 +39,8 @@ class ModelFamily:
             `(n, channels, height', width')` in the scale the denoiser works in.
         sample_timesteps: `(scheduler, n, generator) -> timesteps`, `(n,)` float32 on the CPU, in the denoiser's units.
         loss: `(denoiser, scheduler, latents, noise, timesteps, conditions) -> scalar` float32.
+        scheduler: diffusers class that adds noise in training; empty if it is the pipeline's own.
+        loss_options: recipe fields that `loss` takes besides, by name.
     """
 
     name: str
@@ -48,7 +54,9 @@ class ModelFamily:
     encode_prompts: Callable[[Any, list[str]], dict[str, Tensor]]
     encode_images: Callable[[Any, Float[Tensor, "n 3 height width"]], Float[Tensor, "n c h w"]]
     sample_timesteps: Callable[[Any, int, Generator], Float[Tensor, " n"]]
-    loss: Callable[[nn.Module, Any, Tensor, Tensor, Tensor, Conditions], Float[Tensor, ""]]
+    loss: Callable[..., Float[Tensor, ""]]
+    scheduler: str = ""
+    loss_options: frozenset[str] = frozenset()
 
     @property
     def export_prefix(self) -> str:
@@ -61,7 +69,35 @@ class ModelFamily:
 
     def training_scheduler(self, pipe: Any) -> Any:
         """A scheduler in its training state: generating leaves the pipeline's own one set to a few inference steps."""
-        return type(pipe.scheduler).from_config(pipe.scheduler.config)
+        kind = getattr(diffusers, self.scheduler) if self.scheduler else type(pipe.scheduler)
+        return kind.from_config(pipe.scheduler.config)
+
+
+def refuse_long_prompts(tokenizer: Any, limit: int, prompts: Sequence[str]) -> None:
+    """Raises DataError if a prompt has more tokens than `limit`: the pipeline would cut it without a word."""
+    for prompt in prompts:
+        tokens = len(tokenizer(prompt).input_ids)
+        if tokens > limit:
+            raise DataError(
+                f"prompt too long for this model: {prompt!r}",
+                expected=f"at most {limit} tokens, start and end included",
+                got=f"{tokens} tokens",
+                remedy="shorten the prompt or caption",
+            )
+
+
+@torch.no_grad()
+def encode_images(pipe: Any, images: Float[Tensor, "n 3 height width"]) -> Float[Tensor, "n c h w"]:
+    """Pictures in [-1, 1] to latents in the denoiser's scale, `(z - shift) * scaling`.
+
+    The autoencoder's mean is taken rather than a draw, so that cached latents are a function of the picture alone.
+    """
+    vae = pipe.vae
+    encoded = vae.encode(images.to(device=vae.device, dtype=vae.dtype))
+    # AutoencoderKL draws, AutoencoderDC and AutoencoderTiny do not: each of the three has its own name for the result
+    latents = encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded[0]
+    shift = getattr(vae.config, "shift_factor", None) or 0.0
+    return (latents.float() - shift) * vae.config.scaling_factor
 
 
 def remove_adapters(denoiser: Any, names: Sequence[str]) -> None:

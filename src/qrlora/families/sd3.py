@@ -11,8 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Generator, Tensor, nn
 
-from qrlora.errors import DataError
-from qrlora.families.base import Conditions, ModelFamily
+from qrlora.families.base import Conditions, ModelFamily, encode_images, refuse_long_prompts
 
 T5_TOKENS = 256
 """The pipeline's own default for how much T5 reads."""
@@ -34,16 +33,7 @@ def prompt_options(pipe: Any, prompts: list[str]) -> dict[str, Any]:
     """
     if pipe.text_encoder_3 is not None:
         return {"max_sequence_length": T5_TOKENS}
-    limit = pipe.tokenizer_max_length
-    for prompt in prompts:
-        tokens = len(pipe.tokenizer(prompt).input_ids)
-        if tokens > limit:
-            raise DataError(
-                f"prompt too long for this model: {prompt!r}",
-                expected=f"at most {limit} tokens, start and end included",
-                got=f"{tokens} tokens",
-                remedy="shorten the prompt or caption",
-            )
+    refuse_long_prompts(pipe.tokenizer, pipe.tokenizer_max_length, prompts)
     return {"max_sequence_length": 1}
 
 
@@ -61,20 +51,6 @@ def encode_prompts(pipe: Any, prompts: list[str]) -> dict[str, Tensor]:
         **prompt_options(pipe, prompts),
     )
     return {"encoder_hidden_states": hidden, "pooled_projections": pooled}
-
-
-@torch.no_grad()
-def encode_images(pipe: Any, images: Float[Tensor, "n 3 height width"]) -> Float[Tensor, "n c h w"]:
-    """Pictures in [-1, 1] to latents in the denoiser's scale, `(z - shift) * scaling`.
-
-    The autoencoder's mean is taken rather than a draw, so that cached latents are a function of the picture alone.
-    """
-    vae = pipe.vae
-    encoded = vae.encode(images.to(device=vae.device, dtype=vae.dtype))
-    # AutoencoderKL draws, AutoencoderDC and AutoencoderTiny do not: each of the three has its own name for the result
-    latents = encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded[0]
-    shift = getattr(vae.config, "shift_factor", None) or 0.0
-    return (latents.float() - shift) * vae.config.scaling_factor
 
 
 def sample_timesteps(scheduler: Any, n: int, generator: Generator) -> Float[Tensor, " n"]:

@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from qrlora.adapter.container import write_atomically
 from qrlora.families import load_pipeline
+from qrlora.files import write_atomically
 from qrlora.generation import generate_jobs
-from qrlora.pico import path, world
+from qrlora.pico import SETTINGS, path, world
 from qrlora.pico.judge import Judge
 
 
@@ -48,8 +48,8 @@ def main() -> None:
     """Print the scores as JSON, and write them where ``--out`` says."""
     parser = argparse.ArgumentParser(prog="python -m qrlora.pico.evaluate", description=__doc__.split(":")[0])
     parser.add_argument("--pictures", type=int, default=1000)
-    parser.add_argument("--steps", type=int, default=20, help="denoising steps")
-    parser.add_argument("--guidance", type=float, default=4.0)
+    parser.add_argument("--steps", type=int, default=SETTINGS["steps"], help="denoising steps")
+    parser.add_argument("--guidance", type=float, default=SETTINGS["guidance"])
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()

@@ -16,8 +16,8 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from qrlora.adapter.container import write_atomically
 from qrlora.errors import RecipeError
+from qrlora.files import write_atomically
 from qrlora.training.recipe import Recipe
 
 Record = dict[str, Any]

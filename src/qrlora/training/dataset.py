@@ -28,10 +28,10 @@ from PIL import Image, ImageCms, ImageOps
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from qrlora.adapter.container import write_atomically
 from qrlora.basis import default_cache_dir
 from qrlora.errors import DataError
 from qrlora.families import ModelFamily
+from qrlora.files import write_atomically
 from qrlora.training.recipe import TRIGGER
 
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif"})

@@ -144,6 +144,7 @@ def _prepare(
     if pipe is None:
         pipe, family = load_pipeline(recipe.model, dtype=getattr(torch, recipe.dtype))
     family = family or family_of(pipe)
+    loss_options(recipe, family)
     resolution = recipe.resolution or family.resolution(pipe)
     examples = load_examples(recipe.images, recipe.text, recipe.trigger, resolution)
     data = encode(examples, pipe, family)
@@ -167,6 +168,19 @@ def peft_config(recipe: Recipe, family: ModelFamily) -> PeftConfig:
         train_basis=recipe.train_basis,
         **common,
     )
+
+
+def loss_options(recipe: Recipe, family: ModelFamily) -> dict[str, Any]:
+    """The recipe's fields that the family's loss takes. Raises RecipeError for one that is set and has no meaning."""
+    given = {name: getattr(recipe, name) for name in ("min_snr_gamma",) if getattr(recipe, name) is not None}
+    if unknown := sorted(given.keys() - family.loss_options):
+        raise RecipeError(
+            f"the family {family.name} has no {unknown[0]}",
+            expected=f"of such fields only {sorted(family.loss_options) or 'none'}",
+            got=f"{unknown[0]} = {given[unknown[0]]}",
+            remedy="leave it out of the recipe",
+        )
+    return given
 
 
 @contextlib.contextmanager
@@ -208,9 +222,10 @@ def _step(run: Run) -> float:
     recipe = run.recipe
     for group in run.optimizer.param_groups:
         group["lr"] = recipe.learning_rate * min(1.0, (run.step + 1) / max(1, recipe.warmup_steps))
-    total = 0.0
+    options, total = loss_options(recipe, run.family), 0.0
     for latents, noise, timesteps, conditions in draw(run):
-        loss = run.family.loss(run.denoiser, run.scheduler, latents, noise, timesteps, conditions) / recipe.accumulation
+        loss = run.family.loss(run.denoiser, run.scheduler, latents, noise, timesteps, conditions, **options)
+        loss = loss / recipe.accumulation
         loss.backward()
         total += loss.item()
     norm = nn.utils.clip_grad_norm_(run.parameters.values(), recipe.max_grad_norm)

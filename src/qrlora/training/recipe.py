@@ -86,6 +86,9 @@ class Recipe(BaseModel):
     learning_rate: float = Field(1e-3, gt=0, description="AdamW learning rate, constant after the warm-up")
     warmup_steps: int = Field(0, ge=0, description="steps over which the learning rate rises to its value")
     weight_decay: float = Field(1e-4, ge=0, description="AdamW weight decay of ΔR")
+    min_snr_gamma: float | None = Field(
+        None, gt=0, description="weight of noise levels in the loss: min(SNR, this) / SNR (SDXL; 5 is usual)"
+    )
     max_grad_norm: float = Field(1.0, gt=0, description="gradients are scaled down to this norm")
     seed: int = Field(0, ge=0, description="seed of everything random in the run")
     resolution: int | None = Field(

@@ -1,15 +1,18 @@
 """pico's judge: does a picture show the subject asked for, in the style asked for?
 
-A classifier alone is easily pleased, so each of the two answers must hold on every criterion it has:
+A classifier alone is easily pleased, so each answer must hold on every criterion it has, and the first two do not look
+at each other's question:
 
 - **subject right**: the network names the subject (it may also answer "none of these"), and the subject features lie as
-  close to true renders of that subject in that style as true renders do.
-- **style right**: the network names the style, the style features lie as close to true renders, and the colours do.
+  close to renders of that subject, in whatever style and colours, as renders do.
+- **style right**: the network names the style, the style features lie as close to renders in that style, of whatever
+  subject, and the colours to the palette of one of them.
+- **both right**: subject and style right, and besides the features and the colours lie close to true renders of that
+  very pair.
 
-Subject features were trained to outlast a wrong style, style features a wrong subject (see ``defects``). Closeness of
-features is a Mahalanobis distance, covariance pooled within pairs (Lee et al. 2018, "A simple unified framework for
-detecting out-of-distribution samples"); closeness of colours a sliced Wasserstein distance to the nearest true palette
-of that pair (``colours``). Every distance is given in units of its limit, which true renders set: 1 is just accepted.
+Closeness of features is a Mahalanobis distance with a pooled covariance (Lee et al. 2018, "A simple unified framework
+for detecting out-of-distribution samples"); closeness of colours a sliced Wasserstein distance to the nearest true
+palette (``colours``). Every distance is given in units of its limit, which true renders set: 1 is just accepted.
 
     >>> judge = Judge.load()
     >>> judge.verdict(pictures, "mug", "neon", "red").rates()
@@ -23,6 +26,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -49,19 +53,15 @@ class Verdict:
     style: Bool[np.ndarray, " n"]
     p_subject: Float[np.ndarray, " n"]
     p_style: Float[np.ndarray, " n"]
-    subject_distance: Float[np.ndarray, " n"]
-    style_distance: Float[np.ndarray, " n"]
-    palette_distance: Float[np.ndarray, " n"]
+    distance: dict[str, Float[np.ndarray, " n"]]  # by the names of ``Judge.limits``
 
     @property
     def both(self) -> Bool[np.ndarray, " n"]:
-        """Subject right and style right."""
-        return self.subject & self.style
+        """Subject right, style right, and close to true renders of the pair."""
+        return self.subject & self.style & self._within("pair") & self._within("pair_palette")
 
-    @property
-    def feature_distance(self) -> Float[np.ndarray, " n"]:
-        """The larger of the two factors' feature distances."""
-        return np.maximum(self.subject_distance, self.style_distance)
+    def _within(self, name: str) -> Bool[np.ndarray, " n"]:
+        return self.distance[name] <= 1
 
     def rates(self) -> dict[str, float]:
         """Share of pictures right, by factor: {"subject": ..., "style": ..., "both": ...}."""
@@ -74,15 +74,16 @@ class Evidence:
 
     right: dict[str, Bool[np.ndarray, " n"]]  # "subject" and "style": is the most probable name the one asked for
     probability: dict[str, Float[np.ndarray, " n"]]  # of the name asked for
-    distance: dict[str, Float[np.ndarray, " n"]]  # "subject" and "style" in standard deviations, "palette" in Lab units
+    distance: dict[str, Float[np.ndarray, " n"]]  # of features in standard deviations, of palettes in Lab units
 
 
 class Judge:
     """The network, what true renders look like to it, and how far from them a picture may lie.
 
-    tables: for each factor ``<factor>.whiten`` (48, 48) and ``<factor>.means`` (subjects, styles, 48), both
-    whitened; for each style ``palettes.<style>`` int8 (subjects, colours, backgrounds or 1, 144): see ``quantiles``.
-    limits: {"subject": one a subject, "style": one a style, "palette": one a style}.
+    tables: ``subject.whiten`` (48, 48) and ``subject.means`` (subjects, 48), ``style.whiten`` and ``style.means``
+    (styles, 48), ``pair.whiten`` (96, 96) and ``pair.means`` (subjects, styles, 96), all means whitened; for each style
+    ``palettes.<style>`` int8 (subjects, colours, backgrounds or 1, 144): see ``quantiles``.
+    limits: {"subject": one a subject; "style", "palette", "pair", "pair_palette": one a style}.
     """
 
     def __init__(self, network: Network, tables: dict[str, Tensor], limits: dict[str, np.ndarray]):
@@ -130,18 +131,35 @@ class Judge:
     ) -> Evidence:
         """Measure pictures against the pairs asked for, given as positions in the world's tables (colour -1: any)."""
         asked = {"subject": subject, "style": style}
-        right, probability, distance = {}, {}, {}
-        for factor, (features, p) in self.look(pictures).items():
+        right, probability, distance, features = {}, {}, {}, []
+        for factor, (found, p) in self.look(pictures).items():
             right[factor] = p.argmax(1).numpy() == asked[factor]
             probability[factor] = p.numpy()[np.arange(len(p)), asked[factor]]
-            away = features @ self.tables[f"{factor}.whiten"] - self.tables[f"{factor}.means"][subject, style]
-            distance[factor] = away.square().mean(1).sqrt().numpy()
-        found = quantiles(pictures)
-        distance["palette"] = np.empty(len(pictures), np.float32)
-        for i, (s, t, c) in enumerate(zip(subject, style, colour, strict=True)):
-            known = self.tables[f"palettes.{list(STYLES)[t]}"][s].numpy()[slice(None) if c < 0 else c]
-            distance["palette"][i] = np.abs(known.astype(np.float32) - found[i]).mean(-1).min()
+            distance[factor] = self._away(factor, found, asked[factor])
+            features.append(found)
+        distance["pair"] = self._away("pair", torch.cat(features, 1), (subject, style))
+        distance |= self._palettes(quantiles(pictures), subject, style, colour)
         return Evidence(right, probability, distance)
+
+    def _away(self, table: str, features: Tensor, asked: Any) -> Float[np.ndarray, " n"]:
+        """Root mean square, over whitened features, of the way to the means at the positions asked for."""
+        away = features @ self.tables[f"{table}.whiten"] - self.tables[f"{table}.means"][asked]
+        return away.square().mean(1).sqrt().numpy()
+
+    def _palettes(
+        self,
+        found: Float[np.ndarray, "n 144"],
+        subject: Int64[np.ndarray, " n"],
+        style: Int64[np.ndarray, " n"],
+        colour: Int64[np.ndarray, " n"],
+    ) -> dict[str, Float[np.ndarray, " n"]]:
+        """Distance to the nearest palette of the style, and to the nearest of the pair."""
+        near = np.empty((2, len(found)), np.float32)
+        for i, (s, t, c) in enumerate(zip(subject, style, colour, strict=True)):
+            known = self.tables[f"palettes.{list(STYLES)[t]}"].numpy()[:, slice(None) if c < 0 else c]
+            away = np.abs(known.astype(np.float32) - found[i]).mean(-1).reshape(len(known), -1).min(1)
+            near[:, i] = away.min(), away[s]
+        return {"palette": near[0], "pair_palette": near[1]}
 
     def verdict(
         self,
@@ -166,9 +184,7 @@ class Judge:
             style=seen.right["style"] & (beyond["style"] <= 1) & (beyond["palette"] <= 1),
             p_subject=seen.probability["subject"],
             p_style=seen.probability["style"],
-            subject_distance=beyond["subject"],
-            style_distance=beyond["style"],
-            palette_distance=beyond["palette"],
+            distance=beyond,
         )
 
 

@@ -1,7 +1,8 @@
 """Train pico's judge: ``python -m qrlora.pico.judge --work DIR``.
 
 Four stages, resumable: render pictures of every pair of the world, train the network on them, set the limits on fresh
-renders, and measure on renders that nothing before has seen. A quarter of an hour of one core for the network.
+renders, and measure on renders that nothing before has seen. When only pico's autoencoder is new, ``--start`` keeps the
+network of a trained judge.
 """
 
 from __future__ import annotations
@@ -10,7 +11,9 @@ import argparse
 import json
 import platform
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +26,12 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from qrlora import pico
+from qrlora.files import write_atomically
 from qrlora.pico import model, world
-from qrlora.pico.judge import WEIGHTS, Evidence, Judge, defects
+from qrlora.pico.judge import WEIGHTS, Judge, defects
 from qrlora.pico.judge.colours import quantiles
-from qrlora.pico.judge.network import EMBEDDING, Network
-from qrlora.pico.train import Muon, Run, _write, log, trapezoid
+from qrlora.pico.judge.network import Network
+from qrlora.pico.train import Muon, Run, log, trapezoid
 
 SUBJECTS, STYLES = list(world.SUBJECTS), list(world.STYLES)
 PAIRS = [(s, t) for s in SUBJECTS for t in STYLES]
@@ -49,14 +53,22 @@ class Plan:
     muon_lr: float = 0.02
     adam_lr: float = 2e-3
     accepted: float = 0.985  # of true renders, by each limit alone
+    start: str = ""  # a folder with a trained judge whose network is kept: only tables and limits are made anew
 
 
 # ---------------------------------------------------------------- pictures
 
 
-def render_turn(work: Path, plan: Plan, turn: int) -> np.ndarray:
-    """Pictures (448, 128, 128, 4) uint8 of all pairs, the subject's mask as fourth channel; rendered once."""
-    path = work / f"turn-{turn:02d}.npy"
+def rendered(work: Path, plan: Plan, workers: int = 2) -> list[np.ndarray]:
+    """Every turn: pictures (448, 128, 128, 4) uint8 of all pairs, the subject's mask as fourth channel."""
+    paths = [work / f"turn-{i:02d}.npy" for i in range(plan.train_turns + plan.limit_turns + plan.fresh_turns)]
+    with ProcessPoolExecutor(workers) as pool:
+        list(pool.map(_render_turn, paths, repeat(plan), range(len(paths))))
+    return [np.load(path, mmap_mode="r") for path in paths]
+
+
+def _render_turn(path: Path, plan: Plan, turn: int) -> None:
+    cv2.setNumThreads(1)
     if not path.exists():
         pictures = np.empty((len(PAIRS), world.SIZE, world.SIZE, 4), np.uint8)
         for i, (s, t) in enumerate(PAIRS):
@@ -64,9 +76,8 @@ def render_turn(work: Path, plan: Plan, turn: int) -> np.ndarray:
             scene = world.sample_scene(seed, subject=s, style=t, colour=COLOURS[colour], background=BACKGROUNDS[ground])
             picture, mask = world.render(scene)
             pictures[i, ..., :3], pictures[i, ..., 3] = picture, np.round(mask * 255)
-        _write(path, lambda f: np.save(f, pictures))
-        log(work, "judge-render", turn=turn)
-    return np.load(path, mmap_mode="r")
+        write_atomically(path, lambda f: np.save(f, pictures))
+        log(path.parent, "judge-render", turn=turn)
 
 
 def _colours(turn: int) -> tuple[int, int]:
@@ -159,24 +170,58 @@ def train_network(work: Path, plan: Plan, turns: list[np.ndarray]) -> Network:
 # ---------------------------------------------------------------- what true renders look like
 
 
-def tables_of(judge: Judge, turns: list[np.ndarray]) -> dict[str, Tensor]:
-    """The judge's tables, from renders of every pair in every colour on every background."""
-    looks = [judge.look(np.ascontiguousarray(turn[..., :3])) for turn in turns]
+def _plain(turn: np.ndarray) -> UInt8[np.ndarray, "n h w 3"]:
+    return np.ascontiguousarray(turn[..., :3])
+
+
+def miscoloured(turn: np.ndarray, seed: int) -> UInt8[np.ndarray, "n h w 3"]:
+    """The same pictures in wrong colours: what leaves the subject as right as it was."""
+    changes: tuple[Callable, ...] = (*defects.COLOUR_DEFECTS, defects.faded_ground)
+    changed = np.empty((*turn.shape[:3], 3), np.uint8)
+    for i, raw in enumerate(turn.astype(np.float32) / 255):
+        rng = np.random.default_rng((seed, 4, i))
+        change = changes[rng.integers(len(changes))]
+        mask = (raw[..., 3],) if change is defects.faded_ground else ()
+        changed[i] = (np.clip(change(raw[..., :3], *mask, rng), 0, 1) * 255 + 0.5).astype(np.uint8)
+    return changed
+
+
+def gaussian(features: Tensor, over: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """Whitening (d, d) by the covariance around the means over the dimensions ``over``; and those means, whitened."""
+    features = features.double()
+    means = features.mean(over, keepdim=True)
+    within = (features - means).flatten(0, -2)
+    covariance = within.T @ within / (len(within) - means[..., 0].numel())
+    # a direction with next to no spread would decide everything: add a twentieth of the mean spread to all
+    covariance += 0.05 * covariance.diagonal().mean() * torch.eye(len(covariance), dtype=torch.float64)
+    whiten = torch.linalg.inv(torch.linalg.cholesky(covariance)).T
+    return whiten.float(), (means.squeeze(over) @ whiten).float()
+
+
+def tables_of(judge: Judge, turns: list[np.ndarray], seed: int) -> dict[str, Tensor]:
+    """The judge's tables, from renders of every pair in every colour on every background.
+
+    A subject's renders are those in all styles, in their own and in wrong colours; a style's are those of all subjects.
+    """
+    looks = [judge.look(_plain(turn)) for turn in turns]
+    each = {f: torch.stack([look[f][0] for look in looks]).unflatten(1, (len(SUBJECTS), len(STYLES))) for f in looks[0]}
+    odd = [judge.look(miscoloured(turn, seed + i))["subject"][0] for i, turn in enumerate(turns[::5])]
+    subject = torch.cat([each["subject"], torch.stack(odd).unflatten(1, (len(SUBJECTS), len(STYLES)))])
     tables: dict[str, Tensor] = {}
-    for factor in ("subject", "style"):
-        features = torch.stack([look[factor][0] for look in looks]).double()  # (turns, pairs, features)
-        within = (features - features.mean(0)).flatten(0, 1)
-        covariance = within.T @ within / (len(within) - len(PAIRS))
-        # a direction with next to no spread would decide everything: add a twentieth of the mean spread to all
-        covariance += 0.05 * covariance.trace() / EMBEDDING * torch.eye(EMBEDDING, dtype=torch.float64)
-        whiten = torch.linalg.inv(torch.linalg.cholesky(covariance)).T
-        means = (features.mean(0) @ whiten).unflatten(0, (len(SUBJECTS), len(STYLES)))
-        tables |= {f"{factor}.whiten": whiten.float(), f"{factor}.means": means.float()}
+    tables["subject.whiten"], tables["subject.means"] = gaussian(subject, (0, 2))
+    tables["style.whiten"], tables["style.means"] = gaussian(each["style"], (0, 1))
+    tables["pair.whiten"], tables["pair.means"] = gaussian(torch.cat(list(each.values()), -1), (0,))
+    return tables | palettes_of(turns)
+
+
+def palettes_of(turns: list[np.ndarray]) -> dict[str, Tensor]:
+    """``palettes.<style>``: the colours of one render of every subject in every colour on every background."""
     found = np.stack([quantiles(turn[..., :3]) for turn in turns])
     grid = np.empty((len(COLOURS), len(BACKGROUNDS), *found.shape[1:]), np.float32)
     for turn, rows in enumerate(found):
         grid[_colours(turn)] = rows
     grid = grid.reshape(len(COLOURS), len(BACKGROUNDS), len(SUBJECTS), len(STYLES), -1)
+    tables = {}
     for i, style in enumerate(STYLES):
         known = np.moveaxis(grid[:, :, :, i], 2, 0)  # (subjects, colours, backgrounds, 144)
         known = known.mean(2, keepdims=True) if style in world.OWN_GROUND else known
@@ -184,36 +229,34 @@ def tables_of(judge: Judge, turns: list[np.ndarray]) -> dict[str, Tensor]:
     return tables
 
 
-def measure(judge: Judge, turn: np.ndarray, colour: int, change: Callable | None = None) -> Evidence:
-    """Evidence about one turn's pictures (each held against its own pair), after ``change(picture, i)`` if given."""
-    pictures = np.ascontiguousarray(turn[..., :3])
-    if change is not None:
-        pictures = np.stack([change(p, i) for i, p in enumerate(pictures)])
+def measure(judge: Judge, pictures: UInt8[np.ndarray, "n h w 3"], colour: int) -> dict[str, np.ndarray]:
+    """Distances of one turn's pictures, each held against its own pair."""
     pair = np.arange(len(PAIRS))
-    return judge.evidence(pictures, pair // len(STYLES), pair % len(STYLES), np.full(len(PAIRS), colour))
+    return judge.evidence(pictures, pair // len(STYLES), pair % len(STYLES), np.full(len(PAIRS), colour)).distance
 
 
-def limits_of(judge: Judge, turns: list[np.ndarray], first: int, accepted: float) -> dict[str, np.ndarray]:
-    """For each subject, or style, the distance that the share ``accepted`` of its true renders keeps.
+def limits_of(judge: Judge, turns: list[np.ndarray], first: int, plan: Plan) -> dict[str, np.ndarray]:
+    """For each subject, or style, the distance that the share ``plan.accepted`` of its renders keeps.
 
     The renders are looked at as pico's autoencoder gives them back: what is judged is the picture, not the last
-    sharpness of its pixels, which no picture that pico makes can have.
+    sharpness of its pixels, which no picture that pico makes can have. Subjects in wrong colours count as subjects.
     """
     vae = model.load(pico.path()).vae
-    soft = [through_autoencoder(vae, turn) for turn in turns]
-    seen = [measure(judge, turn, _colours(first + i)[0]).distance for i, turn in enumerate(soft)]
+    seen = [measure(judge, through_autoencoder(vae, _plain(t)), _colours(first + i)[0]) for i, t in enumerate(turns)]
+    odd = [through_autoencoder(vae, miscoloured(t, plan.seed + first + i)) for i, t in enumerate(turns[::4])]
     limits = {}
-    for name in ("subject", "style", "palette"):
-        each = np.stack([d[name] for d in seen]).reshape(len(turns), len(SUBJECTS), len(STYLES))
-        limits[name] = np.quantile(each, accepted, axis=(0, 2) if name == "subject" else (0, 1))
+    for name in seen[0]:
+        rows = [d[name] for d in seen] + ([measure(judge, p, -1)[name] for p in odd] if name == "subject" else [])
+        each = np.stack(rows).reshape(len(rows), len(SUBJECTS), len(STYLES))
+        limits[name] = np.quantile(each, plan.accepted, axis=(0, 2) if name == "subject" else (0, 1))
     return limits
 
 
 @torch.no_grad()
-def through_autoencoder(vae: Any, turn: UInt8[np.ndarray, "n h w c"]) -> UInt8[np.ndarray, "n h w 3"]:
+def through_autoencoder(vae: Any, pictures: UInt8[np.ndarray, "n h w 3"]) -> UInt8[np.ndarray, "n h w 3"]:
     """Pictures encoded and decoded again."""
     back = []
-    for chunk in torch.from_numpy(np.ascontiguousarray(turn[..., :3])).split(32):
+    for chunk in torch.from_numpy(pictures).split(32):
         latent = vae.encode(chunk.permute(0, 3, 1, 2).float() / 127.5 - 1).latent
         back.append(((vae.decode(latent).sample.clamp(-1, 1) + 1) * 127.5 + 0.5).permute(0, 2, 3, 1).byte())
     return torch.cat(back).numpy()
@@ -226,7 +269,7 @@ def scores(judge: Judge, turns: list[np.ndarray], first: int) -> dict[str, float
     """Shares of fresh renders classified right, and accepted, with their number."""
     pair, found, verdicts = np.arange(len(PAIRS)), [], []
     for i, turn in enumerate(turns):
-        pictures, colour = np.ascontiguousarray(turn[..., :3]), COLOURS[_colours(first + i)[0]]
+        pictures, colour = _plain(turn), COLOURS[_colours(first + i)[0]]
         look = judge.look(pictures)
         found.append([
             look["subject"][1].argmax(1).numpy() == pair // len(STYLES),
@@ -252,9 +295,9 @@ def export(work: Path, plan: Plan, target: Path, network: Network, turns: list[n
     weights = _halved(network)
     network.load_state_dict({k: v.float() for k, v in weights.items()}, strict=False)
     judge = Judge(network, {}, {})
-    judge.tables = tables_of(judge, turns[: plan.train_turns])
+    judge.tables = tables_of(judge, turns[: plan.train_turns], plan.seed)
     fresh = plan.train_turns + plan.limit_turns
-    judge.limits = limits_of(judge, turns[plan.train_turns : fresh], plan.train_turns, plan.accepted)
+    judge.limits = limits_of(judge, turns[plan.train_turns : fresh], plan.train_turns, plan)
     measured = scores(judge, turns[fresh:], fresh)
     facts = {
         "command": "python -m qrlora.pico.judge --work DIR",
@@ -266,8 +309,8 @@ def export(work: Path, plan: Plan, target: Path, network: Network, turns: list[n
         "styles": STYLES,
     }
     tensors = {f"network.{k}": v for k, v in weights.items()} | judge.tables
-    _write(target / "judge.safetensors", lambda f: f.write(save({k: v.contiguous() for k, v in tensors.items()})))
-    _write(target / "judge.json", lambda f: f.write((json.dumps(facts, indent=1) + "\n").encode()))
+    write_atomically(target / "judge.safetensors", save({k: v.contiguous() for k, v in tensors.items()}))
+    write_atomically(target / "judge.json", (json.dumps(facts, indent=1) + "\n").encode())
     log(work, "judge-export", **measured)
 
 
@@ -283,8 +326,9 @@ def main() -> None:
     for folder in (args.work, args.target):
         folder.mkdir(parents=True, exist_ok=True)
     cv2.setNumThreads(1)
-    turns = [render_turn(args.work, plan, i) for i in range(plan.train_turns + plan.limit_turns + plan.fresh_turns)]
-    network = train_network(args.work, plan, turns[: plan.train_turns])
+    turns = rendered(args.work, plan)
+    known = Judge.load(Path(plan.start)).network if plan.start else None
+    network = known or train_network(args.work, plan, turns[: plan.train_turns])
     export(args.work, plan, args.target, network, turns)
 
 
