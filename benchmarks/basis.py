@@ -31,14 +31,17 @@ def main() -> None:
     named = matrices(arguments.weights, arguments.rank) if arguments.weights else [("random", random_weight(arguments))]
     print(f"rank {arguments.rank}, {torch.get_num_threads()} threads, torch {torch.__version__}")
     totals, least, count = [0.0, 0.0], 1.0, 0
-    for count, (name, weight) in enumerate(named, 1):
+    for name, weight in named:
+        count += 1
         fast, fast_s = timed(lambda w=weight: layer_basis(w, arguments.rank))  # type: ignore[misc]
         best, full_s = timed(lambda w=weight: full_svd_and_qr(w, arguments.rank))  # type: ignore[misc]
         kept = fast.energy / best
         totals, least = [totals[0] + fast_s, totals[1] + full_s], min(least, kept)
         shape = "x".join(map(str, weight.shape))
         if not arguments.summary:
-            print(f"{name} {shape}: fast {fast_s:.2f} s, full SVD + QR {full_s:.2f} s, energy {kept:.6f} of the optimum")
+            print(
+                f"{name} {shape}: fast {fast_s:.2f} s, full SVD + QR {full_s:.2f} s, energy {kept:.6f} of the optimum"
+            )
     print(f"{count} weights: ratio {totals[1] / totals[0]:.1f}x, least energy {least:.6f} of the optimum")
 
 

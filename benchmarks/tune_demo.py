@@ -2,7 +2,8 @@
 
 Seen subjects and styles of pico's world play the part of something new, called by a trigger that the base model has
 never met. Every method gets the same pairs, the same few learning rates, the same steps and the same pictures. What is
-maximised is the mean of "both right" over the subject alone, the style alone and the two composed, and over the pairs.
+maximised is the mean of the shares with the subject, the style and both right, over the subject alone, the style alone
+and the two composed, and over the pairs. ("Both" by itself is next to nothing at this budget and decides by chance.)
 Reserved subjects and styles, which the demo is about, have no part in this.
 
 Every run is one record of the log; runs already in it are not repeated, so it can be interrupted and widened. The best
@@ -35,7 +36,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "qrlora_published_dense": {"method": "qrlora", "triangular": False, "columns": "first"},
 }
 """What may become the default, beside the methods of the demo."""
-LEARNING_RATES = (3e-4, 1e-3, 3e-3)
+LEARNING_RATES = (1e-3, 3e-3)
 
 
 def main() -> None:
@@ -44,14 +45,14 @@ def main() -> None:
     parser.add_argument("--log", type=Path, default=Path(__file__).with_suffix(".json"))
     parser.add_argument("--methods", default=",".join(METHODS), help=f"of {', '.join(VARIANTS)} (default: %(default)s)")
     parser.add_argument("--learning-rates", type=_numbers, default=LEARNING_RATES)
-    parser.add_argument("--pairs", type=int, default=3, help=f"how many of {PAIRS} (default: 3)")
+    parser.add_argument("--pairs", type=int, default=2, help=f"how many of {PAIRS} (default: 2)")
     parser.add_argument("--steps", type=int, default=Budget().steps)
     parser.add_argument("--rank", type=int, default=Budget().rank)
-    parser.add_argument("--pictures", type=int, default=12, help="a score (default: 12)")
+    parser.add_argument("--pictures", type=int, default=8, help="a score (default: 8)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--model", default="pico")
     options = parser.parse_args()
-    budget = replace(Budget(), steps=options.steps, rank=options.rank, pictures=options.pictures)
+    budget = replace(Budget(), **{n: getattr(options, n) for n in ("steps", "rank", "pictures")})
     records: list[dict[str, Any]] = json.loads(options.log.read_text()) if options.log.exists() else []
     todo = list(_missing(records, options))
     if todo:
@@ -107,20 +108,22 @@ def _scores(setting: Setting, lessons: Sequence[Lesson], subject: Adapter, style
 
 
 def summary(records: Sequence[dict[str, Any]]) -> str:
-    """Mean "both right" of every method, rank, number of steps and learning rate; a star at each method's best."""
+    """Mean shares of every method and setting, over pairs; a star at each method's best."""
     groups: dict[tuple[Any, ...], list[dict[str, Any]]] = defaultdict(list)
     for record in records:
-        groups[record["method"], record["rank"], record["steps"], record["learning_rate"]].append(record["scores"])
-    means = {key: [fmean(scores[name]["both"] for scores in found) for name in SETS] for key, found in groups.items()}
-    best = {key[:3]: max((fmean(row), k) for k, row in means.items() if k[:3] == key[:3])[1] for key in means}
-    lines = [
-        f"{'method':<24}{'rank':>5}{'steps':>6}{'rate':>9}{'pairs':>6}" + "".join(f"{n:>15}" for n in (*SETS, "mean"))
-    ]
+        key = tuple(record[name] for name in ("method", "steps", "learning_rate"))
+        groups[key].append(record["scores"])
+    means = {
+        key: {part: fmean(scores[name][part] for scores in found for name in SETS) for part in PARTS}
+        for key, found in groups.items()
+    }
+    best = {key[0]: max((fmean(row.values()), k) for k, row in means.items() if k[0] == key[0])[1] for key in means}
+    lines = [f"{'method':<24}{'steps':>6}{'rate':>9}{'pairs':>6}" + "".join(f"{p:>9}" for p in PARTS)]
     for key, row in sorted(means.items()):
-        method, rank, steps, rate = key
-        star = " *" if best[key[:3]] == key else ""
-        values = "".join(f"{value:>15.3f}" for value in (*row, fmean(row)))
-        lines.append(f"{method:<24}{rank:>5}{steps:>6}{rate:>9.1e}{len(groups[key]):>6}{values}{star}")
+        method, steps, rate = key
+        values = "".join(f"{value:>9.3f}" for value in row.values())
+        star = " *" if best[method] == key else ""
+        lines.append(f"{method:<24}{steps:>6}{rate:>9.1e}{len(groups[key]):>6}{values}{star}")
     return "\n".join(lines)
 
 

@@ -100,12 +100,13 @@ def test_every_target_is_in_the_denoiser(loaded: tuple[Any, Any]) -> None:
 
 def test_an_option_without_meaning_is_refused(recipe: Recipe, loaded: tuple[Any, Any]) -> None:
     pipe, family = loaded
-    recipe = recipe.replace(min_snr_gamma=5.0)
-    if family.name == "sdxl":
-        train(recipe, pipe=pipe, family=family)
-    else:
-        with pytest.raises(RecipeError, match="min_snr_gamma"):
-            train(recipe, pipe=pipe, family=family)
+    for name in ("min_snr_gamma", "logit_mean"):
+        changed = recipe.replace(**{name: 1.0})
+        if (name == "min_snr_gamma") == (family.name == "sdxl"):
+            train(changed, pipe=pipe, family=family)
+        else:
+            with pytest.raises(RecipeError, match=name):
+                train(changed, pipe=pipe, family=family)
 
 
 # ---------------------------------------------------------------- formulas of the diffusers examples, computed apart

@@ -54,6 +54,8 @@ def test_timesteps_are_logit_normal_on_the_shifted_grid(loaded) -> None:
     sigma = timesteps / 1000
     normal = torch.logit((sigma / (3 - 2 * sigma)).clamp(1e-3, 1 - 1e-3))
     assert abs(normal.mean()) < 0.03 and abs(normal.std() - 1) < 0.03
+    noisier = family.sample_timesteps(scheduler, 20_000, torch.Generator().manual_seed(0), logit_mean=1.0)
+    assert (noisier >= timesteps).all() and noisier.mean() > timesteps.mean() + 100
 
 
 def test_training_scheduler_ignores_what_generating_left_behind(loaded) -> None:

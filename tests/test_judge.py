@@ -175,9 +175,9 @@ def test_refuses_what_is_no_picture_at_all(judge: Judge) -> None:
 
 def test_palette_distance_of_a_shift_is_its_share_along_each_direction() -> None:
     grey, lighter = (np.full((1, 128, 128, 3), v, np.uint8) for v in (119, 145))
-    lightness = [116 * ((v / 255 + 0.055) / 1.055) ** 0.8 - 16 for v in (119, 145)]  # CIE L* of sRGB greys
+    lab = [cv2.cvtColor(picture[0].astype(np.float32) / 255, cv2.COLOR_RGB2LAB)[0, 0] for picture in (grey, lighter)]
     moved = np.abs(quantiles(lighter) - quantiles(grey)).mean()
-    assert moved == pytest.approx((lightness[1] - lightness[0]) * np.abs(DIRECTIONS[:, 0]).mean(), rel=1e-3)
+    assert moved == pytest.approx(np.abs(DIRECTIONS @ (lab[1] - lab[0])).mean(), rel=1e-3)
 
 
 def test_palette_forgets_places() -> None:

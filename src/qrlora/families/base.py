@@ -12,7 +12,7 @@ from typing import Any
 import diffusers
 import torch
 from jaxtyping import Float
-from torch import Generator, Tensor, nn
+from torch import Tensor, nn
 
 from qrlora.errors import DataError
 
@@ -37,10 +37,10 @@ class ModelFamily:
         encode_prompts: `(pipe, prompts) -> Conditions`, tensors with one row per prompt.
         encode_images: `(pipe, images) -> latents`, images `(n, 3, height, width)` float32 in [-1, 1], latents
             `(n, channels, height', width')` in the scale the denoiser works in.
-        sample_timesteps: `(scheduler, n, generator) -> timesteps`, `(n,)` float32 on the CPU, in the denoiser's units.
+        sample_timesteps: `(scheduler, n, generator, ...) -> timesteps`, `(n,)` float32 on the CPU, in its units.
         loss: `(denoiser, scheduler, latents, noise, timesteps, conditions) -> scalar` float32.
         scheduler: diffusers class that adds noise in training; empty if it is the pipeline's own.
-        loss_options: recipe fields that `loss` takes besides, by name.
+        loss_options, timestep_options: recipe fields that `loss` and `sample_timesteps` take besides, by name.
     """
 
     name: str
@@ -53,10 +53,11 @@ class ModelFamily:
     prompt_options: Callable[[Any, list[str]], dict[str, Any]]
     encode_prompts: Callable[[Any, list[str]], dict[str, Tensor]]
     encode_images: Callable[[Any, Float[Tensor, "n 3 height width"]], Float[Tensor, "n c h w"]]
-    sample_timesteps: Callable[[Any, int, Generator], Float[Tensor, " n"]]
+    sample_timesteps: Callable[..., Float[Tensor, " n"]]
     loss: Callable[..., Float[Tensor, ""]]
     scheduler: str = ""
     loss_options: frozenset[str] = frozenset()
+    timestep_options: frozenset[str] = frozenset()
 
     @property
     def export_prefix(self) -> str:

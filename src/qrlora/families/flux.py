@@ -92,4 +92,5 @@ FLUX = ModelFamily(
     encode_images=encode_images,
     sample_timesteps=sample_timesteps,
     loss=loss,
+    timestep_options=SD3.timestep_options,
 )

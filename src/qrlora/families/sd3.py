@@ -53,10 +53,14 @@ def encode_prompts(pipe: Any, prompts: list[str]) -> dict[str, Tensor]:
     return {"encoder_hidden_states": hidden, "pooled_projections": pooled}
 
 
-def sample_timesteps(scheduler: Any, n: int, generator: Generator) -> Float[Tensor, " n"]:
-    """Timesteps drawn logit-normally, rf/lognorm(0, 1) of section 3.1, on the scheduler's (shifted) training grid."""
-    uniform = torch.sigmoid(torch.randn(n, generator=generator))
-    return scheduler.timesteps[(uniform * scheduler.config.num_train_timesteps).long()].cpu()
+def sample_timesteps(
+    scheduler: Any, n: int, generator: Generator, logit_mean: float = 0.0, logit_std: float = 1.0
+) -> Float[Tensor, " n"]:
+    """Timesteps drawn logit-normally, rf/lognorm(m, s) of section 3.1, on the scheduler's (shifted) training grid."""
+    uniform = torch.sigmoid(logit_mean + logit_std * torch.randn(n, generator=generator))
+    total = scheduler.config.num_train_timesteps
+    # a time of 1 is noise alone: the grid descends from it, so that large draws come first
+    return scheduler.timesteps[((1 - uniform) * total).long().clamp(max=total - 1)].cpu()
 
 
 def loss(
@@ -106,4 +110,5 @@ SD3 = ModelFamily(
     encode_images=encode_images,
     sample_timesteps=sample_timesteps,
     loss=loss,
+    timestep_options=frozenset({"logit_mean", "logit_std"}),
 )

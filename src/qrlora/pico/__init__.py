@@ -11,7 +11,7 @@ from typing import Any
 from qrlora.errors import ModelError
 
 WEIGHTS = Path(__file__).parent / "weights"
-SETTINGS: dict[str, Any] = {"steps": 20, "guidance": 3.0}
+SETTINGS: dict[str, Any] = {"steps": 20, "guidance": 2.0}
 """Denoising steps and guidance that suit pico better than its family's; the options of ``evaluate`` vary them."""
 
 

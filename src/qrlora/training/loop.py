@@ -144,7 +144,7 @@ def _prepare(
     if pipe is None:
         pipe, family = load_pipeline(recipe.model, dtype=getattr(torch, recipe.dtype))
     family = family or family_of(pipe)
-    loss_options(recipe, family)
+    family_options(recipe, family)
     resolution = recipe.resolution or family.resolution(pipe)
     examples = load_examples(recipe.images, recipe.text, recipe.trigger, resolution)
     data = encode(examples, pipe, family)
@@ -170,17 +170,23 @@ def peft_config(recipe: Recipe, family: ModelFamily) -> PeftConfig:
     )
 
 
-def loss_options(recipe: Recipe, family: ModelFamily) -> dict[str, Any]:
-    """The recipe's fields that the family's loss takes. Raises RecipeError for one that is set and has no meaning."""
-    given = {name: getattr(recipe, name) for name in ("min_snr_gamma",) if getattr(recipe, name) is not None}
-    if unknown := sorted(given.keys() - family.loss_options):
+def family_options(recipe: Recipe, family: ModelFamily) -> tuple[dict[str, float], dict[str, float]]:
+    """The recipe's fields that the family's loss takes, and those that its draw of timesteps takes.
+
+    Raises RecipeError for a field that is set and has no meaning for this family.
+    """
+    given = {n: getattr(recipe, n) for n in ("logit_mean", "logit_std", "min_snr_gamma")}
+    given = {name: value for name, value in given.items() if value is not None}
+    known = family.loss_options | family.timestep_options
+    if unknown := sorted(given.keys() - known):
         raise RecipeError(
             f"the family {family.name} has no {unknown[0]}",
-            expected=f"of such fields only {sorted(family.loss_options) or 'none'}",
+            expected=f"of such fields only {', '.join(sorted(known))}",
             got=f"{unknown[0]} = {given[unknown[0]]}",
             remedy="leave it out of the recipe",
         )
-    return given
+    loss, timesteps = ({n: given[n] for n in given if n in o} for o in (family.loss_options, family.timestep_options))
+    return loss, timesteps
 
 
 @contextlib.contextmanager
@@ -222,7 +228,7 @@ def _step(run: Run) -> float:
     recipe = run.recipe
     for group in run.optimizer.param_groups:
         group["lr"] = recipe.learning_rate * min(1.0, (run.step + 1) / max(1, recipe.warmup_steps))
-    options, total = loss_options(recipe, run.family), 0.0
+    options, total = family_options(recipe, run.family)[0], 0.0
     for latents, noise, timesteps, conditions in draw(run):
         loss = run.family.loss(run.denoiser, run.scheduler, latents, noise, timesteps, conditions, **options)
         loss = loss / recipe.accumulation
@@ -246,11 +252,12 @@ def draw(run: Run) -> Iterator[tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]]
     """Latents, noise, timesteps and conditions of every forward pass of the current step."""
     recipe, device = run.recipe, run.data.latents.device
     generator = torch.Generator().manual_seed(_mix(recipe.seed, run.step))
+    options = family_options(recipe, run.family)[1]
     for micro in range(recipe.accumulation):
         start = (run.step * recipe.accumulation + micro) * recipe.batch_size
         latents, conditions = run.data.batch(order(recipe.seed, len(run.data), start, recipe.batch_size))
         noise = torch.randn(latents.shape, generator=generator)
-        timesteps = run.family.sample_timesteps(run.scheduler, len(latents), generator)
+        timesteps = run.family.sample_timesteps(run.scheduler, len(latents), generator, **options)
         yield latents, noise.to(device), timesteps.to(device), conditions
 
 

@@ -86,6 +86,11 @@ class Recipe(BaseModel):
     learning_rate: float = Field(1e-3, gt=0, description="AdamW learning rate, constant after the warm-up")
     warmup_steps: int = Field(0, ge=0, description="steps over which the learning rate rises to its value")
     weight_decay: float = Field(1e-4, ge=0, description="AdamW weight decay of ΔR")
+    logit_mean: float | None = Field(
+        None,
+        description="noise levels in training: mean of their logit, higher is noisier (flow matching; default 0)",
+    )
+    logit_std: float | None = Field(None, gt=0, description="and its standard deviation (default 1)")
     min_snr_gamma: float | None = Field(
         None, gt=0, description="weight of noise levels in the loss: min(SNR, this) / SNR (SDXL; 5 is usual)"
     )
