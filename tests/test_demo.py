@@ -220,6 +220,11 @@ def test_lesson_of_the_world_is_captioned_truly(tmp_path: Path) -> None:
         np.testing.assert_array_equal(np.asarray(picture), world.render(scene)[0])
 
 
+def test_the_run_in_one_picture(ran: Ran) -> None:
+    with Image.open(ran.folder / "summary.png") as picture:
+        assert picture.width > 2 * 96 and picture.height > 3 * 96
+
+
 def test_data_is_json(ran: Ran) -> None:
     json.dumps(data(ran.outcome), allow_nan=False)
     assert flow.basis_of(ran.outcome.setting, ran.outcome.learned[DEFAULT][0]).rank == 2 * TINY.rank

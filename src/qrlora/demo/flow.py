@@ -21,7 +21,9 @@ from qrlora.basis import Basis
 from qrlora.composition import Composition, similarity
 from qrlora.demo.plan import DEFAULT, METHODS, Budget, Lesson, Wanted, lesson, questions, recipe_fields
 from qrlora.evaluation import Share
+from qrlora.evaluation.report import png_bytes
 from qrlora.families import ModelFamily, load_pipeline
+from qrlora.files import write_atomically
 from qrlora.generation import generate_jobs
 from qrlora.pico import world
 from qrlora.pico.judge import Judge
@@ -141,7 +143,7 @@ def run(
     """The whole demo; returns the path of its page.
 
     Args:
-        out: folder for report.html, report.json, the two pictures and the adapter files.
+        out: folder for report.html, report.json, summary.png, the two pictures and the adapter files.
         subject, style: a name in pico's world, or a picture file.
         seed: of the pictures to learn from, of training and of generating.
         steps: training steps of each adapter, instead of the plan's.
@@ -152,7 +154,7 @@ def run(
         ModelError: the base model or the judge is missing.
         DataError: ``subject`` or ``style`` is neither a name nor a picture that can be used.
     """
-    from qrlora.demo.page import report
+    from qrlora.demo.page import report, summary
 
     budget = budget or Budget()
     budget = budget if steps is None else replace(budget, steps=steps)
@@ -161,6 +163,7 @@ def run(
     out.mkdir(parents=True, exist_ok=True)
     outcome = _experiment(setting, out, subject, style, _command(subject, style, seed, steps))
     setting.say("page")
+    write_atomically(out / "summary.png", png_bytes(summary(outcome)))
     return report(outcome).write(out)
 
 

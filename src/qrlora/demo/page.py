@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image
 
-from qrlora.demo.flow import PARTS, Answer, Outcome
+from qrlora.demo.flow import PARTS, SETS, Answer, Outcome
 from qrlora.demo.numbers import AIMS, crosstalk, data, versions
 from qrlora.demo.plan import AIM, DEFAULT, LESSON_STYLE, LESSON_SUBJECT, METHODS, Lesson
 from qrlora.evaluation import (
@@ -27,6 +27,7 @@ from qrlora.evaluation import (
     difference,
 )
 from qrlora.evaluation.report import Block
+from qrlora.generation import labelled_grid
 from qrlora.pico import world
 
 NAMES = {"qrlora": "QR-LoRA", "qrlora_published": "QR-LoRA, as published", "lora": "LoRA"}
@@ -53,8 +54,21 @@ def report(outcome: Outcome) -> Report:
         subtitle=subtitle,
         sections=[part(outcome) for part in parts],
         data=data(outcome),
-        footer="Written by qrlora demo. Beside this page: its numbers in report.json, the adapters in adapters/.",
+        footer="Written by qrlora demo. Beside this page: its numbers in report.json, the run in one picture in "
+        "summary.png, the adapters in adapters/.",
     )
+
+
+def summary(outcome: Outcome) -> Image.Image:
+    """The run in one picture: what was learned from and composed, the subject in other styles, the style elsewhere."""
+    learned = [np.asarray(Image.open(one.file).convert("RGB")) for one in (outcome.subject, outcome.style)]
+    composed, *alone = (list(outcome.answers[DEFAULT][name].pixels) for name in ("composed", *SETS[:2]))
+    rows = [[*learned, *composed], *alone]
+    count = min(6, *(len(row) for row in rows))
+    cells = [[Image.fromarray(pixels) for pixels in row[:count]] for row in rows]
+    labels = ["learned from, then both", "the subject elsewhere", "the style elsewhere"]
+    heads = ["the subject", "the style", *[""] * (count - 2)]
+    return labelled_grid(cells, labels, heads[:count])
 
 
 # the top of the page

@@ -27,8 +27,8 @@ DEFAULT = "qrlora"
 """The project's default: subject and style own disjoint columns of one basis, which is what their roles ask for."""
 
 NOISE = {"subject": 0.0, "style": 2.0}
-"""Mean of the noise levels' logit in training. A style's ground is decided near noise alone; there a subject has nothing
-to learn but the ground of its own picture. Chosen by eye on a seen subject and style (mug, neon), the same for all."""
+"""Mean of the noise levels' logit in training. A style's ground is decided near noise alone; there a subject has
+nothing to learn but the ground of its own picture. Chosen by eye on one seen pair (mug, neon), and the same for all."""
 
 LESSON_STYLE, LESSON_SUBJECT = "flat", "car"
 """The seen style that a subject's picture is drawn in, and the seen subject that a style's picture shows."""

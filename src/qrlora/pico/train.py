@@ -47,6 +47,8 @@ class Plan:
     adam_lr: float = 1.5e-3
     time_mean: float = 0.4  # of the logit of the noise's share. A whole picture's colours are decided above 0.95, where
     time_spread: float = 1.4  # the usual logit-normal (0, 1) looks in one sample of 600 and this one in 28
+    cool: float = 0.3  # the last share of the denoiser's steps, in which the learning rates fall to zero
+    focus: str = ""  # styles to draw twice as often as the others, separated by commas
     caption_dropout: float = 0.1
     long_null: float = 0.03  # share of steps with the 256 zero tokens that the stock pipeline sends by default
     threads: int = 0
@@ -325,10 +327,14 @@ def batches(work: Path, plan: Plan) -> Callable[[int], tuple[Tensor, list[str], 
     facts = json.loads((work / "latents.json").read_text())
     latents = np.concatenate([np.load(p) for p in _chunks(work, plan, "latents")])
     scenes = [world.sample_scene(i) for i in range(len(latents))]
+    wanted = np.array([2.0 if scene.style in plan.focus.split(",") else 1.0 for scene in scenes])
 
     def batch(step: int) -> tuple[Tensor, list[str], np.random.Generator]:
         rng = np.random.default_rng((plan.seed, 2, step))
-        picks = rng.integers(len(latents), size=plan.denoiser_batch)
+        if plan.focus:
+            picks = rng.choice(len(latents), plan.denoiser_batch, p=wanted / wanted.sum())
+        else:
+            picks = rng.integers(len(latents), size=plan.denoiser_batch)
         wording = rng.integers(6, size=len(picks)) + 100 * rng.integers(2, size=len(picks))
         captions = [world.caption(scenes[i], int(w)) for i, w in zip(picks, wording, strict=True)]
         captions = ["" if rng.random() < plan.caption_dropout else c for c in captions]
@@ -342,7 +348,7 @@ def denoiser_stage(work: Path, plan: Plan) -> None:
     """Flow matching (Lipman et al. 2022; SD3, Esser et al. 2024): predict noise - latents at logit-normal times."""
     pipe = model.load(Path(plan.start)) if plan.start else model.build(all_captions(), plan.seed)
     parts = {n: getattr(pipe, n).to(plan.device) for n in ("transformer", "text_encoder", "text_encoder_2")}
-    run = Run(work, "denoiser", parts, optimisers(pipe, plan), plan.denoiser_steps, trapezoid)
+    run = Run(work, "denoiser", parts, optimisers(pipe, plan), plan.denoiser_steps, partial(trapezoid, cool=plan.cool))
     run.restore()
     batch = batches(work, plan)
     fast = torch.compile(pipe.transformer) if plan.compile else pipe.transformer
