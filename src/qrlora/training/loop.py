@@ -214,8 +214,8 @@ def _run_steps(run: Run, progress: Callable[[Progress], None] | None) -> float:
             loss = _step(run)
             run.step += 1
             if progress:
-                pace = (time.perf_counter() - started) / (run.step - first)
-                progress(Progress(run.step, recipe.steps, loss, pace * (recipe.steps - run.step)))
+                each = (time.perf_counter() - started) / (run.step - first)
+                progress(Progress(run.step, recipe.steps, loss, each * (recipe.steps - run.step)))
             if recipe.checkpoint_every and (run.step % recipe.checkpoint_every == 0 or run.step == recipe.steps):
                 _save_checkpoint(run)
             if interrupted():
@@ -227,7 +227,7 @@ def _step(run: Run) -> float:
     """One optimiser step; returns its mean loss. The parameters are untouched if it raises."""
     recipe = run.recipe
     for group in run.optimizer.param_groups:
-        group["lr"] = recipe.learning_rate * min(1.0, (run.step + 1) / max(1, recipe.warmup_steps))
+        group["lr"] = recipe.learning_rate * pace(recipe, run.step)
     options, total = family_options(recipe, run.family)[0], 0.0
     for latents, noise, timesteps, conditions in draw(run):
         loss = run.family.loss(run.denoiser, run.scheduler, latents, noise, timesteps, conditions, **options)
@@ -246,6 +246,13 @@ def _step(run: Run) -> float:
     run.optimizer.step()
     run.optimizer.zero_grad()
     return total
+
+
+def pace(recipe: Recipe, step: int) -> float:
+    """The share of the learning rate that step ``step`` (from 0) is taken at: it rises, holds and falls linearly."""
+    rising = (step + 1) / max(1, recipe.warmup_steps)
+    falling = (recipe.steps - step) / max(1, recipe.cooldown_steps)
+    return min(1.0, rising, falling)
 
 
 def draw(run: Run) -> Iterator[tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]]:

@@ -83,8 +83,9 @@ class Recipe(BaseModel):
     steps: int = Field(200, ge=1, description="optimiser steps")
     batch_size: int = Field(8, ge=1, description="examples per forward pass")
     accumulation: int = Field(1, ge=1, description="forward passes per optimiser step")
-    learning_rate: float = Field(1e-3, gt=0, description="AdamW learning rate, constant after the warm-up")
-    warmup_steps: int = Field(0, ge=0, description="steps over which the learning rate rises to its value")
+    learning_rate: float = Field(1e-3, gt=0, description="AdamW learning rate, constant between the two below")
+    warmup_steps: int = Field(0, ge=0, description="first steps, over which the learning rate rises to its value")
+    cooldown_steps: int = Field(0, ge=0, description="last steps, over which the learning rate falls to zero")
     weight_decay: float = Field(1e-4, ge=0, description="AdamW weight decay of ΔR")
     logit_mean: float | None = Field(
         None,
@@ -192,7 +193,8 @@ class Recipe(BaseModel):
 
     def run_record(self) -> dict[str, Any]:
         """The fields that make two runs the same run: what a checkpoint must agree on to be continued."""
-        return {key: value for key, value in self.model_dump(mode="json").items() if key not in RESUMABLE}
+        free = RESUMABLE - {"steps"} if self.cooldown_steps else RESUMABLE  # the last steps count from the end
+        return {key: value for key, value in self.model_dump(mode="json").items() if key not in free}
 
     @property
     def digest(self) -> str:
