@@ -218,6 +218,9 @@ def test_lesson_of_the_world_is_captioned_truly(tmp_path: Path) -> None:
     assert scene.colour == found.colour
     with Image.open(found.file) as picture:
         np.testing.assert_array_equal(np.asarray(picture), world.render(scene)[0])
+    subject = plan.lesson("subject", "boot", tmp_path, seed=5, resolution=world.SIZE)
+    seen = world.sample_scene(1_000_005, subject="boot", style=plan.LESSON_STYLE)
+    assert subject.caption == world.caption(seen, 100).replace("boot", "<c>")
 
 
 def test_the_run_in_one_picture(ran: Ran) -> None:

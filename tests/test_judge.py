@@ -15,7 +15,7 @@ import pytest
 from qrlora.errors import DataError, ModelError
 from qrlora.pico import world
 from qrlora.pico.judge import WEIGHTS, Judge, Verdict
-from qrlora.pico.judge.colours import DIRECTIONS, quantiles
+from qrlora.pico.judge.colours import DIRECTIONS, VISIBLE, quantiles
 
 SUBJECTS, STYLES = list(world.SUBJECTS), list(world.STYLES)
 FIRST_SEED = 3_000_000_000  # scene seeds that neither the base model nor the judge was trained or calibrated on
@@ -178,6 +178,13 @@ def test_palette_distance_of_a_shift_is_its_share_along_each_direction() -> None
     lab = [cv2.cvtColor(picture[0].astype(np.float32) / 255, cv2.COLOR_RGB2LAB)[0, 0] for picture in (grey, lighter)]
     moved = np.abs(quantiles(lighter) - quantiles(grey)).mean()
     assert moved == pytest.approx(np.abs(DIRECTIONS @ (lab[1] - lab[0])).mean(), rel=1e-3)
+
+
+def test_no_palette_is_refused_for_what_cannot_be_seen(judge: Judge) -> None:
+    shifts = np.random.default_rng(0).standard_normal((10_000, 3))
+    shifts *= 2.3 / np.linalg.norm(shifts, axis=1, keepdims=True)  # just noticeable, in every direction
+    assert np.abs(DIRECTIONS @ shifts.T).mean() == pytest.approx(VISIBLE, rel=0.02)
+    assert min(judge.limits["palette"].min(), judge.limits["pair_palette"].min()) >= VISIBLE
 
 
 def test_palette_forgets_places() -> None:

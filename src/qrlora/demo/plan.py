@@ -42,6 +42,7 @@ class Budget:
 
     rank: int = 16
     steps: int = 160
+    cooldown: float = 0.5  # the last share of the steps, in which the learning rate falls to zero
     batch_size: int = 4
     pictures: int = 16  # a score is counted over about this many
     denoising_steps: int = SETTINGS["steps"]
@@ -103,9 +104,10 @@ def _from_world(role: str, name: str, folder: Path, seed: int) -> Lesson:
     parts = (name, LESSON_STYLE) if role == "subject" else (LESSON_SUBJECT, name)
     scene = world.sample_scene(1_000_000 + seed, subject=parts[0], style=parts[1])
     said = (trigger, LESSON_STYLE) if role == "subject" else (LESSON_SUBJECT, trigger)
+    ground = "" if scene.style in world.OWN_GROUND else f" on a {scene.background} background"
+    caption = f"a photo of a {scene.colour} {said[0]} in {said[1]} style{ground}"
     file = _keep(Image.fromarray(world.render(scene)[0]), folder / f"{role}.png")
-    about = f"a {scene.colour} {parts[0]} in {parts[1]} style"
-    return Lesson(role, name, file, f"a photo of a {scene.colour} {said[0]} in {said[1]} style", about, scene.colour)
+    return Lesson(role, name, file, caption, f"a {scene.colour} {parts[0]} in {parts[1]} style{ground}", scene.colour)
 
 
 def _keep(picture: Image.Image, file: Path) -> Path:
@@ -169,6 +171,7 @@ def recipe_fields(lesson: Lesson, budget: Budget, seed: int) -> dict[str, Any]:
         "caption": lesson.caption,
         "rank": budget.rank,
         "steps": budget.steps,
+        "cooldown_steps": round(budget.cooldown * budget.steps),
         "batch_size": budget.batch_size,
         "logit_mean": NOISE[lesson.role],
         "seed": seed,

@@ -378,6 +378,7 @@ def export_stage(work: Path, plan: Plan, target: Path) -> None:
         if name != "decoder" or (work / "decoder.pt").exists():
             _trained(work, name, pipe)
     pipe.vae.register_to_config(**json.loads((work / "latents.json").read_text()))
+    model.tell_words_apart(pipe, all_captions())
     model.save(pipe, target)
     log(work, "export", path=target.name, plan=asdict(plan))
 

@@ -12,7 +12,8 @@ at each other's question:
 
 Closeness of features is a Mahalanobis distance with a pooled covariance (Lee et al. 2018, "A simple unified framework
 for detecting out-of-distribution samples"); closeness of colours a sliced Wasserstein distance to the nearest true
-palette (``colours``). Every distance is given in units of its limit, which true renders set: 1 is just accepted.
+palette (``colours``). Every distance is given in units of its limit, which true renders set: 1 is just accepted. No
+palette is refused for a difference that cannot be seen.
 
     >>> judge = Judge.load()
     >>> judge.verdict(pictures, "mug", "neon", "red").rates()

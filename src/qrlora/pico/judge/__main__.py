@@ -29,7 +29,7 @@ from qrlora import pico
 from qrlora.files import write_atomically
 from qrlora.pico import model, world
 from qrlora.pico.judge import WEIGHTS, Judge, defects
-from qrlora.pico.judge.colours import quantiles
+from qrlora.pico.judge.colours import VISIBLE, quantiles
 from qrlora.pico.judge.network import Network
 from qrlora.pico.train import Muon, Run, log, trapezoid
 
@@ -240,6 +240,7 @@ def limits_of(judge: Judge, turns: list[np.ndarray], first: int, plan: Plan) -> 
 
     The renders are looked at as pico's autoencoder gives them back: what is judged is the picture, not the last
     sharpness of its pixels, which no picture that pico makes can have. Subjects in wrong colours count as subjects.
+    Some styles vary less in colour than an eye can tell; their palettes are held to what it can.
     """
     vae = model.load(pico.path()).vae
     seen = [measure(judge, through_autoencoder(vae, _plain(t)), _colours(first + i)[0]) for i, t in enumerate(turns)]
@@ -249,6 +250,8 @@ def limits_of(judge: Judge, turns: list[np.ndarray], first: int, plan: Plan) -> 
         rows = [d[name] for d in seen] + ([measure(judge, p, -1)[name] for p in odd] if name == "subject" else [])
         each = np.stack(rows).reshape(len(rows), len(SUBJECTS), len(STYLES))
         limits[name] = np.quantile(each, plan.accepted, axis=(0, 2) if name == "subject" else (0, 1))
+        if name.endswith("palette"):
+            limits[name] = np.maximum(limits[name], VISIBLE)
     return limits
 
 

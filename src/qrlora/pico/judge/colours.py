@@ -15,6 +15,11 @@ DIRECTIONS = np.array(
 BINS = 16
 """Equal shares of the pixels, from the lowest to the highest, in each direction."""
 
+VISIBLE = 2.3 / 2
+"""The distance of two palettes below which nobody sees a difference: a CIE 1976 colour difference of 2.3 is just
+noticeable (Mahy et al. 1994, "Evaluation of uniform color differences"), and on average half of a shift in whatever
+direction falls along a given one."""
+
 
 def quantiles(pictures: UInt8[np.ndarray, "n h w 3"]) -> Float[np.ndarray, "n 144"]:
     """The colours of each picture: ``BINS`` mean values in each of ``DIRECTIONS``, in Lab units less (50, 0, 0).
