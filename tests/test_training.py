@@ -7,6 +7,7 @@ import signal
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -14,8 +15,9 @@ from PIL import Image
 from qrlora.adapter import Adapter, load_adapter
 from qrlora.errors import ModelError, RecipeError, TrainingError
 from qrlora.families import load_pipeline
+from qrlora.generation import generate
 from qrlora.training import checkpoint
-from qrlora.training.loop import Progress, TrainingInterrupted, order, train
+from qrlora.training.loop import Progress, TrainingInterrupted, order, pace, train
 from qrlora.training.recipe import Recipe
 
 
@@ -75,7 +77,31 @@ def test_same_seed_same_adapter(recipe: Recipe) -> None:
     assert same(one, two) and not same(one, other)
 
 
-@pytest.mark.parametrize("changes", [{}, {"method": "lora", "warmup_steps": 5, "accumulation": 2}])
+def test_preserving_keeps_what_other_prompts_give(recipe: Recipe) -> None:
+    pipe, family = load_pipeline(recipe.model, device="cpu")
+    prompt, base = "a blue lamp", []
+    recipe = recipe.replace(steps=40, learning_rate=0.05, output=None)
+    drift = []
+    for changes in ({}, {"preserve": f"{prompt}; ", "preserve_weight": 10.0}):
+        adapter = train(recipe.replace(**changes), pipe=pipe, family=family)
+        base, changed = (
+            np.stack(generate(pipe, family, [prompt], [recipe.seed], adapters=used)).astype(float)
+            for used in ([], [(adapter, 1.0)])
+        )
+        drift.append(np.abs(changed - base).mean())
+    assert drift[1] < 0.5 * drift[0]
+
+
+def test_learning_rate_rises_holds_and_falls(recipe: Recipe) -> None:
+    recipe = recipe.replace(steps=10, warmup_steps=2, cooldown_steps=4)
+    shares = [pace(recipe, step) for step in range(10)]
+    assert shares == [0.5, 1, 1, 1, 1, 1, 1, 0.75, 0.5, 0.25]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"method": "lora", "warmup_steps": 5, "accumulation": 2}, {"preserve": "a lamp"}],
+)
 def test_resumed_run_is_the_uninterrupted_run_bit_for_bit(recipe: Recipe, changes: dict[str, Any]) -> None:
     recipe = recipe.replace(**changes)
     whole = train(recipe)
@@ -87,6 +113,7 @@ def test_resumed_run_is_the_uninterrupted_run_bit_for_bit(recipe: Recipe, change
 
 
 def test_ctrl_c_saves_and_resumes(recipe: Recipe) -> None:
+    recipe = recipe.replace(cooldown_steps=4)
     whole = train(recipe)
     checkpoints = checkpoint.folder(recipe)
 

@@ -28,6 +28,7 @@ from qrlora.errors import RecipeError, TrainingError
 from qrlora.families import ModelFamily, family_of, load_pipeline, remove_adapters
 from qrlora.training import checkpoint
 from qrlora.training.dataset import EncodedDataset, Example, encode, find_pictures, load_examples
+from qrlora.training.preservation import Preservation, record
 from qrlora.training.recipe import Recipe
 from qrlora.tuner import QRLoraConfig
 
@@ -63,6 +64,7 @@ class Run:
     data: EncodedDataset
     parameters: dict[str, nn.Parameter]
     optimizer: torch.optim.Optimizer
+    kept: Preservation | None = None
     step: int = 0
 
     @property
@@ -97,13 +99,13 @@ def train(
         TrainingInterrupted: Ctrl-C; a checkpoint was written if there is an output.
     """
     started = time.perf_counter()
-    denoiser, scheduler, family, examples, data = _prepare(recipe, pipe, family)
+    denoiser, scheduler, family, examples, data, kept = _prepare(recipe, pipe, family)
     del pipe
     with _adapter_on(denoiser, family, recipe) as parameters:
         optimizer = torch.optim.AdamW(
             parameters.values(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay, fused=True
         )
-        run = Run(recipe, family, denoiser, scheduler, data, parameters, optimizer)
+        run = Run(recipe, family, denoiser, scheduler, data, parameters, optimizer, kept)
         if resume:
             run.step = checkpoint.load(recipe, run.record, parameters, optimizer)
         loss = _run_steps(run, progress)
@@ -131,7 +133,7 @@ def _extract(run: Run, provenance: dict[str, Any]) -> Adapter:
 
 def _prepare(
     recipe: Recipe, pipe: Any, family: ModelFamily | None
-) -> tuple[nn.Module, Any, ModelFamily, list[Example], EncodedDataset]:
+) -> tuple[nn.Module, Any, ModelFamily, list[Example], EncodedDataset, Preservation | None]:
     """All that training needs of the pipeline, which is let go: only denoiser and scheduler survive this function."""
     if recipe.output and not recipe.output.parent.is_dir():
         raise RecipeError(
@@ -148,7 +150,8 @@ def _prepare(
     resolution = recipe.resolution or family.resolution(pipe)
     examples = load_examples(recipe.images, recipe.text, recipe.trigger, resolution)
     data = encode(examples, pipe, family)
-    return family.denoiser_of(pipe), family.training_scheduler(pipe), family, examples, data
+    kept = record(pipe, family, recipe.preserve, recipe.seed, recipe.batch_size) if recipe.preserve else None
+    return family.denoiser_of(pipe), family.training_scheduler(pipe), family, examples, data, kept
 
 
 def peft_config(recipe: Recipe, family: ModelFamily) -> PeftConfig:
@@ -229,8 +232,11 @@ def _step(run: Run) -> float:
     for group in run.optimizer.param_groups:
         group["lr"] = recipe.learning_rate * pace(recipe, run.step)
     options, total = family_options(recipe, run.family)[0], 0.0
+    generator = torch.Generator().manual_seed(_mix(-1 - recipe.seed, run.step))
     for latents, noise, timesteps, conditions in draw(run):
         loss = run.family.loss(run.denoiser, run.scheduler, latents, noise, timesteps, conditions, **options)
+        if run.kept:
+            loss = loss + recipe.preserve_weight * run.kept.loss(run.denoiser, generator)
         loss = loss / recipe.accumulation
         loss.backward()
         total += loss.item()

@@ -80,6 +80,10 @@ class Recipe(BaseModel):
     targets: str | tuple[str, ...] | None = Field(
         None, description="module names, or a regular expression, to adapt (default: the family's published set)"
     )
+    preserve: tuple[str, ...] = Field(
+        (), description="prompts that the adapter should leave as the base model draws them; separated by ; in a flag"
+    )
+    preserve_weight: float = Field(1.0, gt=0, description="weight of that in the loss")
     steps: int = Field(200, ge=1, description="optimiser steps")
     batch_size: int = Field(8, ge=1, description="examples per forward pass")
     accumulation: int = Field(1, ge=1, description="forward passes per optimiser step")
@@ -127,6 +131,12 @@ class Recipe(BaseModel):
     @classmethod
     def _one_or_many(cls, value: Any) -> Any:
         return (value,) if isinstance(value, (str, Path)) else value
+
+    @field_validator("preserve", mode="before")
+    @classmethod
+    def _separated(cls, value: Any) -> Any:
+        """Accept "a red mug; a blue lamp" from the command line."""
+        return tuple(part.strip() for part in value.split(";") if part.strip()) if isinstance(value, str) else value
 
     @field_validator("columns", mode="before")
     @classmethod
