@@ -62,13 +62,14 @@ class QRLoraModel(LoraModel):
         Raises:
             BasisError, TunerError: a layer that cannot carry the adapter, or ``target_modules`` that match none.
         """
+        config: Any = self.peft_config[adapter_name]
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         except (NoMatchingPeftModuleError, re.error) as error:
             raise TunerError(
                 "target_modules match no layer of the model",
                 expected="a list of module names such as to_q, or one regular expression for whole names",
-                got=f"{self.peft_config[adapter_name].target_modules!r} ({error})",
+                got=f"{config.target_modules!r} ({error})",
                 remedy="see the model's named_modules() for the names it has",
             ) from error
         for layer in _layers(model).values():
