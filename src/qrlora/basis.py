@@ -31,11 +31,6 @@ _OVERSAMPLING = 8  # extra columns of a Krylov block beyond the rank
 _DEPTH = 6  # steps per Krylov space: one round reaches _RESIDUAL where singular values fall as 1/sqrt(i) or faster
 _ROUNDS = 2  # a restart from the best block so far, needed only where the spectrum hardly decays
 _RESIDUAL = 3e-5  # stop when ||W v - s u|| <= this * s_1: a subspace within 2e-4 of the exact one (measured at 3072)
-
-_INVARIANT = (
-    3e-6  # two passes leave at most 1e-6 of an earlier block in a new one, unless nothing of the new one was left
-)
-
 _CACHED = 1e-4  # what a sound cached Q may be off orthonormal by, with room
 
 
@@ -208,12 +203,18 @@ def _checked_matrix(weight: Tensor, rank: int, algorithm: str, name: str) -> Flo
     return matrix
 
 
+def _in_range(matrix: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
+    """The matrix; times a power of two, which changes no digit, where squares could overflow or vanish in float32."""
+    low, high = (abs(float(value)) for value in matrix.aminmax())
+    exponent = math.frexp(max(low, high))[1]
+    return matrix if -16 < exponent < 16 else matrix * 2.0**-exponent
+
+
 def _orthonormal_columns(
     matrix: Float[Tensor, "out in"], rank: int, algorithm: str, seed: int, name: str
 ) -> Float[Tensor, "out rank"]:
     """Q of the matrix, computed in float32 with the small factor canonicalised in float64."""
-    # Columns do not depend on the scale. A power of two takes nothing from the digits, and no square overflows.
-    matrix = matrix * 2.0 ** -math.frexp(float(matrix.abs().max()))[1]
+    matrix = _in_range(matrix)  # columns do not depend on the scale
     block = rank + _OVERSAMPLING
     try:
         # A Krylov space nearly as large as the matrix costs more than its full decomposition.
@@ -252,10 +253,12 @@ def _block_krylov(
         space, projected = x, side.T @ x
         for _ in range(_DEPTH):
             x = side @ projected[:, -block:]
-            for _ in range(2):
-                x = _orthonormalise(x - space @ (space.T @ x))
-            if bool((space.T @ x).abs().max() > _INVARIANT):
-                # The space has all there is (a weight of low rank, equal singular values), and x is rounding noise.
+            x = _orthonormalise(x - space @ (space.T @ x))
+            left = space.T @ x
+            x = _orthonormalise(x - space @ left)
+            if left.norm() > 0.5:
+                # The space has all there is (a weight of low rank, equal singular values): x was rounding noise, of
+                # which two passes do not rid it.
                 x = _orthonormalise(torch.cat([space, x], dim=1))[:, space.shape[1] :]
             space, projected = torch.cat([space, x], dim=1), torch.cat([projected, side.T @ x], dim=1)
         rotation, values, _ = torch.linalg.svd(torch.linalg.qr(projected, mode="r").R.T)
@@ -303,9 +306,11 @@ def _independent_columns(core: Float[Tensor, "rank in"], tolerance: float) -> li
 
 def _with_coordinates(matrix: Float[Tensor, "out in"], q: Float[Tensor, "out rank"]) -> LayerBasis:
     r = torch.triu(q.T @ matrix)
-    # In float64: one float32 sum over ten million entries is off by 1e-3, and squares of 1e-23 vanish.
-    held, whole = (torch.linalg.vector_norm(part, dtype=torch.float64).square() for part in (r, matrix))
-    energy = float(held / whole)
+    whole = _in_range(matrix)
+    held = r if whole is matrix else torch.triu(q.T @ whole)
+    # Row by row and then in float64: one float32 sum over ten million entries is off by 1e-3.
+    energies = [float(torch.linalg.vector_norm(part, dim=1).double().square().sum()) for part in (held, whole)]
+    energy = energies[0] / energies[1]
     return LayerBasis(q=q, r=r, energy=min(energy, 1.0))
 
 
