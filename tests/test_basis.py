@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 from torch import Tensor
 
 from qrlora import basis as basis_module
@@ -92,6 +93,25 @@ def test_fast_keeps_the_energy_where_the_spectrum_hardly_decays(slope):
     assert layer_basis(weight, 16).energy >= 0.999 * best_energy(weight, 16)
 
 
+@pytest.mark.parametrize("values", [torch.ones(480), torch.tensor([1.0] * 20 + [0.0] * 460)])
+def test_fast_stays_orthonormal_where_a_krylov_space_has_all_there_is(values):
+    """Equal singular values, and a low rank, leave nothing for the next block but rounding noise."""
+    found = layer_basis(torch.diag(values), 16)
+    torch.testing.assert_close(found.q.T @ found.q, torch.eye(16), atol=1e-5, rtol=0)
+    assert found.energy == pytest.approx(best_energy(torch.diag(values), 16), rel=1e-3)
+
+
+@pytest.mark.parametrize("algorithm", ["exact", "fast"])
+@pytest.mark.parametrize("size", [24, 480])
+@pytest.mark.parametrize("scale", [2.0**-110, 2.0**110])
+def test_the_scale_of_a_weight_does_not_matter(algorithm, size, scale):
+    """Squares of these overflow or vanish in float32; weight decay makes such weights of layers that learn nothing."""
+    weight = gaussian(size, size)
+    plain, scaled = (layer_basis(w, 4, algorithm=algorithm) for w in (weight, weight * scale))
+    assert torch.equal(plain.q, scaled.q)
+    assert scaled.energy == pytest.approx(plain.energy, rel=1e-5)
+
+
 def test_fast_depends_on_its_seed_alone_and_leaves_the_global_random_state():
     weight = gaussian(480, 480)
     torch.manual_seed(1)
@@ -129,7 +149,9 @@ def test_a_rank_deficient_weight_says_its_layer_and_numerical_rank(algorithm, si
     weight = gaussian(size, true_rank) @ gaussian(true_rank, size, seed=1)
     with pytest.raises(BasisError, match=rf"(?s)'blocks\.0\.to_q'.*rank 8 or more.*numerical rank {true_rank}"):
         layer_basis(weight, 8, algorithm=algorithm, name="blocks.0.to_q")
-    assert layer_basis(weight, true_rank, algorithm=algorithm).energy == pytest.approx(1, abs=1e-5)
+    found = layer_basis(weight, true_rank, algorithm=algorithm)
+    torch.testing.assert_close(found.q.T @ found.q, torch.eye(true_rank), atol=1e-5, rtol=0)
+    assert found.energy == pytest.approx(1, abs=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -143,6 +165,7 @@ def test_a_rank_deficient_weight_says_its_layer_and_numerical_rank(algorithm, si
         (torch.ones(6, 4), 2, "quick", "exact or fast"),
         (torch.ones(6, 4, dtype=torch.int8), 2, "fast", "dequantise"),
         (torch.ones(6), 1, "fast", "2 or more dimensions"),
+        (torch.ones(6, 4, device="meta"), 2, "fast", "meta device"),
     ],
 )
 def test_what_has_no_basis_is_an_error_that_names_the_layer(weight, rank, algorithm, message):
@@ -193,6 +216,17 @@ def test_a_damaged_cache_file_is_an_error_that_says_what_to_delete(private_cache
     (path,) = private_cache.iterdir()
     path.write_bytes(path.read_bytes()[:-4] if content is None else content)
     with pytest.raises(BasisError, match=f"(?s)delete .*{path.name}"):
+        cached_layer_basis(weight, weight_digest(weight), 3)
+
+
+@pytest.mark.parametrize("value", [7.0, torch.nan])
+def test_a_cache_file_with_altered_values_is_refused(private_cache: Path, value):
+    weight = gaussian(12, 10)
+    q = cached_layer_basis(weight, weight_digest(weight), 3).q
+    (path,) = private_cache.iterdir()
+    q[2, 1] = value
+    save_file({"q": q}, path)
+    with pytest.raises(BasisError, match=f"(?s)damaged.*delete .*{path.name}"):
         cached_layer_basis(weight, weight_digest(weight), 3)
 
 

@@ -4,19 +4,26 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import signal
 import subprocess
 import sys
 import types
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from matplotlib.figure import Figure
 from PIL import Image
 
 import qrlora
+from conftest import build_tiny_flux, build_tiny_sd3
+from qrlora import families
 from qrlora.adapter import load_adapter
 from qrlora.cli import Bar, main, weighted_path
+from qrlora.training import loop
 
 COMMANDS = ("train", "compose", "generate", "inspect", "similarity", "demo")
 
@@ -129,6 +136,12 @@ def test_generate_grid(work: Path, tiny_sd3: Path, capsys: pytest.CaptureFixture
         assert picture.width > 3 * 96 and picture.height > 3 * 96 and np.array(picture).std() > 0
     assert main([*grid, *adapters[:2], "-o", "b.png"]) == 2
     assert "two adapters" in capsys.readouterr().err
+    for output, said in (("b.jpg", "a file *.png"), (".", "a folder")):
+        assert main([*grid, *adapters, "-o", output]) == 2
+        assert said in capsys.readouterr().err
+    weighted = ["--adapter", str(work / "mug.safetensors"), "--adapter", f"{work / 'chalk.safetensors'}:0.5"]
+    assert main([*grid, *weighted, "-o", "b.png"]) == 2
+    assert "leave the weights out" in capsys.readouterr().err
 
 
 def test_inspect(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -152,6 +165,19 @@ def test_similarity(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert picture.width > 400
     assert main(["similarity", *pair, "--files-only", "--json"]) == 0
     assert set(json.loads(capsys.readouterr().out)["total"]) == {"delta_r", "delta_w"}
+    assert main(["similarity", pair[0], str(work / "lora.safetensors"), "--files-only"]) == 2
+    assert "leave out --files-only" in capsys.readouterr().err
+
+
+def test_similarity_plots_a_panel_of_every_quantity(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[Figure] = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: drawn.append(figure))
+    pair = [str(work / "mug.safetensors"), str(work / "chalk.safetensors")]
+    assert main(["similarity", *pair, "--plot", "new/cosines.png"]) == 0
+    panels = drawn[0].axes
+    assert [axes.get_title(loc="left")[:2].strip(":") for axes in panels] == ["ΔR", "ΔW", "Q", "R"]
+    layers = len(load_adapter(work / "mug.safetensors").deltas)
+    assert all(len(axes.lines[0].get_ydata()) == layers for axes in panels)
 
 
 def test_demo_hands_its_options_on(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -197,6 +223,179 @@ def test_interrupt_says_what_was_saved(
     said = capsys.readouterr().err
     assert "step-000001.safetensors" in said and "--resume" in said
     assert main([*command, "--resume"]) == 0
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    ("harm", "said"),
+    [
+        (lambda data: data[:-7], "truncated"),
+        (lambda data: b"", "0 bytes"),
+        (lambda data: (1 << 40).to_bytes(8, "little") + data[8:], "oversized header"),
+        (lambda data: pickle.dumps({"a": 1}), "pickle"),
+        (lambda data: data[:-4] + b"\xff\xff\xff\x7f", "NaN"),
+        (lambda data: data.replace(b'"F32"', b'"I32"'), "wrong dtype"),
+        (lambda data: data.replace(b'qrlora.rank":"2"', b'qrlora.rank":"3"'), "rank and columns disagree"),
+        (lambda data: data.replace(b"qrlora.trigger", b"qrlora.tregger"), "'qrlora.tregger'"),
+    ],
+)
+def test_bad_files_are_said_without_a_traceback(
+    work: Path, harm: Callable[[bytes], bytes], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = (work / "mug.safetensors").read_bytes()
+    assert harm(data) != data
+    Path("bad.safetensors").write_bytes(harm(data))
+    for command in (
+        ["inspect"],
+        ["compose", str(work / "chalk.safetensors")],
+        ["generate", "--prompt", "a", "--adapter"],
+    ):
+        assert main([*command, "bad.safetensors"]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith(f"qrlora {command[0]}: bad.safetensors: ") and said in error and "expected:" in error
+    assert not list(Path().glob("composition*"))
+
+
+def test_another_base_is_refused_by_every_command(
+    work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = build_tiny_sd3()
+    with torch.no_grad():
+        other.transformer.transformer_blocks[0].attn.to_q.weight.add_(0.1)
+    other.save_pretrained(tmp_path / "other")
+    build_tiny_flux().save_pretrained(tmp_path / "flux")
+    one, two = (str(work / name) for name in ("mug.safetensors", "chalk.safetensors"))
+    for model, said in (("other", "first transformer_blocks.0.attn.to_q"), ("flux", "lacks")):
+        assert (
+            main(["generate", "--model", str(tmp_path / model), "--prompt", "a", "--steps", "1", "--adapter", one]) == 2
+        )
+        assert said in capsys.readouterr().err
+    for model, said in (("other", "another base weight"), ("flux", "lacks")):
+        asked = ["--model", str(tmp_path / model)]
+        for command in (["similarity", one, two], ["compose", one, two, "--spelling", "lora"]):
+            assert main([*command, *asked]) == 2
+            error = capsys.readouterr().err
+            assert said in error and str(load_adapter(Path(one)).metadata.base_model) in error
+
+
+def test_another_rank_of_basis_is_refused_with_both_and_the_way_out(
+    work: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wider = ["train", str(work / "style.toml"), "--basis-rank", "6", "-o", "wider.safetensors"]
+    assert main(wider) == 0
+    parts = [str(work / "mug.safetensors"), "wider.safetensors"]
+    assert main(["compose", *parts]) == 2
+    error = capsys.readouterr().err
+    assert "'basis_rank': 4" in error and "'basis_rank': 6" in error and "--delta-weights RANK" in error
+    assert main(["compose", *parts, "--delta-weights", "4"]) == 0
+    assert "of the sum's energy is lost" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda path: Image.new("RGB", (1, 1)).save(path), "too small"),
+        (lambda path: path.write_text("no picture"), "unreadable picture"),
+        (lambda path: path.mkdir(), "no pictures in"),
+        (
+            lambda path: Image.new("RGB", (40, 40)).save(
+                path, save_all=True, append_images=[Image.new("RGB", (40, 40), "red")]
+            ),
+            "2 frames",
+        ),
+    ],
+)
+def test_bad_pictures_are_said_without_a_traceback(
+    make: Callable[[Path], object], said: str, tiny_sd3: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make(Path("bad.png"))
+    assert main(["train", "--subject", "bad.png", "--model", str(tiny_sd3), "--steps", "1"]) == 2
+    error = capsys.readouterr().err
+    assert said in error and error.startswith("qrlora train:") and not Path("subject.safetensors").exists()
+
+
+def test_a_cmyk_picture_trains(tiny_sd3: Path) -> None:
+    Image.new("CMYK", (40, 40), (0, 255, 255, 0)).save("print.jpg")
+    options = ["--model", str(tiny_sd3), "--steps", "1", "--rank", "2", "--batch-size", "1"]
+    assert main(["train", "--subject", "print.jpg", *options]) == 0
+
+
+@pytest.mark.parametrize(
+    ("command", "option", "value"),
+    [
+        ("generate", "--steps", "0"),
+        ("generate", "--steps", "-1"),
+        ("generate", "--batch-size", "0"),
+        ("generate", "--seeds", "0"),
+        ("generate", "--seed", str(2**70)),
+        ("generate", "--seed", "one"),
+        ("generate", "--resolution", "-16"),
+        ("generate", "--guidance", "nan"),
+        ("generate", "--grid", "0,inf"),
+        ("compose", "--delta-weights", "0"),
+        ("demo", "--steps", "0"),
+    ],
+)
+def test_numbers_that_cannot_be_are_named(
+    command: str, option: str, value: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    needed = {"generate": ["--prompt", "a"], "compose": ["a.safetensors"], "demo": []}[command]
+    with pytest.raises(SystemExit) as ended:
+        main([command, *needed, option, value])
+    assert ended.value.code == 2
+    assert f"argument {option}: expected a" in capsys.readouterr().err
+
+
+def test_a_weight_that_is_no_number_makes_no_picture(
+    work: Path, tiny_sd3: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    adapter = f"{work / 'mug.safetensors'}:nan"
+    assert main(["generate", "--model", str(tiny_sd3), "--steps", "1", "--prompt", "a", "--adapter", adapter]) == 2
+    assert "finite weights" in capsys.readouterr().err and not list(Path().rglob("*.png"))
+
+
+@pytest.mark.parametrize("output", ["mug", "mug.bin", "."])
+def test_an_output_that_cannot_be_is_refused_before_training(
+    output: str, work: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(loop, "train", lambda *_, **__: pytest.fail("trained"))
+    assert main(["train", str(work / "style.toml"), "-o", output]) == 2
+    assert "*.safetensors" in capsys.readouterr().err
+
+
+def test_used_up_memory_comes_with_a_remedy_and_faults_with_a_traceback(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = ["CUDA out of memory. Tried to allocate 2 GiB", "DefaultCPUAllocator: can't allocate memory", "a fault"]
+    monkeypatch.setattr(families, "load_pipeline", lambda *_, **__: (_ for _ in ()).throw(RuntimeError(said.pop(0))))
+    for _ in range(2):
+        assert main(["generate", "--prompt", "a"]) == 2
+        assert "lower --batch-size" in capsys.readouterr().err
+    with pytest.raises(RuntimeError, match="a fault"):
+        main(["generate", "--prompt", "a"])
+
+
+def test_all_commands_on_pico(capsys: pytest.CaptureFixture[str]) -> None:
+    """The default base model from a picture to a grid, with steps too few to learn anything."""
+    Image.radial_gradient("L").convert("RGB").save("mug.png")
+    short = ["--steps", "1", "--rank", "2", "--batch-size", "1"]
+    for role in ("subject", "style"):
+        assert main(["train", f"--{role}", "mug.png", "--noun", "mug", *short]) == 0
+    parts = ["subject.safetensors", "style.safetensors"]
+    assert main(["compose", "subject.safetensors:0.9", "style.safetensors", "--spelling", "lora"]) == 0
+    assert main(["inspect", "composition.safetensors", *parts]) == 0
+    said = capsys.readouterr().out
+    assert "base model pico, family sd3" in said and "ratio 0.49" in said
+    assert main(["similarity", *parts, "--json"]) == 0
+    assert set(json.loads(capsys.readouterr().out)["total"]) == {"q", "r", "delta_r", "delta_w"}
+    prompt = ["--prompt", "a <c> in <s> style", "--steps", "1"]
+    assert main(["generate", *prompt, "--adapter", "composition.safetensors"]) == 0
+    adapters = ["--adapter", parts[0], "--adapter", parts[1]]
+    assert main(["generate", *prompt, *adapters, "--grid", "0,1"]) == 0
+    with Image.open("pictures/00-a-c-in-s-style-seed0.png") as picture, Image.open("grid.png") as grid:
+        assert picture.size == (128, 128) and grid.width > 2 * 128
 
 
 @pytest.mark.parametrize(

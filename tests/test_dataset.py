@@ -111,6 +111,17 @@ def test_metadata_jsonl(tmp_path: Path) -> None:
         find_pictures([tmp_path])
 
 
+@pytest.mark.parametrize("name", ["a.txt", "metadata.jsonl"])
+def test_captions_that_are_no_text_are_refused_and_a_byte_order_mark_is_none(tmp_path: Path, name: str) -> None:
+    save(tmp_path / "a.png")
+    text = json.dumps({"file_name": "a.png", "text": "[trigger] ä"}) if name == "metadata.jsonl" else "[trigger] ä"
+    (tmp_path / name).write_text(text, encoding="utf-8-sig")
+    assert find_pictures([tmp_path]) == [(tmp_path / "a.png", "[trigger] ä")]
+    (tmp_path / name).write_text(text.replace("\\u00e4", "ä"), encoding="latin-1")
+    with pytest.raises(DataError, match=f"(?s){name}.*UTF-8"):
+        find_pictures([tmp_path])
+
+
 def test_empty_folder_and_missing_path(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no pictures in"):
         find_pictures([tmp_path])

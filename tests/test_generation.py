@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from PIL import Image
 from qrlora.adapter import Adapter, adapter_from_model
 from qrlora.errors import DataError, MismatchError
 from qrlora.families import load_pipeline, remove_adapters
-from qrlora.generation import generate, labelled_grid, weight_grid
+from qrlora.generation import _labels, generate, labelled_grid, weight_grid
 from qrlora.training.loop import peft_config
 from qrlora.training.recipe import Recipe
 
@@ -80,6 +81,23 @@ def test_composition_is_the_sum_of_its_parts(loaded, columns: str | None) -> Non
 def cell(grid: Image.Image) -> Image.Image:
     """The one picture of a grid, whose cells are six times the size here."""
     return grid.crop((grid.width - 96 - 4, grid.height - 96 - 4, grid.width - 4, grid.height - 4)).resize((16, 16), 0)
+
+
+def test_weights_that_are_no_numbers_are_refused_and_nothing_stays(loaded) -> None:
+    part, pipe = adapter(loaded, "subject"), loaded[0]
+    keys = list(pipe.transformer.state_dict())
+    with pytest.raises(MismatchError, match="finite weights"):
+        generate(*loaded, ["a mug"], [0], adapters=[(part, float("nan"))], **STEPS)
+    with pytest.raises(MismatchError, match="finite weights"):
+        weight_grid(*loaded, "a mug", part, part, row_weights=[1.0], column_weights=[float("inf")], **STEPS)
+    assert list(pipe.transformer.state_dict()) == keys
+
+
+def test_a_grid_tells_its_adapters_apart(loaded) -> None:
+    named = [dataclasses.replace(adapter(loaded, "subject"), name=name) for name in ("mug", "hat")]
+    assert _labels(*named) == ("mug", "hat")
+    assert _labels(named[0], adapter(loaded, "style")) == ("subject", "style")
+    assert _labels(named[0], named[0]) == ("rows", "columns")
 
 
 def test_plain_loras_are_added_side_by_side(loaded) -> None:

@@ -245,8 +245,13 @@ def test_options_that_cannot_work_on_a_frozen_basis_are_refused(options):
     ((name, value),) = options.items()
     with pytest.raises(TunerError) as refusal:
         QRLoraConfig(target_modules=["linear"], **options)
-    assert str(value) in str(refusal.value)
+    assert str(value) in str(refusal.value.got)
     assert name == "algorithm" or name in str(refusal.value)
+
+
+def test_dora_is_refused_with_both_values():
+    with pytest.raises(TunerError, match=r"(?s)expected: .*'use_dora': False.*got: .*'use_dora': True"):
+        QRLoraConfig(target_modules=["linear"], use_dora=True)
 
 
 def test_a_rank_pattern_uses_one_basis_for_all_layers(layered):
@@ -269,6 +274,13 @@ def test_a_rank_pattern_uses_one_basis_for_all_layers(layered):
 def test_layers_without_a_basis_are_refused_by_name(module, message):
     with pytest.raises(TunerError, match=f"(?s)'odd'.*{message}"):
         get_peft_model(nn.ModuleDict({"odd": module}), QRLoraConfig(r=2, target_modules=["odd"]))
+
+
+@pytest.mark.parametrize("targets", [["to_x"], "to_q,to_k", "(("])
+def test_targets_that_match_nothing_are_named(sd3, targets):
+    model, _, _ = sd3
+    with pytest.raises(TunerError, match=r"(?s)match no layer.*" + re.escape(str(targets).strip("[']"))):
+        model.add_adapter(QRLoraConfig(r=2, target_modules=targets))
 
 
 def test_a_rank_above_the_weight_names_the_layer():
@@ -465,6 +477,21 @@ def test_a_quantised_base_trains_and_refuses_to_merge(layered):
         with pytest.raises(TunerError, match=r"(?s)quantised HQQLinear.*keep the adapter unmerged"):
             merge()
         assert torch.equal(base_weights(model)["base_model.model.conv.weight"], conv)
+
+
+def test_a_base_stored_in_eight_bit_floats_carries_an_adapter(sd3):
+    model, inputs, targets = sd3
+    model.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+    before = predict(model, inputs)
+    model.add_adapter(QRLoraConfig(r=2, target_modules=targets))
+    assert torch.equal(predict(model, inputs), before)
+    layer = model.transformer_blocks[0].attn.to_q
+    assert layer.get_base_layer().weight.element_size() == 1
+    assert layer.lora_A["default"].weight.dtype == layer.lora_B["default"].q.dtype == torch.float32
+    predict(model, inputs).sum().backward()
+    assert bool(layer.lora_A["default"].weight.grad.any())
+    with pytest.raises(TunerError, match="quantised"):
+        layer.merge()
 
 
 def test_an_unreadable_quantised_base_is_refused(layered):

@@ -31,6 +31,7 @@ _OVERSAMPLING = 8  # extra columns of a Krylov block beyond the rank
 _DEPTH = 6  # steps per Krylov space: one round reaches _RESIDUAL where singular values fall as 1/sqrt(i) or faster
 _ROUNDS = 2  # a restart from the best block so far, needed only where the spectrum hardly decays
 _RESIDUAL = 3e-5  # stop when ||W v - s u|| <= this * s_1: a subspace within 2e-4 of the exact one (measured at 3072)
+_CACHED = 1e-4  # what a sound cached Q may be off orthonormal by, with room
 
 
 @dataclass(frozen=True)
@@ -176,11 +177,11 @@ def _checked_matrix(weight: Tensor, rank: int, algorithm: str, name: str) -> Flo
             got=repr(algorithm),
             remedy="name one",
         )
-    if weight.ndim < 2 or not weight.is_floating_point():
+    if weight.ndim < 2 or not weight.is_floating_point() or weight.is_meta:
         raise BasisError(
             f"{layer} has no basis",
-            expected="a floating-point Linear or convolution weight of 2 or more dimensions",
-            got=f"{weight.dtype} of shape {tuple(weight.shape)}",
+            expected="a floating-point Linear or convolution weight of 2 or more dimensions, with values",
+            got=f"{weight.dtype} of shape {tuple(weight.shape)}{' on the meta device' if weight.is_meta else ''}",
             remedy="dequantise the weight first, or do not target this layer",
         )
     matrix = weight.detach().flatten(1).to(torch.float32)
@@ -202,10 +203,18 @@ def _checked_matrix(weight: Tensor, rank: int, algorithm: str, name: str) -> Flo
     return matrix
 
 
+def _in_range(matrix: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
+    """The matrix; times a power of two, which changes no digit, where squares could overflow or vanish in float32."""
+    low, high = (abs(float(value)) for value in matrix.aminmax())
+    exponent = math.frexp(max(low, high))[1]
+    return matrix if -16 < exponent < 16 else matrix * 2.0**-exponent
+
+
 def _orthonormal_columns(
     matrix: Float[Tensor, "out in"], rank: int, algorithm: str, seed: int, name: str
 ) -> Float[Tensor, "out rank"]:
     """Q of the matrix, computed in float32 with the small factor canonicalised in float64."""
+    matrix = _in_range(matrix)  # columns do not depend on the scale
     block = rank + _OVERSAMPLING
     try:
         # A Krylov space nearly as large as the matrix costs more than its full decomposition.
@@ -244,8 +253,13 @@ def _block_krylov(
         space, projected = x, side.T @ x
         for _ in range(_DEPTH):
             x = side @ projected[:, -block:]
-            for _ in range(2):
-                x = _orthonormalise(x - space @ (space.T @ x))
+            x = _orthonormalise(x - space @ (space.T @ x))
+            left = space.T @ x
+            x = _orthonormalise(x - space @ left)
+            if left.norm() > 0.5:
+                # The space has all there is (a weight of low rank, equal singular values): x was rounding noise, of
+                # which two passes do not rid it.
+                x = _orthonormalise(torch.cat([space, x], dim=1))[:, space.shape[1] :]
             space, projected = torch.cat([space, x], dim=1), torch.cat([projected, side.T @ x], dim=1)
         rotation, values, _ = torch.linalg.svd(torch.linalg.qr(projected, mode="r").R.T)
         x = space @ rotation[:, :block]
@@ -292,9 +306,11 @@ def _independent_columns(core: Float[Tensor, "rank in"], tolerance: float) -> li
 
 def _with_coordinates(matrix: Float[Tensor, "out in"], q: Float[Tensor, "out rank"]) -> LayerBasis:
     r = torch.triu(q.T @ matrix)
+    whole = _in_range(matrix)
+    held = r if whole is matrix else torch.triu(q.T @ whole)
     # Row by row and then in float64: one float32 sum over ten million entries is off by 1e-3.
-    held, whole = (float(torch.linalg.vector_norm(part, dim=1).double().square().sum()) for part in (r, matrix))
-    energy = held / whole
+    energies = [float(torch.linalg.vector_norm(part, dim=1).double().square().sum()) for part in (held, whole)]
+    energy = energies[0] / energies[1]
     return LayerBasis(q=q, r=r, energy=min(energy, 1.0))
 
 
@@ -309,6 +325,11 @@ def _read_columns(path: Path, shape: tuple[int, int]) -> Float[Tensor, "out rank
     if q is None or tuple(q.shape) != shape or q.dtype != torch.float32:
         got = {key: (str(value.dtype), tuple(value.shape)) for key, value in tensors.items()}
         raise BasisError("a cached basis is not what its name says", expected=f"q {shape}", got=got, remedy=remedy)
+    off = float((q.T @ q - torch.eye(shape[1])).abs().max())
+    if not off <= _CACHED:  # NaN is not
+        raise BasisError(
+            "a cached basis is damaged", expected="orthonormal columns", got=f"off by {off:.3g}", remedy=remedy
+        )
     return q
 
 

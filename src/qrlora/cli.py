@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import re
 import sys
@@ -13,7 +14,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qrlora.errors import QrloraError
+from qrlora.errors import MismatchError, QrloraError
 
 if TYPE_CHECKING:
     from qrlora.adapter import Adapter
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 ADAPTER_HELP = "adapter file, with a weight if not 1: mug.safetensors:0.9"
 OVERWRITE_HELP = "A file named by -o is replaced if it is there; a default name never is."
+LESS = "lower --batch-size or --resolution, load the model with --dtype bfloat16, or use a smaller one"
 MODEL_HELP = "base model: pico (embedded), a folder in the diffusers layout, or a hub id"
 
 Parsers = Any  # argparse's subparsers action, which has no public type
@@ -37,6 +39,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         options.run(options)
     except QrloraError as error:
         print(f"qrlora {options.command}: {error}", file=sys.stderr)
+        return 2
+    except (MemoryError, RuntimeError) as error:
+        # What torch raises where memory ends, on a GPU and on a CPU; any other RuntimeError is a fault of this package.
+        if isinstance(error, RuntimeError) and not re.search("out of memory|allocate memory", str(error)):
+            raise
+        print(f"qrlora {options.command}: memory is used up\n  got:      {error}\n  remedy:   " + LESS, file=sys.stderr)
         return 2
     except OSError as error:  # a full disk, a missing right: about the file, so the user's to mend
         print(f"qrlora {options.command}: {error}", file=sys.stderr)
@@ -125,6 +133,9 @@ def run_train(options: argparse.Namespace) -> None:
             fields |= {"role": role, "images": getattr(options, role)}
     recipe = Recipe.load(options.recipe, fields) if options.recipe else Recipe.of(fields)
     output = recipe.output or Path(f"{recipe.role}.safetensors")
+    if output.suffix != ".safetensors" or output.is_dir():  # said now, not after the training that would be lost
+        got = "a folder" if output.is_dir() else output.name
+        raise QrloraError("adapters are .safetensors files", expected="-o *.safetensors", got=got, remedy="name one")
     if recipe.output is None and not options.resume:
         _refuse_to_replace(output)
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -163,7 +174,7 @@ def _add_compose(commands: Parsers) -> None:
     )
     parser.add_argument(
         "--delta-weights",
-        type=int,
+        type=count,
         metavar="RANK",
         help="for adapters of different bases, or plain LoRAs: sum ΔW and cut it back to RANK, saying what is lost",
     )
@@ -227,8 +238,8 @@ def _add_generate(commands: Parsers) -> None:
         "Each keeps its prompt, seed and adapters in its metadata. " + OVERWRITE_HELP,
     )
     parser.add_argument("--prompt", action="append", required=True, help="may be given several times")
-    parser.add_argument("--seed", action="append", type=int, help="may be given several times (default: 0)")
-    parser.add_argument("--seeds", type=int, metavar="COUNT", help="that many seeds, from --seed on")
+    parser.add_argument("--seed", action="append", type=seed, help="may be given several times (default: 0)")
+    parser.add_argument("--seeds", type=count, metavar="COUNT", help="that many seeds, from --seed on")
     parser.add_argument(
         "--adapter", action="append", default=[], type=weighted_path, metavar="FILE[:WEIGHT]", help=ADAPTER_HELP
     )
@@ -236,14 +247,15 @@ def _add_generate(commands: Parsers) -> None:
         "--grid",
         type=weights,
         metavar="W,W,...",
-        help="with two adapters: one labelled picture of all pairs of these weights, the first adapter's down the rows",
+        help="with two adapters: one labelled picture of all pairs of these weights, the first adapter's down the rows "
+        "(if the first is negative: --grid=-0.5,0,0.5)",
     )
     parser.add_argument("--model", default="pico", help=MODEL_HELP + " (default: pico)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of the weights")
-    parser.add_argument("--steps", type=int, help="denoising steps (default: the family's)")
-    parser.add_argument("--guidance", type=float, help="classifier-free guidance scale (default: the family's)")
-    parser.add_argument("--resolution", type=int, help="side of the pictures in pixels (default: the model's)")
-    parser.add_argument("--batch-size", type=int, default=8, help="pictures made at once (default: 8)")
+    parser.add_argument("--steps", type=count, help="denoising steps (default: the family's)")
+    parser.add_argument("--guidance", type=number, help="classifier-free guidance scale (default: the family's)")
+    parser.add_argument("--resolution", type=count, help="side of the pictures in pixels (default: the model's)")
+    parser.add_argument("--batch-size", type=count, default=8, help="pictures made at once (default: 8)")
     parser.add_argument(
         "-o", "--output", type=Path, help="folder, or .png with --grid (default: pictures/ or grid.png)"
     )
@@ -259,6 +271,13 @@ def run_generate(options: argparse.Namespace) -> None:
             "a grid shows two adapters, one prompt and one seed",
             expected="--adapter twice, --prompt once, one seed",
             got=f"{len(options.adapter)} adapters, {len(options.prompt)} prompts, {len(seeds)} seeds",
+        )
+    if options.grid and any(weight != 1 for _, weight in options.adapter):
+        raise QrloraError(
+            "a grid sets the weights of both adapters itself",
+            expected="--adapter FILE",
+            got=[f"{path}:{weight:g}" for path, weight in options.adapter],
+            remedy="leave the weights out, or make single pictures without --grid",
         )
     paths = _picture_paths(options, seeds)
     adapters = _load(options.adapter)
@@ -287,6 +306,7 @@ def _picture_paths(options: argparse.Namespace, seeds: Sequence[int]) -> list[Pa
     """Where each picture goes, checked before any is made."""
     if options.grid:
         paths = [options.output or Path("grid.png")]
+        _check_png(paths[0])
     else:
         folder = options.output or Path("pictures")
         paths = [
@@ -400,9 +420,19 @@ def run_similarity(options: argparse.Namespace) -> None:
     from qrlora.adapter import load_adapter
     from qrlora.composition import similarity
 
+    if options.plot:
+        _check_png(options.plot)
+        options.plot.parent.mkdir(parents=True, exist_ok=True)
     first, second = load_adapter(options.first), load_adapter(options.second)
     bases = [None, None] if options.files_only else _bases(options.model, [first, second])
     found = similarity(first, second, *bases)
+    if not found.total:
+        raise QrloraError(
+            "these two files alone cannot be compared",
+            expected="adapters on one basis, or two plain LoRAs",
+            got=f"{first.metadata.method} and {second.metadata.method}",
+            remedy="leave out --files-only, so that the base model is loaded and ΔW compared",
+        )
     if options.plot:
         _plot_similarity(found, options.plot, f"{options.first.stem} and {options.second.stem}")
     if options.json:
@@ -421,20 +451,18 @@ def _plot_similarity(found: Any, path: Path, title: str) -> None:
 
     from qrlora.files import write_atomically
 
-    names = list(found.layers)
-    figure = Figure(figsize=(max(6.0, 0.16 * len(names)), 4.5), layout="constrained")
-    axes = figure.add_subplot()
-    for key, total in found.total.items():
-        values = [found.layers[name].get(key, float("nan")) for name in names]
-        axes.plot(range(len(names)), values, marker=".", label=f"{key}: {total:.3f} in all")
-    axes.axhline(0, color="grey", linewidth=0.5)
-    axes.set(
-        title=f"Cosine similarity of {title}",
-        xlabel="layer, in the order of the file",
-        ylabel="cosine",
-        ylim=(-1.05, 1.05),
-    )
-    axes.legend()
+    # A panel each: ΔR and ΔW have the same cosines on one basis, and the curves would hide one another.
+    names, symbols = list(found.layers), {"q": "Q", "r": "R", "delta_r": "ΔR", "delta_w": "ΔW", "a": "A", "b": "B"}
+    size = (max(6.0, 0.16 * len(names)), 1.0 + 1.6 * len(found.total))
+    figure = Figure(figsize=size, layout="constrained")
+    panels = figure.subplots(len(found.total), sharex=True, sharey=True, squeeze=False)[:, 0]
+    for axes, (key, total) in zip(panels, found.total.items(), strict=True):
+        axes.plot([found.layers[name].get(key, float("nan")) for name in names], marker=".")
+        axes.axhline(0, color="grey", linewidth=0.5)
+        axes.set(ylabel=f"cosine of {symbols[key]}", ylim=(-1.05, 1.05))
+        axes.set_title(f"{symbols[key]}: {total:+.4f} in all layers", fontsize="medium", loc="left")
+    panels[-1].set_xlabel("layer, in the order of the printed table")
+    figure.suptitle(f"Cosine similarity of {title}")
     stream = BytesIO()
     figure.savefig(stream, format="png", dpi=150)
     write_atomically(path, stream.getvalue())
@@ -454,8 +482,8 @@ def _add_demo(commands: Parsers) -> None:
     parser.add_argument("--out", type=Path, default=Path("out/demo"), help="folder of the report (default: out/demo)")
     parser.add_argument("--subject", help="a picture of your own, or the name of a reserved subject of pico's world")
     parser.add_argument("--style", help="a picture of your own, or the name of a reserved style of pico's world")
-    parser.add_argument("--seed", type=int, default=0, help="seed of everything (default: 0)")
-    parser.add_argument("--steps", type=int, help="training steps of each adapter (default: the tuned number)")
+    parser.add_argument("--seed", type=seed, default=0, help="seed of everything (default: 0)")
+    parser.add_argument("--steps", type=count, help="training steps of each adapter (default: the tuned number)")
 
 
 def run_demo(options: argparse.Namespace) -> None:
@@ -502,7 +530,33 @@ def weighted_path(text: str) -> tuple[Path, float]:
 
 def weights(text: str) -> list[float]:
     """`0,0.5,1` as numbers."""
-    return [float(part) for part in text.split(",")]
+    return [number(part) for part in text.split(",")]
+
+
+def number(text: str) -> float:
+    """A finite number."""
+    return _checked(text, float, "a finite number", math.isfinite)
+
+
+def count(text: str) -> int:
+    """A whole number from 1."""
+    return _checked(text, int, "a whole number from 1", lambda value: value >= 1)
+
+
+def seed(text: str) -> int:
+    """A whole number that seeds a torch generator."""
+    return _checked(text, int, "a whole number from 0, below 2^63", lambda value: 0 <= value < 2**63)
+
+
+def _checked(text: str, kind: Callable[[str], Any], expected: str, holds: Callable[[Any], bool]) -> Any:
+    """The text as a value, or what argparse prints behind the name of the option."""
+    try:
+        value = kind(text)
+    except ValueError:
+        value = None
+    if value is None or not holds(value):
+        raise argparse.ArgumentTypeError(f"expected {expected}, got {text!r}")
+    return value
 
 
 def _load(parts: Sequence[tuple[Path, float]]) -> list[tuple[Adapter, float]]:
@@ -527,9 +581,31 @@ def _bases(model: str | None, adapters: Sequence[Adapter]) -> list[Basis | None]
         if source not in loaded:
             pipe, family = load_pipeline(source)
             loaded[source] = family.denoiser_of(pipe)
-        weights_of = {name: loaded[source].get_submodule(name).weight for name in adapter.deltas}
+        weights_of = _weights_of(loaded[source], adapter, source)
         bases.append(Basis.of(weights_of, metadata.basis_rank, algorithm=metadata.algorithm, seed=metadata.basis_seed))
     return bases
+
+
+def _weights_of(denoiser: Any, adapter: Adapter, source: str) -> dict[str, Any]:
+    """The base weight of every layer of the adapter; a MismatchError lists those that this model lacks."""
+    modules = dict(denoiser.named_modules())
+    missing = [name for name in adapter.deltas if not hasattr(modules.get(name), "weight")]
+    if missing:
+        metadata = adapter.metadata
+        raise MismatchError(
+            f"the model {source!r} lacks {len(missing)} of the {len(adapter.deltas)} layers of {adapter.name}",
+            expected=missing,
+            got=type(denoiser).__name__,
+            remedy=f"name its base model: {metadata.base_model or 'not recorded'} ({metadata.family or 'no family'})",
+        )
+    return {name: modules[name].weight for name in adapter.deltas}
+
+
+def _check_png(path: Path) -> None:
+    """Refuse what no PNG can be written to, before time is spent on it."""
+    if path.suffix.lower() != ".png" or path.is_dir():
+        got = "a folder" if path.is_dir() else path.name
+        raise QrloraError(f"no picture can be written to {path}", expected="a file *.png", got=got, remedy="name one")
 
 
 def _refuse_default_output(options: argparse.Namespace, default: str) -> None:

@@ -18,7 +18,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from qrlora.adapter import Adapter, attach
 from qrlora.composition import Composition
-from qrlora.composition.parts import basis_difference
+from qrlora.composition.parts import basis_difference, check_weights
 from qrlora.errors import DataError
 from qrlora.families import ModelFamily, remove_adapters
 
@@ -98,6 +98,8 @@ def weight_grid(
     progress: Callable[[int, int], None] | None = None,
 ) -> Image.Image:
     """One labelled picture: a prompt and seed at every pair of weights of two adapters. Errors: as `generate`."""
+    for adapter, weights in ((rows, row_weights), (columns, column_weights)):
+        check_weights([(adapter, weight) for weight in weights])
     denoiser: Any = family.denoiser_of(pipe)
     cells: list[list[Image.Image]] = []
     with attached(pipe, family, [(rows, 1.0), (columns, 1.0)]) as names:
@@ -108,7 +110,7 @@ def weight_grid(
                 cells[-1] += _batch(pipe, family, [(prompt, seed)], steps, guidance, resolution)
                 if progress:
                     progress(sum(map(len, cells)), len(row_weights) * len(column_weights))
-    row_name, column_name = _label(rows, "rows"), _label(columns, "columns")
+    row_name, column_name = _labels(rows, columns)
     return labelled_grid(
         cells,
         [f"{row_name} {weight:g}" for weight in row_weights],
@@ -122,8 +124,10 @@ def attached(pipe: Any, family: ModelFamily, adapters: Sequence[WeightedAdapter]
     """The pipeline with these adapters active at these weights, for the duration; yields their names in the denoiser.
 
     Raises:
-        MismatchError: an adapter does not belong to this model.
+        MismatchError: an adapter does not belong to this model, or a weight is no finite number.
     """
+    if adapters:
+        check_weights(adapters)
     denoiser: Any = family.denoiser_of(pipe)
     names = [f"part{index}" for index in range(len(adapters))]
     try:
@@ -180,8 +184,11 @@ def _batch(
         raise DataError("this model makes no pictures of that size", expected=expected, got=error) from error
 
 
-def _label(adapter: Adapter, otherwise: str) -> str:
-    return adapter.metadata.role or adapter.name or otherwise
+def _labels(rows: Adapter, columns: Adapter) -> tuple[str, str]:
+    """What tells two adapters apart: their roles, else their names."""
+    if rows.metadata.role != columns.metadata.role:
+        return rows.metadata.role or rows.name or "rows", columns.metadata.role or columns.name or "columns"
+    return (rows.name, columns.name) if rows.name != columns.name else ("rows", "columns")
 
 
 def labelled_grid(

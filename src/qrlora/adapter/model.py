@@ -256,5 +256,6 @@ def _check_fingerprint(adapter: Adapter, digests: Mapping[str, str]) -> None:
         f"the adapter stands on another basis than this model has: {where}",
         expected=f"basis {meta.basis_fingerprint} of {meta.base_model or 'its base model'}",
         got=f"basis {got}",
-        remedy="load the base model it was trained on (unmerge other adapters), or use its LoRA spelling",
+        remedy="load the base model it was trained on, in a dtype that holds its weights exactly (half precision "
+        "rounds those of a float32 file) and with nothing merged; or use its LoRA spelling",
     )

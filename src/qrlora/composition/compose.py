@@ -31,7 +31,10 @@ from qrlora.composition.parts import (
 from qrlora.errors import MismatchError
 
 RANK_TOLERANCE = 1e-10  # of squared singular values, relative: below it a row space has no further dimension
-BY_DELTA_WEIGHT = "compose_delta_weights sums ΔW itself and cuts the sum back to a rank, reporting what that loses"
+BY_DELTA_WEIGHT = (
+    "compose_delta_weights (on the command line --delta-weights RANK) sums ΔW itself and cuts the sum back to a rank, "
+    "reporting what that loses"
+)
 
 
 @dataclass(frozen=True)

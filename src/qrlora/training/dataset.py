@@ -213,7 +213,7 @@ def _folder(folder: Path) -> list[tuple[Path, str | None]]:
 
 def _metadata(path: Path) -> dict[str, str]:
     captions = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(_text(path).splitlines(), 1):
         if not line.strip():
             continue
         try:
@@ -232,7 +232,16 @@ def _metadata(path: Path) -> dict[str, str]:
 
 def _sidecar(picture: Path) -> str | None:
     text = picture.with_suffix(".txt")
-    return text.read_text(encoding="utf-8").strip() if text.is_file() else None
+    return _text(text).strip() if text.is_file() else None
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")  # some editors begin a file with a byte order mark
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"captions that are no text: {path}", expected="UTF-8", got=error, remedy="save the file again as UTF-8"
+        ) from error
 
 
 def load_examples(images: Sequence[Path], caption: str, trigger: str, resolution: int) -> list[Example]:

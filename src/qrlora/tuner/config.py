@@ -93,7 +93,7 @@ class QRLoraConfig(LoraConfig):
         if changed:
             raise TunerError(
                 "options that do not work on a frozen basis",
-                expected=f"the defaults of {', '.join(changed)}",
+                expected=f"the defaults, {_defaults(changed)}",
                 got={name: getattr(self, name) for name in changed},
                 remedy="remove them, or use peft.LoraConfig",
             )
@@ -106,6 +106,12 @@ class QRLoraConfig(LoraConfig):
             )
         if self.algorithm not in ALGORITHMS:
             raise TunerError("unknown basis algorithm", expected=" or ".join(ALGORITHMS), got=self.algorithm)
+
+
+def _defaults(names: Sequence[str]) -> dict[str, object]:
+    """What LoraConfig has in these fields when nobody sets them."""
+    plain = LoraConfig()
+    return {name: getattr(plain, name) for name in names}
 
 
 def least_basis_rank(columns: str | Sequence[int], r: int) -> int:

@@ -213,6 +213,8 @@ class QRLoraLayer(LoraLayer):
         self.lora_dropout[adapter_name] = dropout
         self.lora_A[adapter_name] = self._new_delta_r(columns, config)
         self._move_adapter_to_device_of_base_layer(adapter_name)  # before Q is there: Q stays float32 for now
+        if self._delta(adapter_name).weight.element_size() == 1:
+            self.lora_A[adapter_name].float()  # 8-bit floats can store a base weight; nothing can be computed in them
         basis = self._shared_basis(config.basis_key, kwargs.get("target_name", ""))
         self.lora_B[adapter_name] = self._new_columns(basis, columns, adapter_name, config)
         self._unfilled = True

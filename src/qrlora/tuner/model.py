@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 from peft.tuners.lora import LoraLayer, LoraModel
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.error import NoMatchingPeftModuleError
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -55,8 +57,21 @@ class QRLoraModel(LoraModel):
         )
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """Add the adapter layers of ``peft_config[adapter_name]`` (PEFT and diffusers call this)."""
-        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        """Add the adapter layers of ``peft_config[adapter_name]`` (PEFT and diffusers call this).
+
+        Raises:
+            BasisError, TunerError: a layer that cannot carry the adapter, or ``target_modules`` that match none.
+        """
+        config: Any = self.peft_config[adapter_name]
+        try:
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+        except (NoMatchingPeftModuleError, re.error) as error:
+            raise TunerError(
+                "target_modules match no layer of the model",
+                expected="a list of module names such as to_q, or one regular expression for whole names",
+                got=f"{config.target_modules!r} ({error})",
+                remedy="see the model's named_modules() for the names it has",
+            ) from error
         for layer in _layers(model).values():
             layer.settle_dtype()
 
