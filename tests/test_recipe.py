@@ -62,6 +62,8 @@ def test_unknown_fields_are_all_named_with_the_nearest_known() -> None:
         ({"role": "style", "images": "a", "caption": "a house"}, "neither [trigger] nor the trigger '<s>'"),
         ({"role": "style", "images": "a", "method": "lora", "train_basis": True}, "train_basis"),
         ({"role": "style", "images": "a", "trigger": ""}, "trigger"),
+        ({"role": "style", "images": "a", "seed": 2**63}, "seed"),
+        ({"role": "style", "images": "a", "output": "mine.pt"}, "adapters are .safetensors files"),
     ],
 )
 def test_wrong_fields_are_named(fields: dict[str, object], said: str) -> None:
@@ -83,6 +85,12 @@ def test_unreadable_files(tmp_path: Path, text: str | None, said: str) -> None:
         path.write_bytes(text.encode("latin-1"))
     with pytest.raises(RecipeError, match=said):
         Recipe.load(path)
+
+
+def test_lists_from_the_command_line() -> None:
+    recipe = Recipe(role="style", images="a.png", targets="to_q, to_out.0", preserve="a red mug; a lamp;")
+    assert recipe.targets == ("to_q", "to_out.0") and recipe.preserve == ("a red mug", "a lamp")
+    assert Recipe(role="style", images="a.png", targets=r".*attn\.to_(q|k)").targets == r".*attn\.to_(q|k)"
 
 
 def test_record_keeps_names_not_paths_and_digest_follows_it() -> None:

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from qrlora.adapter import Adapter, load_adapter
-from qrlora.errors import ModelError, RecipeError, TrainingError
+from qrlora.errors import ModelError, RecipeError, TrainingError, TunerError
 from qrlora.families import load_pipeline
 from qrlora.generation import generate
 from qrlora.training import checkpoint
@@ -145,6 +145,12 @@ def test_only_the_newest_checkpoints_are_kept(recipe: Recipe) -> None:
     train(recipe.replace(checkpoint_every=2, checkpoints_kept=2))
     names = sorted(path.name for path in checkpoint.folder(recipe).iterdir())
     assert names == ["step-000004.safetensors", "step-000006.safetensors"]
+
+
+@pytest.mark.parametrize("method", ["qrlora", "lora"])
+def test_targets_that_match_nothing(recipe: Recipe, method: str) -> None:
+    with pytest.raises((RecipeError, TunerError), match="match no layer"):
+        train(recipe.replace(method=method, targets="nowhere"))
 
 
 def test_resume_refuses_another_run_and_a_damaged_checkpoint(recipe: Recipe) -> None:

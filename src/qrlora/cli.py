@@ -133,9 +133,8 @@ def run_train(options: argparse.Namespace) -> None:
             fields |= {"role": role, "images": getattr(options, role)}
     recipe = Recipe.load(options.recipe, fields) if options.recipe else Recipe.of(fields)
     output = recipe.output or Path(f"{recipe.role}.safetensors")
-    if output.suffix != ".safetensors" or output.is_dir():  # said now, not after the training that would be lost
-        got = "a folder" if output.is_dir() else output.name
-        raise QrloraError("adapters are .safetensors files", expected="-o *.safetensors", got=got, remedy="name one")
+    if output.is_dir():  # said now, not after the training that would be lost
+        raise QrloraError(f"{output} is a folder", expected="-o *.safetensors", got="a folder", remedy="name a file")
     if recipe.output is None and not options.resume:
         _refuse_to_replace(output)
     output.parent.mkdir(parents=True, exist_ok=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import re
 import signal
 import threading
 import time
@@ -21,6 +22,7 @@ from typing import Any
 import torch
 from jaxtyping import Int
 from peft import LoraConfig, PeftConfig
+from peft.utils.error import NoMatchingPeftModuleError
 from torch import Tensor, nn
 
 from qrlora.adapter import Adapter, adapter_from_model, save_adapter
@@ -200,7 +202,15 @@ def _adapter_on(denoiser: Any, family: ModelFamily, recipe: Recipe) -> Iterator[
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(recipe.seed)
-            denoiser.add_adapter(config, adapter_name=ADAPTER_NAME)
+            try:
+                denoiser.add_adapter(config, adapter_name=ADAPTER_NAME)
+            except (NoMatchingPeftModuleError, re.error) as error:  # plain LoRA's own way of saying it
+                raise RecipeError(
+                    "targets match no layer of the denoiser",
+                    expected="module names such as to_q,to_k, or one regular expression for whole names",
+                    got=f"{config.target_modules!r} ({error})",
+                    remedy="leave targets out to adapt what the family adapts by default",
+                ) from error
         parameters = {name: p for name, p in denoiser.named_parameters() if p.requires_grad}
         for parameter in parameters.values():
             parameter.data = parameter.data.float()

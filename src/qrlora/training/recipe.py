@@ -12,6 +12,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -78,7 +79,8 @@ class Recipe(BaseModel):
     triangular: bool = Field(True, description="keep ΔR upper triangular")
     train_basis: bool = Field(False, description="published mode: train Q and R; cannot be composed exactly")
     targets: str | tuple[str, ...] | None = Field(
-        None, description="module names, or a regular expression, to adapt (default: the family's published set)"
+        None,
+        description="module names (to_q,to_k), or a regular expression, to adapt (default: the family's published set)",
     )
     preserve: tuple[str, ...] = Field(
         (), description="prompts that the adapter should leave as the base model draws them; separated by ; in a flag"
@@ -100,7 +102,7 @@ class Recipe(BaseModel):
         None, gt=0, description="weight of noise levels in the loss: min(SNR, this) / SNR (SDXL; 5 is usual)"
     )
     max_grad_norm: float = Field(1.0, gt=0, description="gradients are scaled down to this norm")
-    seed: int = Field(0, ge=0, description="seed of everything random in the run")
+    seed: int = Field(0, ge=0, lt=2**63, description="seed of everything random in the run")
     resolution: int | None = Field(
         None, ge=8, description="side of the square training pictures (default: the model's)"
     )
@@ -137,6 +139,21 @@ class Recipe(BaseModel):
     def _separated(cls, value: Any) -> Any:
         """Accept "a red mug; a blue lamp" from the command line."""
         return tuple(part.strip() for part in value.split(";") if part.strip()) if isinstance(value, str) else value
+
+    @field_validator("targets", mode="before")
+    @classmethod
+    def _named(cls, value: Any) -> Any:
+        """Accept "to_q,to_k" from the command line; anything that is not a list of names is a regular expression."""
+        if isinstance(value, str) and re.fullmatch(r"[\w.]+(\s*,\s*[\w.]+)+", value):
+            return tuple(part.strip() for part in value.split(","))
+        return value
+
+    @field_validator("output")
+    @classmethod
+    def _safetensors(cls, value: Path | None) -> Path | None:
+        if value is not None and value.suffix != ".safetensors":
+            raise ValueError("adapters are .safetensors files")
+        return value
 
     @field_validator("columns", mode="before")
     @classmethod
