@@ -18,7 +18,7 @@ import qrlora
 from qrlora.adapter import load_adapter
 from qrlora.cli import Bar, main, weighted_path
 
-COMMANDS = ("train", "compose", "generate", "inspect", "similarity", "demo")
+COMMANDS = ("train", "compose", "generate", "inspect", "export", "import", "extract", "similarity", "demo")
 
 
 @pytest.fixture(scope="module")

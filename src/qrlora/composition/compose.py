@@ -31,7 +31,9 @@ from qrlora.composition.parts import (
 from qrlora.errors import MismatchError
 
 RANK_TOLERANCE = 1e-10  # of squared singular values, relative: below it a row space has no further dimension
-BY_DELTA_WEIGHT = "compose_delta_weights sums ΔW itself and cuts the sum back to a rank, reporting what that loses"
+BY_DELTA_WEIGHT = (
+    "compose_delta_weights (qrlora compose --delta-weights RANK) sums ΔW itself and cuts the sum back to a rank"
+)
 
 
 @dataclass(frozen=True)
