@@ -639,6 +639,15 @@ def test_unknown_keys_are_all_listed(sdxl: Any, tmp_path: Path) -> None:
         assert all(key in str(caught.value) for key in extra or [keys[0].removesuffix(".lora_A.weight")])
 
 
+def test_a_basis_saved_whole_is_no_lora(sdxl: Any, tmp_path: Path) -> None:
+    """The published code's mode that trains Q and R both saves them as lora.up and lora.down."""
+    tensors = {}
+    for name, q in ((n, b.q) for n, b in basis_for(sdxl, layers_of(sdxl)).items()):
+        tensors |= {f"unet.{name}.lora.up.weight": q, f"unet.{name}.lora.down.weight": torch.randn(4, 8)}
+    with pytest.raises(AdapterFileError, match="saved whole"):
+        load_any(write(tmp_path / "a.safetensors", tensors))
+
+
 def test_a_pickle_is_refused_unopened(tmp_path: Path) -> None:
     for name in ("a.pt", "a.bin", "a.safetensors"):
         (tmp_path / name).write_bytes(pickle.dumps({"transformer.a.lora.q.weight": 1}, protocol=4))

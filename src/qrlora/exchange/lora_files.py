@@ -44,6 +44,8 @@ _PEFT = "base_model.model."
 _TEXT_ENCODERS = ("lora_te", "text_encoder")
 _FLUX_ORIGINAL = (f"{PREFIX}double_blocks_", f"{PREFIX}single_blocks_")
 
+NEAR_ORTHONORMAL = 0.2  # of |UᵀU - I|: the up of a LoRA starts at zero, at distance 1
+
 Layers = dict[str, dict[str, Tensor]]
 
 
@@ -77,6 +79,7 @@ def load_any(
         form = "kohya" if any(key.startswith(PREFIX) for key in kept) else "diffusers"
         if any(key.startswith(_FLUX_ORIGINAL) for key in kept):
             kept = _flux_from_kohya(kept)
+        _refuse_trained_basis(kept)
         layers = _layers_of(kept, layers_per_block)
         peft = all(layer.startswith(_PEFT) for layer in layers)
         config = _peft_config(path) if peft else _diffusers_config(raw)
@@ -116,11 +119,28 @@ def _flux_from_kohya(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         raise
 
 
+def _refuse_trained_basis(tensors: Mapping[str, Tensor]) -> None:
+    """Refuse the published code's other mode: it trains Q and R both and saves them whole, as lora.up and lora.down.
+
+    Read as a LoRA such a file adds the base weight's core a second time. A LoRA's up is never orthonormal; a Q that
+    was trained is still near it.
+    """
+    ups = [up.flatten(1).float() for key, up in tensors.items() if key.endswith(".lora.up.weight")]
+    off = [float((up.T @ up - torch.eye(up.shape[1])).abs().max()) for up in ups]
+    require(
+        not off or max(off) > NEAR_ORTHONORMAL,
+        "every up is orthonormal: a basis that was trained and saved whole, not a difference to the base weight",
+        expected="a LoRA, or lora.q, lora.base_r and lora.delta_r",
+        got=f"lora.up within {max(off, default=0.0):.2g} of orthonormal",
+        remedy="merge it with its own code and use `qrlora extract`",
+    )
+
+
 def _layers_of(tensors: Mapping[str, Tensor], layers_per_block: int) -> Layers:
     """Layer -> its down, its up and, where the file has one, its alpha; every key has to find its place."""
     layers: Layers = {}
     unknown, twice = [], []
-    for key, tensor in tensors.items():
+    for key, tensor in sorted(tensors.items()):
         match = next((m for m in (pattern.fullmatch(key) for pattern in _PAIRS) if m), None)
         if match is None:
             unknown.append(key)

@@ -57,7 +57,7 @@ def load_published(path: str | Path) -> Published:
         matches = {key: _KEY.fullmatch(key) for key in tensors}
         unknown = sorted(key for key, match in matches.items() if match is None)
         found: dict[str, dict[str, Tensor]] = {}
-        for key, match in matches.items():
+        for key, match in sorted(matches.items()):
             if match:
                 found.setdefault(match.group(2), {})[match.group(3)] = tensors[key]
         missing = sorted(
@@ -153,7 +153,7 @@ def on_basis(published: Published, weights: Mapping[str, Tensor], basis: Basis, 
             f"{len(strangers)} of {len(deltas)} layers have another Q than the basis of these weights",
             expected=f"equal up to signs, to {ROUNDING}",
             got=strangers,
-            remedy="import it without a model, as the LoRA that it equals, and project that (--basis-rank)",
+            remedy="project it onto a basis of your choice instead (--basis-rank)",
         )
     return Adapter(
         _metadata(published, deltas, basis, float(alpha if alpha is not None else exact)),
