@@ -182,10 +182,10 @@ def test_missing_and_unexpected_tensors_are_all_listed(good, tmp_path):
 def test_missing_and_unknown_metadata_are_all_listed(good, tmp_path):
     def change(tensors, metadata):
         del metadata["qrlora.rank"], metadata["qrlora.licence"]
-        metadata |= {"qrlora.colour": "red", "ss_tag": "x"}
+        metadata |= {"qrlora.colour": "red", "tag": "x"}
 
     message = rewritten(good, tmp_path, change)
-    for key in ("'qrlora.licence', 'qrlora.rank'", "'qrlora.colour', 'ss_tag'"):
+    for key in ("'qrlora.licence', 'qrlora.rank'", "'qrlora.colour', 'tag'"):
         assert key in message
 
 
@@ -323,7 +323,8 @@ def test_what_cannot_be_written_is_not(tmp_path):
     for arguments, said in (
         ((tmp_path / "a.bin",), "safetensors"),
         ((tmp_path / "none" / "a.safetensors",), "no such folder"),
-        ((tmp_path / "a.safetensors", "kohya"), "unknown spelling"),
+        ((tmp_path / "a.safetensors", "zipped"), "unknown spelling"),
+        ((tmp_path / "a.safetensors", "kohya", basis), "without a name"),
     ):
         with pytest.raises(AdapterFileError, match=said):
             save_adapter(adapter, *arguments)

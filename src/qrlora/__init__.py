@@ -20,6 +20,7 @@ _HOMES = {
     "adapter": ("Adapter", "AdapterMetadata", "adapter_from_model", "attach", "load_adapter", "save_adapter"),
     "composition": ("Composition", "compose_delta_weights", "similarity"),
     "families": ("FAMILIES", "load_pipeline"),
+    "exchange": ("export_adapter", "extract_lora", "import_file", "load_any", "project"),
     "training.recipe": ("Recipe",),
     "training.loop": ("train",),
     "generation": ("generate",),
@@ -41,10 +42,15 @@ __all__ = [
     "adapter_from_model",
     "attach",
     "compose_delta_weights",
+    "export_adapter",
+    "extract_lora",
     "generate",
+    "import_file",
     "layer_basis",
     "load_adapter",
+    "load_any",
     "load_pipeline",
+    "project",
     "save_adapter",
     "similarity",
     "train",
@@ -55,6 +61,7 @@ if TYPE_CHECKING:
     from qrlora.basis import Basis, LayerBasis, layer_basis
     from qrlora.composition import Composition, compose_delta_weights, similarity
     from qrlora.errors import QrloraError
+    from qrlora.exchange import export_adapter, extract_lora, import_file, load_any, project
     from qrlora.families import FAMILIES, load_pipeline
     from qrlora.generation import generate
     from qrlora.training.loop import train

@@ -14,7 +14,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qrlora.errors import MismatchError, QrloraError
+from qrlora.errors import QrloraError
 
 if TYPE_CHECKING:
     from qrlora.adapter import Adapter
@@ -70,6 +70,9 @@ def build_parser(arguments: Sequence[str] = ()) -> argparse.ArgumentParser:
     _add_compose(commands)
     _add_generate(commands)
     _add_inspect(commands)
+    _add_export(commands)
+    _add_import(commands)
+    _add_extract(commands)
     _add_similarity(commands)
     _add_demo(commands)
     return parser
@@ -191,7 +194,7 @@ def run_compose(options: argparse.Namespace) -> None:
     if options.delta_weights:
         bases = _bases(options.model, [adapter for adapter, _ in parts])
         adapter, loss = compose_delta_weights(parts, bases, options.delta_weights)
-        report, lines = loss.to_dict(), [f"rank {loss.rank}: {loss.total:.2%} of the sum's energy is lost"]
+        report, lines = loss.to_dict(), _truncation_lines(loss, sum(part.metadata.rank for part, _ in parts))
         save_adapter(adapter, options.output, spelling="lora")
     else:
         composition = Composition(parts)
@@ -203,6 +206,18 @@ def run_compose(options: argparse.Namespace) -> None:
         print(json.dumps({"output": str(options.output)} | report, indent=2))
     else:
         print("\n".join([*lines, f"{options.output}: rank {adapter.metadata.rank}, {len(adapter.deltas)} layers"]))
+
+
+def _truncation_lines(loss: Any, exact: int) -> list[str]:
+    """The whole loss, the three layers that lose most, and the rank that would lose nothing."""
+    lines = [f"rank {loss.rank}: {loss.total:.2%} of the sum's energy is lost"]
+    if loss.rank < exact:
+        worst = sorted(loss.layers.items(), key=lambda item: -item[1])[:3]
+        most = ", ".join(f"{layer} ({share:.2%})" for layer, share in worst)
+        lines.append(f"  most in {most}; rank {exact} loses nothing")
+    if loss.other_weights:
+        lines.append(f"  {len(loss.other_weights)} layers were trained on different base weights: look at the pictures")
+    return lines
 
 
 def _interference_lines(interference: Any) -> list[str]:
@@ -349,9 +364,9 @@ def _add_inspect(commands: Parsers) -> None:
 
 def run_inspect(options: argparse.Namespace) -> None:
     """Print what each file says about itself."""
-    from qrlora.adapter import load_adapter
+    from qrlora.exchange import load_any
 
-    records = [describe(path, load_adapter(path)) for path in options.files]
+    records = [describe(path, load_any(path)) for path in options.files]
     if options.json:
         print(json.dumps(records if len(records) > 1 else records[0], indent=2, ensure_ascii=False))
         return
@@ -395,6 +410,210 @@ def describe(path: Path, adapter: Adapter) -> dict[str, Any]:
     }
 
 
+# export
+
+
+def _add_export(commands: Parsers) -> None:
+    parser = _command(
+        commands,
+        "export",
+        run_export,
+        "write an adapter for another program, and count the layers that it will find",
+        "Without -o the file is NAME-diffusers.safetensors or NAME-kohya.safetensors. " + OVERWRITE_HELP,
+    )
+    parser.add_argument("file", type=Path, metavar="FILE", help="adapter file, or anybody's LoRA")
+    parser.add_argument(
+        "--for",
+        dest="program",
+        choices=("diffusers", "kohya", "comfyui", "forge", "a1111"),
+        default="diffusers",
+        help="form, or program: the last three get kohya's for SDXL, else diffusers' (default: diffusers)",
+    )
+    parser.add_argument("--model", help=f"{MODEL_HELP} (default: the one the adapter names)")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of the file (default: as it is)")
+    parser.add_argument("-o", "--output", type=Path, help="file to write")
+
+
+def run_export(options: argparse.Namespace) -> None:
+    """Write the file and print how many of its layers match, by whose rules."""
+    import torch
+
+    from qrlora.exchange import export_adapter, load_any, target_of
+    from qrlora.families import load_pipeline
+
+    adapter = load_any(options.file)
+    pipe, family = load_pipeline(_model_of(adapter, options.model))
+    target = target_of(options.program, family.name)
+    output = options.output or Path(f"{options.file.stem}-{target}.safetensors")
+    if options.output is None:
+        _refuse_to_replace(output)
+    basis = _basis_in(family.denoiser_of(pipe), adapter)
+    dtype = getattr(torch, options.dtype) if options.dtype else None
+    export = export_adapter(adapter, output, target, pipe, family, basis=basis, dtype=dtype)
+    for program, matched in export.matched.items():
+        print(f"by the rules of {program}: {matched} of {export.layers} layers match")
+    print(f"{output}: {target} form, rank {adapter.metadata.rank}, {output.stat().st_size:,} bytes")
+
+
+def _model_of(adapter: Adapter, model: str | None) -> str:
+    if not model and not adapter.metadata.base_model:
+        raise QrloraError("the file names no base model", expected="--model", got="none", remedy=MODEL_HELP)
+    return model or adapter.metadata.base_model
+
+
+# import
+
+
+def _add_import(commands: Parsers) -> None:
+    parser = _command(
+        commands,
+        "import",
+        run_import,
+        "read anybody's LoRA, or a checkpoint of the published QR-LoRA code, as an adapter",
+        "Forms: diffusers, PEFT, kohya, published QR-LoRA; safetensors only. The adapter is the file's ΔW exactly, "
+        "unless --basis-rank or --like projects it. Without -o the file is NAME-imported.safetensors. "
+        + OVERWRITE_HELP,
+    )
+    parser.add_argument("file", type=Path, metavar="FILE", help="LoRA or checkpoint, .safetensors")
+    parser.add_argument("--model", help=f"{MODEL_HELP}; with it every layer is checked, and projection is possible")
+    _add_basis_flags(parser)
+    parser.add_argument("--like", type=Path, metavar="ADAPTER", help="project onto this adapter's basis and columns")
+    parser.add_argument("--alpha", type=float, help="of a file that does not say (default: its rank)")
+    parser.add_argument("--without-text-encoder", action="store_true", help="leave a text encoder's layers out")
+    parser.add_argument("--role", choices=("subject", "style"), default="", help="what it is about")
+    parser.add_argument("--trigger", default="", help="the word that calls it")
+    parser.add_argument("-o", "--output", type=Path, help="file to write")
+    parser.add_argument("--json", action="store_true", help="print the numbers as JSON")
+
+
+def _add_basis_flags(parser: Any) -> None:
+    parser.add_argument(
+        "--basis-rank", type=int, metavar="RANK", help="project onto the base model's basis of this rank"
+    )
+    parser.add_argument("--columns", default="first", help="columns of it: first, i/n, subject, style (default: all)")
+    parser.add_argument("--triangular", action="store_true", help="keep the projected ΔR upper triangular")
+
+
+def run_import(options: argparse.Namespace) -> None:
+    """Write the adapter and print, layer by layer, how much of it a projection kept."""
+    from qrlora.adapter import load_adapter, save_adapter
+    from qrlora.exchange import Onto, import_file
+    from qrlora.families import load_pipeline
+
+    output = options.output or Path(f"{options.file.stem}-imported.safetensors")
+    if options.output is None:
+        _refuse_to_replace(output)
+    like = load_adapter(options.like) if options.like else None
+    onto = Onto.like(like) if like else _onto(options)
+    model = options.model or (like.metadata.base_model if like else "")
+    if onto and not model:
+        raise QrloraError("a basis is made of a base model's weights", expected="--model", got="none")
+    pipe, family = load_pipeline(model) if model else (None, None)
+    adapter, kept = import_file(
+        options.file,
+        pipe=pipe,
+        family=family,
+        onto=onto,
+        alpha=options.alpha,
+        without_text_encoder=options.without_text_encoder,
+        base_model=model,
+        role=options.role,
+        trigger=options.trigger,
+    )
+    save_adapter(adapter, output, "compact" if adapter.metadata.on_basis else "lora")
+    _print_kept(options, output, adapter, kept, {})
+
+
+def _onto(options: argparse.Namespace) -> Any:
+    """The basis that the flags name, or None."""
+    from qrlora.exchange import Onto
+    from qrlora.tuner.config import least_basis_rank, resolve_columns
+
+    if options.basis_rank is None:
+        return None
+    rank = options.basis_rank // least_basis_rank(options.columns, 1)
+    columns = resolve_columns(options.columns, rank, options.basis_rank)
+    return Onto(options.basis_rank, columns, triangular=options.triangular)
+
+
+def _print_kept(
+    options: argparse.Namespace, output: Path, adapter: Adapter, kept: Any, others: dict[str, float]
+) -> None:
+    meta = adapter.metadata
+    if options.json:
+        report = {"output": str(output), "kept": kept.to_dict() if kept else None, "others": others}
+        print(json.dumps(report, indent=2))
+        return
+    if kept:
+        width = max(map(len, kept.layers))
+        print("\n".join(f"{layer:<{width}}  {share:8.4%} of the energy kept" for layer, share in kept.layers.items()))
+        print(f"all layers: {kept.total:.4%} kept, {1 - kept.total:.4%} lost")
+    else:
+        print("ΔW is the file's, unchanged")
+    where = f"columns {len(meta.columns)} of a basis of rank {meta.basis_rank}" if meta.on_basis else "beside the basis"
+    print(f"{output}: rank {meta.rank}, {len(adapter.deltas)} layers, {where}")
+
+
+# extract
+
+
+def _add_extract(commands: Parsers) -> None:
+    parser = _command(
+        commands,
+        "extract",
+        run_extract,
+        "take the difference between a fine-tuned model and its base as an adapter",
+        "Either --rank (a plain LoRA of all linear and convolution layers that differ) or --basis-rank (ΔR on the base "
+        "model's basis, of the family's layers). Without -o the file is extracted.safetensors. " + OVERWRITE_HELP,
+    )
+    parser.add_argument(
+        "model", metavar="TUNED", help="the fine-tuned model: a folder in the diffusers layout or hub id"
+    )
+    parser.add_argument("--base", required=True, help=MODEL_HELP)
+    parser.add_argument("--rank", type=int, help="of a plain LoRA: truncated SVD of each layer's difference")
+    _add_basis_flags(parser)
+    parser.add_argument("--targets", metavar="NAME,NAME", help="layers whose names end in one of these")
+    parser.add_argument("--role", choices=("subject", "style"), default="", help="what it is about")
+    parser.add_argument("--trigger", default="", help="the word that calls it")
+    parser.add_argument("-o", "--output", type=Path, default=Path("extracted.safetensors"), help="file to write")
+    parser.add_argument("--json", action="store_true", help="print the numbers as JSON")
+
+
+def run_extract(options: argparse.Namespace) -> None:
+    """Write the adapter; print what of each layer it holds, and what differs that it cannot hold."""
+    _refuse_default_output(options, "extracted.safetensors")
+    if (options.rank is None) == (options.basis_rank is None):
+        raise QrloraError("one way to extract", expected="--rank or --basis-rank", got="both or neither")
+    from qrlora.adapter import save_adapter
+    from qrlora.adapter.model import base_weights
+    from qrlora.basis import Basis
+    from qrlora.exchange import changed_components, changed_layers, extract_lora, extract_on_basis
+    from qrlora.families import load_pipeline
+
+    onto = _onto(options)
+    (base, family), (tuned, other) = load_pipeline(options.base), load_pipeline(options.model)
+    if family.name != other.name:
+        raise QrloraError("models of two families", expected=family.name, got=other.name)
+    targets = options.targets.split(",") if options.targets else family.targets if onto else None
+    changes = changed_layers(family.denoiser_of(base), family.denoiser_of(tuned), targets)
+    described = {"family": family.name, "denoiser": family.denoiser, "base_model": options.base}
+    described |= {"role": options.role, "trigger": options.trigger}
+    if onto:
+        basis = Basis.of(base_weights(family.denoiser_of(base), changes.layers), onto.rank)
+        columns = onto.columns
+        adapter, kept = extract_on_basis(changes, basis, columns, triangular=onto.triangular, **described)
+    else:
+        adapter, kept = extract_lora(changes, options.rank, progress=Bar("layer"), **described)
+    save_adapter(adapter, options.output, "compact" if onto else "lora")
+    _print_kept(options, options.output, adapter, kept, dict(changes.others))
+    parts = changed_components(base, tuned, family.denoiser)
+    if parts and not options.json:
+        print(f"other parts of the pipeline differ and are not in it: {', '.join(parts)}")
+    if changes.others and not options.json:
+        named = ", ".join(list(changes.others)[:5]) + (", ..." if len(changes.others) > 5 else "")
+        print(f"{len(changes.others)} other parameters of the denoiser differ and are not in it: {named}")
+
+
 # similarity
 
 
@@ -416,13 +635,13 @@ def _add_similarity(commands: Parsers) -> None:
 
 def run_similarity(options: argparse.Namespace) -> None:
     """Print the cosines, and draw them if asked."""
-    from qrlora.adapter import load_adapter
     from qrlora.composition import similarity
+    from qrlora.exchange import load_any
 
     if options.plot:
         _check_png(options.plot)
         options.plot.parent.mkdir(parents=True, exist_ok=True)
-    first, second = load_adapter(options.first), load_adapter(options.second)
+    first, second = load_any(options.first), load_any(options.second)
     bases = [None, None] if options.files_only else _bases(options.model, [first, second])
     found = similarity(first, second, *bases)
     if not found.total:
@@ -559,14 +778,17 @@ def _checked(text: str, kind: Callable[[str], Any], expected: str, holds: Callab
 
 
 def _load(parts: Sequence[tuple[Path, float]]) -> list[tuple[Adapter, float]]:
-    from qrlora.adapter import load_adapter
+    from qrlora.exchange import load_any
 
-    return [(load_adapter(path), weight) for path, weight in parts]
+    return [(load_any(path), weight) for path, weight in parts]
 
 
 def _bases(model: str | None, adapters: Sequence[Adapter]) -> list[Basis | None]:
-    """The basis of each adapter that stands on one, from the model asked for or the one it names."""
-    from qrlora.basis import Basis
+    """The basis of each adapter that stands on one, from the model asked for or the one it names.
+
+    Where there is but one model, the adapters that stand on none have to fit it too.
+    """
+    from qrlora.adapter.model import check_fits
     from qrlora.families import load_pipeline
 
     loaded: dict[str, Any] = {}
@@ -580,24 +802,24 @@ def _bases(model: str | None, adapters: Sequence[Adapter]) -> list[Basis | None]
         if source not in loaded:
             pipe, family = load_pipeline(source)
             loaded[source] = family.denoiser_of(pipe)
-        weights_of = _weights_of(loaded[source], adapter, source)
-        bases.append(Basis.of(weights_of, metadata.basis_rank, algorithm=metadata.algorithm, seed=metadata.basis_seed))
+        bases.append(_basis_in(loaded[source], adapter))
+    if len(loaded) == 1:
+        for adapter in adapters:
+            if not adapter.metadata.on_basis:
+                check_fits(next(iter(loaded.values())), adapter)
     return bases
 
 
-def _weights_of(denoiser: Any, adapter: Adapter, source: str) -> dict[str, Any]:
-    """The base weight of every layer of the adapter; a MismatchError lists those that this model lacks."""
-    modules = dict(denoiser.named_modules())
-    missing = [name for name in adapter.deltas if not hasattr(modules.get(name), "weight")]
-    if missing:
-        metadata = adapter.metadata
-        raise MismatchError(
-            f"the model {source!r} lacks {len(missing)} of the {len(adapter.deltas)} layers of {adapter.name}",
-            expected=missing,
-            got=type(denoiser).__name__,
-            remedy=f"name its base model: {metadata.base_model or 'not recorded'} ({metadata.family or 'no family'})",
-        )
-    return {name: modules[name].weight for name in adapter.deltas}
+def _basis_in(denoiser: Any, adapter: Adapter) -> Basis | None:
+    """The basis that an adapter stands on, if it does, from this denoiser's weights."""
+    from qrlora.adapter.model import base_weights
+    from qrlora.basis import Basis
+
+    meta = adapter.metadata
+    if not meta.on_basis:
+        return None
+    weights_of = base_weights(denoiser, adapter.deltas)
+    return Basis.of(weights_of, meta.basis_rank, algorithm=meta.algorithm, seed=meta.basis_seed)
 
 
 def _check_png(path: Path) -> None:

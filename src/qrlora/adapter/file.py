@@ -1,4 +1,4 @@
-"""Adapter files: safetensors only, two spellings, one strict reader, one atomic writer.
+"""Adapter files: safetensors only, three spellings, one strict reader, one atomic writer.
 
 Compact spelling: one tensor `<layer>.delta_r` per layer, (rank, in). A triangular ΔR is packed into one dimension: row
 after row, of row i the entries from columns[i] on (the others are zero by definition, see `record.triangular_mask`).
@@ -6,15 +6,19 @@ after row, of row i the entries from columns[i] on (the others are zero by defin
 LoRA spelling: `<denoiser>.<layer>.lora_A.weight` = s · ΔR, (rank, in) or (rank, in, kh, kw), and `.lora_B.weight` = Q's
 columns, (out, rank) or (out, rank, 1, 1). alpha equals rank and there are no `.alpha` keys: diffusers reads it as is.
 
-The metadata of both describes the tensors of that very file, every field as a string under `qrlora.<field>`; plus
+Kohya spelling: the same pairs under the names of another ecosystem, `<name>.lora_down.weight`, `<name>.lora_up.weight`,
+and `<name>.alpha` = rank. Which name stands for which layer is in the metadata, `qrlora.names` (JSON: layer -> name).
+
+The metadata of all three describes the tensors of that very file, every field as a string under `qrlora.<field>`; plus
 `qrlora.format` (the spelling), `qrlora.layers` (JSON: layer -> [shape of the base weight, its digest]) and
-`qrlora.recipe_digest`.
+`qrlora.recipe_digest`. Notes for other programs (`NOTES`: modelspec.*, ss_*) may stand beside them and are not read.
 A reader MUST refuse a file with any other key, a missing key, or a tensor that these do not call for.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import math
 import re
 from collections.abc import Mapping
@@ -36,21 +40,31 @@ from qrlora.adapter.container import (
     read_header,
     read_tensors,
 )
-from qrlora.adapter.metadata import decode_layers, decode_metadata, encode_metadata, is_number
+from qrlora.adapter.metadata import decode_layers, decode_metadata, decode_names, encode_metadata, is_number, own
 from qrlora.adapter.record import Adapter, AdapterMetadata, require, triangular_mask
 from qrlora.basis import Basis
 from qrlora.errors import MismatchError
 from qrlora.files import write_atomically
 
-SPELLINGS = ("compact", "lora")
+SPELLINGS = ("compact", "lora", "kohya")
 ORTHONORMAL = 0.05  # what rounding Q to bfloat16 leaves of QᵀQ = I, with room; a scaled or foreign Q is far beyond it
 DIFFUSERS_KEY = re.compile(r"(transformer|unet)\.(.+)\.lora_([AB])\.weight")
 
 
-def save_adapter(adapter: Adapter, path: str | Path, spelling: str = "compact", basis: Basis | None = None) -> None:
+def save_adapter(
+    adapter: Adapter,
+    path: str | Path,
+    spelling: str = "compact",
+    basis: Basis | None = None,
+    *,
+    names: Mapping[str, str] | None = None,
+    notes: Mapping[str, str] | None = None,
+) -> None:
     """Write `adapter` to a .safetensors file, all or nothing: an interrupted write leaves what was there before.
 
-    The LoRA spelling of an adapter on a basis needs that `basis` (or one with more layers) for its Q.
+    The LoRA and kohya spellings of an adapter on a basis need that `basis` (or one with more layers) for its Q; the
+    kohya spelling needs `names`, layer -> name. `notes` is metadata for other programs, keys as `NOTES` allows; the
+    digest of the tensors is added to them.
     Raises AdapterFileError (unknown spelling, NaN, no such folder, other suffix), MismatchError (another basis, none).
     """
     path = Path(path)
@@ -67,16 +81,22 @@ def save_adapter(adapter: Adapter, path: str | Path, spelling: str = "compact", 
         )
         tensors = _compact_tensors(adapter)
     else:
+        named = spelling == "lora" or set(names or {}) >= set(adapter.deltas)
+        lacking = sorted(set(adapter.deltas) - set(names or {}))
+        require(named, "layers without a name in that spelling", expected="a name for each layer", got=lacking)
         adapter = _folded(adapter)
-        tensors = _lora_tensors(adapter, basis)
+        tensors = _lora_tensors(adapter, basis, names if spelling == "kohya" else None)
     check_finite(tensors)
-    data = safetensors.torch.save(tensors, metadata=encode_metadata(adapter, spelling))
+    metadata = encode_metadata(adapter, spelling, names)
+    if notes:
+        metadata |= {**notes, **_content_digests(tensors)}
+    data = safetensors.torch.save(tensors, metadata=metadata)
     with about(path):
         write_atomically(path, data)
 
 
 def load_adapter(path: str | Path) -> Adapter:
-    """Read an adapter of either spelling, or a plain LoRA with diffusers' keys (method "lora"); refuse anything less.
+    """Read an adapter of any spelling, or a plain LoRA with diffusers' keys (method "lora"); refuse anything less.
 
     ΔR keeps the file's dtype. A LoRA-spelled qrlora file gives up its Q again (it belongs to the basis), after a check
     that it is orthonormal. Raises AdapterFileError naming the file, what was expected, what was found, and the remedy.
@@ -104,6 +124,13 @@ def _folded(adapter: Adapter) -> Adapter:
     return dataclasses.replace(adapter, metadata=metadata, deltas=deltas)
 
 
+def _content_digests(tensors: dict[str, Tensor]) -> dict[str, str]:
+    """SHA-256 of the file's bytes after its header, under the names that modelspec and A1111 look for."""
+    data = safetensors.torch.save(tensors)
+    digest = hashlib.sha256(data[8 + int.from_bytes(data[:8], "little") :]).hexdigest()
+    return {"modelspec.hash_sha256": f"0x{digest}", "sshs_model_hash": digest}
+
+
 def _compact_tensors(adapter: Adapter) -> dict[str, Tensor]:
     meta = adapter.metadata
     tensors = {}
@@ -113,7 +140,14 @@ def _compact_tensors(adapter: Adapter) -> dict[str, Tensor]:
     return tensors
 
 
-def _lora_tensors(adapter: Adapter, basis: Basis | None) -> dict[str, Tensor]:
+def _pair_keys(layer: str, denoiser: str, names: Mapping[str, str] | None) -> tuple[str, str]:
+    """The keys of a layer's down and up."""
+    if names is None:
+        return f"{denoiser}.{layer}.lora_A.weight", f"{denoiser}.{layer}.lora_B.weight"
+    return f"{names[layer]}.lora_down.weight", f"{names[layer]}.lora_up.weight"
+
+
+def _lora_tensors(adapter: Adapter, basis: Basis | None, names: Mapping[str, str] | None) -> dict[str, Tensor]:
     if adapter.metadata.on_basis:
         if basis is None:
             raise MismatchError(
@@ -126,10 +160,13 @@ def _lora_tensors(adapter: Adapter, basis: Basis | None) -> dict[str, Tensor]:
     tensors = {}
     for name, down in adapter.deltas.items():
         up = adapter.up(name, basis[name].q if basis is not None and adapter.metadata.on_basis else None)
-        shape, prefix = adapter.shapes[name], f"{adapter.metadata.denoiser}.{name}"
+        down_key, up_key = _pair_keys(name, adapter.metadata.denoiser, names)
+        shape = adapter.shapes[name]
         kernel = (1,) * (len(shape) - 2)
-        tensors[f"{prefix}.lora_A.weight"] = down.detach().cpu().reshape(-1, *shape[1:]).contiguous()
-        tensors[f"{prefix}.lora_B.weight"] = up.detach().cpu().to(down.dtype).reshape(*up.shape, *kernel).contiguous()
+        tensors[down_key] = down.detach().cpu().reshape(-1, *shape[1:]).contiguous()
+        tensors[up_key] = up.detach().cpu().to(down.dtype).reshape(*up.shape, *kernel).contiguous()
+        if names is not None:  # float32, because a half-precision alpha of 129 would be 128
+            tensors[f"{names[name]}.alpha"] = torch.tensor(float(adapter.metadata.rank))
     return tensors
 
 
@@ -153,6 +190,7 @@ class _Plan:
     metadata: AdapterMetadata
     shapes: dict[str, tuple[int, ...]]
     digests: dict[str, str]
+    names: Mapping[str, str] | None = None
 
     def keys(self) -> dict[str, list[int]]:
         meta, keys = self.metadata, {}
@@ -162,9 +200,10 @@ class _Plan:
                 kept = sum(max(width - column, 0) for column in meta.columns)
                 keys[f"{name}.delta_r"] = [kept] if meta.triangular else [meta.rank, width]
             else:
-                prefix, kernel = f"{meta.denoiser}.{name}", [1] * (len(shape) - 2)
-                keys[f"{prefix}.lora_A.weight"] = [meta.rank, *shape[1:]]
-                keys[f"{prefix}.lora_B.weight"] = [shape[0], meta.rank, *kernel]
+                down, up = _pair_keys(name, meta.denoiser, self.names)
+                keys[down] = [meta.rank, *shape[1:]]
+                keys[up] = [shape[0], meta.rank, *[1] * (len(shape) - 2)]
+                keys |= {f"{self.names[name]}.alpha": []} if self.names is not None else {}
         return keys
 
     def check_header(self, header: Mapping[str, Any]) -> None:
@@ -187,9 +226,11 @@ class _Plan:
                 stored, width = tensors[f"{layer}.delta_r"], math.prod(shape[1:])
                 deltas[layer] = unpack(stored, meta.columns, width) if meta.triangular else stored
             else:
-                prefix = f"{meta.denoiser}.{layer}"
-                deltas[layer] = tensors[f"{prefix}.lora_A.weight"].flatten(1)
-                ups[layer] = tensors[f"{prefix}.lora_B.weight"].flatten(1)
+                keys = _pair_keys(layer, meta.denoiser, self.names)
+                deltas[layer], ups[layer] = (tensors[key].flatten(1) for key in keys)
+                if self.names is not None:
+                    alpha = float(tensors[f"{self.names[layer]}.alpha"])
+                    require(alpha == meta.rank, f"{layer}: alpha is not rank", expected=meta.rank, got=alpha)
         if meta.on_basis:
             for layer, up in ups.items():
                 _check_orthonormal(layer, up)
@@ -197,11 +238,12 @@ class _Plan:
 
 
 def _plan_ours(raw: Mapping[str, str]) -> _Plan:
+    raw = own(raw)
     meta = decode_metadata(raw)
     spelling = raw["qrlora.format"]
     require(spelling in SPELLINGS, "unknown qrlora.format", expected=" or ".join(SPELLINGS), got=spelling)
     shapes, digests = decode_layers(raw["qrlora.layers"])
-    if spelling == "lora":
+    if spelling != "compact":
         require(meta.alpha == meta.rank, "alpha is not rank", expected=f"alpha {meta.rank}", got=meta.alpha)
     else:
         require(meta.on_basis, "no compact spelling of this method", expected="qrlora", got=meta.method)
@@ -209,7 +251,8 @@ def _plan_ours(raw: Mapping[str, str]) -> _Plan:
         smallest = min(min(shape[0], math.prod(shape[1:])) for shape in shapes.values())
         fits = meta.basis_rank <= smallest
         require(fits, "basis larger than a weight", expected=f"rank at most {smallest}", got=meta.basis_rank)
-    return _Plan(spelling, meta, shapes, digests)
+    names = decode_names(raw["qrlora.names"], shapes) if spelling == "kohya" else None
+    return _Plan(spelling, meta, shapes, digests, names)
 
 
 def _plan_foreign(raw: Mapping[str, str], header: Mapping[str, Any]) -> _Plan:
@@ -223,7 +266,7 @@ def _plan_foreign(raw: Mapping[str, str], header: Mapping[str, Any]) -> _Plan:
         "neither a qrlora adapter nor a plain LoRA with diffusers' keys",
         expected=f"transformer.<layer>.lora_A/lora_B.weight only; missing: {missing or 'none'}",
         got=f"unexpected: {unexpected or 'none'}",
-        remedy="convert it with diffusers (pipe.load_lora_weights, then pipe.save_lora_weights)",
+        remedy="read it with qrlora.exchange.load_any, or convert it once: qrlora import FILE",
     )
     denoisers = sorted({denoiser for denoiser, _ in layers})
     require(len(denoisers) == 1, "a LoRA of two denoisers", expected="transformer or unet", got=denoisers)

@@ -1,6 +1,7 @@
 """The metadata of an adapter file: AdapterMetadata, layer shapes and digests as a flat map of strings, and back.
 
-Text fields stand as they are, all others as JSON. Every key MUST be there and no other may be.
+Text fields stand as they are, all others as JSON. Every key MUST be there and no other may be, notes for other
+programs aside.
 """
 
 from __future__ import annotations
@@ -28,20 +29,28 @@ _KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
 }
 _FIELDS = {f"qrlora.{field.name}": str(field.type) for field in dataclasses.fields(AdapterMetadata)}
 _OTHER_KEYS = ("qrlora.format", "qrlora.layers", "qrlora.recipe_digest")
+NOTES = ("modelspec.", "ss_", "sshs_")  # what Stability's ModelSpec, kohya's scripts and A1111 call theirs
+
+
+def own(raw: Mapping[str, str]) -> dict[str, str]:
+    """The metadata without what was written for other programs."""
+    return {key: value for key, value in raw.items() if not key.startswith(NOTES)}
 
 
 def _to_json(value: Any) -> str:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
 
 
-def encode_metadata(adapter: Adapter, spelling: str) -> dict[str, str]:
-    """The metadata of `adapter` as safetensors wants it, text for text."""
+def encode_metadata(adapter: Adapter, spelling: str, names: Mapping[str, str] | None = None) -> dict[str, str]:
+    """The metadata of `adapter` as safetensors wants it, text for text; `names` for the kohya spelling."""
     meta = adapter.metadata
     layers = {name: [list(shape), adapter.digests.get(name, "")] for name, shape in adapter.shapes.items()}
     encoded = {"qrlora.format": spelling, "qrlora.layers": _to_json(layers), "qrlora.recipe_digest": meta.recipe_digest}
     for key, kind in _FIELDS.items():
         value = getattr(meta, key.removeprefix("qrlora."))
         encoded[key] = value if kind == "str" else _to_json(value)
+    if spelling == "kohya":
+        encoded["qrlora.names"] = _to_json({name: (names or {})[name] for name in adapter.shapes})
     return encoded
 
 
@@ -60,7 +69,8 @@ def decode_metadata(raw: Mapping[str, str]) -> AdapterMetadata:
     if "qrlora.format_version" in raw:
         version = _decode_field("qrlora.format_version", raw["qrlora.format_version"])
         AdapterMetadata(method="lora", rank=1, alpha=1.0, format_version=version)
-    check_keys("metadata", [*_FIELDS, *_OTHER_KEYS], raw)
+    named = ["qrlora.names"] if raw.get("qrlora.format") == "kohya" else []
+    check_keys("metadata", [*_FIELDS, *_OTHER_KEYS, *named], raw)
     values = {key.removeprefix("qrlora."): _decode_field(key, raw[key]) for key in _FIELDS}
     meta = AdapterMetadata(**values)
     require(
@@ -89,6 +99,19 @@ def decode_layers(text: str) -> tuple[dict[str, tuple[int, ...]], dict[str, str]
         shapes[name] = tuple(entry[0])
         digests |= {name: entry[1]} if entry[1] else {}
     return shapes, digests
+
+
+def decode_names(text: str, layers: Mapping[str, Any]) -> dict[str, str]:
+    """Layer -> name out of the text under `qrlora.names`; a name for each layer, no name twice."""
+    names = parse_json(text, "qrlora.names")
+    fits = isinstance(names, dict) and all(isinstance(name, str) for name in names.values())
+    require(
+        fits and set(names) == set(layers) and len(set(names.values())) == len(names),
+        "qrlora.names is malformed",
+        expected="a JSON object with a name of its own for each layer",
+        got=text[:200],
+    )
+    return dict(names)
 
 
 def _is_shape(value: Any) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -82,7 +82,7 @@ def attach(model: nn.Module, adapter: Adapter, adapter_name: str = "default") ->
     if adapter_name in taken:
         remedy = "choose another name, or delete that adapter first"
         raise TunerError("adapter name in use", expected=f"none of {taken}", got=adapter_name, remedy=remedy)
-    _check_fits(model, adapter)
+    check_fits(model, adapter)
     config = _config_for(adapter)
     _inject(model, config, adapter_name)
     for name, layer in _adapted_layers(model, adapter_name).items():
@@ -209,18 +209,31 @@ def _config_for(adapter: Adapter) -> LoraConfig:
     return QRLoraConfig(**shared) if meta.on_basis else LoraConfig(**shared)
 
 
-def _check_fits(model: nn.Module, adapter: Adapter) -> None:
+def base_weights(model: nn.Module, layers: Iterable[str]) -> dict[str, Tensor]:
+    """The base weight of each of these layers; MismatchError lists those that the model lacks."""
+    modules = dict(_root(model).named_modules())
+    layers = list(layers)
+    _check_there(layers, modules, type(_root(model)).__name__, "its base model")
+    return {name: _base_weight(name, modules[name], False) for name in layers}
+
+
+def _check_there(layers: Collection[str], modules: Mapping[str, Any], model: str, remedy: str) -> None:
+    missing = sorted(name for name in layers if name not in modules)
+    if missing:
+        raise MismatchError(
+            f"the model lacks {len(missing)} of the adapter's {len(layers)} layers",
+            expected=missing,
+            got=model,
+            remedy=f"use {remedy}",
+        )
+
+
+def check_fits(model: nn.Module, adapter: Adapter) -> None:
     """Raise MismatchError unless every layer is there with the right shape and, for ΔR on a basis, the right weight."""
     modules = dict(_root(model).named_modules())
-    missing = sorted(name for name in adapter.deltas if name not in modules)
-    if missing:
-        meta = adapter.metadata
-        raise MismatchError(
-            f"the model lacks {len(missing)} of the adapter's {len(adapter.deltas)} layers",
-            expected=missing,
-            got=type(_root(model)).__name__,
-            remedy=f"use its base model, {meta.base_model or 'not recorded'} ({meta.family or 'family unknown'})",
-        )
+    meta = adapter.metadata
+    needed = f"its base model, {meta.base_model or 'not recorded'} ({meta.family or 'family unknown'})"
+    _check_there(adapter.deltas, modules, type(_root(model)).__name__, needed)
     shapes, digests = {}, {}
     for name in adapter.deltas:  # one at a time: a quantised weight is unpacked to be read
         weight = _base_weight(name, modules[name], adapter.metadata.on_basis)

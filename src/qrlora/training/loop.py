@@ -208,7 +208,7 @@ def _adapter_on(denoiser: Any, family: ModelFamily, recipe: Recipe) -> Iterator[
                 raise RecipeError(
                     "targets match no layer of the denoiser",
                     expected="module names such as to_q,to_k, or one regular expression for whole names",
-                    got=f"{config.target_modules!r} ({error})",
+                    got=f"{recipe.targets!r} ({error})",
                     remedy="leave targets out to adapt what the family adapts by default",
                 ) from error
         parameters = {name: p for name, p in denoiser.named_parameters() if p.requires_grad}

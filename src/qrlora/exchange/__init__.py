@@ -1,0 +1,40 @@
+"""Adapters in and out of the other programs' worlds.
+
+names.py         the SDXL UNet's modules under the names that kohya's scripts, ComfyUI, Forge and A1111 use
+lora_files.py    load_any: an adapter of ours or anybody's LoRA, by the form of its keys
+published.py     checkpoints of the published QR-LoRA code
+projection.py    project: any adapter on a basis, and the energy that it keeps there
+importing.py     import_file: such a file as an adapter, as it is or on a basis
+extraction.py    changed_layers, extract_lora, extract_on_basis: two checkpoints' difference as an adapter
+verification.py  count_matches: what another program's own rules make of a file
+export.py        export_adapter: write, read back by those rules, or refuse
+notes.py         modelspec.* and ss_* metadata
+"""
+
+from __future__ import annotations
+
+from qrlora.exchange.export import Export, export_adapter, target_of
+from qrlora.exchange.extraction import changed_components, changed_layers, extract_lora, extract_on_basis
+from qrlora.exchange.importing import Onto, import_file
+from qrlora.exchange.lora_files import load_any
+from qrlora.exchange.projection import EnergyKept, project
+from qrlora.exchange.published import Published, load_published
+from qrlora.exchange.verification import count_matches
+
+__all__ = [
+    "EnergyKept",
+    "Export",
+    "Onto",
+    "Published",
+    "changed_components",
+    "changed_layers",
+    "count_matches",
+    "export_adapter",
+    "extract_lora",
+    "extract_on_basis",
+    "import_file",
+    "load_any",
+    "load_published",
+    "project",
+    "target_of",
+]

@@ -1,0 +1,96 @@
+"""Import: somebody else's file as an adapter of ours, beside the basis as it is, or on the basis."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qrlora.adapter import Adapter
+from qrlora.adapter.model import base_weights, check_fits
+from qrlora.basis import Basis
+from qrlora.exchange.lora_files import load_any
+from qrlora.exchange.names import LAYERS_PER_BLOCK
+from qrlora.exchange.projection import EnergyKept, project
+from qrlora.exchange.published import is_published, load_published, on_basis
+from qrlora.exchange.tensors import read_tensor_file
+from qrlora.families import ModelFamily
+
+
+@dataclass(frozen=True)
+class Onto:
+    """The basis to project onto, and which of its columns (all unless given)."""
+
+    rank: int
+    columns: Sequence[int] | None = None
+    algorithm: str = "fast"
+    seed: int = 0
+    triangular: bool = False
+
+    @classmethod
+    def like(cls, adapter: Adapter) -> Onto:
+        """Where `adapter` stands, so that the two compose."""
+        meta = adapter.metadata
+        return cls(meta.basis_rank, meta.columns, meta.algorithm, meta.basis_seed)
+
+
+def import_file(
+    path: str | Path,
+    *,
+    pipe: Any = None,
+    family: ModelFamily | None = None,
+    onto: Onto | None = None,
+    alpha: float | None = None,
+    without_text_encoder: bool = False,
+    **metadata: str,
+) -> tuple[Adapter, EnergyKept | None]:
+    """The file as an adapter, and what a projection kept of it (None if nothing was projected: ΔW is the file's).
+
+    Args:
+        pipe, family: the base model, which `onto` needs; with it every layer's name and shape is checked, and a
+            published checkpoint comes out as ΔR on its basis, exactly, rather than as the LoRA that it equals.
+        onto: project the ΔW onto this basis.
+        alpha, without_text_encoder: as `load_any`.
+        metadata: fields of AdapterMetadata that the file cannot know: base_model, role, trigger, licence.
+
+    Raises:
+        AdapterFileError, MismatchError: as `load_any`, `on_basis` and `project`.
+    """
+    if pipe is None or family is None:
+        adapter = load_any(path, alpha=alpha, without_text_encoder=without_text_encoder)
+        return _with(adapter, metadata), None
+    denoiser = family.denoiser_of(pipe)
+    described = {"family": family.name, "denoiser": family.denoiser, **metadata}
+    if onto is None and is_published(read_tensor_file(Path(path))[0]):
+        published = load_published(path)
+        weights = base_weights(denoiser, published.layers)
+        return _with(on_basis(published, weights, Basis.of(weights, published.rank), alpha), described), None
+    layers = getattr(denoiser, "config", {}).get("layers_per_block")
+    adapter = load_any(
+        path,
+        alpha=alpha,
+        layers_per_block=layers if isinstance(layers, int) else LAYERS_PER_BLOCK,
+        without_text_encoder=without_text_encoder,
+    )
+    check_fits(denoiser, adapter)
+    adapter = _with(adapter, described)
+    if onto is None:
+        return adapter, None
+    weights = base_weights(denoiser, adapter.deltas)
+    basis = Basis.of(weights, onto.rank, algorithm=onto.algorithm, seed=onto.seed)
+    return project(adapter, basis, onto.columns, triangular=onto.triangular, own_basis=_own_basis(adapter, weights))
+
+
+def _own_basis(adapter: Adapter, weights: dict[str, Any]) -> Basis | None:
+    meta = adapter.metadata
+    if not meta.on_basis:
+        return None
+    return Basis.of(weights, meta.basis_rank, algorithm=meta.algorithm, seed=meta.basis_seed)
+
+
+def _with(adapter: Adapter, metadata: dict[str, str]) -> Adapter:
+    """With these fields, where they say something."""
+    fields: dict[str, Any] = {name: value for name, value in metadata.items() if value}
+    return dataclasses.replace(adapter, metadata=dataclasses.replace(adapter.metadata, **fields))

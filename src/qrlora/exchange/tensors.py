@@ -1,0 +1,29 @@
+"""Somebody else's safetensors file, read with the same suspicion as our own."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+from torch import Tensor
+
+from qrlora.adapter.container import about, check_entries, check_finite, check_is_file, read_header, read_tensors
+
+
+def read_tensor_file(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """All tensors and the metadata; AdapterFileError for pickles, damage, foreign dtypes and NaN, naming the file."""
+    with about(path):
+        check_is_file(path)
+        with path.open("rb") as stream:
+            header = read_header(stream)
+            metadata = header.pop("__metadata__", {})
+            check_entries(metadata, header)
+            stream.seek(0)
+            tensors = read_tensors(stream.read())
+        check_finite(tensors)
+    return tensors, metadata
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of the whole file."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
