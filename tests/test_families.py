@@ -6,43 +6,26 @@ import json
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from diffusers import AutoencoderDC, AutoencoderTiny
 from huggingface_hub import errors as hub_errors
 
+from conftest import build_tiny_flux, build_tiny_flux2_klein
 from qrlora import families
+from qrlora.adapter import adapter_from_model
 from qrlora.errors import DataError, ModelError
 from qrlora.families import FAMILIES, family_of, load_pipeline
 from qrlora.families.base import encode_images
+from qrlora.training.loop import peft_config
+from qrlora.training.recipe import Recipe
 
 
 @pytest.fixture(scope="module")
 def loaded(tiny_sd3: Path):
     return load_pipeline(tiny_sd3, device="cpu")
-
-
-def test_loss_is_that_of_the_diffusers_example(loaded) -> None:
-    """Against the formula of train_dreambooth_lora_sd3.py, computed apart: σ from the table, target noise - latents."""
-    pipe, family = loaded
-    generator = torch.Generator().manual_seed(1)
-    latents, noise = (torch.randn(3, 4, 8, 8, generator=generator) for _ in range(2))
-    conditions = family.encode_prompts(pipe, ["a <c> mug", "a mug in <s> style", ""])
-    scheduler = family.training_scheduler(pipe)
-    timesteps = family.sample_timesteps(scheduler, 3, generator)
-    loss = family.loss(pipe.transformer, scheduler, latents, noise, timesteps, conditions)
-
-    sigmas = torch.stack([scheduler.sigmas[scheduler.timesteps == t][0] for t in timesteps])[:, None, None, None]
-    prediction = pipe.transformer(
-        hidden_states=sigmas * noise + (1.0 - sigmas) * latents,
-        timestep=timesteps,
-        encoder_hidden_states=conditions["encoder_hidden_states"],
-        pooled_projections=conditions["pooled_projections"],
-        return_dict=False,
-    )[0]
-    expected = torch.mean(((prediction - (noise - latents)) ** 2).reshape(3, -1), 1).mean()
-    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_timesteps_are_logit_normal_on_the_shifted_grid(loaded) -> None:
@@ -125,6 +108,30 @@ def test_every_target_of_a_family_is_in_its_denoiser(loaded) -> None:
     for target in family.targets:
         assert any(name.endswith("." + target) for name in names), target
     assert family.resolution(pipe) == 16 and family.export_prefix == "transformer."
+
+
+SINGLE_BLOCKS = [
+    (build_tiny_flux, r"single_transformer_blocks\.\d+\.(proj_mlp|proj_out)", {"proj_mlp", "proj_out"}),
+    (build_tiny_flux2_klein, r"single_transformer_blocks\.\d+\.attn\.to_out", {"attn.to_out"}),
+]
+
+
+@pytest.mark.parametrize(("build", "targets", "names"), SINGLE_BLOCKS, ids=["flux", "flux2-klein"])
+def test_a_recipe_can_choose_what_the_published_set_leaves_out(build: Any, targets: str, names: set[str]) -> None:
+    pipe = build()
+    family = family_of(pipe)
+    recipe = Recipe(role="subject", images="mug.png", rank=2, targets=targets)
+    pipe.transformer.add_adapter(peft_config(recipe, family), adapter_name="mug")
+    adapter = adapter_from_model(pipe.transformer, "mug", family=family.name)
+    assert set(adapter.deltas) == {f"single_transformer_blocks.0.{name}" for name in names}
+    assert not any(name.endswith(tuple("." + target for target in family.targets)) for name in adapter.deltas)
+
+
+def test_few_step_models_are_sampled_in_few_steps() -> None:
+    flux, klein = FAMILIES["FluxPipeline"], FAMILIES["Flux2KleinPipeline"]
+    assert [flux.sampling(build_tiny_flux(dev)) for dev in (True, False)] == [(28, 3.5), (4, 0.0)]
+    assert [klein.sampling(build_tiny_flux2_klein(d)) for d in (False, True)] == [(50, 4.0), (4, 1.0)]
+    assert flux.prompt_options(build_tiny_flux(guidance_embeds=False), ["a mug"]) == {"max_sequence_length": 256}
 
 
 def test_unknown_pipeline_lists_the_families() -> None:
