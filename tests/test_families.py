@@ -17,10 +17,12 @@ from conftest import build_tiny_flux, build_tiny_flux2_klein
 from qrlora import families
 from qrlora.adapter import adapter_from_model
 from qrlora.errors import DataError, ModelError
-from qrlora.families import FAMILIES, family_of, load_pipeline
+from qrlora.families import FAMILIES, ModelFamily, family_of, load_pipeline
 from qrlora.families.base import encode_images
-from qrlora.training.loop import peft_config
+from qrlora.training.loop import family_options, peft_config
 from qrlora.training.recipe import Recipe
+
+ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -110,21 +112,35 @@ def test_every_target_of_a_family_is_in_its_denoiser(loaded) -> None:
     assert family.resolution(pipe) == 16 and family.export_prefix == "transformer."
 
 
-SINGLE_BLOCKS = [
-    (build_tiny_flux, r"single_transformer_blocks\.\d+\.(proj_mlp|proj_out)", {"proj_mlp", "proj_out"}),
-    (build_tiny_flux2_klein, r"single_transformer_blocks\.\d+\.attn\.to_out", {"attn.to_out"}),
+CHOICES = [
+    (build_tiny_flux, "flux-subject.toml", {"proj_mlp", "proj_out"}),
+    (build_tiny_flux2_klein, "flux2-klein-subject.toml", {"attn.to_out"}),
 ]
 
 
-@pytest.mark.parametrize(("build", "targets", "names"), SINGLE_BLOCKS, ids=["flux", "flux2-klein"])
-def test_a_recipe_can_choose_what_the_published_set_leaves_out(build: Any, targets: str, names: set[str]) -> None:
-    pipe = build()
-    family = family_of(pipe)
-    recipe = Recipe(role="subject", images="mug.png", rank=2, targets=targets)
-    pipe.transformer.add_adapter(peft_config(recipe, family), adapter_name="mug")
-    adapter = adapter_from_model(pipe.transformer, "mug", family=family.name)
-    assert set(adapter.deltas) == {f"single_transformer_blocks.0.{name}" for name in names}
-    assert not any(name.endswith(tuple("." + target for target in family.targets)) for name in adapter.deltas)
+@pytest.mark.parametrize(("build", "file", "names"), CHOICES, ids=["flux", "flux2-klein"])
+def test_a_recipe_can_add_what_the_published_set_leaves_out(build: Any, file: str, names: set[str]) -> None:
+    """By the regular expression that the family's recipe has in a comment."""
+    [line] = [x for x in (ROOT / "recipes" / file).read_text().splitlines() if x.startswith("# targets = '")]
+    chosen: dict[str | None, set[str]] = {}
+    for targets in (None, line.split("'")[1]):
+        pipe = build()
+        family = family_of(pipe)
+        recipe = Recipe(role="subject", images="mug.png", rank=2, targets=targets)
+        pipe.transformer.add_adapter(peft_config(recipe, family), adapter_name="mug")
+        chosen[targets] = set(adapter_from_model(pipe.transformer, "mug", family=family.name).deltas)
+    published, more = chosen.values()
+    assert more - published == {f"single_transformer_blocks.0.{name}" for name in names}
+    assert published < more
+
+
+@pytest.mark.parametrize("family", FAMILIES.values(), ids=lambda family: family.name)
+def test_every_family_has_a_row_and_a_recipe_that_suits_it(family: ModelFamily) -> None:
+    [row] = [line for line in (ROOT / "docs/families.md").read_text().splitlines() if f"| `{family.name}` |" in line]
+    assert f"`{family.pipeline_class}`" in row
+    recipe = Recipe.load(ROOT / "recipes" / row.split("`")[-2])
+    family_options(recipe, family)
+    peft_config(recipe, family)
 
 
 def test_few_step_models_are_sampled_in_few_steps() -> None:
