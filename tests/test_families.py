@@ -6,43 +6,28 @@ import json
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from diffusers import AutoencoderDC, AutoencoderTiny
 from huggingface_hub import errors as hub_errors
 
+from conftest import build_tiny_flux, build_tiny_flux2_klein
 from qrlora import families
+from qrlora.adapter import adapter_from_model
 from qrlora.errors import DataError, ModelError
-from qrlora.families import FAMILIES, family_of, load_pipeline
+from qrlora.families import FAMILIES, ModelFamily, family_of, load_pipeline
 from qrlora.families.base import encode_images
+from qrlora.training.loop import family_options, peft_config
+from qrlora.training.recipe import Recipe
+
+ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module")
 def loaded(tiny_sd3: Path):
     return load_pipeline(tiny_sd3, device="cpu")
-
-
-def test_loss_is_that_of_the_diffusers_example(loaded) -> None:
-    """Against the formula of train_dreambooth_lora_sd3.py, computed apart: σ from the table, target noise - latents."""
-    pipe, family = loaded
-    generator = torch.Generator().manual_seed(1)
-    latents, noise = (torch.randn(3, 4, 8, 8, generator=generator) for _ in range(2))
-    conditions = family.encode_prompts(pipe, ["a <c> mug", "a mug in <s> style", ""])
-    scheduler = family.training_scheduler(pipe)
-    timesteps = family.sample_timesteps(scheduler, 3, generator)
-    loss = family.loss(pipe.transformer, scheduler, latents, noise, timesteps, conditions)
-
-    sigmas = torch.stack([scheduler.sigmas[scheduler.timesteps == t][0] for t in timesteps])[:, None, None, None]
-    prediction = pipe.transformer(
-        hidden_states=sigmas * noise + (1.0 - sigmas) * latents,
-        timestep=timesteps,
-        encoder_hidden_states=conditions["encoder_hidden_states"],
-        pooled_projections=conditions["pooled_projections"],
-        return_dict=False,
-    )[0]
-    expected = torch.mean(((prediction - (noise - latents)) ** 2).reshape(3, -1), 1).mean()
-    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_timesteps_are_logit_normal_on_the_shifted_grid(loaded) -> None:
@@ -125,6 +110,44 @@ def test_every_target_of_a_family_is_in_its_denoiser(loaded) -> None:
     for target in family.targets:
         assert any(name.endswith("." + target) for name in names), target
     assert family.resolution(pipe) == 16 and family.export_prefix == "transformer."
+
+
+CHOICES = [
+    (build_tiny_flux, "flux-subject.toml", {"proj_mlp", "proj_out"}),
+    (build_tiny_flux2_klein, "flux2-klein-subject.toml", {"attn.to_out"}),
+]
+
+
+@pytest.mark.parametrize(("build", "file", "names"), CHOICES, ids=["flux", "flux2-klein"])
+def test_a_recipe_can_add_what_the_published_set_leaves_out(build: Any, file: str, names: set[str]) -> None:
+    """By the regular expression that the family's recipe has in a comment."""
+    [line] = [x for x in (ROOT / "recipes" / file).read_text().splitlines() if x.startswith("# targets = '")]
+    chosen: dict[str | None, set[str]] = {}
+    for targets in (None, line.split("'")[1]):
+        pipe = build()
+        family = family_of(pipe)
+        recipe = Recipe(role="subject", images="mug.png", rank=2, targets=targets)
+        pipe.transformer.add_adapter(peft_config(recipe, family), adapter_name="mug")
+        chosen[targets] = set(adapter_from_model(pipe.transformer, "mug", family=family.name).deltas)
+    published, more = chosen.values()
+    assert more - published == {f"single_transformer_blocks.0.{name}" for name in names}
+    assert published < more
+
+
+@pytest.mark.parametrize("family", FAMILIES.values(), ids=lambda family: family.name)
+def test_every_family_has_a_row_and_a_recipe_that_suits_it(family: ModelFamily) -> None:
+    [row] = [line for line in (ROOT / "docs/families.md").read_text().splitlines() if f"| `{family.name}` |" in line]
+    assert f"`{family.pipeline_class}`" in row
+    recipe = Recipe.load(ROOT / "recipes" / row.split("`")[-2])
+    family_options(recipe, family)
+    peft_config(recipe, family)
+
+
+def test_few_step_models_are_sampled_in_few_steps() -> None:
+    flux, klein = FAMILIES["FluxPipeline"], FAMILIES["Flux2KleinPipeline"]
+    assert [flux.sampling(build_tiny_flux(dev)) for dev in (True, False)] == [(28, 3.5), (4, 0.0)]
+    assert [klein.sampling(build_tiny_flux2_klein(d)) for d in (False, True)] == [(50, 4.0), (4, 1.0)]
+    assert flux.prompt_options(build_tiny_flux(guidance_embeds=False), ["a mug"]) == {"max_sequence_length": 256}
 
 
 def test_unknown_pipeline_lists_the_families() -> None:

@@ -164,15 +164,16 @@ def _batch(
     prompts = [prompt for prompt, _ in jobs]
     own, unit = family.resolution(pipe), 2 * pipe.vae_scale_factor
     side = own if resolution is None else resolution
+    own_steps, own_guidance = family.sampling(pipe)
     options = family.prompt_options(pipe, prompts)
+    options[family.guidance_argument] = own_guidance if guidance is None else guidance
     try:
         if side % unit:  # FLUX's pipeline would make pictures of another size, and say so in a log only
             raise ValueError(f"{side} is no multiple of {unit}")
         return pipe(
             prompt=prompts,
             generator=[torch.Generator().manual_seed(seed) for _, seed in jobs],
-            num_inference_steps=family.steps if steps is None else steps,
-            guidance_scale=family.guidance if guidance is None else guidance,
+            num_inference_steps=own_steps if steps is None else steps,
             height=side,
             width=side,
             **options,

@@ -23,8 +23,12 @@ from huggingface_hub import hf_hub_download
 from qrlora.errors import ModelError
 from qrlora.families.base import Conditions, ModelFamily, remove_adapters
 from qrlora.families.flux import FLUX
+from qrlora.families.flux2_klein import FLUX2_KLEIN
+from qrlora.families.qwen_image import QWEN_IMAGE
+from qrlora.families.sd import SD
 from qrlora.families.sd3 import SD3
 from qrlora.families.sdxl import SDXL
+from qrlora.families.z_image import Z_IMAGE
 
 __all__ = [
     "EMBEDDED",
@@ -37,7 +41,9 @@ __all__ = [
     "remove_adapters",
 ]
 
-FAMILIES: dict[str, ModelFamily] = {family.pipeline_class: family for family in (FLUX, SD3, SDXL)}
+FAMILIES: dict[str, ModelFamily] = {
+    family.pipeline_class: family for family in (FLUX, FLUX2_KLEIN, QWEN_IMAGE, SD, SD3, SDXL, Z_IMAGE)
+}
 """Pipeline class name -> family. A new architecture is a new file and its name here."""
 
 EMBEDDED: dict[str, str] = {"pico": "qrlora.pico"}

@@ -29,8 +29,7 @@ class ModelFamily:
         pipeline_class: name of the diffusers pipeline class this row describes.
         denoiser: attribute of the pipeline that holds the model being adapted.
         targets: module names adapted by default (the published set), matched as PEFT matches `target_modules`.
-        steps: denoising steps when the caller names none.
-        guidance: classifier-free guidance scale when the caller names none.
+        steps, guidance: denoising steps and guidance scale when the caller names none (see `sampling`).
         resolution: `pipe -> int`, the side in pixels of the square pictures the model was made for.
         prompt_options: `(pipe, prompts) -> dict`, checks the prompts and returns the keyword arguments that every call
             of the pipeline on them needs, so that training and generation condition alike.
@@ -41,6 +40,8 @@ class ModelFamily:
         loss: `(denoiser, scheduler, latents, noise, timesteps, conditions) -> scalar` float32.
         scheduler: diffusers class that adds noise in training; empty if it is the pipeline's own.
         loss_options, timestep_options: recipe fields that `loss` and `sample_timesteps` take besides, by name.
+        few_steps: `pipe -> (steps, guidance)` if its denoiser is distilled to a few steps, else None.
+        guidance_argument: the pipeline's name for the scale of classifier-free guidance.
     """
 
     name: str
@@ -58,6 +59,8 @@ class ModelFamily:
     scheduler: str = ""
     loss_options: frozenset[str] = frozenset()
     timestep_options: frozenset[str] = frozenset()
+    few_steps: Callable[[Any], tuple[int, float] | None] = lambda pipe: None
+    guidance_argument: str = "guidance_scale"
 
     @property
     def export_prefix(self) -> str:
@@ -68,23 +71,43 @@ class ModelFamily:
         """The model inside `pipe` that adapters attach to."""
         return getattr(pipe, self.denoiser)
 
+    def sampling(self, pipe: Any) -> tuple[int, float]:
+        """Denoising steps and guidance scale of `pipe` when the caller names none."""
+        return self.few_steps(pipe) or (self.steps, self.guidance)
+
     def training_scheduler(self, pipe: Any) -> Any:
         """A scheduler in its training state: generating leaves the pipeline's own one set to a few inference steps."""
         kind = getattr(diffusers, self.scheduler) if self.scheduler else type(pipe.scheduler)
         return kind.from_config(pipe.scheduler.config)
 
 
-def refuse_long_prompts(tokenizer: Any, limit: int, prompts: Sequence[str]) -> None:
-    """Raises DataError if a prompt has more tokens than `limit`: the pipeline would cut it without a word."""
+def refuse_long_prompts(
+    tokenizer: Any, limit: int, prompts: Sequence[str], template: Callable[[str], str] = str
+) -> None:
+    """Raises DataError if a prompt has more tokens than `limit`: the pipeline would cut it without a word.
+
+    template: what the pipeline makes of a prompt before it is tokenised.
+    """
     for prompt in prompts:
-        tokens = len(tokenizer(prompt).input_ids)
+        tokens = len(tokenizer(template(prompt)).input_ids)
         if tokens > limit:
             raise DataError(
                 f"prompt too long for this model: {prompt!r}",
-                expected=f"at most {limit} tokens, start and end included",
+                expected=f"at most {limit} tokens, with what the model puts before and after it",
                 got=f"{tokens} tokens",
                 remedy="shorten the prompt or caption",
             )
+
+
+def chat(tokenizer: Any, thinking: bool) -> Callable[[str], str]:
+    """How the pipelines with a Qwen3 text encoder put a prompt to it: as a user's message, answer pending."""
+
+    def template(prompt: str) -> str:
+        messages = [{"role": "user", "content": prompt}]
+        options = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": thinking}
+        return tokenizer.apply_chat_template(messages, **options)
+
+    return template
 
 
 @torch.no_grad()

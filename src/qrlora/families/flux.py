@@ -8,16 +8,17 @@ from __future__ import annotations
 
 from typing import Any
 
+import diffusers
 import torch
-from diffusers import FluxPipeline
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from qrlora.families.base import Conditions, ModelFamily, encode_images, refuse_long_prompts
-from qrlora.families.sd3 import SD3, sample_timesteps
+from qrlora.families.objectives import FLOW_OPTIONS, flow_loss, flow_timesteps
+from qrlora.families.sd3 import SD3
 
-T5_TOKENS = 512
-"""The pipeline's own default for how much T5 reads."""
+T5_TOKENS, T5_TOKENS_SCHNELL = 512, 256
+"""How much T5 reads: the pipeline's own default, and what schnell was made for (diffusers' page on FLUX)."""
 TRAINING_GUIDANCE = 1.0
 """What the dev model, distilled with guidance as an input, is told in training."""
 
@@ -33,8 +34,9 @@ def prompt_options(pipe: Any, prompts: list[str]) -> dict[str, Any]:
     Raises:
         DataError: a prompt is longer than that. CLIP reads its beginning only, which is how the model was trained.
     """
-    refuse_long_prompts(pipe.tokenizer_2, T5_TOKENS, prompts)
-    return {"max_sequence_length": T5_TOKENS}
+    limit = T5_TOKENS if pipe.transformer.config.guidance_embeds else T5_TOKENS_SCHNELL
+    refuse_long_prompts(pipe.tokenizer_2, limit, prompts)
+    return {"max_sequence_length": limit}
 
 
 @torch.no_grad()
@@ -42,6 +44,11 @@ def encode_prompts(pipe: Any, prompts: list[str]) -> dict[str, Tensor]:
     """Text to `encoder_hidden_states` (n, tokens, features) and `pooled_projections` (n, features)."""
     hidden, pooled, _ = pipe.encode_prompt(prompts, prompt_2=None, **prompt_options(pipe, prompts))
     return {"encoder_hidden_states": hidden, "pooled_projections": pooled}
+
+
+def few_steps(pipe: Any) -> tuple[int, float] | None:
+    """Steps and guidance of schnell, which is distilled to a few steps and has no guidance input to embed."""
+    return None if pipe.transformer.config.guidance_embeds else (4, 0.0)
 
 
 def loss(
@@ -52,31 +59,27 @@ def loss(
     timesteps: Float[Tensor, " n"],
     conditions: Conditions,
 ) -> Float[Tensor, ""]:
-    """Conditional flow matching as in `sd3.loss`, on packed latents (diffusers' `train_dreambooth_lora_flux`).
-
-    Packing only rearranges, so the mean over packed elements is the mean over latents.
-    """
-    sigma = (timesteps / scheduler.config.num_train_timesteps).view(-1, 1, 1, 1)
+    """Flow matching on packed latents, as diffusers' `train_dreambooth_lora_flux`."""
     n, channels, height, width = latents.shape
     dtype, device = next(denoiser.parameters()).dtype, latents.device
-    noisy, target = (
-        FluxPipeline._pack_latents(x, n, channels, height, width)
-        for x in ((1 - sigma) * latents + sigma * noise, noise - latents)
-    )
-    places = FluxPipeline._prepare_latent_image_ids(n, height // 2, width // 2, device, dtype)
+    places = diffusers.FluxPipeline._prepare_latent_image_ids(n, height // 2, width // 2, device, dtype)
     words = torch.zeros(conditions["encoder_hidden_states"].shape[1], 3, device=device, dtype=dtype)
     config: Any = denoiser.config
     guidance = torch.full((n,), TRAINING_GUIDANCE, device=device) if config.guidance_embeds else None
-    velocity = denoiser(
-        hidden_states=noisy.to(dtype),
-        timestep=timesteps / scheduler.config.num_train_timesteps,
-        guidance=guidance,
-        img_ids=places,
-        txt_ids=words,
-        return_dict=False,
-        **conditions,
-    )[0]
-    return (velocity.float() - target).pow(2).mean()
+
+    def velocity(noisy: Tensor) -> Tensor:
+        packed = denoiser(
+            hidden_states=diffusers.FluxPipeline._pack_latents(noisy.to(dtype), n, channels, height, width),
+            timestep=timesteps / scheduler.config.num_train_timesteps,
+            guidance=guidance,
+            img_ids=places,
+            txt_ids=words,
+            return_dict=False,
+            **conditions,
+        )[0]
+        return diffusers.FluxPipeline._unpack_latents(packed, height, width, vae_scale_factor=1)
+
+    return flow_loss(velocity, scheduler, latents, noise, timesteps)
 
 
 FLUX = ModelFamily(
@@ -90,7 +93,8 @@ FLUX = ModelFamily(
     prompt_options=prompt_options,
     encode_prompts=encode_prompts,
     encode_images=encode_images,
-    sample_timesteps=sample_timesteps,
+    sample_timesteps=flow_timesteps,
     loss=loss,
-    timestep_options=SD3.timestep_options,
+    timestep_options=FLOW_OPTIONS,
+    few_steps=few_steps,
 )

@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from torch import Generator, Tensor, nn
+from torch import Tensor, nn
 
 from qrlora.families.base import Conditions, ModelFamily, encode_images, refuse_long_prompts
+from qrlora.families.objectives import FLOW_OPTIONS, flow_loss, flow_timesteps
 
 T5_TOKENS = 256
 """The pipeline's own default for how much T5 reads."""
@@ -53,16 +54,6 @@ def encode_prompts(pipe: Any, prompts: list[str]) -> dict[str, Tensor]:
     return {"encoder_hidden_states": hidden, "pooled_projections": pooled}
 
 
-def sample_timesteps(
-    scheduler: Any, n: int, generator: Generator, logit_mean: float = 0.0, logit_std: float = 1.0
-) -> Float[Tensor, " n"]:
-    """Timesteps drawn logit-normally, rf/lognorm(m, s) of section 3.1, on the scheduler's (shifted) training grid."""
-    uniform = torch.sigmoid(logit_mean + logit_std * torch.randn(n, generator=generator))
-    total = scheduler.config.num_train_timesteps
-    # a time of 1 is noise alone: the grid descends from it, so that large draws come first
-    return scheduler.timesteps[((1 - uniform) * total).long().clamp(max=total - 1)].cpu()
-
-
 def loss(
     denoiser: nn.Module,
     scheduler: Any,
@@ -71,16 +62,14 @@ def loss(
     timesteps: Float[Tensor, " n"],
     conditions: Conditions,
 ) -> Float[Tensor, ""]:
-    """Conditional flow matching: `E |v(z_t, t) - (noise - latents)|²`, `z_t = (1 - σ) latents + σ noise`, `σ = t / T`.
-
-    It is the objective of diffusers' `train_dreambooth_lora_sd3` without output preconditioning, by which that script
-    weights each example with σ². Latents and noise come in float32; the denoiser computes in its own dtype.
-    """
-    sigma = (timesteps / scheduler.config.num_train_timesteps).view(-1, 1, 1, 1)
-    noisy = (1 - sigma) * latents + sigma * noise
+    """Flow matching, as diffusers' `train_dreambooth_lora_sd3` without output preconditioning, by which that script
+    weights each example with σ²."""
     dtype = next(denoiser.parameters()).dtype
-    velocity = denoiser(hidden_states=noisy.to(dtype), timestep=timesteps, return_dict=False, **conditions)[0]
-    return (velocity.float() - (noise - latents)).pow(2).mean()
+
+    def velocity(noisy: Tensor) -> Tensor:
+        return denoiser(hidden_states=noisy.to(dtype), timestep=timesteps, return_dict=False, **conditions)[0]
+
+    return flow_loss(velocity, scheduler, latents, noise, timesteps)
 
 
 SD3 = ModelFamily(
@@ -108,7 +97,7 @@ SD3 = ModelFamily(
     prompt_options=prompt_options,
     encode_prompts=encode_prompts,
     encode_images=encode_images,
-    sample_timesteps=sample_timesteps,
+    sample_timesteps=flow_timesteps,
     loss=loss,
-    timestep_options=frozenset({"logit_mean", "logit_std"}),
+    timestep_options=FLOW_OPTIONS,
 )

@@ -1,0 +1,79 @@
+"""The two objectives, written once: flow matching for the transformers, noise or velocity prediction for the UNets.
+
+A family's `loss` packs latents for its denoiser and hands the rest to one of these.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Generator, Tensor
+
+Latents = Float[Tensor, "n c h w"]
+
+FLOW_OPTIONS = frozenset({"logit_mean", "logit_std"})
+"""Recipe fields that `flow_timesteps` takes."""
+NOISE_OPTIONS = frozenset({"min_snr_gamma"})
+"""Recipe fields that `noise_loss` takes."""
+
+
+def flow_timesteps(
+    scheduler: Any, n: int, generator: Generator, logit_mean: float = 0.0, logit_std: float = 1.0
+) -> Float[Tensor, " n"]:
+    """Timesteps drawn logit-normally on the scheduler's (shifted) training grid.
+
+    Source: rf/lognorm(m, s), section 3.1 of Esser et al. 2024 (arXiv 2403.03206).
+    """
+    uniform = torch.sigmoid(logit_mean + logit_std * torch.randn(n, generator=generator))
+    total = scheduler.config.num_train_timesteps
+    # a time of 1 is noise alone: the grid descends from it, so that large draws come first
+    return scheduler.timesteps[((1 - uniform) * total).long().clamp(max=total - 1)].cpu()
+
+
+def flow_loss(
+    velocity: Callable[[Latents], Latents],
+    scheduler: Any,
+    latents: Latents,
+    noise: Latents,
+    timesteps: Float[Tensor, " n"],
+) -> Float[Tensor, ""]:
+    """Conditional flow matching: `E |v(z_t, t) - (noise - latents)|²`, `z_t = (1 - σ) latents + σ noise`, `σ = t / T`.
+
+    Latents and noise come in float32; `velocity` lets the denoiser compute in its own dtype.
+    """
+    sigma = (timesteps / scheduler.config.num_train_timesteps).view(-1, 1, 1, 1)
+    predicted = velocity((1 - sigma) * latents + sigma * noise)
+    return (predicted.float() - (noise - latents)).pow(2).mean()
+
+
+def noise_timesteps(scheduler: Any, n: int, generator: Generator) -> Float[Tensor, " n"]:
+    """Whole timesteps, each as likely."""
+    return torch.randint(scheduler.config.num_train_timesteps, (n,), generator=generator).float()
+
+
+def noise_loss(
+    predict: Callable[[Latents], Latents],
+    scheduler: Any,
+    latents: Latents,
+    noise: Latents,
+    timesteps: Float[Tensor, " n"],
+    min_snr_gamma: float | None = None,
+) -> Float[Tensor, ""]:
+    """Mean squared error of what the scheduler says is predicted: the noise, or v (Salimans & Ho, arXiv 2202.00512).
+
+    min_snr_gamma: weight each example with min(SNR, γ) / SNR for the noise, / (SNR + 1) for v (Hang et al. 2023,
+        arXiv 2303.09556).
+    """
+    steps = timesteps.long()
+    predicted = predict(scheduler.add_noise(latents, noise, steps))
+    by_velocity = scheduler.config.prediction_type == "v_prediction"
+    target = scheduler.get_velocity(latents, noise, steps) if by_velocity else noise
+    each = (predicted.float() - target).pow(2).mean((1, 2, 3))
+    if min_snr_gamma is None:
+        return each.mean()
+    kept = scheduler.alphas_cumprod.to(steps.device)[steps]
+    snr = kept / (1 - kept)
+    return (each * snr.clamp(max=min_snr_gamma) / (snr + by_velocity)).mean()
