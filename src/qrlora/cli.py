@@ -818,7 +818,7 @@ def _basis_in(denoiser: Any, adapter: Adapter) -> Basis | None:
     meta = adapter.metadata
     if not meta.on_basis:
         return None
-    weights_of = base_weights(denoiser, adapter.deltas)
+    weights_of = base_weights(denoiser, adapter.deltas, meta)
     return Basis.of(weights_of, meta.basis_rank, algorithm=meta.algorithm, seed=meta.basis_seed)
 
 

@@ -209,12 +209,18 @@ def _config_for(adapter: Adapter) -> LoraConfig:
     return QRLoraConfig(**shared) if meta.on_basis else LoraConfig(**shared)
 
 
-def base_weights(model: nn.Module, layers: Iterable[str]) -> dict[str, Tensor]:
+def base_weights(model: nn.Module, layers: Iterable[str], asked_by: AdapterMetadata | None = None) -> dict[str, Tensor]:
     """The base weight of each of these layers; MismatchError lists those that the model lacks."""
     modules = dict(_root(model).named_modules())
     layers = list(layers)
-    _check_there(layers, modules, type(_root(model)).__name__, "its base model")
+    _check_there(layers, modules, type(_root(model)).__name__, _base_of(asked_by))
     return {name: _base_weight(name, modules[name], False) for name in layers}
+
+
+def _base_of(meta: AdapterMetadata | None) -> str:
+    """The base model of an adapter, in words."""
+    known = f", {meta.base_model or 'not recorded'} ({meta.family or 'family unknown'})" if meta else ""
+    return f"its base model{known}"
 
 
 def _check_there(layers: Collection[str], modules: Mapping[str, Any], model: str, remedy: str) -> None:
@@ -232,8 +238,7 @@ def check_fits(model: nn.Module, adapter: Adapter) -> None:
     """Raise MismatchError unless every layer is there with the right shape and, for ΔR on a basis, the right weight."""
     modules = dict(_root(model).named_modules())
     meta = adapter.metadata
-    needed = f"its base model, {meta.base_model or 'not recorded'} ({meta.family or 'family unknown'})"
-    _check_there(adapter.deltas, modules, type(_root(model)).__name__, needed)
+    _check_there(adapter.deltas, modules, type(_root(model)).__name__, _base_of(meta))
     shapes, digests = {}, {}
     for name in adapter.deltas:  # one at a time: a quantised weight is unpacked to be read
         weight = _base_weight(name, modules[name], adapter.metadata.on_basis)

@@ -99,7 +99,7 @@ class Recipe(BaseModel):
     )
     logit_std: float | None = Field(None, gt=0, description="and its standard deviation (default 1)")
     min_snr_gamma: float | None = Field(
-        None, gt=0, description="weight of noise levels in the loss: min(SNR, this) / SNR (SDXL; 5 is usual)"
+        None, gt=0, description="weight of noise levels in the loss: min(SNR, this) / SNR (SDXL, SD; 5 is usual)"
     )
     max_grad_norm: float = Field(1.0, gt=0, description="gradients are scaled down to this norm")
     seed: int = Field(0, ge=0, lt=2**63, description="seed of everything random in the run")
