@@ -37,7 +37,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 """What may become the default, beside the methods of the demo."""
 LEARNING_RATES = (1e-3, 3e-3)
-BUDGET = ("steps", "rank", "preserve", "pictures")
+BUDGET = ("steps", "rank", "pictures")
 
 
 def main() -> None:
@@ -49,7 +49,6 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=2, help=f"how many of {PAIRS} (default: 2)")
     parser.add_argument("--steps", type=int, default=Budget().steps)
     parser.add_argument("--rank", type=int, default=Budget().rank)
-    parser.add_argument("--preserve", type=int, default=Budget().preserve)
     parser.add_argument("--pictures", type=int, default=8, help="a score (default: 8)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--model", default="pico")
@@ -113,19 +112,19 @@ def summary(records: Sequence[dict[str, Any]]) -> str:
     """Mean shares of every method and setting, over pairs; a star at each method's best."""
     groups: dict[tuple[Any, ...], list[dict[str, Any]]] = defaultdict(list)
     for record in records:
-        key = tuple(record[name] for name in ("method", "steps", "preserve", "learning_rate"))
+        key = tuple(record[name] for name in ("method", "steps", "learning_rate"))
         groups[key].append(record["scores"])
     means = {
         key: {part: fmean(scores[name][part] for scores in found for name in SETS) for part in PARTS}
         for key, found in groups.items()
     }
     best = {key[0]: max((fmean(row.values()), k) for k, row in means.items() if k[0] == key[0])[1] for key in means}
-    lines = [f"{'method':<24}{'steps':>6}{'preserve':>9}{'rate':>9}{'pairs':>6}" + "".join(f"{p:>9}" for p in PARTS)]
+    lines = [f"{'method':<24}{'steps':>6}{'rate':>9}{'pairs':>6}" + "".join(f"{p:>9}" for p in PARTS)]
     for key, row in sorted(means.items()):
-        method, steps, preserve, rate = key
+        method, steps, rate = key
         values = "".join(f"{value:>9.3f}" for value in row.values())
         star = " *" if best[method] == key else ""
-        lines.append(f"{method:<24}{steps:>6}{preserve:>9}{rate:>9.1e}{len(groups[key]):>6}{values}{star}")
+        lines.append(f"{method:<24}{steps:>6}{rate:>9.1e}{len(groups[key]):>6}{values}{star}")
     return "\n".join(lines)
 
 
