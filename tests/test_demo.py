@@ -18,7 +18,7 @@ from PIL import Image
 from qrlora import demo, pico
 from qrlora.adapter import load_adapter
 from qrlora.demo import flow, page, plan
-from qrlora.demo.flow import SETS, Answer, Outcome
+from qrlora.demo.flow import PARTS, SETS, Answer, Outcome
 from qrlora.demo.numbers import crosstalk, data
 from qrlora.demo.plan import DEFAULT, METHODS, Budget, Lesson, questions
 from qrlora.errors import DataError, QrloraError
@@ -139,7 +139,7 @@ def judged(outcome: Outcome, rights: dict[str, int], n: int = 24) -> Outcome:
     def answer(right: int) -> Answer:
         old = outcome.answers[DEFAULT]["composed"]
         verdicts = np.arange(n) < right
-        return Answer([old.wanted[0]] * n, np.repeat(old.pixels[:1], n, 0), {"subject": verdicts, "style": verdicts})
+        return Answer([old.wanted[0]] * n, np.repeat(old.pixels[:1], n, 0), dict.fromkeys(PARTS, verdicts))
 
     answers = {method: dict.fromkeys(SETS, answer(rights[method])) for method in METHODS}
     return dataclasses.replace(outcome, answers=answers, base=answer(0))

@@ -80,7 +80,7 @@ def trained(pipe: Any, layers: list[str], basis: Basis, columns: tuple[int, ...]
         shapes[name] = tuple(weight.shape)
         width = weight[0].numel()
         delta = torch.randn(len(columns), width, generator=generator) * triangular_mask(columns, width)
-        deltas[name] = delta * weight.detach().norm() / delta.norm()
+        deltas[name] = 2 * delta * weight.detach().norm() / delta.norm()
     metadata = AdapterMetadata(
         method="qrlora",
         rank=len(columns),
@@ -405,7 +405,8 @@ def test_energy_is_one_inside_the_span_and_by_the_formula_outside(sdxl: Any, tmp
     layers = layers_of(sdxl)
     basis = basis_for(sdxl, layers)
     pairs = random_lora(sdxl, layers)
-    inside = {n: (down, basis[n].q[:, :3] @ torch.randn(3, 3)) for n, (down, _) in pairs.items()}
+    mixed = torch.tensor([[1.0, 0.5, 0.0], [0.0, 1.0, -0.5], [0.5, 0.0, 1.0]])
+    inside = {n: (down, basis[n].q[:, :3] @ mixed) for n, (down, _) in pairs.items()}
     for given in (inside, pairs):
         adapter = load_any(write(tmp_path / "a.safetensors", diffusers_form(given)))
         projected, kept = project(adapter, basis)
@@ -415,7 +416,7 @@ def test_energy_is_one_inside_the_span_and_by_the_formula_outside(sdxl: Any, tmp
             explicit[name] = q @ q.T @ delta
             share = float((q.T @ delta).square().sum() / delta.square().sum())
             assert kept.layers[name] == pytest.approx(share, rel=1e-6)
-            assert given is not inside or kept.layers[name] == pytest.approx(1.0, abs=1e-6)
+            assert given is not inside or kept.layers[name] == pytest.approx(1.0, abs=1e-5)
         assert_same(delta_weights(projected, basis), explicit)
         assert given is inside or 0 < kept.total < 1
     save_adapter(projected, tmp_path / "b.safetensors")
