@@ -30,6 +30,8 @@ def main() -> None:
     arguments = parser.parse_args()
     named = matrices(arguments.weights, arguments.rank) if arguments.weights else [("random", random_weight(arguments))]
     print(f"rank {arguments.rank}, {torch.get_num_threads()} threads, torch {torch.__version__}")
+    small = torch.randn(256, 256, generator=torch.Generator().manual_seed(1))
+    layer_basis(small, 16), full_svd_and_qr(small, 16)  # the first call starts threads, which is neither's time
     totals, least, count = [0.0, 0.0], 1.0, 0
     for name, weight in named:
         count += 1
