@@ -22,7 +22,8 @@ import qrlora
 from conftest import build_tiny_flux, build_tiny_sd3
 from qrlora import families
 from qrlora.adapter import load_adapter
-from qrlora.cli import Bar, main, weighted_path
+from qrlora.cli import main
+from qrlora.cli.shared import Bar, weighted_path
 from qrlora.training import loop
 
 COMMANDS = ("train", "compose", "generate", "inspect", "export", "import", "extract", "similarity", "demo")

@@ -1,0 +1,71 @@
+"""The command line: parse, call, print. Everything heavy is imported by the command that needs it."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import sys
+from collections.abc import Sequence
+from importlib.metadata import version
+
+from qrlora.cli.compose import add_compose
+from qrlora.cli.demo import add_demo
+from qrlora.cli.exchange import add_export, add_extract, add_import
+from qrlora.cli.generate import add_generate
+from qrlora.cli.inspect import add_inspect
+from qrlora.cli.similarity import add_similarity
+from qrlora.cli.train import add_train
+from qrlora.errors import QrloraError
+
+LESS = "lower --batch-size or --resolution, load the model with --dtype bfloat16, or use a smaller one"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code: 0 done, 2 wrong input (said on stderr), 130 interrupted."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    # Libraries announce missing optional parts on import; the user can still ask for that.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    options = build_parser(arguments).parse_args(arguments)
+    try:
+        options.run(options)
+    except QrloraError as error:
+        print(f"qrlora {options.command}: {error}", file=sys.stderr)
+        return 2
+    except (MemoryError, RuntimeError) as error:
+        # What torch raises where memory ends, on a GPU and on a CPU; any other RuntimeError is a fault of this package.
+        if isinstance(error, RuntimeError) and not re.search("out of memory|allocate memory", str(error)):
+            raise
+        print(f"qrlora {options.command}: memory is used up\n  got:      {error}\n  remedy:   " + LESS, file=sys.stderr)
+        return 2
+    except OSError as error:  # a full disk, a missing right: about the file, so the user's to mend
+        print(f"qrlora {options.command}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt as interrupt:
+        print(f"\nqrlora {options.command}: {interrupt or 'interrupted'}", file=sys.stderr)
+        if getattr(interrupt, "checkpoint", None):
+            print("continue with the same command and --resume", file=sys.stderr)
+        return 130
+    return 0
+
+
+def build_parser(arguments: Sequence[str] = ()) -> argparse.ArgumentParser:
+    """The whole command line. The recipe's flags, which take pydantic to list, only if `arguments` begin with train."""
+    parser = argparse.ArgumentParser(
+        prog="qrlora",
+        description="Learn a subject from one picture, learn a style from one picture, and put them together.",
+        epilog="`qrlora COMMAND --help` says more. Begin with `qrlora demo`.",
+    )
+    parser.add_argument("--version", action="version", version=f"qrlora {version('qrlora')}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    add_train(commands, with_recipe=list(arguments[:1]) == ["train"])
+    add_compose(commands)
+    add_generate(commands)
+    add_inspect(commands)
+    add_export(commands)
+    add_import(commands)
+    add_extract(commands)
+    add_similarity(commands)
+    add_demo(commands)
+    return parser

@@ -1,0 +1,5 @@
+"""`python -m qrlora.cli`."""
+
+from qrlora.cli import main
+
+raise SystemExit(main())

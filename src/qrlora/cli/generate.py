@@ -1,0 +1,137 @@
+"""`qrlora generate`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from qrlora.cli.shared import (
+    ADAPTER_HELP,
+    MODEL_HELP,
+    OVERWRITE_HELP,
+    Bar,
+    Parsers,
+    check_png,
+    command,
+    count,
+    load_weighted,
+    number,
+    refuse_to_replace,
+    seed,
+    weighted_path,
+    weights,
+)
+from qrlora.errors import QrloraError
+
+
+def add_generate(commands: Parsers) -> None:
+    parser = command(
+        commands,
+        "generate",
+        run_generate,
+        "make pictures from prompts and seeds, with adapters at any weights",
+        "One PNG per prompt and seed goes into the folder named by -o; with --grid one labelled PNG. "
+        "Each keeps its prompt, seed and adapters in its metadata. " + OVERWRITE_HELP,
+    )
+    parser.add_argument("--prompt", action="append", required=True, help="may be given several times")
+    parser.add_argument("--seed", action="append", type=seed, help="may be given several times (default: 0)")
+    parser.add_argument("--seeds", type=count, metavar="COUNT", help="that many seeds, from --seed on")
+    parser.add_argument(
+        "--adapter", action="append", default=[], type=weighted_path, metavar="FILE[:WEIGHT]", help=ADAPTER_HELP
+    )
+    parser.add_argument(
+        "--grid",
+        type=weights,
+        metavar="W,W,...",
+        help="with two adapters: one labelled picture of all pairs of these weights, the first adapter's down the rows "
+        "(if the first is negative: --grid=-0.5,0,0.5)",
+    )
+    parser.add_argument("--model", default="pico", help=MODEL_HELP + " (default: pico)")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of the weights")
+    parser.add_argument("--steps", type=count, help="denoising steps (default: the family's)")
+    parser.add_argument("--guidance", type=number, help="classifier-free guidance scale (default: the family's)")
+    parser.add_argument("--resolution", type=count, help="side of the pictures in pixels (default: the model's)")
+    parser.add_argument("--batch-size", type=count, default=8, help="pictures made at once (default: 8)")
+    parser.add_argument(
+        "-o", "--output", type=Path, help="folder, or .png with --grid (default: pictures/ or grid.png)"
+    )
+
+
+def run_generate(options: argparse.Namespace) -> None:
+    """Make the pictures and print where they are."""
+    seeds = options.seed or [0]
+    if options.seeds:
+        seeds = list(range(seeds[0], seeds[0] + options.seeds))
+    if options.grid and (len(options.adapter) != 2 or len(options.prompt) != 1 or len(seeds) != 1):
+        raise QrloraError(
+            "a grid shows two adapters, one prompt and one seed",
+            expected="--adapter twice, --prompt once, one seed",
+            got=f"{len(options.adapter)} adapters, {len(options.prompt)} prompts, {len(seeds)} seeds",
+        )
+    if options.grid and any(weight != 1 for _, weight in options.adapter):
+        raise QrloraError(
+            "a grid sets the weights of both adapters itself",
+            expected="--adapter FILE",
+            got=[f"{path}:{weight:g}" for path, weight in options.adapter],
+            remedy="leave the weights out, or make single pictures without --grid",
+        )
+    paths = _picture_paths(options, seeds)
+    adapters = load_weighted(options.adapter)
+    import torch
+
+    from qrlora.families import load_pipeline
+    from qrlora.generation import generate, weight_grid
+
+    pipe, family = load_pipeline(options.model, dtype=getattr(torch, options.dtype))
+    bar = Bar("picture")
+    names = ("steps", "guidance", "resolution")
+    common: dict[str, Any] = {**{name: getattr(options, name) for name in names}, "progress": bar}
+    if options.grid:
+        (rows, _), (columns, _) = adapters
+        common |= {"row_weights": options.grid, "column_weights": options.grid, "seed": seeds[0]}
+        images = [weight_grid(pipe, family, options.prompt[0], rows, columns, **common)]
+    else:
+        common |= {"adapters": adapters, "batch_size": options.batch_size}
+        images = generate(pipe, family, options.prompt, seeds, **common)
+    for path, image in zip(paths, images, strict=True):
+        _save_picture(path, image, options)
+        print(path)
+
+
+def _picture_paths(options: argparse.Namespace, seeds: Sequence[int]) -> list[Path]:
+    """Where each picture goes, checked before any is made."""
+    if options.grid:
+        paths = [options.output or Path("grid.png")]
+        check_png(paths[0])
+    else:
+        folder = options.output or Path("pictures")
+        paths = [
+            folder / f"{index:02d}-{re.sub(r'[^a-z0-9]+', '-', prompt.lower()).strip('-')[:60]}-seed{seed}.png"
+            for index, prompt in enumerate(options.prompt)
+            for seed in seeds
+        ]
+    for path in paths:
+        if options.output is None:
+            refuse_to_replace(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+    return paths
+
+
+def _save_picture(path: Path, image: Any, options: argparse.Namespace) -> None:
+    """A PNG that says how it was made, written whole or not at all."""
+    from io import BytesIO
+
+    from PIL.PngImagePlugin import PngInfo
+
+    from qrlora.files import write_atomically
+
+    made = {key: value for key, value in vars(options).items() if key not in ("run", "output", "command")}
+    info = PngInfo()
+    info.add_itxt("qrlora", json.dumps(made, default=str, ensure_ascii=False))
+    stream = BytesIO()
+    image.save(stream, "PNG", pnginfo=info)
+    write_atomically(path, stream.getvalue())

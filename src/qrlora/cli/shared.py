@@ -1,0 +1,153 @@
+"""What the commands share: their help texts, the reading of values, progress, refusals."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qrlora.errors import QrloraError
+
+if TYPE_CHECKING:
+    from qrlora.adapter import Adapter
+    from qrlora.basis import Basis
+
+ADAPTER_HELP = "adapter file, with a weight if not 1: mug.safetensors:0.9"
+OVERWRITE_HELP = "A file named by -o is replaced if it is there; a default name never is."
+MODEL_HELP = "base model: pico (embedded), a folder in the diffusers layout, or a hub id"
+
+Parsers = Any  # argparse's subparsers action, which has no public type
+
+
+def command(
+    commands: Parsers, name: str, run: Callable[[argparse.Namespace], None], text: str, epilog: str = ""
+) -> Any:
+    parser = commands.add_parser(name, help=text, description=text + ".", epilog=epilog)
+    parser.set_defaults(run=run)
+    return parser
+
+
+class Bar:
+    """Progress on stderr: one line that rewrites itself on a terminal, every tenth as a line of its own elsewhere."""
+
+    def __init__(self, unit: str):
+        self.unit, self.started = unit, time.perf_counter()
+
+    def __call__(self, done: int, of: int, note: str = "", seconds_left: float | None = None) -> None:
+        """Say that `done` of `of` units are done; the time left is estimated unless given."""
+        if seconds_left is None:
+            seconds_left = (time.perf_counter() - self.started) / done * (of - done)
+        minutes, seconds = divmod(round(seconds_left), 60)
+        text = f"{self.unit} {done}/{of}  {note}{'  ' if note else ''}{minutes}:{seconds:02d} left"
+        if sys.stderr.isatty():
+            print(f"\r{text}\x1b[K", end="\n" if done == of else "", file=sys.stderr, flush=True)
+        elif done == of or done * 10 // of != (done - 1) * 10 // of:
+            print(text, file=sys.stderr, flush=True)
+
+
+def weighted_path(text: str) -> tuple[Path, float]:
+    """`file:weight`, or a file alone at weight 1. A colon that is part of the path stays there."""
+    path, colon, weight = text.rpartition(":")
+    if colon and path and not Path(text).exists():
+        try:
+            return Path(path), float(weight)
+        except ValueError:  # the last colon belongs to the path
+            pass
+    return Path(text), 1.0
+
+
+def weights(text: str) -> list[float]:
+    """`0,0.5,1` as numbers."""
+    return [number(part) for part in text.split(",")]
+
+
+def number(text: str) -> float:
+    """A finite number."""
+    return _checked(text, float, "a finite number", math.isfinite)
+
+
+def count(text: str) -> int:
+    """A whole number from 1."""
+    return _checked(text, int, "a whole number from 1", lambda value: value >= 1)
+
+
+def seed(text: str) -> int:
+    """A whole number that seeds a torch generator."""
+    return _checked(text, int, "a whole number from 0, below 2^63", lambda value: 0 <= value < 2**63)
+
+
+def _checked(text: str, kind: Callable[[str], Any], expected: str, holds: Callable[[Any], bool]) -> Any:
+    """The text as a value, or what argparse prints behind the name of the option."""
+    try:
+        value = kind(text)
+    except ValueError:
+        value = None
+    if value is None or not holds(value):
+        raise argparse.ArgumentTypeError(f"expected {expected}, got {text!r}")
+    return value
+
+
+def load_weighted(parts: Sequence[tuple[Path, float]]) -> list[tuple[Adapter, float]]:
+    from qrlora.exchange import load_any
+
+    return [(load_any(path), weight) for path, weight in parts]
+
+
+def bases_of(model: str | None, adapters: Sequence[Adapter]) -> list[Basis | None]:
+    """The basis of each adapter that stands on one, from the model asked for or the one it names.
+
+    Where there is but one model, the adapters that stand on none have to fit it too.
+    """
+    from qrlora.adapter.model import check_fits
+    from qrlora.families import load_pipeline
+
+    loaded: dict[str, Any] = {}
+    bases: list[Basis | None] = []
+    for adapter in adapters:
+        metadata = adapter.metadata
+        if not metadata.on_basis:
+            bases.append(None)
+            continue
+        source = model or metadata.base_model or "pico"
+        if source not in loaded:
+            pipe, family = load_pipeline(source)
+            loaded[source] = family.denoiser_of(pipe)
+        bases.append(basis_in(loaded[source], adapter))
+    if len(loaded) == 1:
+        for adapter in adapters:
+            if not adapter.metadata.on_basis:
+                check_fits(next(iter(loaded.values())), adapter)
+    return bases
+
+
+def basis_in(denoiser: Any, adapter: Adapter) -> Basis | None:
+    """The basis that an adapter stands on, if it does, from this denoiser's weights."""
+    from qrlora.adapter.model import base_weights
+    from qrlora.basis import Basis
+
+    meta = adapter.metadata
+    if not meta.on_basis:
+        return None
+    weights_of = base_weights(denoiser, adapter.deltas, meta)
+    return Basis.of(weights_of, meta.basis_rank, algorithm=meta.algorithm, seed=meta.basis_seed)
+
+
+def check_png(path: Path) -> None:
+    """Refuse what no PNG can be written to, before time is spent on it."""
+    if path.suffix.lower() != ".png" or path.is_dir():
+        got = "a folder" if path.is_dir() else path.name
+        raise QrloraError(f"no picture can be written to {path}", expected="a file *.png", got=got, remedy="name one")
+
+
+def refuse_default_output(options: argparse.Namespace, default: str) -> None:
+    if options.output == Path(default):
+        refuse_to_replace(options.output)
+
+
+def refuse_to_replace(path: Path) -> None:
+    if path.exists():
+        raise QrloraError(f"{path} is already there", remedy="name the output with -o (a named file is replaced)")

@@ -1,0 +1,75 @@
+"""`qrlora train`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from qrlora.cli.shared import OVERWRITE_HELP, Bar, Parsers, command, refuse_to_replace
+from qrlora.errors import QrloraError
+
+
+def add_train(commands: Parsers, with_recipe: bool) -> None:
+    parser = command(
+        commands,
+        "train",
+        run_train,
+        "teach an adapter a subject or a style, from a recipe file, from flags, or both",
+        "Without --output the file is subject.safetensors or style.safetensors. " + OVERWRITE_HELP,
+    )
+    if not with_recipe:
+        return
+    parser.add_argument("recipe", nargs="?", type=Path, help="TOML recipe (see recipes/); flags win over it")
+    what = parser.add_mutually_exclusive_group()
+    for role in ("subject", "style"):
+        what.add_argument(f"--{role}", nargs="+", metavar="IMAGE", help=f"learn a {role} from these pictures or folder")
+    what.add_argument("--images", nargs="+", metavar="IMAGE", help="other pictures for the recipe's role")
+    parser.add_argument("--resume", action="store_true", help="continue an interrupted run from its newest checkpoint")
+    _add_recipe_flags(parser)
+
+
+def _add_recipe_flags(parser: argparse.ArgumentParser) -> None:
+    """One flag per recipe field; values are checked by the recipe."""
+    from qrlora.training.recipe import Recipe
+
+    group = parser.add_argument_group("recipe fields")
+    for name, field in Recipe.model_fields.items():
+        if name in ("role", "images"):
+            continue
+        flags = [f"--{name.replace('_', '-')}"] + (["-o"] if name == "output" else [])
+        text = (field.description or "").replace("%", "%%")
+        if not field.is_required() and field.default not in (None, ""):
+            text += f" (default: {field.default})"
+        if field.annotation is bool:
+            group.add_argument(*flags, action=argparse.BooleanOptionalAction, default=None, help=text)
+        else:
+            group.add_argument(*flags, default=None, metavar=name.upper(), help=text)
+
+
+def run_train(options: argparse.Namespace) -> None:
+    """Train one adapter and say what came of it."""
+    from qrlora.training.recipe import Recipe
+
+    fields = {name: getattr(options, name) for name in Recipe.model_fields if getattr(options, name, None) is not None}
+    for role in ("subject", "style"):
+        if getattr(options, role):
+            fields |= {"role": role, "images": getattr(options, role)}
+    recipe = Recipe.load(options.recipe, fields) if options.recipe else Recipe.of(fields)
+    output = recipe.output or Path(f"{recipe.role}.safetensors")
+    if output.is_dir():  # said now, not after the training that would be lost
+        raise QrloraError(f"{output} is a folder", expected="-o *.safetensors", got="a folder", remedy="name a file")
+    if recipe.output is None and not options.resume:
+        refuse_to_replace(output)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    recipe = recipe.replace(output=output)
+    from qrlora.training.loop import train
+
+    bar = Bar("step")
+    adapter = train(
+        recipe, progress=lambda p: bar(p.step, p.steps, f"loss {p.loss:.4f}", p.seconds_left), resume=options.resume
+    )
+    count = adapter.parameters()
+    print(
+        f"{output}: {count.trained:,} trained parameters, {count.ratio:.3f} of a LoRA of the same rank; "
+        f"call it with {recipe.trigger!r}, as in {recipe.text!r}"
+    )
