@@ -146,6 +146,17 @@ def test_a_defect_of_the_style_leaves_the_subject_right(judge: Judge, true: Rend
     assert rates["subject"] >= 0.5
 
 
+def test_excess_is_zero_within_the_limits_and_grows_with_the_damage(judge: Judge, true: Renders) -> None:
+    steps = []
+    for kept in (1.0, 0.8, 0.4):
+        faded = np.stack([_whole(p / np.float32(255) * kept + (1 - kept) / 2) for p in true.pictures[::STEP]])
+        verdict = judge.verdict(faded, *true.asked(STEP))
+        within = np.all([away <= 1 for away in verdict.distance.values()], axis=0)
+        np.testing.assert_array_equal(verdict.excess == 0, within)
+        steps.append(verdict.excess.mean())
+    assert steps[0] < 0.01 < steps[1] < steps[2] / 2
+
+
 @pytest.mark.parametrize("factor", ["subject", "style"])
 def test_refuses_blends(judge: Judge, true: Renders, factor: str, request: pytest.FixtureRequest) -> None:
     other = request.getfixturevalue(f"other_{factor}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -77,10 +77,11 @@ class Setting:
         finally:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
 
-    def teach(self, lesson: Lesson, fields: Mapping[str, Any], name: str) -> Adapter:
-        """Train one adapter, called ``name``; ``fields`` are the recipe fields of its method."""
-        common = {"model": self.model, **recipe_fields(lesson, self.budget, self.seed)}
-        return replace(train(Recipe.of({**common, **fields}), pipe=self.pipe, family=self.family), name=name)
+    def teach(self, lesson: Lesson, method: str, **fields: Any) -> Adapter:
+        """Train one adapter by a method of METHODS; ``fields`` change its recipe."""
+        planned = recipe_fields(lesson, self.budget, self.seed, method)
+        recipe = Recipe.of({"model": self.model, **planned, **fields})
+        return replace(train(recipe, pipe=self.pipe, family=self.family), name=f"{method}-{lesson.role}")
 
     def draw(self, wanted: Sequence[Wanted], adapters: Sequence[tuple[Adapter, float]] = ()) -> Answer:
         """Generate every picture asked for, not yet judged."""
@@ -209,7 +210,7 @@ def _teach_all(setting: Setting, lessons: Sequence[Lesson]) -> dict[str, tuple[A
         adapters = []
         for one in lessons:
             with setting.stage(f"train {method}", f"{one.role}, {setting.budget.steps} steps"):
-                adapters.append(setting.teach(one, METHODS[method], f"{method}-{one.role}"))
+                adapters.append(setting.teach(one, method))
         learned[method] = (adapters[0], adapters[1])
     return learned
 

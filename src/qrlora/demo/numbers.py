@@ -7,7 +7,7 @@ from importlib.metadata import version
 from typing import Any
 
 from qrlora.demo.flow import PARTS, Answer, Outcome
-from qrlora.demo.plan import AIM, DEFAULT, METHODS, Lesson
+from qrlora.demo.plan import AIM, DEFAULT, METHODS, RATES, Lesson
 
 AIMS = {
     "composed": "composed: pictures that show both subject and style",
@@ -29,7 +29,7 @@ def data(outcome: Outcome) -> dict[str, Any]:
         "subject": _lesson(outcome.subject),
         "style": _lesson(outcome.style),
         "budget": {**vars(budget), "weights": list(budget.weights)},
-        "methods": {name: dict(fields) for name, fields in METHODS.items()},
+        "methods": {name: {**fields, "learning_rates": RATES[name]} for name, fields in METHODS.items()},
         "parameters": {**parameters, "ratio": parameters[DEFAULT] / parameters["lora"]},
         "file_bytes": {**sizes, "ratio": sizes["compact"] / sizes["plain_lora"]},
         "scores": {

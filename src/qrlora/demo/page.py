@@ -9,7 +9,7 @@ from PIL import Image
 
 from qrlora.demo.flow import PARTS, SETS, Answer, Outcome
 from qrlora.demo.numbers import AIMS, crosstalk, data, versions
-from qrlora.demo.plan import AIM, DEFAULT, LESSON_STYLE, LESSON_SUBJECT, METHODS, Lesson
+from qrlora.demo.plan import AIM, DEFAULT, LESSON_STYLE, LESSON_SUBJECT, METHODS, RATES, Lesson
 from qrlora.evaluation import (
     Bars,
     Code,
@@ -242,7 +242,7 @@ def _methods(outcome: Outcome) -> Section:
     ]
     columns = [wanted[i].colour or f"seed {wanted[i].seed}" for i in shown]
     lead = (
-        "Composed at weights 1 and 1. Same rank, steps and pictures for all; each at its own learning rate, the best "
+        "Composed at weights 1 and 1. Same rank, steps and pictures for all; each at its own learning rates, the best "
         "of the same few on seen subjects and styles. Last row: the base model, told the names in plain words."
     )
     return Section("Three methods, the same prompts and seeds", [Matrix(list(rows), columns, cells)], lead)
@@ -291,17 +291,17 @@ def _costs(outcome: Outcome) -> Section:
             NAMES[method],
             f"{parameters[method]:,}",
             f"{parameters[method] / parameters['lora']:.4f}",
-            f"{fields['learning_rate']:g}",
+            ", ".join(f"{rate:g}" for rate in RATES[method].values()),
             f"{seconds[f'train {method}']:.1f} s",
         ]
-        for method, fields in METHODS.items()
+        for method in METHODS
     ]
     files: list[list[str | Share | None]] = [
         ["compact: ΔR alone, for qrlora", f"{sizes['compact']:,}"],
         ["the same adapter spelled as a LoRA, for any loader", f"{sizes['lora']:,}"],
         ["LoRA of the same rank", f"{sizes['plain_lora']:,}"],
     ]
-    header = ["One adapter", "trained parameters", "of LoRA's", "learning rate", "training of both"]
+    header = ["One adapter", "trained parameters", "of LoRA's", "learning rates: subject, style", "training of both"]
     return Section("What it costs", [Table(header, rows), Table(["File of the subject", "bytes"], files)])
 
 

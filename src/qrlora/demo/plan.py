@@ -17,12 +17,18 @@ from qrlora.training.dataset import read_picture
 from qrlora.training.recipe import TRIGGERS
 
 METHODS: dict[str, dict[str, Any]] = {
-    "qrlora": {"method": "qrlora", "learning_rate": 1e-3},
-    "qrlora_published": {"method": "qrlora", "columns": "first", "learning_rate": 1e-3},
-    "lora": {"method": "lora", "learning_rate": 3e-4},
+    "qrlora": {"method": "qrlora"},
+    "qrlora_published": {"method": "qrlora", "columns": "first"},
+    "lora": {"method": "lora"},
 }
-"""Name in the report -> what distinguishes its recipe. The learning rates are those that ``python
-benchmarks/tune_demo.py --learning-rates 3e-4,1e-3,3e-3`` found best on two seen pairs; tune_demo.json has all runs."""
+"""Name in the report -> what distinguishes its recipe."""
+RATES: dict[str, dict[str, float]] = {
+    "qrlora": {"subject": 1e-3, "style": 1e-3},
+    "qrlora_published": {"subject": 1e-3, "style": 1e-3},
+    "lora": {"subject": 3e-4, "style": 3e-4},
+}
+"""Method -> role -> learning rate: those that ``python benchmarks/tune_demo.py`` found best on seen pairs;
+tune_demo.json has all runs."""
 DEFAULT = "qrlora"
 """The project's default: subject and style own disjoint columns of one basis, which is what their roles ask for."""
 
@@ -164,9 +170,11 @@ def _with_seeds(rows: list[Wanted], pictures: int, first: int) -> list[Wanted]:
     return [replace(row, seed=first + i) for i, row in enumerate(islice(cycle(rows), pictures))]
 
 
-def recipe_fields(lesson: Lesson, budget: Budget, seed: int) -> dict[str, Any]:
-    """What all methods' recipes have in common."""
+def recipe_fields(lesson: Lesson, budget: Budget, seed: int, method: str) -> dict[str, Any]:
+    """The recipe of one method for one lesson; all but METHODS and RATES is common to all methods."""
     return {
+        **METHODS[method],
+        "learning_rate": RATES[method][lesson.role],
         "role": lesson.role,
         "images": lesson.file,
         "caption": lesson.caption,

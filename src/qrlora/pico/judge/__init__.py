@@ -61,6 +61,14 @@ class Verdict:
         """Subject right, style right, and close to true renders of the pair."""
         return self.subject & self.style & self._within("pair") & self._within("pair_palette")
 
+    @property
+    def excess(self) -> Float[np.ndarray, " n"]:
+        """How far beyond its limits each picture lies: mean of ln max(1, distance). 0 where every one is kept.
+
+        It orders what is wrong, where shares of what is right are too coarse to choose by.
+        """
+        return np.mean([np.log(np.maximum(away, 1)) for away in self.distance.values()], axis=0)
+
     def _within(self, name: str) -> Bool[np.ndarray, " n"]:
         return self.distance[name] <= 1
 
