@@ -418,3 +418,20 @@ def test_paths_keep_their_colons(text: str, path: str, weight: float) -> None:
 def test_existing_file_with_a_colon_is_a_path(here: Path) -> None:
     (here / "a:2").touch()
     assert weighted_path("a:2") == (Path("a:2"), 1.0)
+
+
+def test_long_preparations_show_progress_and_short_ones_do_not(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tiny_sd3: Path, here: Path
+) -> None:
+    for name in ("a", "b"):
+        Image.radial_gradient("L").convert("RGB").save(here / f"{name}.png")
+    flags = ["--model", str(tiny_sd3), "--rank", "2", "--steps", "1", "--batch-size", "1", "--buckets", "--flip"]
+    flags += ["--num-repeats", "2,1"]
+    for patience, seen in ((60.0, 0), (-1.0, 1)):
+        monkeypatch.setattr("qrlora.cli.train.PATIENCE", patience)
+        assert (
+            main(["train", "--subject", "a.png", "b.png", "--num-repeats", "2,1", *flags, "-o", "a.safetensors"]) == 0
+        )
+        said = capsys.readouterr().err
+        assert said.count("pictures read 2/2") == seen and said.count("pictures encoded 4/4") == seen
+    assert load_adapter("a.safetensors").metadata.recipe["num_repeats"] == [2, 1]

@@ -61,16 +61,31 @@ def held_out_loss(recipe: Recipe, pipe: Any, family: Any) -> float:
     return family.loss(family.denoiser_of(pipe), scheduler, latents, noise, timesteps, conditions).item()
 
 
+def test_buckets_masks_and_flips(recipe: Recipe, loaded: tuple[Any, Any], tmp_path: Path) -> None:
+    """A wide picture with a mask, a tall one without: both are learned from, at their own shapes."""
+    pipe, family = loaded
+    folder, losses = tmp_path / "both", list[float]()
+    folder.mkdir()
+    Image.radial_gradient("L").resize((300, 200)).convert("RGB").save(folder / "wide.png")
+    Image.linear_gradient("L").resize((300, 200)).save(folder / "wide.mask.png")
+    Image.radial_gradient("L").resize((200, 300)).convert("RGB").save(folder / "tall.png")
+    recipe = recipe.replace(images=folder, buckets=True, flip=True, resolution=32, batch_size=1, steps=4)
+    adapter = train(recipe, pipe=pipe, family=family, progress=lambda p: losses.append(p.loss))
+    assert np.isfinite(losses).all() and len(set(losses)) == 4
+    deltas = adapter.deltas.values()
+    assert all(delta.isfinite().all() for delta in deltas) and any(delta.any() for delta in deltas)
+
+
 def test_training_conditions_as_generation_does(loaded: tuple[Any, Any]) -> None:
     """Apart from noisy latents and time, training hands the denoiser what the pipeline hands it: of prompts of unequal
-    length, of the guidance embedding, of places and sizes."""
+    length, of the guidance embedding, of places and sizes, in a picture that is no square."""
     pipe, family = loaded
-    prompts, side = [PROMPT, "a mug"], 32
+    prompts, height, width = [PROMPT, "a mug"], 32, 48
     off: dict[str, Any] = {family.guidance_argument: 0.0 if family.name == "z-image" else 1.0}
     with heard(family.denoiser_of(pipe)) as generation:
-        options = {"num_inference_steps": 2, "height": side, "width": side, **off}
+        options = {"num_inference_steps": 2, "height": height, "width": width, **off}
         pipe(prompt=list(prompts), **options, **family.prompt_options(pipe, prompts))
-    latents = family.encode_images(pipe, torch.zeros(2, 3, side, side))
+    latents = family.encode_images(pipe, torch.zeros(2, 3, height, width))
     scheduler, conditions = family.training_scheduler(pipe), family.encode_prompts(pipe, prompts)
     times = family.sample_timesteps(scheduler, 2, torch.Generator())
     with heard(family.denoiser_of(pipe)) as training, torch.no_grad():
@@ -163,10 +178,12 @@ def test_too_long_a_prompt_is_refused(loaded: tuple[Any, Any]) -> None:
         family.encode_prompts(pipe, ["teapot " * 200])
 
 
-def test_a_size_the_model_cannot_make_is_refused(loaded: tuple[Any, Any]) -> None:
+def test_a_size_the_model_cannot_make_is_refused(recipe: Recipe, loaded: tuple[Any, Any]) -> None:
     pipe, family = loaded
     with pytest.raises(DataError, match="no pictures of that size"):
         generate(pipe, family, [PROMPT], [0], steps=1, resolution=65)
+    with pytest.raises(DataError, match="no pictures of that resolution"):
+        train(recipe.replace(resolution=65), pipe=pipe, family=family)
 
 
 def test_every_target_is_in_the_denoiser(loaded: tuple[Any, Any]) -> None:

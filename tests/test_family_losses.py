@@ -39,14 +39,19 @@ class Case:
         self.conditions = self.family.encode_prompts(pipe, PROMPTS)
         self.scheduler = self.family.training_scheduler(pipe)
         self.timesteps = self.family.sample_timesteps(self.scheduler, 3, generator)
-        self.found = self.family.loss(
-            self.family.denoiser_of(pipe),
-            self.scheduler,
-            self.latents,
-            self.noise,
-            self.timesteps,
-            self.conditions,
-            **options,
+        self.mask = torch.rand(3, 1, SIDE, SIDE, generator=generator)
+        self.found, self.masked = (
+            self.family.loss(
+                self.family.denoiser_of(pipe),
+                self.scheduler,
+                self.latents,
+                self.noise,
+                self.timesteps,
+                self.conditions,
+                mask,
+                **options,
+            )
+            for mask in (None, self.mask)
         )
 
     @property
@@ -60,10 +65,19 @@ class Case:
         return (1.0 - self.sigmas) * self.latents + self.sigmas * self.noise
 
     def agrees(self, model_pred: Tensor) -> None:
-        """The scripts' flow matching loss."""
+        """The scripts' flow matching loss, and its mean by the mask's weights."""
         target = self.noise - self.latents
-        loss = torch.mean(((model_pred.float() - target.float()) ** 2).reshape(target.shape[0], -1), 1).mean()
-        torch.testing.assert_close(self.found, loss, rtol=1e-5, atol=1e-5)
+        error = (model_pred.float() - target.float()) ** 2
+        self.matches(error.reshape(target.shape[0], -1).mean(1), self.by_mask(error))
+
+    def by_mask(self, error: Tensor) -> Tensor:
+        """Each example's mean over channels, and over places as they weigh in the mask."""
+        return torch.stack([(e.mean(0) * m[0]).sum() / m.sum() for e, m in zip(error, self.mask, strict=True)])
+
+    def matches(self, plain: Tensor, masked: Tensor) -> None:
+        torch.testing.assert_close(self.found, plain.mean(), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(self.masked, masked.mean(), rtol=1e-5, atol=1e-5)
+        assert abs(self.masked - self.found) > 1e-4
 
 
 def packed(latents: Tensor) -> Tensor:
@@ -184,12 +198,11 @@ def test_unet_loss_is_that_of_the_example(build: Any, kind: str, gamma: float | 
     noisy = signal * case.latents + spread * case.noise
     model_pred = pipe.unet(noisy, case.timesteps, prompt_embeds, added_cond_kwargs=added, return_dict=False)[0]
     target = case.noise if kind == "epsilon" else signal * case.noise - spread * case.latents
-    loss = ((model_pred - target) ** 2).mean((1, 2, 3))
+    error, weights = (model_pred - target) ** 2, torch.ones(3)
     if gamma is not None:
         snr = alphas / (1 - alphas)
-        weights = torch.stack([snr, torch.full((3,), gamma)], 1).min(1)[0]
-        loss = loss * weights / (snr if kind == "epsilon" else snr + 1)
-    torch.testing.assert_close(case.found, loss.mean(), rtol=1e-5, atol=1e-5)
+        weights = torch.stack([snr, torch.full((3,), gamma)], 1).min(1)[0] / (snr if kind == "epsilon" else snr + 1)
+    case.matches(error.mean((1, 2, 3)) * weights, case.by_mask(error) * weights)
 
 
 # ------------------------------------------------------------------------------- latents, as the scripts scale them

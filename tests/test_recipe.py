@@ -36,6 +36,15 @@ def test_toml_with_overrides_and_paths_from_its_own_folder(tmp_path: Path) -> No
     assert (recipe.steps, recipe.columns) == (7, (0, 2, 4))
 
 
+def test_repeats_are_one_number_for_each_entry_of_images() -> None:
+    fields = {"role": "subject", "images": ["a", "b"]}
+    assert Recipe.of(fields | {"num_repeats": "10, 1"}).num_repeats == (10, 1)
+    assert Recipe.of({"role": "subject", "images": "a", "num_repeats": 3}).num_repeats == (3,)
+    for repeats, said in (((1,), "1 numbers for 2 entries"), ((0, 1), "num_repeats"), ("a,b", "num_repeats")):
+        with pytest.raises(RecipeError, match=said):
+            Recipe.of(fields | {"num_repeats": repeats})
+
+
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*.toml")), ids=lambda path: path.name)
 def test_example_recipes_are_valid(path: Path) -> None:
     recipe = Recipe.load(path)

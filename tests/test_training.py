@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from qrlora.adapter import Adapter, load_adapter
-from qrlora.errors import ModelError, RecipeError, TrainingError, TunerError
+from qrlora.errors import DataError, ModelError, RecipeError, TrainingError, TunerError
 from qrlora.families import load_pipeline
 from qrlora.generation import generate
 from qrlora.training import checkpoint
@@ -186,10 +186,70 @@ def test_breakdown_stops_with_the_step_and_keeps_the_last_good_checkpoint(recipe
 
 
 def test_order_shows_every_example_once_an_epoch() -> None:
-    whole = order(seed=3, examples=5, start=0, count=20)
+    whole = torch.cat([order(3, [0] * 5, 2, number) for number in range(10)])
     assert [sorted(epoch.tolist()) for epoch in whole.view(4, 5)] == [list(range(5))] * 4
     assert len({tuple(epoch.tolist()) for epoch in whole.view(4, 5)}) > 1
-    assert torch.equal(order(seed=3, examples=5, start=7, count=6), whole[7:13])
+    assert torch.equal(order(3, [0] * 5, 3, 4), whole[12:15])  # the batch size cuts one and the same sequence
+
+
+def test_batches_of_one_bucket_leave_nothing_out() -> None:
+    """Against what they are defined by: each epoch's order, walked through with a queue for every bucket."""
+    buckets, size, epochs = [0, 1, 0, 0, 2, 1, 0, 1, 0], 2, 12
+    queues: dict[int, list[int]] = {0: [], 1: [], 2: []}
+    made: list[list[int]] = []
+    for epoch in range(epochs):
+        for entry in order(5, [0] * len(buckets), len(buckets), epoch).tolist():  # one batch of all: the epoch's order
+            queue = queues[buckets[entry]]
+            queue.append(entry)
+            if len(queue) == size:
+                made.append(list(queue))
+                queue.clear()
+    assert [order(5, buckets, size, number).tolist() for number in range(len(made))] == made
+    shown = [entry for batch in made for entry in batch]
+    assert {shown.count(entry) for entry in range(len(buckets))} == {epochs}  # 12 of each: no bucket has any waiting
+    assert all(len({buckets[entry] for entry in batch}) == 1 for batch in made)
+    alone = [order(0, [0, 1], 3, number).tolist() for number in range(2)]  # a picture alone in its bucket fills a batch
+    assert sorted(alone) == [[0, 0, 0], [1, 1, 1]]
+
+
+def of_many_shapes(recipe: Recipe) -> Recipe:
+    """The recipe with two more pictures, one of them wide and with a mask of its left half."""
+    [folder] = recipe.images
+    wide, mask = Image.linear_gradient("L").rotate(90).resize((300, 200)), Image.new("L", (300, 200))
+    mask.paste(255, (0, 0, 150, 200))
+    wide.convert("RGB").save(folder / "wide.png")
+    mask.save(folder / "wide.mask.png")
+    wide.transpose(Image.Transpose.ROTATE_90).convert("RGB").save(folder / "tall.png")
+    return recipe.replace(buckets=True, flip=True, num_repeats=2, accumulation=2)
+
+
+def test_buckets_masks_flips_and_repeats_resume_bit_for_bit(recipe: Recipe) -> None:
+    recipe = of_many_shapes(recipe)
+    whole = train(recipe)
+    train(recipe.replace(steps=3, checkpoint_every=3))
+    assert same(whole, train(recipe, resume=True))
+    pictures = whole.metadata.provenance["pictures"]
+    assert [p["name"] for p in pictures] == ["blue.png", "green.png", "red.png", "tall.png", "wide.png"]
+    assert [p["name"] for p in pictures if "mask_sha256" in p] == ["wide.png"]
+    Image.new("L", (300, 200), "white").save(recipe.images[0] / "wide.mask.png")
+    with pytest.raises(RecipeError, match="another run"):
+        train(recipe, resume=True)
+
+
+def test_a_mask_changes_what_is_learned_unless_its_background_counts_in_full(recipe: Recipe) -> None:
+    recipe = of_many_shapes(recipe).replace(output=None, flip=False)
+    none, full, part = (train(recipe.replace(mask_min_value=least)) for least in (0.0, 1.0, 0.5))
+    (recipe.images[0] / "wide.mask.png").unlink()
+    without = train(recipe)
+    assert same(full, without)
+    assert not same(none, without) and not same(part, without) and not same(part, none)
+
+
+def test_a_model_with_a_largest_side_keeps_to_it(recipe: Recipe) -> None:
+    recipe = of_many_shapes(recipe).replace(steps=1, output=None)
+    with pytest.raises(DataError, match=r"(?s)no pictures of that resolution.*64 at most.*resolution = 64"):
+        train(recipe.replace(resolution=68))
+    train(recipe.replace(resolution=60))  # its wider buckets would be beyond
 
 
 def test_finished_run_resumes_to_itself_and_can_be_prolonged(recipe: Recipe) -> None:

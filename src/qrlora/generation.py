@@ -20,7 +20,7 @@ from qrlora.adapter import Adapter, attach
 from qrlora.composition import Composition
 from qrlora.composition.parts import basis_difference, check_weights
 from qrlora.errors import DataError
-from qrlora.families import ModelFamily, remove_adapters
+from qrlora.families import ModelFamily, remove_adapters, size_unit
 
 WeightedAdapter = tuple[Adapter, float]
 SMALLEST_CELL = 96
@@ -162,7 +162,7 @@ def _batch(
 ) -> list[Image.Image]:
     """The pictures of these (prompt, seed) pairs in one call of the pipeline."""
     prompts = [prompt for prompt, _ in jobs]
-    own, unit = family.resolution(pipe), 2 * pipe.vae_scale_factor
+    own, unit = family.resolution(pipe), size_unit(pipe)
     side = own if resolution is None else resolution
     own_steps, own_guidance = family.sampling(pipe)
     options = family.prompt_options(pipe, prompts)

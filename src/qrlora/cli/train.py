@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 from qrlora.cli.shared import OVERWRITE_HELP, Bar, Parsers, command, refuse_to_replace
 from qrlora.errors import QrloraError
+
+PATIENCE = 2.0
 
 
 def add_train(commands: Parsers, with_recipe: bool) -> None:
@@ -66,10 +70,25 @@ def run_train(options: argparse.Namespace) -> None:
 
     bar = Bar("step")
     adapter = train(
-        recipe, progress=lambda p: bar(p.step, p.steps, f"loss {p.loss:.4f}", p.seconds_left), resume=options.resume
+        recipe,
+        progress=lambda p: bar(p.step, p.steps, f"loss {p.loss:.4f}", p.seconds_left),
+        preparing=_shown_if_long(),
+        resume=options.resume,
     )
     count = adapter.parameters()
     print(
         f"{output}: {count.trained:,} trained parameters, {count.ratio:.3f} of a LoRA of the same rank; "
         f"call it with {recipe.trigger!r}, as in {recipe.text!r}"
     )
+
+
+def _shown_if_long() -> Callable[[str, int, int], None]:
+    """Progress of what comes before the steps, for folders that take longer than `PATIENCE` seconds."""
+    bars: dict[str, Bar] = {}
+
+    def show(what: str, done: int, of: int) -> None:
+        bar = bars.setdefault(what, Bar(what))
+        if time.perf_counter() - bar.started > PATIENCE:
+            bar(done, of)
+
+    return show

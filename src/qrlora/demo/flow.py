@@ -102,7 +102,7 @@ class Setting:
         return replace(answer, right=right, likeness=self._likeness(answer, picture) if picture else None)
 
     def _likeness(self, answer: Answer, picture: Lesson) -> float:
-        from qrlora.training.dataset import read_picture
+        from qrlora.training.pictures import read_picture
 
         own = np.asarray(read_picture(picture.file, answer.pixels.shape[1]))[None]
         features = self.judge.look(np.concatenate([own, answer.pixels]))["subject"][0]

@@ -13,7 +13,7 @@ from qrlora.errors import DataError
 from qrlora.evaluation.report import png_bytes
 from qrlora.files import write_atomically
 from qrlora.pico import SETTINGS, world
-from qrlora.training.dataset import read_picture
+from qrlora.training.pictures import read_picture
 from qrlora.training.recipe import TRIGGERS
 
 METHODS: dict[str, dict[str, Any]] = {

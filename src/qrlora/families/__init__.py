@@ -21,7 +21,7 @@ from huggingface_hub import errors as hub_errors
 from huggingface_hub import hf_hub_download
 
 from qrlora.errors import ModelError
-from qrlora.families.base import Conditions, ModelFamily, remove_adapters
+from qrlora.families.base import Conditions, ModelFamily, remove_adapters, size_unit
 from qrlora.families.flux import FLUX
 from qrlora.families.flux2_klein import FLUX2_KLEIN
 from qrlora.families.qwen_image import QWEN_IMAGE
@@ -39,6 +39,7 @@ __all__ = [
     "family_of",
     "load_pipeline",
     "remove_adapters",
+    "size_unit",
 ]
 
 FAMILIES: dict[str, ModelFamily] = {

@@ -37,9 +37,11 @@ class ModelFamily:
         encode_images: `(pipe, images) -> latents`, images `(n, 3, height, width)` float32 in [-1, 1], latents
             `(n, channels, height', width')` in the scale the denoiser works in.
         sample_timesteps: `(scheduler, n, generator, ...) -> timesteps`, `(n,)` float32 on the CPU, in its units.
-        loss: `(denoiser, scheduler, latents, noise, timesteps, conditions) -> scalar` float32.
+        loss: `(denoiser, scheduler, latents, noise, timesteps, conditions, mask=None, ...) -> scalar` float32; the mask
+            `(n, 1, height', width')` weights the places of each example, see `objectives`.
         scheduler: diffusers class that adds noise in training; empty if it is the pipeline's own.
         loss_options, timestep_options: recipe fields that `loss` and `sample_timesteps` take besides, by name.
+        largest_side: `pipe -> int`, the longest side in pixels of the pictures it takes, or None if it has no limit.
         few_steps: `pipe -> (steps, guidance)` if its denoiser is distilled to a few steps, else None.
         guidance_argument: the pipeline's name for the scale of classifier-free guidance.
     """
@@ -59,6 +61,7 @@ class ModelFamily:
     scheduler: str = ""
     loss_options: frozenset[str] = frozenset()
     timestep_options: frozenset[str] = frozenset()
+    largest_side: Callable[[Any], int | None] = lambda pipe: None
     few_steps: Callable[[Any], tuple[int, float] | None] = lambda pipe: None
     guidance_argument: str = "guidance_scale"
 
@@ -79,6 +82,12 @@ class ModelFamily:
         """A scheduler in its training state: generating leaves the pipeline's own one set to a few inference steps."""
         kind = getattr(diffusers, self.scheduler) if self.scheduler else type(pipe.scheduler)
         return kind.from_config(pipe.scheduler.config)
+
+
+def size_unit(pipe: Any) -> int:
+    """What every side of a picture is a multiple of, in pixels: the autoencoder's reduction times 2, the side of the
+    transformers' patches. The UNets could do with half of it."""
+    return 2 * pipe.vae_scale_factor
 
 
 def refuse_long_prompts(

@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from qrlora.families.base import Conditions, ModelFamily, encode_images, refuse_long_prompts
-from qrlora.families.objectives import FLOW_OPTIONS, flow_loss, flow_timesteps
+from qrlora.families.objectives import FLOW_OPTIONS, Mask, flow_loss, flow_timesteps
 from qrlora.families.sd3 import SD3
 
 T5_TOKENS, T5_TOKENS_SCHNELL = 512, 256
@@ -58,6 +58,7 @@ def loss(
     noise: Float[Tensor, "n c h w"],
     timesteps: Float[Tensor, " n"],
     conditions: Conditions,
+    mask: Mask | None = None,
 ) -> Float[Tensor, ""]:
     """Flow matching on packed latents, as diffusers' `train_dreambooth_lora_flux`."""
     n, channels, height, width = latents.shape
@@ -79,7 +80,7 @@ def loss(
         )[0]
         return diffusers.FluxPipeline._unpack_latents(packed, height, width, vae_scale_factor=1)
 
-    return flow_loss(velocity, scheduler, latents, noise, timesteps)
+    return flow_loss(velocity, scheduler, latents, noise, timesteps, mask)
 
 
 FLUX = ModelFamily(

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from qrlora.families.base import Conditions, ModelFamily, chat, refuse_long_prompts
 from qrlora.families.flux import resolution
-from qrlora.families.objectives import FLOW_OPTIONS, flow_loss, flow_timesteps
+from qrlora.families.objectives import FLOW_OPTIONS, Mask, flow_loss, flow_timesteps
 
 TOKENS = 512
 """The pipeline's own default for how much of a prompt is read, and the number every prompt is padded to."""
@@ -59,6 +59,7 @@ def loss(
     noise: Float[Tensor, "n c h w"],
     timesteps: Float[Tensor, " n"],
     conditions: Conditions,
+    mask: Mask | None = None,
 ) -> Float[Tensor, ""]:
     """Flow matching on packed latents, as diffusers' `train_dreambooth_lora_flux2_klein`. Klein embeds no guidance."""
     dtype, device = next(denoiser.parameters()).dtype, latents.device
@@ -77,7 +78,7 @@ def loss(
         )[0]
         return packed.transpose(1, 2).reshape(latents.shape)
 
-    return flow_loss(velocity, scheduler, latents, noise, timesteps)
+    return flow_loss(velocity, scheduler, latents, noise, timesteps, mask)
 
 
 FLUX2_KLEIN = ModelFamily(

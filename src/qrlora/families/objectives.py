@@ -13,6 +13,8 @@ from jaxtyping import Float
 from torch import Generator, Tensor
 
 Latents = Float[Tensor, "n c h w"]
+Mask = Float[Tensor, "n 1 h w"]
+"""Weights of the places of each example, in the loss: a mask, resized to the latents."""
 
 FLOW_OPTIONS = frozenset({"logit_mean", "logit_std"})
 """Recipe fields that `flow_timesteps` takes."""
@@ -39,14 +41,25 @@ def flow_loss(
     latents: Latents,
     noise: Latents,
     timesteps: Float[Tensor, " n"],
+    mask: Mask | None = None,
 ) -> Float[Tensor, ""]:
     """Conditional flow matching: `E |v(z_t, t) - (noise - latents)|²`, `z_t = (1 - σ) latents + σ noise`, `σ = t / T`.
 
-    Latents and noise come in float32; `velocity` lets the denoiser compute in its own dtype.
+    Latents and noise come in float32; `velocity` lets the denoiser compute in its own dtype. mask: as `weighted_mean`.
     """
     sigma = (timesteps / scheduler.config.num_train_timesteps).view(-1, 1, 1, 1)
     predicted = velocity((1 - sigma) * latents + sigma * noise)
-    return (predicted.float() - (noise - latents)).pow(2).mean()
+    error = (predicted.float() - (noise - latents)).pow(2)
+    return error.mean() if mask is None else weighted_mean(error, mask).mean()
+
+
+def weighted_mean(error: Latents, mask: Mask | None) -> Float[Tensor, " n"]:
+    """The mean of each example, its places weighted: `Σ m e / Σ m`.
+
+    Divided by the weights rather than by the places (as ai-toolkit does, and sd-scripts does not), so that a picture
+    counts the same however small its subject is, and a learning rate holds with masks and without.
+    """
+    return error.mean((1, 2, 3)) if mask is None else (error * mask).mean((1, 2, 3)) / mask.mean((1, 2, 3))
 
 
 def noise_timesteps(scheduler: Any, n: int, generator: Generator) -> Float[Tensor, " n"]:
@@ -60,10 +73,12 @@ def noise_loss(
     latents: Latents,
     noise: Latents,
     timesteps: Float[Tensor, " n"],
+    mask: Mask | None = None,
     min_snr_gamma: float | None = None,
 ) -> Float[Tensor, ""]:
     """Mean squared error of what the scheduler says is predicted: the noise, or v (Salimans & Ho, arXiv 2202.00512).
 
+    mask: as `weighted_mean`.
     min_snr_gamma: weight each example with min(SNR, γ) / SNR for the noise, / (SNR + 1) for v (Hang et al. 2023,
         arXiv 2303.09556).
     """
@@ -71,7 +86,7 @@ def noise_loss(
     predicted = predict(scheduler.add_noise(latents, noise, steps))
     by_velocity = scheduler.config.prediction_type == "v_prediction"
     target = scheduler.get_velocity(latents, noise, steps) if by_velocity else noise
-    each = (predicted.float() - target).pow(2).mean((1, 2, 3))
+    each = weighted_mean((predicted.float() - target).pow(2), mask)
     if min_snr_gamma is None:
         return each.mean()
     kept = scheduler.alphas_cumprod.to(steps.device)[steps]

@@ -15,7 +15,7 @@ from torch.nn.functional import pad
 
 from qrlora.families.base import Conditions, ModelFamily, refuse_long_prompts
 from qrlora.families.flux import resolution
-from qrlora.families.objectives import FLOW_OPTIONS, flow_loss, flow_timesteps
+from qrlora.families.objectives import FLOW_OPTIONS, Mask, flow_loss, flow_timesteps
 
 TOKENS = 512
 """How much of a prompt is read: the default of diffusers' training example, and half of what the pipeline allows."""
@@ -69,25 +69,26 @@ def loss(
     noise: Float[Tensor, "n c h w"],
     timesteps: Float[Tensor, " n"],
     conditions: Conditions,
+    mask: Mask | None = None,
 ) -> Float[Tensor, ""]:
     """Flow matching on packed latents, as diffusers' `train_dreambooth_lora_qwen_image`."""
     n, channels, height, width = latents.shape
     dtype = next(denoiser.parameters()).dtype
-    mask = conditions["encoder_hidden_states_mask"]
-    mask = mask[:, : int(mask.sum(1).max())]  # to the longest prompt of the batch, as the pipeline: padding costs time
+    read = conditions["encoder_hidden_states_mask"]
+    read = read[:, : int(read.sum(1).max())]  # to the longest prompt of the batch, as the pipeline: padding costs time
 
     def velocity(noisy: Tensor) -> Tensor:
         packed = denoiser(
             hidden_states=diffusers.QwenImagePipeline._pack_latents(noisy.to(dtype), n, channels, height, width),
             timestep=timesteps / scheduler.config.num_train_timesteps,
-            encoder_hidden_states=conditions["encoder_hidden_states"][:, : mask.shape[1]],
-            encoder_hidden_states_mask=None if mask.all() else mask,
+            encoder_hidden_states=conditions["encoder_hidden_states"][:, : read.shape[1]],
+            encoder_hidden_states_mask=None if read.all() else read,
             img_shapes=[[(1, height // 2, width // 2)]] * n,
             return_dict=False,
         )[0]
         return diffusers.QwenImagePipeline._unpack_latents(packed, height, width, vae_scale_factor=1).squeeze(2)
 
-    return flow_loss(velocity, scheduler, latents, noise, timesteps)
+    return flow_loss(velocity, scheduler, latents, noise, timesteps, mask)
 
 
 QWEN_IMAGE = ModelFamily(

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from qrlora.families.base import Conditions, ModelFamily, encode_images
-from qrlora.families.objectives import NOISE_OPTIONS, noise_loss, noise_timesteps
+from qrlora.families.objectives import NOISE_OPTIONS, Mask, noise_loss, noise_timesteps
 from qrlora.families.sdxl import SDXL, prompt_options
 
 
@@ -36,6 +36,7 @@ def loss(
     noise: Float[Tensor, "n c h w"],
     timesteps: Float[Tensor, " n"],
     conditions: Conditions,
+    mask: Mask | None = None,
     min_snr_gamma: float | None = None,
 ) -> Float[Tensor, ""]:
     """Noise or v prediction, as diffusers' `train_text_to_image_lora`; `min_snr_gamma` is its `--snr_gamma`."""
@@ -44,7 +45,7 @@ def loss(
     def predict(noisy: Tensor) -> Tensor:
         return denoiser(noisy.to(dtype), timesteps, return_dict=False, **conditions)[0]
 
-    return noise_loss(predict, scheduler, latents, noise, timesteps, min_snr_gamma)
+    return noise_loss(predict, scheduler, latents, noise, timesteps, mask, min_snr_gamma)
 
 
 SD = ModelFamily(

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from qrlora.families.base import Conditions, ModelFamily, encode_images, refuse_long_prompts
-from qrlora.families.objectives import FLOW_OPTIONS, flow_loss, flow_timesteps
+from qrlora.families.objectives import FLOW_OPTIONS, Mask, flow_loss, flow_timesteps
 
 T5_TOKENS = 256
 """The pipeline's own default for how much T5 reads."""
@@ -21,6 +21,12 @@ T5_TOKENS = 256
 def resolution(pipe: Any) -> int:
     """Side in pixels of the model's square pictures: latent side times the autoencoder's reduction."""
     return pipe.transformer.config.sample_size * pipe.vae_scale_factor
+
+
+def largest_side(pipe: Any) -> int:
+    """Longest side in pixels that the denoiser's table of places has room for."""
+    config = pipe.transformer.config
+    return config.pos_embed_max_size * config.patch_size * pipe.vae_scale_factor
 
 
 def prompt_options(pipe: Any, prompts: list[str]) -> dict[str, Any]:
@@ -61,6 +67,7 @@ def loss(
     noise: Float[Tensor, "n c h w"],
     timesteps: Float[Tensor, " n"],
     conditions: Conditions,
+    mask: Mask | None = None,
 ) -> Float[Tensor, ""]:
     """Flow matching, as diffusers' `train_dreambooth_lora_sd3` without output preconditioning, by which that script
     weights each example with σ²."""
@@ -69,7 +76,7 @@ def loss(
     def velocity(noisy: Tensor) -> Tensor:
         return denoiser(hidden_states=noisy.to(dtype), timestep=timesteps, return_dict=False, **conditions)[0]
 
-    return flow_loss(velocity, scheduler, latents, noise, timesteps)
+    return flow_loss(velocity, scheduler, latents, noise, timesteps, mask)
 
 
 SD3 = ModelFamily(
@@ -100,4 +107,5 @@ SD3 = ModelFamily(
     sample_timesteps=flow_timesteps,
     loss=loss,
     timestep_options=FLOW_OPTIONS,
+    largest_side=largest_side,
 )

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from qrlora.families.base import Conditions, ModelFamily, encode_images, refuse_long_prompts
-from qrlora.families.objectives import NOISE_OPTIONS, noise_loss, noise_timesteps
+from qrlora.families.objectives import NOISE_OPTIONS, Mask, noise_loss, noise_timesteps
 
 REDUCTION = 8
 """Pixels of a picture's side to one of its latents, for every SDXL autoencoder."""
@@ -44,6 +44,7 @@ def loss(
     noise: Float[Tensor, "n c h w"],
     timesteps: Float[Tensor, " n"],
     conditions: Conditions,
+    mask: Mask | None = None,
     min_snr_gamma: float | None = None,
 ) -> Float[Tensor, ""]:
     """Noise or v prediction, as diffusers' `train_text_to_image_lora_sdxl`; `min_snr_gamma` is its `--snr_gamma`.
@@ -63,7 +64,7 @@ def loss(
             return_dict=False,
         )[0]
 
-    return noise_loss(predict, scheduler, latents, noise, timesteps, min_snr_gamma)
+    return noise_loss(predict, scheduler, latents, noise, timesteps, mask, min_snr_gamma)
 
 
 SDXL = ModelFamily(

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from qrlora.families.base import Conditions, ModelFamily, chat, encode_images, refuse_long_prompts
-from qrlora.families.objectives import FLOW_OPTIONS, flow_loss, flow_timesteps
+from qrlora.families.objectives import FLOW_OPTIONS, Mask, flow_loss, flow_timesteps
 
 TOKENS = 512
 """The pipeline's own default for how much of a prompt is read."""
@@ -54,6 +54,7 @@ def loss(
     noise: Float[Tensor, "n c h w"],
     timesteps: Float[Tensor, " n"],
     conditions: Conditions,
+    mask: Mask | None = None,
 ) -> Float[Tensor, ""]:
     """Flow matching, as diffusers' `train_dreambooth_lora_z_image`.
 
@@ -67,7 +68,7 @@ def loss(
         predicted = denoiser(frames, (total - timesteps) / total, captions, return_dict=False)[0]
         return -torch.stack(predicted).squeeze(2)
 
-    return flow_loss(velocity, scheduler, latents, noise, timesteps)
+    return flow_loss(velocity, scheduler, latents, noise, timesteps, mask)
 
 
 Z_IMAGE = ModelFamily(

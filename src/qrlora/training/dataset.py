@@ -1,21 +1,24 @@
-"""Pictures and captions of a training run, and what the frozen encoders make of them.
+"""Pictures and captions of a training run, and what the frozen encoders make of them. docs/data.md is the user's view.
 
     one picture           captioned by `mug.txt` beside it, else by the recipe
     a folder              all its pictures, each captioned by its own .txt, else by the recipe
-    a folder with         `metadata.jsonl`, one {"file_name": ..., "text": ...} per line, for every picture in it
+    a folder with         `metadata.jsonl`, one {"file_name": ..., "text": ...} per line, for every picture in it;
+                          "mask" names a mask
+    a folder of folders   `10_mug`, `1_cups`, as sd-scripts has them: the number says how often an epoch shows each
 
-In every caption `[trigger]` stands for the trigger, and a caption without the trigger is an error: what it teaches
-could never be called. Pictures are turned upright (EXIF), brought to sRGB, laid on white where transparent, cropped to
-their central square and resized.
+`mug.mask.png` beside a picture is its mask. In every caption `[trigger]` stands for the trigger, and a caption without
+the trigger is an error: what it teaches could never be called.
+
+Pictures are read twice, once to check them all and once to encode them, one at a time: a folder need not fit in memory.
 """
 
 from __future__ import annotations
 
 import hashlib
-import io
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,210 +27,266 @@ import numpy as np
 import safetensors.torch
 import torch
 from jaxtyping import Float, Int
-from PIL import Image, ImageCms, ImageOps
+from PIL import Image
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.nn.functional import adaptive_avg_pool2d
 
 from qrlora.basis import default_cache_dir
 from qrlora.errors import DataError
 from qrlora.families import ModelFamily
 from qrlora.files import write_atomically
+from qrlora.training.pictures import OpenPicture, Size, nearest_size, open_picture
 from qrlora.training.recipe import TRIGGER
 
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif"})
 METADATA = "metadata.jsonl"
-LARGEST_ENLARGEMENT = 4
-"""A picture smaller than the training resolution by more than this factor would teach the model blur."""
+MASK = ".mask"
+"""What stands between the name of a picture and the suffix of its mask."""
 
-_PICTURE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
+Report = Callable[[str, int, int], None]
+"""Told what has been done, how many times, of how many."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """A picture file, and what is said of it: nothing is None. `repeats` is how often an epoch shows it."""
+
+    picture: Path
+    caption: str | None = None
+    mask: Path | None = None
+    repeats: int = 1
 
 
 @dataclass(frozen=True)
 class Example:
-    """One picture with its caption.
+    """One picture with its caption, checked; its pixels are read again when they are needed.
 
     Attributes:
-        name: file name, for messages and provenance.
+        source: where it comes from.
         caption: text with the trigger in place.
-        picture: square RGB picture at the training resolution.
+        size: width and height in pixels that it is cut to.
+        mirrored: left and right exchanged.
+        digest: SHA-256 of the pixels the model is shown, and their size.
+        mask_digest: the same of its mask; empty if the whole picture counts.
     """
 
-    name: str
+    source: Source
     caption: str
-    picture: Image.Image
+    size: Size
+    mirrored: bool
+    digest: str
+    mask_digest: str
 
     @property
-    def digest(self) -> str:
-        """SHA-256 of the pixels the model is shown, and their size."""
-        return hashlib.sha256(f"{self.picture.size}".encode() + self.picture.tobytes()).hexdigest()
+    def name(self) -> str:
+        """File name, for messages and provenance."""
+        return self.source.picture.name
 
     @property
-    def pixels(self) -> Float[Tensor, "3 side side"]:
+    def picture(self) -> Image.Image:
+        """The picture as the model is shown it. Raises DataError if it is no longer what was checked."""
+        return self._unchanged(open_picture(self.source.picture).shown(self.size, self.mirrored), self.digest)
+
+    @property
+    def pixels(self) -> Float[Tensor, "3 height width"]:
         """The picture as float32 in [-1, 1]."""
         return torch.from_numpy(np.array(self.picture)).permute(2, 0, 1).float() / 127.5 - 1
+
+    @property
+    def mask(self) -> Float[Tensor, "1 height width"] | None:
+        """Where the picture counts, float32 from 0 (background) to 1; None if everywhere."""
+        if not self.mask_digest:
+            return None
+        mask = open_picture(self.source.picture).mask(self.source.mask, self.size, self.mirrored)
+        return torch.from_numpy(np.array(self._unchanged(mask, self.mask_digest)))[None].float() / 255
+
+    def _unchanged(self, image: Image.Image, digest: str) -> Image.Image:
+        if _digest(image) != digest:
+            raise DataError(f"{self.source.picture} or its mask changed while it was read", remedy="start again")
+        return image
+
+
+def _digest(image: Image.Image) -> str:
+    return hashlib.sha256(f"{image.size}".encode() + image.tobytes()).hexdigest()
 
 
 @dataclass(frozen=True)
 class EncodedDataset:
-    """Latents `(n, c, h, w)` float32 and conditions with n rows each: all that training still needs of the pictures.
+    """Latents and conditions: all that training still needs of the pictures. On the CPU, until a batch is made.
 
-    `digest` is a SHA-256 of the pictures and captions they were made from.
+    Attributes:
+        latents: of each example, (c, h, w) float32; examples of one shape are a bucket.
+        masks: weights of its places in the loss, (1, h, w) float32, or None if they are all alike.
+        texts: which row of `conditions` is its caption's.
+        conditions: tensors with one row for each caption that there is.
+        epoch: the examples that an epoch shows, each as often as it is repeated.
+        digest: SHA-256 of the pictures, captions, masks and repeats they were made from.
+        device: where batches are wanted.
     """
 
-    latents: Float[Tensor, "n c h w"]
+    latents: tuple[Tensor, ...]
+    masks: tuple[Tensor | None, ...]
+    texts: Int[Tensor, " n"]
     conditions: dict[str, Tensor]
+    epoch: Int[Tensor, " m"]
     digest: str
+    device: torch.device
 
     def __len__(self) -> int:
         return len(self.latents)
 
+    @property
+    def buckets(self) -> list[tuple[int, ...]]:
+        """The bucket of every entry of `epoch`, named by the shape of its latents."""
+        return [tuple(self.latents[i].shape) for i in self.epoch.tolist()]
+
     def batch(self, indices: Int[Tensor, " b"]) -> tuple[Float[Tensor, "b c h w"], dict[str, Tensor]]:
-        """The examples with these indices."""
-        indices = indices.to(self.latents.device)
-        return self.latents[indices], {key: value[indices] for key, value in self.conditions.items()}
+        """Latents and conditions of the examples with these indices, which share a bucket."""
+        latents = torch.stack([self.latents[i] for i in indices.tolist()])
+        rows = self.texts[indices]
+        return latents.to(self.device), {key: value[rows].to(self.device) for key, value in self.conditions.items()}
+
+    def mask(self, indices: Int[Tensor, " b"]) -> Float[Tensor, "b 1 h w"] | None:
+        """Weights of their places in the loss; None if none of them has a mask."""
+        chosen = [(self.latents[i], self.masks[i]) for i in indices.tolist()]
+        if all(mask is None for _, mask in chosen):
+            return None
+        whole = [torch.ones_like(latents[:1]) if mask is None else mask for latents, mask in chosen]
+        return torch.stack(whole).to(self.device)
 
 
-def read_picture(path: Path, resolution: int) -> Image.Image:
-    """One file as a square RGB picture, `resolution` pixels a side.
+def find_pictures(images: Sequence[Path], repeats: Sequence[int] = ()) -> list[Source]:
+    """Every picture these paths stand for, in a fixed order, with its own caption and mask if it has them.
 
-    Raises:
-        DataError: missing, unreadable, animated, too small, or in a format whose colours would have to be guessed.
-    """
-    if not path.is_file():
-        raise DataError(f"no such picture: {path}", remedy="check the path")
-    try:
-        with Image.open(path) as opened:
-            _refuse_animation(opened, path)
-            opened.load()
-            picture = _to_srgb(ImageOps.exif_transpose(opened), path)
-    except DataError:
-        raise
-    except _PICTURE_ERRORS as error:
-        raise DataError(
-            f"unreadable picture: {path}",
-            expected="a complete PNG, JPEG, WebP, TIFF, BMP, GIF or AVIF file",
-            got=f"{type(error).__name__}: {error}",
-            remedy="open it in an image editor and save it again as PNG, or leave it out",
-        ) from error
-    least = -(-resolution // LARGEST_ENLARGEMENT)
-    if min(picture.size) < least:
-        raise DataError(
-            f"picture too small: {path}",
-            expected=f"at least {least} pixels on the shorter side, for training at {resolution}",
-            got=f"{picture.width} x {picture.height}",
-            remedy="use a larger picture",
-        )
-    return ImageOps.fit(picture, (resolution, resolution), Image.Resampling.LANCZOS)
-
-
-def _refuse_animation(opened: Image.Image, path: Path) -> None:
-    """More than one frame is a choice that is the user's. (MPO is what phones write: a photograph and its previews.)"""
-    frames = getattr(opened, "n_frames", 1)
-    if frames > 1 and opened.format != "MPO":
-        raise DataError(
-            f"animated or many-paged picture: {path}",
-            expected="one frame",
-            got=f"{frames} frames",
-            remedy="save the frame that is meant as PNG",
-        )
-
-
-def _to_srgb(picture: Image.Image, path: Path) -> Image.Image:
-    """RGB in sRGB, by the embedded colour profile if there is one; transparency on white."""
-    profile = picture.info.get("icc_profile")
-    if picture.mode[0] in "IF":
-        raise DataError(
-            f"picture of unknown range: {path}",
-            expected="8 bits a channel",
-            got=f"mode {picture.mode}",
-            remedy="save it as an 8-bit PNG",
-        )
-    if picture.has_transparency_data:
-        picture = picture.convert("RGBA")
-        white = Image.new("RGBA", picture.size, "white")
-        picture = Image.alpha_composite(white, picture).convert("RGB")
-    elif picture.mode == "P":
-        picture = picture.convert("RGB")
-    if profile:
-        picture = _apply_profile(picture, profile, path)
-    return picture.convert("RGB")
-
-
-def _apply_profile(picture: Image.Image, profile: bytes, path: Path) -> Image.Image:
-    """From the embedded profile's colours to sRGB; a profile for another kind of picture does not apply."""
-    try:
-        embedded = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-        space = embedded.profile.xcolor_space.strip()
-        if {"RGB": "RGB", "CMYK": "CMYK", "GRAY": "L"}.get(space) != picture.mode:
-            return picture
-        converted = ImageCms.profileToProfile(picture, embedded, ImageCms.createProfile("sRGB"), outputMode="RGB")
-    except (OSError, ImageCms.PyCMSError) as error:
-        raise DataError(
-            f"unreadable colour profile in {path}",
-            got=f"{type(error).__name__}: {error}",
-            remedy="save the picture again as an sRGB PNG",
-        ) from error
-    assert converted is not None  # None only for in-place conversion
-    return converted
-
-
-def find_pictures(images: Sequence[Path]) -> list[tuple[Path, str | None]]:
-    """Every picture these paths stand for, in a fixed order, with its own caption if it has one.
+    Args:
+        images: pictures and folders, as in the recipe.
+        repeats: how often an epoch shows those of each path; once if not given.
 
     Raises:
-        DataError: a path that is not there, a folder without pictures, or metadata that does not match its folder.
+        DataError: a path that is not there, a folder without pictures, masks without a picture, or metadata that does
+            not match its folder.
     """
-    found: list[tuple[Path, str | None]] = []
-    for path in images:
+    found: list[Source] = []
+    for path, times in zip(images, repeats or [1] * len(images), strict=True):
         if path.is_dir():
-            found += _folder(path)
-        elif path.is_file():
-            found.append((path, _sidecar(path)))
-        else:
+            sources = _folder(path)
+        elif not path.is_file():
             raise DataError(f"no such picture or folder: {path}", remedy="check the path")
+        elif _is_mask(path):  # as in `--subject *.png`
+            _refuse_orphans([path], [other for other in images if other.parent == path.parent])
+            sources = []
+        else:
+            sources = [Source(path, _sidecar(path), _mask_of(path, _masks(path.parent.iterdir())))]
+        found += [replace(source, repeats=source.repeats * times) for source in sources]
     return found
 
 
-def _folder(folder: Path) -> list[tuple[Path, str | None]]:
-    pictures = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
-    if not pictures:
+def _folder(folder: Path) -> list[Source]:
+    """The pictures of a folder; if it has none, those of its folders `10_name`, as often as they say."""
+    inside = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    counts = {path: re.match(r"([1-9]\d*)_", path.name) for path in inside}
+    if _files(folder) or not any(counts.values()):
+        return _pictures(folder)
+    if others := [path.name for path, count in counts.items() if count is None]:
+        raise DataError(
+            f"{folder} holds folders with and without a number of repeats",
+            expected="only folders such as 10_mug",
+            got=f"also {', '.join(others)}",
+            remedy="rename them, or move them away",
+        )
+    numbered = [(path, int(count[1])) for path, count in counts.items() if count]
+    return [replace(source, repeats=number) for path, number in numbered for source in _pictures(path)]
+
+
+def _files(folder: Path) -> list[Path]:
+    """Pictures and masks that lie directly in a folder."""
+    return sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
+
+
+def _pictures(folder: Path) -> list[Source]:
+    """The pictures directly in a folder, with captions and masks by its metadata or by what lies beside them."""
+    files = _files(folder)
+    if not files:
         raise DataError(
             f"no pictures in {folder}",
             expected="files ending in " + ", ".join(sorted(SUFFIXES)),
-            got=f"{sum(1 for _ in folder.iterdir())} other files",
-            remedy="give a picture, or a folder that directly holds pictures",
+            got=f"{sum(1 for _ in folder.iterdir())} other files and folders",
+            remedy="give a picture, a folder that directly holds pictures, or one of folders named as 10_mug",
         )
+    pictures, masks = [path for path in files if not _is_mask(path)], _masks(files)
+    _refuse_orphans([path for path in files if _is_mask(path)], pictures)
     if not (folder / METADATA).is_file():
-        return [(path, _sidecar(path)) for path in pictures]
-    captions = _metadata(folder / METADATA)
+        return [Source(path, _sidecar(path), _mask_of(path, masks)) for path in pictures]
+    rows = _metadata(folder / METADATA)
+    named = {row.mask for row in rows.values()}
+    pictures = [path for path in pictures if path not in named]
     names = {path.name for path in pictures}
-    if names != set(captions):
+    if names != set(rows):
         raise DataError(
             f"{folder / METADATA} does not match the pictures beside it",
             expected="one line for each picture",
-            got=f"no line for {sorted(names - set(captions))}; no picture for {sorted(set(captions) - names)}",
+            got=f"no line for {sorted(names - set(rows))}; no picture for {sorted(set(rows) - names)}",
             remedy="correct the file names, or remove the metadata and caption by .txt files",
         )
-    return [(path, captions[path.name]) for path in pictures]
+    return [replace(rows[path.name], mask=rows[path.name].mask or _mask_of(path, masks)) for path in pictures]
 
 
-def _metadata(path: Path) -> dict[str, str]:
-    captions = {}
+def _metadata(path: Path) -> dict[str, Source]:
+    """What each line says of the picture it names."""
+    rows = {}
     for number, line in enumerate(_text(path).splitlines(), 1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
-            name, text = row["file_name"], row["text"]
-        except (ValueError, KeyError, TypeError) as error:
+            name, text = str(row["file_name"]), str(row["text"])
+            mask = path.parent / row["mask"] if row.get("mask") else None
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise DataError(
                 f"line {number} of {path} cannot be used",
-                expected='{"file_name": "mug.png", "text": "a photo of a [trigger] mug"}',
+                expected='{"file_name": "mug.png", "text": "a photo of a [trigger] mug"}, and "mask": a file, if any',
                 got=line[:200],
                 remedy="correct the line",
             ) from error
-        captions[str(name)] = str(text)
-    return captions
+        rows[name] = Source(path.parent / name, text, mask)
+    return rows
+
+
+def _is_mask(path: Path) -> bool:
+    return path.suffix.lower() in SUFFIXES and path.stem.endswith(MASK)
+
+
+def _masks(files: Iterable[Path]) -> dict[str, list[Path]]:
+    """Those of the files that are masks, by the name of their picture without its suffix."""
+    masks: dict[str, list[Path]] = {}
+    for path in files:
+        if _is_mask(path):
+            masks.setdefault(path.stem.removesuffix(MASK), []).append(path)
+    return masks
+
+
+def _mask_of(picture: Path, masks: Mapping[str, list[Path]]) -> Path | None:
+    mine = masks.get(picture.stem, [])
+    if len(mine) > 1:
+        raise DataError(
+            f"more than one mask for {picture}",
+            expected=f"one file {picture.stem}{MASK}.*",
+            got=", ".join(sorted(path.name for path in mine)),
+            remedy="remove the others",
+        )
+    return mine[0] if mine else None
+
+
+def _refuse_orphans(masks: Sequence[Path], pictures: Sequence[Path]) -> None:
+    orphans = {mask.stem for mask in masks} - {picture.stem + MASK for picture in pictures}
+    if orphans:
+        raise DataError(
+            f"a mask without its picture in {masks[0].parent}",
+            expected=f"beside each picture NAME{MASK}.png a picture NAME",
+            got=", ".join(sorted(mask.name for mask in masks if mask.stem in orphans)),
+            remedy=f"add the picture, or take {MASK} out of the name if it is one",
+        )
 
 
 def _sidecar(picture: Path) -> str | None:
@@ -244,32 +303,48 @@ def _text(path: Path) -> str:
         ) from error
 
 
-def load_examples(images: Sequence[Path], caption: str, trigger: str, resolution: int) -> list[Example]:
+def load_examples(
+    images: Sequence[Path],
+    caption: str,
+    trigger: str,
+    resolution: int,
+    *,
+    sizes: Sequence[Size] = (),
+    flip: bool = False,
+    alpha_mask: bool = False,
+    repeats: Sequence[int] = (),
+    report: Report | None = None,
+) -> list[Example]:
     """Read and check everything before any time is spent.
 
     Args:
         images: pictures and folders, as in the recipe.
         caption: for pictures without one of their own.
         trigger: what replaces `[trigger]`, and must be in every caption.
-        resolution: side in pixels.
+        resolution: side in pixels of the squares that pictures are cut to.
+        sizes: shapes to cut each picture to the nearest of, instead (`bucket_sizes`).
+        flip: each picture's mirror image is an example too, after it.
+        alpha_mask: pictures without a mask beside them have it in their transparency.
+        repeats: as `find_pictures` takes them.
+        report: told of every picture.
 
     Raises:
         DataError: naming every picture that cannot be used, and why.
     """
-    examples, problems = [], []
-    for path, own in find_pictures(images):
-        text = (caption if own is None else own).replace(TRIGGER, trigger)
+    examples: list[Example] = []
+    problems = []
+    sources = find_pictures(images, repeats)
+    for number, source in enumerate(sources, 1):
         try:
-            if trigger not in text:
-                raise DataError(
-                    f"caption of {path} lacks the trigger",
-                    expected=f"{trigger!r} or {TRIGGER} somewhere in it",
-                    got=repr(text),
-                    remedy=f"write {TRIGGER} where the name of what is learned belongs",
-                )
-            examples.append(Example(path.name, text, read_picture(path, resolution)))
+            text = _called(caption, trigger, source)
+            opened = open_picture(source.picture)
+            size = nearest_size(opened.image.size, sizes or [(resolution, resolution)])
+            masked = alpha_mask or source.mask is not None
+            examples += [_example(source, text, opened, size, masked, m) for m in (False, True)[: 1 + flip]]
         except DataError as error:
             problems.append(error)
+        if report:
+            report("pictures read", number, len(sources))
     if len(problems) == 1:
         raise problems[0]
     if problems:
@@ -277,29 +352,93 @@ def load_examples(images: Sequence[Path], caption: str, trigger: str, resolution
     return examples
 
 
-def encode(examples: Sequence[Example], pipe: Any, family: ModelFamily) -> EncodedDataset:
+def _called(caption: str, trigger: str, source: Source) -> str:
+    """The caption of a picture with the trigger in place."""
+    text = (caption if source.caption is None else source.caption).replace(TRIGGER, trigger)
+    if trigger not in text:
+        raise DataError(
+            f"caption of {source.picture} lacks the trigger",
+            expected=f"{trigger!r} or {TRIGGER} somewhere in it",
+            got=repr(text),
+            remedy=f"write {TRIGGER} where the name of what is learned belongs",
+        )
+    return text
+
+
+def _example(source: Source, text: str, opened: OpenPicture, size: Size, masked: bool, mirrored: bool) -> Example:
+    mask = _digest(opened.mask(source.mask, size, mirrored)) if masked else ""
+    return Example(source, text, size, mirrored, _digest(opened.shown(size, mirrored)), mask)
+
+
+def encode(
+    examples: Sequence[Example],
+    pipe: Any,
+    family: ModelFamily,
+    *,
+    mask_min_value: float = 0.0,
+    report: Report | None = None,
+) -> EncodedDataset:
     """Latents and text embeddings of the examples, from the disk cache where they have been made before.
 
-    The cache is keyed by pixels or text and by the encoders, so it never has to be cleared for correctness.
+    The cache is keyed by the pixels shown or the text, and by the encoders, so it never has to be cleared for
+    correctness.
+
+    Args:
+        mask_min_value: weight of what masks leave out, from 0 to 1, where they have no effect.
+        report: told of every picture.
+
+    Raises:
+        DataError: a weight of the background without any mask, or a picture that changed since it was checked.
     """
+    if 0 < mask_min_value < 1 and not any(example.mask_digest for example in examples):
+        raise DataError(
+            "no picture has a mask",
+            expected="a mask, because of mask_min_value",
+            got=f"{len(examples)} pictures without",
+            remedy="add NAME.mask.png beside a picture, set alpha_mask, or leave mask_min_value out",
+        )
     encoders = _encoders_digest(pipe, family)
-
-    def latents(example: Example) -> dict[str, Tensor]:
-        return {"latents": family.encode_images(pipe, example.pixels[None])[0].cpu()}
-
-    def conditions(caption: str) -> dict[str, Tensor]:
-        return {key: value[0].cpu() for key, value in family.encode_prompts(pipe, [caption]).items()}
-
-    encoded = [_cached(f"picture {e.digest} {encoders}", partial(latents, e)) for e in examples]
-    captions = sorted({example.caption for example in examples})
-    texts = {caption: _cached(f"text {caption} {encoders}", partial(conditions, caption)) for caption in captions}
-    device = pipe.device
-    rows = [texts[example.caption] for example in examples]
+    latents: list[Tensor] = []
+    for number, example in enumerate(examples, 1):
+        made = _cached(f"picture {example.digest} {encoders}", partial(_latents, example, pipe, family))
+        latents.append(made["latents"].float())
+        if report:
+            report("pictures encoded", number, len(examples))
+    captions = {text: row for row, text in enumerate(sorted({example.caption for example in examples}))}
+    rows = [_cached(f"text {caption} {encoders}", partial(_conditions, caption, pipe, family)) for caption in captions]
+    times = torch.tensor([example.source.repeats for example in examples])
     return EncodedDataset(
-        latents=torch.stack([item["latents"] for item in encoded]).float().to(device),
-        conditions={key: torch.stack([row[key] for row in rows]).to(device) for key in rows[0]},
-        digest=hashlib.sha256(json.dumps([[e.digest, e.caption] for e in examples]).encode()).hexdigest(),
+        latents=tuple(latents),
+        masks=tuple(_weights(e, x.shape[-2:], mask_min_value) for e, x in zip(examples, latents, strict=True)),
+        texts=torch.tensor([captions[example.caption] for example in examples]),
+        conditions={key: torch.stack([row[key] for row in rows]) for key in rows[0]},
+        epoch=torch.arange(len(examples)).repeat_interleave(times),
+        digest=_data_digest(examples),
+        device=pipe.device,
     )
+
+
+def _latents(example: Example, pipe: Any, family: ModelFamily) -> dict[str, Tensor]:
+    return {"latents": family.encode_images(pipe, example.pixels[None])[0].cpu()}
+
+
+def _conditions(caption: str, pipe: Any, family: ModelFamily) -> dict[str, Tensor]:
+    return {key: value[0].cpu() for key, value in family.encode_prompts(pipe, [caption]).items()}
+
+
+def _weights(example: Example, grid: Sequence[int], least: float) -> Float[Tensor, "1 h w"] | None:
+    """The example's mask on the grid of its latents, from ``least`` to 1: of each place the part that is white."""
+    mask = example.mask if least < 1 else None
+    return None if mask is None else least + (1 - least) * adaptive_avg_pool2d(mask, (grid[0], grid[1]))
+
+
+def _data_digest(examples: Sequence[Example]) -> str:
+    """SHA-256 of all that the examples are; masks and repeats are in it where there are any."""
+    rows = []
+    for example in examples:
+        more = {"mask": example.mask_digest, "repeats": example.source.repeats}
+        rows.append([example.digest, example.caption, *([more] if more != {"mask": "", "repeats": 1} else [])])
+    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
 
 def _encoders_digest(pipe: Any, family: ModelFamily) -> str:

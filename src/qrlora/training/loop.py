@@ -13,7 +13,8 @@ import re
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from types import FrameType
@@ -27,9 +28,10 @@ from torch import Tensor, nn
 
 from qrlora.adapter import Adapter, adapter_from_model, save_adapter
 from qrlora.errors import RecipeError, TrainingError
-from qrlora.families import ModelFamily, family_of, load_pipeline, remove_adapters
+from qrlora.families import ModelFamily, family_of, load_pipeline, remove_adapters, size_unit
 from qrlora.training import checkpoint
-from qrlora.training.dataset import EncodedDataset, Example, encode, find_pictures, load_examples
+from qrlora.training.dataset import EncodedDataset, Example, Report, encode, find_pictures, load_examples
+from qrlora.training.pictures import bucket_sizes, check_resolution
 from qrlora.training.preservation import Preservation, record
 from qrlora.training.recipe import Recipe
 from qrlora.tuner import QRLoraConfig
@@ -81,6 +83,7 @@ def train(
     pipe: Any = None,
     family: ModelFamily | None = None,
     progress: Callable[[Progress], None] | None = None,
+    preparing: Report | None = None,
     resume: bool = False,
 ) -> Adapter:
     """Train one adapter; write it to `recipe.output` if that is set.
@@ -91,6 +94,7 @@ def train(
             and its encoders leave memory as soon as the pictures and captions are encoded.
         family: of `pipe`, if it is not to be looked up.
         progress: called after every step.
+        preparing: called after every picture that was read or encoded before the first step.
         resume: continue from the newest checkpoint beside `recipe.output`, to the same ΔR as an uninterrupted run
             (bit for bit on a CPU).
 
@@ -101,7 +105,7 @@ def train(
         TrainingInterrupted: Ctrl-C; a checkpoint was written if there is an output.
     """
     started = time.perf_counter()
-    denoiser, scheduler, family, examples, data, kept = _prepare(recipe, pipe, family)
+    denoiser, scheduler, family, examples, data, kept = _prepare(recipe, pipe, family, preparing)
     del pipe
     with _adapter_on(denoiser, family, recipe) as parameters:
         optimizer = torch.optim.AdamW(
@@ -134,7 +138,7 @@ def _extract(run: Run, provenance: dict[str, Any]) -> Adapter:
 
 
 def _prepare(
-    recipe: Recipe, pipe: Any, family: ModelFamily | None
+    recipe: Recipe, pipe: Any, family: ModelFamily | None, preparing: Report | None
 ) -> tuple[nn.Module, Any, ModelFamily, list[Example], EncodedDataset, Preservation | None]:
     """All that training needs of the pipeline, which is let go: only denoiser and scheduler survive this function."""
     if recipe.output and not recipe.output.parent.is_dir():
@@ -149,11 +153,27 @@ def _prepare(
         pipe, family = load_pipeline(recipe.model, dtype=getattr(torch, recipe.dtype))
     family = family or family_of(pipe)
     family_options(recipe, family)
-    resolution = recipe.resolution or family.resolution(pipe)
-    examples = load_examples(recipe.images, recipe.text, recipe.trigger, resolution)
-    data = encode(examples, pipe, family)
+    examples = _load_examples(recipe, pipe, family, preparing)
+    data = encode(examples, pipe, family, mask_min_value=recipe.mask_min_value, report=preparing)
     kept = record(pipe, family, recipe.preserve, recipe.seed, recipe.batch_size) if recipe.preserve else None
     return family.denoiser_of(pipe), family.training_scheduler(pipe), family, examples, data, kept
+
+
+def _load_examples(recipe: Recipe, pipe: Any, family: ModelFamily, report: Report | None) -> list[Example]:
+    """The recipe's pictures, in sizes that the model takes."""
+    resolution, unit, largest = recipe.resolution or family.resolution(pipe), size_unit(pipe), family.largest_side(pipe)
+    check_resolution(resolution, unit, largest)
+    return load_examples(
+        recipe.images,
+        recipe.text,
+        recipe.trigger,
+        resolution,
+        sizes=bucket_sizes(resolution, unit, largest) if recipe.buckets else (),
+        flip=recipe.flip,
+        alpha_mask=recipe.alpha_mask,
+        repeats=recipe.num_repeats,
+        report=report,
+    )
 
 
 def peft_config(recipe: Recipe, family: ModelFamily) -> PeftConfig:
@@ -243,8 +263,8 @@ def _step(run: Run) -> float:
         group["lr"] = recipe.learning_rate * pace(recipe, run.step)
     options, total = family_options(recipe, run.family)[0], 0.0
     generator = torch.Generator().manual_seed(_mix(-1 - recipe.seed, run.step))
-    for latents, noise, timesteps, conditions in draw(run):
-        loss = run.family.loss(run.denoiser, run.scheduler, latents, noise, timesteps, conditions, **options)
+    for latents, noise, timesteps, conditions, mask in draw(run):
+        loss = run.family.loss(run.denoiser, run.scheduler, latents, noise, timesteps, conditions, mask, **options)
         if run.kept:
             loss = loss + recipe.preserve_weight * run.kept.loss(run.denoiser, generator)
         loss = loss / recipe.accumulation
@@ -271,27 +291,58 @@ def pace(recipe: Recipe, step: int) -> float:
     return min(1.0, rising, falling)
 
 
-def draw(run: Run) -> Iterator[tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]]:
-    """Latents, noise, timesteps and conditions of every forward pass of the current step."""
-    recipe, device = run.recipe, run.data.latents.device
+def draw(run: Run) -> Iterator[tuple[Tensor, Tensor, Tensor, dict[str, Tensor], Tensor | None]]:
+    """Latents, noise, timesteps, conditions and mask of every forward pass of the current step."""
+    recipe, data = run.recipe, run.data
     generator = torch.Generator().manual_seed(_mix(recipe.seed, run.step))
-    options = family_options(recipe, run.family)[1]
+    options, buckets = family_options(recipe, run.family)[1], data.buckets
     for micro in range(recipe.accumulation):
-        start = (run.step * recipe.accumulation + micro) * recipe.batch_size
-        latents, conditions = run.data.batch(order(recipe.seed, len(run.data), start, recipe.batch_size))
+        number = run.step * recipe.accumulation + micro
+        examples = data.epoch[order(recipe.seed, buckets, recipe.batch_size, number)]
+        latents, conditions = data.batch(examples)
         noise = torch.randn(latents.shape, generator=generator)
         timesteps = run.family.sample_timesteps(run.scheduler, len(latents), generator, **options)
-        yield latents, noise.to(device), timesteps.to(device), conditions
+        yield latents, noise.to(data.device), timesteps.to(data.device), conditions, data.mask(examples)
 
 
-def order(seed: int, examples: int, start: int, count: int) -> Int[Tensor, " count"]:
-    """Which examples come at positions start, start + 1, ...: all of them once an epoch, in an order of its own."""
-    positions = range(start, start + count)
-    shuffled = {
-        epoch: torch.randperm(examples, generator=torch.Generator().manual_seed(_mix(seed, -1 - epoch)))
-        for epoch in {position // examples for position in positions}
-    }
-    return torch.stack([shuffled[position // examples][position % examples] for position in positions])
+def order(seed: int, buckets: Sequence[Hashable], size: int, number: int) -> Int[Tensor, " size"]:
+    """Which entries make up batch ``number`` (from 0), all of one bucket. A function of its arguments alone.
+
+    Every epoch goes through all entries once, in an order of its own. A batch is made when a bucket has ``size`` of
+    them waiting; those that wait at the end of an epoch are the first of their bucket's next batch. So no batch is
+    smaller than the others, no entry is left out, and with one bucket the batches are the epochs, cut into equal parts.
+
+    Args:
+        seed: of the orders.
+        buckets: the bucket of each entry.
+    """
+    counts = Counter(buckets)
+
+    def made(epochs: int) -> int:
+        return sum(epochs * count // size for count in counts.values())
+
+    def shuffled(epoch: int) -> list[int]:
+        generator = torch.Generator().manual_seed(_mix(seed, -1 - epoch))
+        return torch.randperm(len(buckets), generator=generator).tolist()
+
+    epoch = number * size // len(buckets)  # not yet too late; some wait, so perhaps too early
+    while made(epoch + 1) <= number:
+        epoch += 1
+    waiting = Counter({bucket: epoch * count % size for bucket, count in counts.items()})
+    left, passed = number - made(epoch), list[int]()
+    for entry in shuffled(epoch):
+        passed.append(entry)
+        waiting[buckets[entry]] += 1
+        if waiting[buckets[entry]] == size:
+            waiting[buckets[entry]], left = 0, left - 1
+            if left < 0:
+                break
+    bucket = buckets[passed[-1]]
+    batch = [entry for entry in passed if buckets[entry] == bucket]
+    while len(batch) < size:
+        epoch -= 1
+        batch = [entry for entry in shuffled(epoch) if buckets[entry] == bucket] + batch
+    return torch.tensor(batch[-size:])
 
 
 def _mix(seed: int, counter: int) -> int:
@@ -317,7 +368,12 @@ def _kept(run: Run) -> str:
 def _provenance(examples: list[Example], loss: float, seconds: float) -> dict[str, Any]:
     """Where an adapter comes from, beyond its recipe."""
     return {
-        "pictures": [{"name": e.name, "pixels_sha256": e.digest, "caption": e.caption} for e in examples],
+        "pictures": [
+            {"name": e.name, "pixels_sha256": e.digest, "caption": e.caption}
+            | ({"mask_sha256": e.mask_digest} if e.mask_digest else {})
+            for e in examples
+            if not e.mirrored
+        ],
         "last_loss": loss if math.isfinite(loss) else None,
         "seconds": round(seconds, 1),
         "versions": {name: version(name) for name in ("qrlora", "torch", "peft", "diffusers", "transformers")},

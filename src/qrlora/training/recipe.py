@@ -16,7 +16,7 @@ import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -59,7 +59,18 @@ class Recipe(BaseModel):
     role: Literal["subject", "style"] = Field(description="what is learned: subject or style")
     images: tuple[Path, ...] = Field(
         min_length=1,
-        description="pictures to learn from: one, several, or a folder (captions: see docs of the dataset)",
+        description="pictures to learn from: one, several, or a folder (captions and masks: docs/data.md)",
+    )
+    num_repeats: tuple[Annotated[int, Field(ge=1)], ...] = Field(
+        (), description="how often an epoch shows the pictures of each entry of images: one number each (default: once)"
+    )
+    buckets: bool = Field(
+        False, description="keep aspect ratios: shapes of about resolution squared pixels instead of squares"
+    )
+    flip: bool = Field(False, description="learn from the mirror image of every picture, too")
+    alpha_mask: bool = Field(False, description="take a picture's transparency for its mask, unless it has a mask file")
+    mask_min_value: float = Field(
+        0.0, ge=0, le=1, description="weight in the loss of what masks leave out; 1 ignores masks"
     )
     trigger: str = Field(
         min_length=1, description="word that calls the adapter (default: <c> for a subject, <s> for a style)"
@@ -104,7 +115,7 @@ class Recipe(BaseModel):
     max_grad_norm: float = Field(1.0, gt=0, description="gradients are scaled down to this norm")
     seed: int = Field(0, ge=0, lt=2**63, description="seed of everything random in the run")
     resolution: int | None = Field(
-        None, ge=8, description="side of the square training pictures (default: the model's)"
+        None, ge=8, description="side of the square training pictures in pixels (default: the model's)"
     )
     dtype: Literal["float32", "bfloat16", "float16"] = Field(
         "float32", description="precision of the frozen base; ΔR trains in float32"
@@ -133,6 +144,12 @@ class Recipe(BaseModel):
     @classmethod
     def _one_or_many(cls, value: Any) -> Any:
         return (value,) if isinstance(value, (str, Path)) else value
+
+    @field_validator("num_repeats", mode="before")
+    @classmethod
+    def _counted(cls, value: Any) -> Any:
+        """Accept 10, and "10,1" from the command line."""
+        return value.split(",") if isinstance(value, str) else (value,) if isinstance(value, int) else value
 
     @field_validator("preserve", mode="before")
     @classmethod
@@ -169,6 +186,10 @@ class Recipe(BaseModel):
             raise ValueError(f"caption {self.caption!r} has neither {TRIGGER} nor the trigger {self.trigger!r}")
         if self.method == "lora" and self.train_basis:
             raise ValueError("train_basis = true has no meaning with method = 'lora', which has no basis")
+        if self.num_repeats and len(self.num_repeats) != len(self.images):
+            raise ValueError(
+                f"num_repeats has {len(self.num_repeats)} numbers for {len(self.images)} entries of images"
+            )
         return self
 
     @classmethod

@@ -1,0 +1,240 @@
+"""Pictures and their masks as the model is shown them: upright, in sRGB, on white where transparent, cut to a size.
+
+    read_picture(path, 512)                        the central square
+    open_picture(path).shown(bucket)               the middle of it, in the shape of a bucket
+
+A mask says where a picture counts: white is what is to be learned, black is background, grey is in between.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image, ImageCms, ImageOps
+
+from qrlora.errors import DataError
+
+LARGEST_ENLARGEMENT = 4
+"""A picture smaller than what it is trained at by more than this factor would teach the model blur."""
+BUCKET_STEPS = 16
+"""Sides of buckets differ by at least this part of the resolution: 64 pixels at 1024, as SDXL was trained and as
+sd-scripts does. Finer ones would leave nearly every picture alone in its bucket."""
+WIDEST = 2
+"""The longest side of a bucket, in resolutions: pictures are cut to 4:1 or 1:4 at the utmost."""
+WHITE = 128
+"""The least grey of a mask that is taken for something rather than for the noise of a black one."""
+
+Size = tuple[int, int]
+"""Width and height in pixels, as Pillow counts them."""
+
+_PICTURE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
+
+
+def bucket_sizes(resolution: int, unit: int, largest: int | None = None) -> list[Size]:
+    """The shapes that pictures of all aspect ratios are cut to: about ``resolution`` squared pixels each.
+
+    Never more, so that what has the memory for squares has it for all of them.
+
+    Args:
+        resolution: side of the square one, in pixels.
+        unit: what every side is a multiple of.
+        largest: the longest side that the model takes, if it has a limit.
+    """
+    step = math.ceil(resolution / BUCKET_STEPS / unit) * unit
+    sizes = {(resolution, resolution)}
+    for side in range(math.ceil(resolution / step) * step, WIDEST * resolution + 1, step):
+        other = max(unit, resolution**2 // side // step * step)
+        sizes |= {(side, other), (other, side)}
+    return sorted(size for size in sizes if largest is None or max(size) <= largest)
+
+
+def nearest_size(size: Size, sizes: Sequence[Size]) -> Size:
+    """Of these the one whose aspect ratio is nearest to that of ``size``."""
+    ratio = math.log(size[0] / size[1])
+    return min(sizes, key=lambda other: (abs(math.log(other[0] / other[1]) - ratio), other))
+
+
+def check_resolution(resolution: int, unit: int, largest: int | None) -> None:
+    """Raises DataError for a resolution that the model takes no pictures of."""
+    if resolution % unit or (largest and resolution > largest):
+        below = max(unit, min(resolution, largest or resolution) // unit * unit)
+        raise DataError(
+            "this model takes no pictures of that resolution",
+            expected=f"a multiple of {unit} pixels" + (f", {largest} at most" if largest else ""),
+            got=resolution,
+            remedy=f"resolution = {below}",
+        )
+
+
+@dataclass(frozen=True)
+class OpenPicture:
+    """A picture file, read: `image` in RGB, and its transparency (mode L, white where opaque) if it has any."""
+
+    path: Path
+    image: Image.Image
+    alpha: Image.Image | None
+
+    def shown(self, size: Size, mirrored: bool = False) -> Image.Image:
+        """The middle of the picture, in this size.
+
+        Raises:
+            DataError: the picture would have to be enlarged too far.
+        """
+        least = tuple(math.ceil(side / LARGEST_ENLARGEMENT) for side in size)
+        if self.image.width < least[0] or self.image.height < least[1]:
+            raise DataError(
+                f"picture too small: {self.path}",
+                expected=f"at least {least[0]} x {least[1]} pixels, for training at {size[0]} x {size[1]}",
+                got=f"{self.image.width} x {self.image.height}",
+                remedy="use a larger picture",
+            )
+        return _cut(self.image, size, Image.Resampling.LANCZOS, mirrored)
+
+    def mask(self, file: Path | None, size: Size, mirrored: bool = False) -> Image.Image:
+        """The picture's mask (mode L), cut as `shown` cuts the picture: from a file, else its own transparency.
+
+        Raises:
+            DataError: an unreadable mask, one of another size, one without white, or no transparency.
+        """
+        mask = self._own_transparency() if file is None else _read_mask(file)
+        path = file or self.path
+        if mask.size != self.image.size:
+            raise DataError(
+                f"mask of another size than its picture: {path}",
+                expected=f"{self.image.width} x {self.image.height}, as {self.path.name}",
+                got=f"{mask.width} x {mask.height}",
+                remedy="draw the mask on the picture itself, and save both in the same size",
+            )
+        mask = _cut(mask, size, Image.Resampling.BOX, mirrored)
+        if mask.getextrema()[1] < WHITE:  # type: ignore[operator]  # one band: two numbers
+            raise DataError(
+                f"nothing left to learn by the mask {path}",
+                expected="white where the subject is",
+                got=f"no white in the middle {size[0]}:{size[1]} of it, which is what is trained on",
+                remedy="paint what is to be learned white, or crop picture and mask around it",
+            )
+        return mask
+
+    def _own_transparency(self) -> Image.Image:
+        if self.alpha is None:
+            raise DataError(
+                f"no transparency to take for a mask in {self.path}",
+                expected="an alpha channel, because of alpha_mask, or a mask beside the picture",
+                got=f"an opaque {self.path.suffix[1:].upper()}",
+                remedy=f"save it with the background transparent, or add {self.path.stem}.mask.png",
+            )
+        return self.alpha
+
+
+def read_picture(path: Path, resolution: int) -> Image.Image:
+    """The central square of a picture file in RGB, `resolution` pixels a side. Errors: as `open_picture`, `shown`."""
+    return open_picture(path).shown((resolution, resolution))
+
+
+def open_picture(path: Path) -> OpenPicture:
+    """A picture file, turned upright (EXIF), in sRGB, on white where transparent.
+
+    Raises:
+        DataError: missing, unreadable, animated, or in a format whose colours would have to be guessed.
+    """
+    with _reading(path):
+        picture = _upright(path)
+        alpha = picture.convert("RGBA").getchannel("A") if picture.has_transparency_data else None
+        return OpenPicture(path, _to_srgb(picture, path), alpha)
+
+
+def _read_mask(path: Path) -> Image.Image:
+    """A mask file in mode L; what is transparent in it is black."""
+    with _reading(path):
+        mask = _upright(path)
+        if mask.has_transparency_data:
+            mask = Image.alpha_composite(Image.new("RGBA", mask.size, "black"), mask.convert("RGBA"))
+        return mask.convert("L")
+
+
+def _cut(picture: Image.Image, size: Size, resampling: Image.Resampling, mirrored: bool) -> Image.Image:
+    cut = ImageOps.fit(picture, size, resampling)
+    return ImageOps.mirror(cut) if mirrored else cut
+
+
+@contextlib.contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """What Pillow raises over a file, in words."""
+    if not path.is_file():
+        raise DataError(f"no such picture: {path}", remedy="check the path")
+    try:
+        yield
+    except DataError:
+        raise
+    except _PICTURE_ERRORS as error:
+        raise DataError(
+            f"unreadable picture: {path}",
+            expected="a complete PNG, JPEG, WebP, TIFF, BMP, GIF or AVIF file",
+            got=f"{type(error).__name__}: {error}",
+            remedy="open it in an image editor and save it again as PNG, or leave it out",
+        ) from error
+
+
+def _upright(path: Path) -> Image.Image:
+    """The one frame of a file, decoded whole and turned as its camera was held."""
+    with Image.open(path) as opened:
+        _refuse_animation(opened, path)
+        opened.load()
+        picture = ImageOps.exif_transpose(opened)
+    if picture.mode[0] in "IF":
+        raise DataError(
+            f"picture of unknown range: {path}",
+            expected="8 bits a channel",
+            got=f"mode {picture.mode}",
+            remedy="save it as an 8-bit PNG",
+        )
+    return picture
+
+
+def _refuse_animation(opened: Image.Image, path: Path) -> None:
+    """More than one frame is a choice that is the user's. (MPO is what phones write: a photograph and its previews.)"""
+    frames = getattr(opened, "n_frames", 1)
+    if frames > 1 and opened.format != "MPO":
+        raise DataError(
+            f"animated or many-paged picture: {path}",
+            expected="one frame",
+            got=f"{frames} frames",
+            remedy="save the frame that is meant as PNG",
+        )
+
+
+def _to_srgb(picture: Image.Image, path: Path) -> Image.Image:
+    """RGB in sRGB, by the embedded colour profile if there is one; transparency on white."""
+    profile = picture.info.get("icc_profile")
+    if picture.has_transparency_data:
+        picture = picture.convert("RGBA")
+        white = Image.new("RGBA", picture.size, "white")
+        picture = Image.alpha_composite(white, picture).convert("RGB")
+    elif picture.mode == "P":
+        picture = picture.convert("RGB")
+    if profile:
+        picture = _apply_profile(picture, profile, path)
+    return picture.convert("RGB")
+
+
+def _apply_profile(picture: Image.Image, profile: bytes, path: Path) -> Image.Image:
+    """From the embedded profile's colours to sRGB; a profile for another kind of picture does not apply."""
+    try:
+        embedded = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        space = embedded.profile.xcolor_space.strip()
+        if {"RGB": "RGB", "CMYK": "CMYK", "GRAY": "L"}.get(space) != picture.mode:
+            return picture
+        converted = ImageCms.profileToProfile(picture, embedded, ImageCms.createProfile("sRGB"), outputMode="RGB")
+    except (OSError, ImageCms.PyCMSError) as error:
+        raise DataError(
+            f"unreadable colour profile in {path}",
+            got=f"{type(error).__name__}: {error}",
+            remedy="save the picture again as an sRGB PNG",
+        ) from error
+    assert converted is not None  # None only for in-place conversion
+    return converted
