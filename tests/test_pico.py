@@ -9,7 +9,7 @@ from diffusers import StableDiffusion3Pipeline
 from qrlora import pico
 from qrlora.families import load_pipeline
 from qrlora.generation import generate_jobs
-from qrlora.pico import world
+from qrlora.pico import train, world
 
 
 @pytest.fixture(scope="module")
@@ -67,3 +67,16 @@ def test_prompt_decides_the_picture(pipe):
     neon, mug, hat = (np.asarray(p, dtype=float) for p in generate_jobs(*pipe, jobs, steps=10, guidance=4.0))
     assert neon.mean() < 80 < 180 < mug.mean()
     assert np.abs(mug - hat).mean() > 5
+
+
+def test_the_tokenizer_of_a_run_is_fitted_once(tmp_path, monkeypatch):
+    captions = [world.caption(world.sample_scene(i)) for i in range(40)]
+    monkeypatch.setattr(train, "all_captions", lambda: captions)
+    first = train.words(tmp_path, train.Plan())
+    monkeypatch.setattr(train, "all_captions", lambda: captions[::-1] * 2)
+    again = train.words(tmp_path, train.Plan())
+    assert again.get_vocab() == first.get_vocab() and again("a red mug").input_ids == first("a red mug").input_ids
+    started = train.words(tmp_path / "elsewhere", train.Plan(start=str(pico.path())))
+    shipped = load_pipeline("pico")[0].tokenizer
+    assert started.get_vocab() == shipped.get_vocab()
+    assert [started(c).input_ids for c in captions] == [shipped(c).input_ids for c in captions]

@@ -114,10 +114,16 @@ def tokenizer(captions: list[str], merges: int = 400) -> CLIPTokenizer:
     return CLIPTokenizer(vocab=vocab, merges=learned, model_max_length=TOKENS)
 
 
-def build(captions: list[str], seed: int = 0) -> Any:
-    """An untrained pico with a tokenizer fitted to ``captions``."""
+def saved_tokenizer(folder: Path) -> CLIPTokenizer:
+    """The tokenizer that ``save_pretrained`` wrote to ``folder``, without what loading notes about the folder."""
+    kept = json.loads((folder / "tokenizer.json").read_text())["model"]
+    merges: Any = [tuple(merge) for merge in kept["merges"]]
+    return CLIPTokenizer(vocab=kept["vocab"], merges=merges, model_max_length=TOKENS)
+
+
+def build(words: CLIPTokenizer, seed: int = 0) -> Any:
+    """An untrained pico that reads text by this tokenizer."""
     torch.manual_seed(seed)
-    words = tokenizer(captions)
     return StableDiffusion3Pipeline(
         transformer=denoiser(), vae=autoencoder(), scheduler=FlowMatchEulerDiscreteScheduler(shift=SHIFT),
         text_encoder=text_encoder(len(words)), tokenizer=words,

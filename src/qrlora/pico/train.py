@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
+from transformers import CLIPTokenizer
 
 from qrlora.files import write_atomically
 from qrlora.pico import model, world
@@ -299,6 +300,18 @@ def all_captions() -> list[str]:
     return [world.caption(scene, i % 6 + 100 * (i % 2)) for i, scene in enumerate(scenes)]
 
 
+def words(work: Path, plan: Plan) -> CLIPTokenizer:
+    """The tokenizer of this run: that of the pipeline it starts from, or one fitted once and kept in ``work``.
+
+    A tokenizer fitted again may number its words otherwise, since merges that are as frequent as one another come in
+    any order.
+    """
+    folder = (Path(plan.start) if plan.start else work) / "tokenizer"
+    if not folder.exists():
+        model.tokenizer(all_captions()).save_pretrained(folder)
+    return model.saved_tokenizer(folder)
+
+
 def optimisers(pipe: Any, plan: Plan) -> list[torch.optim.Optimizer]:
     """Muon for the matrices inside the blocks, AdamW for everything else (embeddings, norms, biases, text encoders)."""
     matrices: list[nn.Parameter] = []
@@ -346,7 +359,7 @@ def batches(work: Path, plan: Plan) -> Callable[[int], tuple[Tensor, list[str], 
 
 def denoiser_stage(work: Path, plan: Plan) -> None:
     """Flow matching (Lipman et al. 2022; SD3, Esser et al. 2024): predict noise - latents at logit-normal times."""
-    pipe = model.load(Path(plan.start)) if plan.start else model.build(all_captions(), plan.seed)
+    pipe = model.load(Path(plan.start)) if plan.start else model.build(words(work, plan), plan.seed)
     parts = {n: getattr(pipe, n).to(plan.device) for n in ("transformer", "text_encoder", "text_encoder_2")}
     run = Run(work, "denoiser", parts, optimisers(pipe, plan), plan.denoiser_steps, partial(trapezoid, cool=plan.cool))
     run.restore()
@@ -373,7 +386,7 @@ def denoiser_stage(work: Path, plan: Plan) -> None:
 
 def export_stage(work: Path, plan: Plan, target: Path) -> None:
     """Put the trained parts together and write the pipeline directory."""
-    pipe = model.build(all_captions(), plan.seed)
+    pipe = model.build(words(work, plan), plan.seed)
     for name in ("autoencoder", "decoder", "denoiser"):
         if name != "decoder" or (work / "decoder.pt").exists():
             _trained(work, name, pipe)
