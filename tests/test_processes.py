@@ -14,6 +14,7 @@ import torch
 from accelerate import DistributedType
 from PIL import Image
 
+import qrlora
 from conftest import build_tiny_qwen_image
 from qrlora.adapter import Adapter, load_adapter
 from qrlora.errors import RecipeError
@@ -52,7 +53,8 @@ def work(tmp_path_factory: pytest.TempPathFactory, tiny_sd3: Path) -> tuple[Path
     (folder / "jobs.json").write_text(json.dumps(jobs))
     script = Path(__file__).with_name("processes.py")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "QRLORA_CACHE": str(folder / "c")}
+    here = {"PYTHONPATH": str(Path(qrlora.__file__).parents[1]), "QRLORA_CACHE": str(folder / "cache")}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **here}
     done = subprocess.run([*command, "jobs.json"], cwd=folder, env=environment, capture_output=True, timeout=900)
     assert done.returncode == 0, done.stderr.decode()[-3000:]
     return folder, {Path(job["fields"]["output"]).stem: Recipe.of(job["fields"]) for job in jobs}
