@@ -51,6 +51,15 @@ def test_training_lowers_the_loss_and_changes_delta_r_alone(recipe: Recipe, load
     assert adapter.metadata.family == family.name and any(delta.any() for delta in adapter.deltas.values())
 
 
+def test_gradient_checkpointing_gives_the_same_adapter(recipe: Recipe, loaded: tuple[Any, Any]) -> None:
+    pipe, family = loaded
+    kept, again = (
+        train(recipe.replace(gradient_checkpointing=value), pipe=pipe, family=family) for value in (False, True)
+    )
+    assert all(torch.equal(kept.deltas[name], again.deltas[name]) for name in kept.deltas)
+    assert any(delta.any() for delta in kept.deltas.values())
+
+
 @torch.no_grad()
 def held_out_loss(recipe: Recipe, pipe: Any, family: Any) -> float:
     data = encode(load_examples(recipe.images, recipe.text, recipe.trigger, recipe.resolution or 0), pipe, family)

@@ -66,6 +66,8 @@ def run_train(options: argparse.Namespace) -> None:
         refuse_to_replace(output)
     output.parent.mkdir(parents=True, exist_ok=True)
     recipe = recipe.replace(output=output)
+    from accelerate import PartialState
+
     from qrlora.training.loop import train
 
     bar = Bar("step")
@@ -75,6 +77,10 @@ def run_train(options: argparse.Namespace) -> None:
         preparing=_shown_if_long(),
         resume=options.resume,
     )
+    main = PartialState().is_main_process
+    PartialState().destroy_process_group()
+    if not main:
+        return
     count = adapter.parameters()
     print(
         f"{output}: {count.trained:,} trained parameters, {count.ratio:.3f} of a LoRA of the same rank; "

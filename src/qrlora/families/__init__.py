@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import pkgutil
 from collections.abc import Iterator
 from dataclasses import replace
@@ -15,10 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
+import psutil
 import torch
 import transformers
 from huggingface_hub import errors as hub_errors
 from huggingface_hub import hf_hub_download
+from safetensors import SafetensorError, safe_open
 
 from qrlora.errors import ModelError
 from qrlora.families.base import Conditions, ModelFamily, remove_adapters, size_unit
@@ -38,6 +41,7 @@ __all__ = [
     "default_device",
     "family_of",
     "load_pipeline",
+    "refuse_if_larger",
     "remove_adapters",
     "size_unit",
 ]
@@ -88,14 +92,19 @@ def load_pipeline(
         device: where to; `default_device()` if not given.
 
     Raises:
-        ModelError: not found, gated, unreachable, unreadable, or of no known family. The family is looked up before
-            any weight is loaded.
+        ModelError: not found, gated, unreachable, unreadable, of no known family, or larger than the free memory. All
+            but unreadable is said before any weight is loaded (of a model not downloaded yet the size is not known).
     """
     model = str(model)
     embedded: Any = pkgutil.resolve_name(EMBEDDED[model]) if model in EMBEDDED else None
     source = str(embedded.path()) if embedded else model
-    index = _read_index(Path(source, INDEX) if Path(source).is_dir() else _download_index(source), model)
+    found = Path(source, INDEX) if Path(source).is_dir() else _download_index(source)
+    index = _read_index(found, model)
     family = replace(family_of(index["_class_name"]), **(embedded.SETTINGS if embedded else {}))
+    device = torch.device(device or default_device())
+    size = sum(weight_bytes(found.parent / name, dtype) for name in index if (found.parent / name).is_dir())
+    for place in {torch.device("cpu"), device}:
+        refuse_if_larger(size, place, model)
     # What a pipeline was saved without (SD3's T5) has to be declined by name, or from_pretrained asks for it.
     absent = {name: None for name, value in index.items() if value == [None, None]}
     with _quiet_progress():
@@ -109,7 +118,45 @@ def load_pipeline(
                 remedy="download it again, or check the folder's components against its " + INDEX,
             ) from error
     pipe.set_progress_bar_config(disable=True)
-    return pipe.to(device or default_device()), family
+    return pipe.to(device), family
+
+
+def weight_bytes(folder: Path, dtype: torch.dtype) -> int:
+    """What the weights of one component take when loaded as `dtype`, by the headers of its safetensors files.
+
+    Variants (`model.fp16.safetensors`) do not count, nor does what is not there to be read.
+    """
+    total = 0
+    for path in folder.glob("*.safetensors"):
+        if len(path.suffixes) > 1:
+            continue
+        with (
+            contextlib.suppress(SafetensorError),
+            safe_open(path, framework="pt") as file,
+        ):  # damage: the loader's to say
+            total += sum(math.prod(file.get_slice(key).get_shape()) for key in file.keys()) * dtype.itemsize  # noqa: SIM118
+    return total
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that can still be taken on a device."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+
+
+def refuse_if_larger(size: int, device: torch.device, model: str) -> None:
+    """Raise ModelError if `size` bytes of the model's weights are more than the device has free.
+
+    Less does not mean enough: training needs room for activations too.
+    """
+    free = free_memory(device)
+    if size > free:
+        raise ModelError(
+            f"the base model {model!r} does not fit into the memory of {device}",
+            expected=f"{size / 2**30:.2f} GiB free for its weights alone",
+            got=f"{free / 2**30:.2f} GiB free",
+            remedy="load it in half (dtype bfloat16), train on it quantised or divided (docs/training.md), end other "
+            "programs, or use a smaller model",
+        )
 
 
 def _read_index(path: Path, model: str) -> dict[str, Any]:

@@ -1,12 +1,15 @@
 """Checkpoints: the state of a run as one safetensors file, `<output>.checkpoints/step-000100.safetensors`.
 
-Tensors `parameter.<name>` and `optimizer.<index>.<key>`; metadata `step` and `run` (the record, JSON).
-Random numbers need no state: they follow from seed and step.
+Tensors `parameter.<name>` and `optimizer.<index>.<key>`, with more keys where an optimiser nests its state; metadata
+`step`, `run` (the record), `loss_scale` and `optimizer` (the numbers among the optimiser's state and in its parameter
+group, where Prodigy and schedule-free keep theirs), all JSON. Random numbers need no state: they follow from seed and
+step.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,30 +40,52 @@ def newest(recipe: Recipe) -> Path | None:
     return max(folder(recipe).glob("step-*.safetensors"), default=None, key=lambda path: path.name)
 
 
+def path_of(recipe: Recipe, step: int) -> Path:
+    """The file of the checkpoint after `step` steps."""
+    return folder(recipe) / f"step-{step:06d}.safetensors"
+
+
 def save(
     recipe: Recipe,
     record: Record,
     step: int,
     parameters: dict[str, nn.Parameter],
     optimizer: torch.optim.Optimizer,
+    loss_scale: float = 1.0,
 ) -> Path:
     """Write the state after `step` steps, whole or not at all, then drop the oldest beyond `checkpoints_kept`."""
     tensors = {f"parameter.{name}": parameter.data for name, parameter in parameters.items()}
-    for index, state in optimizer.state_dict()["state"].items():
-        tensors |= {f"optimizer.{index}.{key}": value for key, value in state.items()}
-    metadata = {"step": str(step), "run": json.dumps(record)}
-    path = folder(recipe) / f"step-{step:06d}.safetensors"
+    state = dict(_leaves(optimizer.state_dict()["state"]))
+    tensors |= {f"optimizer.{key}": value for key, value in state.items() if isinstance(value, torch.Tensor)}
+    numbers = {
+        "state": {key: value for key, value in state.items() if not isinstance(value, torch.Tensor)},
+        "group": {key: value for key, value in optimizer.param_groups[0].items() if isinstance(value, (int, float))},
+    }
+    metadata = {"step": step, "run": record, "loss_scale": loss_scale, "optimizer": numbers}
+    path = path_of(recipe, step)
     path.parent.mkdir(exist_ok=True)
-    whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    write_atomically(path, safetensors.torch.save(whole, metadata=metadata))
+    whole = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
+    words = {key: json.dumps(value) for key, value in metadata.items()}
+    write_atomically(path, safetensors.torch.save(whole, metadata=words))
     others = sorted(set(path.parent.glob("step-*.safetensors")) - {path})
     for old in others[: max(0, len(others) + 1 - recipe.checkpoints_kept)]:
         old.unlink()
     return path
 
 
-def load(recipe: Recipe, record: Record, parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> int:
-    """Put the newest checkpoint's state in place; returns the steps it has behind it.
+def _leaves(state: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, value) of everything in nested mappings."""
+    for key, value in state.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def load(
+    recipe: Recipe, record: Record, parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer
+) -> tuple[int, float]:
+    """Put the newest checkpoint's state in place; returns the steps it has behind it, and its loss scale.
 
     Raises:
         RecipeError: no output, no checkpoint, a damaged one, or one of another run (lists the fields that differ).
@@ -75,21 +100,25 @@ def load(recipe: Recipe, record: Record, parameters: dict[str, nn.Parameter], op
         )
     try:
         with safetensors.safe_open(path, framework="pt") as stream:
-            metadata = stream.metadata() or {}
+            metadata = {key: json.loads(value) for key, value in (stream.metadata() or {}).items()}
             tensors = {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118 (no iterator)
-        step, run = int(metadata["step"]), json.loads(metadata["run"])
+        step, run, scale, numbers = (metadata[key] for key in ("step", "run", "loss_scale", "optimizer"))
     except (OSError, SafetensorError, KeyError, ValueError) as error:
         raise RecipeError(f"damaged checkpoint {path}", got=error, remedy="delete it, and resume again") from error
     _same_run(path, run, record)
     for name, parameter in parameters.items():
         parameter.data.copy_(tensors[f"parameter.{name}"])
-    state: dict[int, dict[str, torch.Tensor]] = {}
-    for name, tensor in tensors.items():
-        if name.startswith("optimizer."):
-            _, index, key = name.split(".", 2)
-            state.setdefault(int(index), {})[key] = tensor
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-    return step
+    state: dict[int, Any] = {}
+    leaves = {name.removeprefix("optimizer."): tensors[name] for name in tensors if name.startswith("optimizer.")}
+    for key, value in (leaves | numbers["state"]).items():
+        index, *path_within, last = key.split(".")
+        nested = state.setdefault(int(index), {})
+        for part in path_within:
+            nested = nested.setdefault(part, {})
+        nested[last] = value
+    group = optimizer.state_dict()["param_groups"][0] | numbers["group"]
+    optimizer.load_state_dict({"state": state, "param_groups": [group]})
+    return step, scale
 
 
 def _same_run(path: Path, run: Record, now: Record) -> None:

@@ -465,7 +465,7 @@ def _cached(key: str, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Ten
         try:
             return safetensors.torch.load(path.read_bytes())
         except SafetensorError:
-            path.unlink()
+            path.unlink(missing_ok=True)  # by another process, perhaps
     tensors = {name: tensor.contiguous() for name, tensor in compute().items()}
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, safetensors.torch.save(tensors))

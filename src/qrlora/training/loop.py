@@ -1,8 +1,12 @@
-"""The training loop: one for every method and family.
+"""The training loop: one for every method and family, and for one process or several.
 
 Nothing random has a state. The examples, noise and timesteps of step n are drawn from generators seeded by (seed, n) or
-(seed, epoch), so a run resumed at any step sees what the uninterrupted run would have seen, and so would several
-processes that each took a share of every step.
+(seed, epoch), so a run resumed at any step sees what the uninterrupted run would have seen, and so do several processes
+that each take a share of every step: the recipe says what a step is, however many there are.
+
+Several processes are accelerate's (`accelerate launch`, torchrun). Each has the base model, or with `fsdp` a part of
+it, and all have the same ΔR, whose gradients are summed once a step. The base needs no wrapper for that, and a ΔR that
+no gradient reaches (the text stream of Qwen-Image's last block, whose result is not used) is left alone on each.
 """
 
 from __future__ import annotations
@@ -15,12 +19,13 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from types import FrameType
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from jaxtyping import Int
 from peft import LoraConfig, PeftConfig
 from peft.utils.error import NoMatchingPeftModuleError
@@ -31,12 +36,17 @@ from qrlora.errors import RecipeError, TrainingError
 from qrlora.families import ModelFamily, family_of, load_pipeline, remove_adapters, size_unit
 from qrlora.training import checkpoint
 from qrlora.training.dataset import EncodedDataset, Example, Report, encode, find_pictures, load_examples
+from qrlora.training.optimizers import evaluated, optimizer_for
 from qrlora.training.pictures import bucket_sizes, check_resolution
+from qrlora.training.placement import check_fits, encoders_alone, settle
 from qrlora.training.preservation import Preservation, record
+from qrlora.training.processes import anywhere, check_divisible, processes_here, share, summed
 from qrlora.training.recipe import Recipe
 from qrlora.tuner import QRLoraConfig
 
 ADAPTER_NAME = "trained"
+LOSS_SCALE = 2.0**16
+"""What the loss is multiplied with on a float16 base, whose gradients would vanish between its layers otherwise."""
 
 
 @dataclass(frozen=True)
@@ -59,8 +69,9 @@ class TrainingInterrupted(KeyboardInterrupt):
 
 @dataclass
 class Run:
-    """All that a step reads or changes."""
+    """All that a step reads or changes. `loss_scale` is a power of two, 1 unless the base is in float16."""
 
+    accelerator: Accelerator
     recipe: Recipe
     family: ModelFamily
     denoiser: nn.Module
@@ -70,6 +81,7 @@ class Run:
     optimizer: torch.optim.Optimizer
     kept: Preservation | None = None
     step: int = 0
+    loss_scale: float = 1.0
 
     @property
     def record(self) -> dict[str, Any]:
@@ -88,6 +100,9 @@ def train(
 ) -> Adapter:
     """Train one adapter; write it to `recipe.output` if that is set.
 
+    Under `accelerate launch` every process calls it and returns the adapter; the main process alone writes files and
+    reports progress.
+
     Args:
         recipe: what to do.
         pipe: a loaded base model; it comes back as it was (its denoiser frozen). Without it `recipe.model` is loaded,
@@ -100,47 +115,60 @@ def train(
 
     Raises:
         ModelError, DataError, BasisError, TunerError: the model, the pictures or the basis cannot be used.
-        RecipeError: nothing to resume, or the checkpoint is of another run.
+        RecipeError: nothing to resume, the checkpoint is of another run, a package is missing, or the processes are
+            too many or too few.
         TrainingError: the loss or the gradient is no longer finite; says at which step.
         TrainingInterrupted: Ctrl-C; a checkpoint was written if there is an output.
     """
     started = time.perf_counter()
-    denoiser, scheduler, family, examples, data, kept = _prepare(recipe, pipe, family, preparing)
-    del pipe
-    with _adapter_on(denoiser, family, recipe) as parameters:
-        optimizer = torch.optim.AdamW(
-            parameters.values(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay, fused=True
-        )
-        run = Run(recipe, family, denoiser, scheduler, data, parameters, optimizer, kept)
+    accelerator = processes_here()
+    check_divisible(recipe, accelerator.num_processes, accelerator.distributed_type.value, given=pipe is not None)
+    report, progress = (preparing, progress) if accelerator.is_main_process else (None, None)
+    pipe, family, examples, data = _prepare(recipe, pipe, family, accelerator, report)
+    denoiser, scheduler = family.denoiser_of(pipe), family.training_scheduler(pipe)
+    if not recipe.preserve:
+        pipe = None  # with it go the encoders
+    if not (recipe.quantize or recipe.fsdp):
+        denoiser.to(data.device)  # where bases are computed faster
+    with _adapter_on(denoiser, family, recipe, accelerator) as parameters:
+        settle(denoiser, recipe, data.device, parameters.values())
+        kept = _base_predictions(recipe, pipe, family, data.device) if recipe.preserve else None
+        pipe = None
+        optimizer = optimizer_for(recipe, list(parameters.values()))
+        run = Run(accelerator, recipe, family, denoiser, scheduler, data, parameters, optimizer, kept)
+        if next(denoiser.parameters()).dtype == torch.float16:
+            run.loss_scale = LOSS_SCALE
         if resume:
-            run.step = checkpoint.load(recipe, run.record, parameters, optimizer)
+            run.step, run.loss_scale = checkpoint.load(recipe, run.record, parameters, optimizer)
         loss = _run_steps(run, progress)
         adapter = _extract(run, _provenance(examples, loss, time.perf_counter() - started))
-    if recipe.output:
+    if recipe.output and accelerator.is_main_process:
         save_adapter(adapter, recipe.output, spelling="compact" if adapter.metadata.on_basis else "lora")
+    accelerator.wait_for_everyone()
     return adapter
 
 
 def _extract(run: Run, provenance: dict[str, Any]) -> Adapter:
     """What was trained, with all that is known about it."""
-    return adapter_from_model(
-        run.denoiser,
-        ADAPTER_NAME,
-        family=run.family.name,
-        denoiser=run.family.denoiser,
-        base_model=run.recipe.model,
-        role=run.recipe.role,
-        trigger=run.recipe.trigger,
-        licence=run.recipe.licence,
-        recipe=run.recipe.record(),
-        provenance=provenance,
-    )
+    with evaluated(run.optimizer):
+        return adapter_from_model(
+            run.denoiser,
+            ADAPTER_NAME,
+            family=run.family.name,
+            denoiser=run.family.denoiser,
+            base_model=run.recipe.model,
+            role=run.recipe.role,
+            trigger=run.recipe.trigger,
+            licence=run.recipe.licence,
+            recipe=run.recipe.record(),
+            provenance=provenance,
+        )
 
 
 def _prepare(
-    recipe: Recipe, pipe: Any, family: ModelFamily | None, preparing: Report | None
-) -> tuple[nn.Module, Any, ModelFamily, list[Example], EncodedDataset, Preservation | None]:
-    """All that training needs of the pipeline, which is let go: only denoiser and scheduler survive this function."""
+    recipe: Recipe, pipe: Any, family: ModelFamily | None, accelerator: Accelerator, preparing: Report | None
+) -> tuple[Any, ModelFamily, list[Example], EncodedDataset]:
+    """The pipeline, its denoiser still where it was loaded to, and what its encoders make of the pictures."""
     if recipe.output and not recipe.output.parent.is_dir():
         raise RecipeError(
             f"nowhere to write {recipe.output}",
@@ -149,14 +177,25 @@ def _prepare(
             remedy="create it",
         )
     find_pictures(recipe.images)  # a misspelt path should not cost the loading of a model
+    device, alone = (accelerator.device, True) if pipe is None else (pipe.device, False)
     if pipe is None:
-        pipe, family = load_pipeline(recipe.model, dtype=getattr(torch, recipe.dtype))
+        pipe, family = load_pipeline(recipe.model, dtype=getattr(torch, recipe.dtype), device="cpu")
+        check_fits(pipe, family, recipe, device, accelerator.num_processes)
     family = family or family_of(pipe)
     family_options(recipe, family)
     examples = _load_examples(recipe, pipe, family, preparing)
-    data = encode(examples, pipe, family, mask_min_value=recipe.mask_min_value, report=preparing)
-    kept = record(pipe, family, recipe.preserve, recipe.seed, recipe.batch_size) if recipe.preserve else None
-    return family.denoiser_of(pipe), family.training_scheduler(pipe), family, examples, data, kept
+    with contextlib.ExitStack() as stack:
+        if alone:
+            stack.enter_context(encoders_alone(pipe, family, "cpu" if recipe.offload else device))
+        stack.enter_context(accelerator.local_main_process_first())  # the others find it in the cache
+        data = encode(examples, pipe, family, mask_min_value=recipe.mask_min_value, report=preparing)
+    return pipe, family, examples, replace(data, device=device)
+
+
+def _base_predictions(recipe: Recipe, pipe: Any, family: ModelFamily, device: torch.device) -> Preservation:
+    """What the denoiser as it stands, its adapter still zero, should go on to predict."""
+    pipe.to(device)
+    return record(pipe, family, recipe.preserve, recipe.seed, recipe.batch_size)
 
 
 def _load_examples(recipe: Recipe, pipe: Any, family: ModelFamily, report: Report | None) -> list[Example]:
@@ -215,12 +254,18 @@ def family_options(recipe: Recipe, family: ModelFamily) -> tuple[dict[str, float
 
 
 @contextlib.contextmanager
-def _adapter_on(denoiser: Any, family: ModelFamily, recipe: Recipe) -> Iterator[dict[str, nn.Parameter]]:
+def _adapter_on(
+    denoiser: Any, family: ModelFamily, recipe: Recipe, accelerator: Accelerator
+) -> Iterator[dict[str, nn.Parameter]]:
     """A fresh adapter on the frozen denoiser, for the duration; yields what trains, in float32, by name."""
     denoiser.requires_grad_(False)
     config = peft_config(recipe, family)
+    checkpointing = denoiser.is_gradient_checkpointing
+    if recipe.gradient_checkpointing:
+        denoiser.enable_gradient_checkpointing()
     try:
-        with torch.random.fork_rng(devices=[]):
+        # The first process computes the bases, the others find them in the cache.
+        with accelerator.local_main_process_first(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(recipe.seed)
             try:
                 denoiser.add_adapter(config, adapter_name=ADAPTER_NAME)
@@ -237,6 +282,8 @@ def _adapter_on(denoiser: Any, family: ModelFamily, recipe: Recipe) -> Iterator[
         yield parameters
     finally:
         remove_adapters(denoiser, [ADAPTER_NAME])
+        if not checkpointing:
+            denoiser.disable_gradient_checkpointing()
 
 
 def _run_steps(run: Run, progress: Callable[[Progress], None] | None) -> float:
@@ -251,37 +298,60 @@ def _run_steps(run: Run, progress: Callable[[Progress], None] | None) -> float:
                 progress(Progress(run.step, recipe.steps, loss, each * (recipe.steps - run.step)))
             if recipe.checkpoint_every and (run.step % recipe.checkpoint_every == 0 or run.step == recipe.steps):
                 _save_checkpoint(run)
-            if interrupted():
+            if anywhere(run.accelerator, interrupted()):
                 raise TrainingInterrupted(run.step, _save_checkpoint(run))
     return loss
 
 
 def _step(run: Run) -> float:
     """One optimiser step; returns its mean loss. The parameters are untouched if it raises."""
-    recipe = run.recipe
     for group in run.optimizer.param_groups:
-        group["lr"] = recipe.learning_rate * pace(recipe, run.step)
-    options, total = family_options(recipe, run.family)[0], 0.0
-    generator = torch.Generator().manual_seed(_mix(-1 - recipe.seed, run.step))
-    for latents, noise, timesteps, conditions, mask in draw(run):
-        loss = run.family.loss(run.denoiser, run.scheduler, latents, noise, timesteps, conditions, mask, **options)
-        if run.kept:
-            loss = loss + recipe.preserve_weight * run.kept.loss(run.denoiser, generator)
-        loss = loss / recipe.accumulation
-        loss.backward()
-        total += loss.item()
-    norm = nn.utils.clip_grad_norm_(run.parameters.values(), recipe.max_grad_norm)
-    if not (math.isfinite(norm.item()) and math.isfinite(total)):
+        group["lr"] = run.recipe.learning_rate * pace(run.recipe, run.step)
+    while True:
+        total, norm = _gradients(run)
+        if math.isfinite(norm) and math.isfinite(total):
+            break
         run.optimizer.zero_grad()
-        raise TrainingError(
-            f"training broke down at step {run.step + 1}",
-            expected="a finite loss and gradient",
-            got=f"loss {total}, gradient norm {norm.item()}",
-            remedy="lower learning_rate, or train in float32" + _kept(run),
-        )
+        if run.loss_scale == 1 or not math.isfinite(total):
+            raise TrainingError(
+                f"training broke down at step {run.step + 1}",
+                expected="a finite loss and gradient",
+                got=f"loss {total}, gradient norm {norm}",
+                remedy="lower learning_rate, or train in float32" + _kept(run),
+            )
+        run.loss_scale /= 2  # float16 overflowed on the way back: the same step again
     run.optimizer.step()
     run.optimizer.zero_grad()
     return total
+
+
+def _gradients(run: Run) -> tuple[float, float]:
+    """Put the step's gradients, of all processes together, in place; returns its mean loss and their norm unclipped."""
+    recipe, accelerator = run.recipe, run.accelerator
+    options, total = family_options(recipe, run.family)[0], 0.0
+    generator = torch.Generator().manual_seed(_mix(-1 - recipe.seed, run.step))
+    for micro, (latents, noise, timesteps, conditions, mask) in enumerate(draw(run)):
+        call = run.kept.draw(generator) if run.kept else None
+        rows = share(recipe, micro, accelerator.process_index, accelerator.num_processes)
+        if rows.start == rows.stop:
+            continue
+        taken = [latents[rows], noise[rows], timesteps[rows], {key: value[rows] for key, value in conditions.items()}]
+        taken.append(None if mask is None else mask[rows])
+        loss = run.family.loss(run.denoiser, run.scheduler, *taken, **options)
+        if call:
+            loss = loss + recipe.preserve_weight * call.loss(run.denoiser)
+        loss = loss / recipe.accumulation * ((rows.stop - rows.start) / recipe.batch_size)
+        (loss * run.loss_scale).backward()
+        total += loss.item()
+    reached: list[Any] = [parameter for parameter in run.parameters.values() if parameter.grad is not None]
+    if accelerator.num_processes > 1:
+        total = summed(accelerator, torch.tensor(total, device=accelerator.device)).item()
+        for parameter in reached:
+            parameter.grad = summed(accelerator, parameter.grad)
+    if run.loss_scale != 1:
+        for parameter in reached:
+            parameter.grad /= run.loss_scale
+    return total, nn.utils.clip_grad_norm_(reached, recipe.max_grad_norm).item()
 
 
 def pace(recipe: Recipe, step: int) -> float:
@@ -354,9 +424,13 @@ def _mix(seed: int, counter: int) -> int:
 
 
 def _save_checkpoint(run: Run) -> object:
+    """Written by the main process alone, and there when any process goes on."""
     if run.recipe.output is None:
         return None
-    return checkpoint.save(run.recipe, run.record, run.step, run.parameters, run.optimizer)
+    if run.accelerator.is_main_process:
+        checkpoint.save(run.recipe, run.record, run.step, run.parameters, run.optimizer, run.loss_scale)
+    run.accelerator.wait_for_everyone()
+    return checkpoint.path_of(run.recipe, run.step)
 
 
 def _kept(run: Run) -> str:

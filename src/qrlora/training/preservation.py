@@ -28,6 +28,11 @@ class Call:
     keywords: dict[str, Any]
     prediction: Tensor
 
+    def loss(self, denoiser: nn.Module) -> Float[Tensor, ""]:
+        """Mean squared difference from that prediction."""
+        prediction = denoiser(*self.arguments, **self.keywords)[0]
+        return (prediction.float() - self.prediction.float()).pow(2).mean()
+
 
 @dataclass(frozen=True)
 class Preservation:
@@ -35,18 +40,16 @@ class Preservation:
 
     calls: Sequence[Call]
 
-    def loss(self, denoiser: nn.Module, generator: Generator) -> Float[Tensor, ""]:
-        """Mean squared difference from the base model's prediction, at one of the calls."""
-        call = self.calls[int(torch.randint(len(self.calls), (1,), generator=generator))]
-        prediction = denoiser(*call.arguments, **call.keywords)[0]
-        return (prediction.float() - call.prediction.float()).pow(2).mean()
+    def draw(self, generator: Generator) -> Call:
+        """One of the calls."""
+        return self.calls[int(torch.randint(len(self.calls), (1,), generator=generator))]
 
 
 def record(pipe: Any, family: ModelFamily, prompts: Sequence[str], seed: int, batch_size: int) -> Preservation:
     """Make one picture of each prompt with the base model, and keep every call of its denoiser.
 
     Args:
-        pipe: a pipeline of `family` without adapters.
+        pipe: a pipeline of `family`, without adapters or with one that does nothing yet.
         prompts: what the adapter should not change: things near what it learns, in other words.
         seed: of the first picture; the others count on from it.
         batch_size: rows of a call; guidance makes two of each prompt.

@@ -34,7 +34,12 @@ TRIGGERS = {"subject": "<c>", "style": "<s>"}
 DEFAULT_RANK = 16
 
 # What may change between a run and its resumption without making it another run.
-RESUMABLE = frozenset({"steps", "checkpoint_every", "checkpoints_kept", "output", "images", "licence"})
+RESUMABLE = frozenset(
+    {
+        *("steps", "checkpoint_every", "checkpoints_kept", "output", "images", "licence"),
+        *("gradient_checkpointing", "offload", "fsdp"),
+    }
+)
 
 
 def default_caption(role: str, noun: str) -> str:
@@ -98,12 +103,19 @@ class Recipe(BaseModel):
     )
     preserve_weight: float = Field(1.0, gt=0, description="weight of that in the loss")
     steps: int = Field(200, ge=1, description="optimiser steps")
-    batch_size: int = Field(8, ge=1, description="examples per forward pass")
+    batch_size: int = Field(8, ge=1, description="examples per forward pass, of all processes together")
     accumulation: int = Field(1, ge=1, description="forward passes per optimiser step")
-    learning_rate: float = Field(1e-3, gt=0, description="AdamW learning rate, constant between the two below")
+    optimizer: Literal["adamw", "adamw8bit", "prodigy", "schedulefree"] = Field(
+        "adamw", description="adamw, or with a package of its own adamw8bit, prodigy or schedulefree"
+    )
+    learning_rate: float = Field(
+        1e-3,
+        gt=0,
+        description="learning rate, constant between the two below; prodigy: a factor of its own estimate, default 1",
+    )
     warmup_steps: int = Field(0, ge=0, description="first steps, over which the learning rate rises to its value")
     cooldown_steps: int = Field(0, ge=0, description="last steps, over which the learning rate falls to zero")
-    weight_decay: float = Field(1e-4, ge=0, description="AdamW weight decay of ΔR")
+    weight_decay: float = Field(1e-4, ge=0, description="weight decay of ΔR")
     logit_mean: float | None = Field(
         None,
         description="noise levels in training: mean of their logit, higher is noisier (flow matching; default 0)",
@@ -120,6 +132,17 @@ class Recipe(BaseModel):
     dtype: Literal["float32", "bfloat16", "float16"] = Field(
         "float32", description="precision of the frozen base; ΔR trains in float32"
     )
+    quantize: Literal["", "int8", "nf4"] = Field(
+        "",
+        description="store the frozen base in 8 bits (int8) or 4 (nf4); its basis is that of the unquantised weights",
+    )
+    gradient_checkpointing: bool = Field(
+        False, description="compute activations a second time instead of keeping them: less memory, more time"
+    )
+    offload: bool = Field(
+        False, description="let text encoders and autoencoder work on the CPU; only the denoiser leaves it"
+    )
+    fsdp: bool = Field(False, description="divide the frozen base among the processes (FSDP2)")
     checkpoint_every: int = Field(0, ge=0, description="steps between checkpoints (0: only when interrupted)")
     checkpoints_kept: int = Field(1, ge=1, description="how many checkpoints stay on disk, the newest")
     output: Path | None = Field(None, description="adapter file to write; checkpoints go to a folder beside it")
@@ -138,6 +161,8 @@ class Recipe(BaseModel):
             "alpha": data.get("rank", DEFAULT_RANK),
             "columns": role,
         }
+        if data.get("optimizer") == "prodigy":
+            defaults["learning_rate"] = 1.0
         return defaults | {key: value for key, value in data.items() if value is not None}
 
     @field_validator("images", mode="before")
@@ -190,6 +215,12 @@ class Recipe(BaseModel):
             raise ValueError(
                 f"num_repeats has {len(self.num_repeats)} numbers for {len(self.images)} entries of images"
             )
+        if self.optimizer == "schedulefree" and self.cooldown_steps:
+            raise ValueError("cooldown_steps has no meaning with optimizer = 'schedulefree', which averages instead")
+        if self.quantize and self.fsdp:
+            raise ValueError("quantize and fsdp have not been made to work together: choose one")
+        if self.offload and self.preserve:
+            raise ValueError("offload keeps the encoders off the device, and preserve makes pictures there: choose one")
         return self
 
     @classmethod

@@ -1,0 +1,124 @@
+"""Where the parts of a base model lie in training, and in what form.
+
+The encoders are on the device first, alone, and leave; then comes the denoiser: whole, quantised, or divided among the
+processes. The adapter is attached before that, so its basis is that of the weights as they were read.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Collection, Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+from qrlora.families import ModelFamily, refuse_if_larger
+from qrlora.training.optimizers import needed
+from qrlora.training.recipe import Recipe
+
+BYTES = {"int8": 1.0, "nf4": 0.5}
+"""Least bytes of a weight in each form that `quantize` names."""
+
+
+def check_fits(pipe: Any, family: ModelFamily, recipe: Recipe, device: torch.device, processes: int) -> None:
+    """Raise ModelError if the weights alone are more than the device has free: of the encoders, then of the denoiser.
+
+    On the CPU, where the pipeline has been loaded, there is nothing left to ask.
+    """
+    if device.type == "cpu":
+        return
+    denoiser = family.denoiser_of(pipe)
+    modules = [part for part in pipe.components.values() if isinstance(part, nn.Module) and part is not denoiser]
+    encoders = 0 if recipe.offload else sum(map(_bytes, modules))
+    weights = sum(p.numel() for p in denoiser.parameters()) * BYTES[recipe.quantize] if recipe.quantize else None
+    own = (_bytes(denoiser) if weights is None else weights) / (processes if recipe.fsdp else 1)
+    together = [encoders + own] if recipe.preserve else [encoders, own]
+    refuse_if_larger(int(max(together)), device, recipe.model)
+
+
+def _bytes(module: nn.Module) -> int:
+    return sum(parameter.nbytes for parameter in module.parameters())
+
+
+@contextlib.contextmanager
+def encoders_alone(pipe: Any, family: ModelFamily, device: torch.device | str) -> Iterator[None]:
+    """Text encoders and autoencoder on the device; the denoiser where it is and, for the duration, out of the pipeline.
+
+    A pipeline takes its device from whichever of its modules it meets first. Encoding asks the denoiser for facts only.
+    """
+    denoiser: Any = family.denoiser_of(pipe)
+    components = vars(pipe)  # setattr would enter the stand-in into the pipeline's configuration
+    components[family.denoiser] = SimpleNamespace(config=denoiser.config, dtype=denoiser.dtype)
+    try:
+        pipe.to(device)
+        yield
+    finally:
+        components[family.denoiser] = denoiser
+
+
+def settle(denoiser: nn.Module, recipe: Recipe, device: torch.device, trained: Collection[nn.Parameter]) -> None:
+    """Bring the denoiser, with its adapter on, to the device in the form that the recipe asks for."""
+    if recipe.quantize:
+        quantise(denoiser, recipe.quantize, device)
+    if recipe.fsdp:
+        shard(denoiser, device, set(trained))
+    denoiser.to(device)
+
+
+def quantise(denoiser: nn.Module, form: str, device: torch.device) -> None:
+    """Store the frozen Linear weights of the denoiser's blocks in 8 or 4 bits, one by one on their way to the device.
+
+    What is outside the blocks (embedders, the last projection) is little, and matters much: it keeps its precision.
+
+    Args:
+        form: `int8`, a scale for each output (torchao), or `nf4`, a scale for each 64 weights, the scales in 8 bits
+            themselves (bitsandbytes; Dettmers et al. 2023, arXiv 2305.14314).
+
+    Raises:
+        RecipeError: the package of that form is not installed.
+    """
+    package = needed(f"quantize = {form!r}", {"int8": "torchao", "nf4": "bitsandbytes"}[form])
+    for block in _blocks(denoiser):
+        if form == "int8":
+            scheme = package.quantization.Int8WeightOnlyConfig()
+            package.quantization.quantize_(block, scheme, lambda module, _: _frozen_linear(module), device)
+            continue
+        for parent in list(block.modules()):
+            for name, child in parent.named_children():
+                if _frozen_linear(child):
+                    setattr(parent, name, _nf4(package, child, device))
+
+
+def _nf4(bitsandbytes: Any, linear: Any, device: torch.device) -> nn.Module:
+    weight = linear.weight
+    layer = bitsandbytes.nn.Linear4bit(
+        linear.in_features, linear.out_features, bias=False, compute_dtype=weight.dtype, quant_type="nf4", device="meta"
+    )
+    layer.weight = bitsandbytes.nn.Params4bit(weight.data, requires_grad=False, quant_type="nf4")
+    layer.bias = linear.bias
+    return layer.to(device)  # on arrival it is quantised
+
+
+def _frozen_linear(module: nn.Module) -> bool:
+    """A Linear of the base model: ΔR is a class of its own, and a plain LoRA's factors train."""
+    return type(module) is nn.Linear and type(module.weight) is nn.Parameter and not module.weight.requires_grad
+
+
+def shard(denoiser: nn.Module, device: torch.device, trained: set[nn.Parameter]) -> None:
+    """Divide the frozen weights among the processes, block by block (FSDP2); each is whole only while its block runs.
+
+    What trains is left out and stays whole everywhere: it is small, and its gradients are summed in the loop.
+    """
+    mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
+    for block in [*reversed(_blocks(denoiser)), denoiser]:  # a block inside another comes first
+        fully_shard(block, mesh=mesh, ignored_params=trained)
+
+
+def _blocks(denoiser: Any) -> list[nn.Module]:
+    """The modules that diffusers declares as units of this model, outer before inner."""
+    names = set(denoiser._no_split_modules)
+    return [module for module in denoiser.modules() if type(module).__name__ in names]
