@@ -1,7 +1,8 @@
 """Score pico by its own judge: ``python -m qrlora.pico.evaluate [--pictures 1000] [--out scores.json]``.
 
 Half of the pictures show seen pairs of subject and style, half show pairs that pretraining held back. What the judge
-calls right is said in ``judge``.
+calls right is said in ``judge``. Beside them stands what could be reached at all: true renders of the held-back pairs,
+as they are and after the autoencoder.
 """
 
 from __future__ import annotations
@@ -35,9 +36,25 @@ def score(scenes: list[world.Scene], steps: int, guidance: float) -> dict[str, f
     jobs = [(world.caption(scene), scene.seed) for scene in scenes]
     options: dict[str, Any] = {"steps": steps, "guidance": guidance, "batch_size": 20, "progress": _tell}
     pictures = generate_jobs(pipe, family, jobs, **options)
+    return _shares(Judge.load(), np.stack([np.asarray(picture) for picture in pictures]), scenes)
+
+
+@torch.no_grad()
+def bounds(scenes: list[world.Scene]) -> dict[str, dict[str, float]]:
+    """The judge's shares for the true renders of scenes, as they are and encoded and decoded."""
+    vae, judge = load_pipeline(path())[0].vae, Judge.load()
+    true = np.stack([world.render(scene)[0] for scene in scenes])
+    parts = (torch.from_numpy(true).permute(0, 3, 1, 2).float() / 127.5 - 1).split(50)
+    decoded = torch.cat([vae.decode(vae.encode(part.to(vae.device)).latent).sample.cpu() for part in parts])
+    through = ((decoded.clamp(-1, 1) + 1) * 127.5 + 0.5).byte().permute(0, 2, 3, 1).numpy()
+    found = {"true renders": true, "true renders through the autoencoder": through}
+    return {name: _shares(judge, pictures, scenes) for name, pictures in found.items()}
+
+
+def _shares(judge: Judge, pictures: np.ndarray, scenes: list[world.Scene]) -> dict[str, float]:
     subjects, styles, colours = zip(*((s.subject, s.style, s.colour) for s in scenes), strict=True)
-    verdict = Judge.load().verdict(np.stack([np.asarray(p) for p in pictures]), subjects, styles, colours)
-    return {"n": len(scenes), **{k: round(v, 4) for k, v in verdict.rates().items()}}
+    rates = judge.verdict(pictures, subjects, styles, colours).rates()
+    return {"n": len(scenes), **{part: round(share, 4) for part, share in rates.items()}}
 
 
 def _tell(done: int, of: int) -> None:
@@ -56,6 +73,7 @@ def main() -> None:
     started, half = time.time(), args.pictures // 2
     groups = {"seen pairs": world.SEEN_PAIRS, "held-back pairs": world.HELD_BACK_PAIRS}
     scores = {k: score(requests(p, half, args.seed), args.steps, args.guidance) for k, p in groups.items()}
+    scores |= bounds(requests(world.HELD_BACK_PAIRS, half, args.seed))
     options = {k: v for k, v in vars(args).items() if k != "out"}
     facts = {"scores": scores, **options, "seconds": round(time.time() - started), "torch": torch.__version__}
     text = json.dumps(facts, indent=2)
