@@ -33,7 +33,7 @@ from qrlora.files import write_atomically
 from qrlora.pico import world
 
 PAIRS = (("mug", "neon"), ("sneaker", "watercolour"), ("guitar", "embroidery"), ("camera", "blueprint"))
-LEARNING_RATES = (3e-4, 1e-3, 3e-3)
+LEARNING_RATES = (1e-3, 3e-3)
 BUDGET = ("steps", "rank", "pictures")
 Record = dict[str, Any]
 
