@@ -2,9 +2,9 @@
 
 Every adapter of one base model trains on the same basis (arXiv 2507.04599, section 3.2), so the pair has to be a
 function of the weight alone. It is: with ``diag(R) > 0`` the QR factorisation of the rank-r core is unique, whatever
-signs and rotations the singular value decomposition chose. ``exact`` takes the core from the full decomposition;
-``fast`` iterates from a seeded start until the core has at least 0.999 of the best possible energy, and is a function of
-weight and seed: what it leaves undone it leaves undone alike everywhere, so that Q differs between machines by rounding.
+signs and rotations the singular value decomposition chose. ``exact`` takes the core from the full decomposition.
+``fast`` iterates from a seeded start until the core has at least 0.999 of the best possible energy, so its Q is a
+function of weight and seed: what one machine leaves undone every machine leaves undone, and they differ by rounding.
 """
 
 from __future__ import annotations
@@ -36,6 +36,8 @@ _LEAST_BLOCKS = 8  # of the smaller side of a weight: below, its full decomposit
 _GAIN = 2e-3  # stop when the leading squared singular values could grow by this share of themselves, on average
 _LEFT_OVER = 1e-4  # what may be left of one space in another and still be orthonormal to the square of it
 _CACHED = 1e-4  # what a sound cached Q may be off orthonormal by, and QᵀW off triangular, with room
+_ORTHONORMAL = 1e-5  # what a computed Q may be off orthonormal by
+_WITHIN_REACH = 1e-3  # what share of its energy a power iteration may still add to a computed Q
 
 
 @dataclass(frozen=True)
@@ -83,9 +85,7 @@ def weight_digest(weight: Tensor) -> str:
     return digest.hexdigest()
 
 
-def fingerprint(
-    digests: Mapping[str, str], rank: int, algorithm: str, seed: int, version: int | None = None
-) -> str:
+def fingerprint(digests: Mapping[str, str], rank: int, algorithm: str, seed: int, version: int | None = None) -> str:
     """Identity of the basis of a base model, from the digests of its weights (layer name -> digest).
 
     version: of the algorithm; this package's unless given.
@@ -189,9 +189,50 @@ def cached_layer_basis(
 def cache_path(
     digest: str, rank: int, *, algorithm: str = "fast", seed: int = 0, cache_dir: Path | None = None
 ) -> Path:
-    """Where :func:`cached_layer_basis` keeps the Q of a weight: a .safetensors file that is there if it was computed."""
+    """Where :func:`cached_layer_basis` keeps the Q of a weight: a safetensors file, there once it was computed."""
     identity = fingerprint({"": digest}, rank, algorithm, seed)
     return (default_cache_dir() if cache_dir is None else Path(cache_dir)) / f"{identity}.safetensors"
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What :func:`verify` found of one layer.
+
+    Attributes:
+        energy: share of ||W||_F² that Q R holds.
+        off_orthonormal: largest entry of |QᵀQ - 1|.
+        within_reach: by what share of itself one more power iteration would raise the energy.
+    """
+
+    energy: float
+    off_orthonormal: float
+    within_reach: float
+
+
+def verify(weight: Tensor, basis: LayerBasis, name: str = "") -> Verification:
+    """Check a basis against its weight without decomposing it: two products tell whether Q is where the energy is.
+
+    Raises:
+        BasisError: columns that are not orthonormal to 1e-5, or that a power iteration improves by more than 1e-3.
+    """
+    matrix, scale = _checked_matrix(weight, basis.q.shape[1], "fast", name)
+    with _full_precision(matrix.device.type):
+        better = _orthonormalise((basis.r * scale) @ matrix.T)
+        rows = [torch.linalg.vector_norm(part, dim=1).double() for part in (better @ matrix, basis.r * scale)]
+        reached, held = (float(norms.square().sum()) for norms in rows)
+        found = Verification(basis.energy, _off_orthonormal(basis.q), max(reached / held - 1, 0.0))
+    if not (found.off_orthonormal <= _ORTHONORMAL and found.within_reach <= _WITHIN_REACH):
+        raise BasisError(
+            f"layer {name!r}: its basis is unsound",
+            expected=f"columns orthonormal to {_ORTHONORMAL}, energy within {_WITHIN_REACH} of the next iteration's",
+            got=found,
+            remedy="delete the cached basis; if it comes back, report it as a fault of qrlora",
+        )
+    return found
+
+
+def _off_orthonormal(q: Float[Tensor, "out rank"]) -> float:
+    return float((q.T @ q - torch.eye(q.shape[1], device=q.device)).abs().max())
 
 
 @contextlib.contextmanager
@@ -404,7 +445,7 @@ def _read_columns(path: Path, matrix: Float[Tensor, "out in"], rank: int) -> Flo
     if q is None or tuple(q.shape) != shape or q.dtype != torch.float32:
         got = {key: (str(value.dtype), tuple(value.shape)) for key, value in tensors.items()}
         raise BasisError("a cached basis is not what its name says", expected=f"q {shape}", got=got, remedy=remedy)
-    off = float((q.T @ q - torch.eye(shape[1])).abs().max())
+    off = _off_orthonormal(q)
     if not off <= _CACHED:  # NaN is not
         raise BasisError(
             "a cached basis is damaged", expected="orthonormal columns", got=f"off by {off:.3g}", remedy=remedy
@@ -413,7 +454,10 @@ def _read_columns(path: Path, matrix: Float[Tensor, "out in"], rank: int) -> Flo
     share = float(below / torch.linalg.vector_norm(matrix).cpu())
     if not share <= _CACHED:
         raise BasisError(
-            "a cached basis is of another weight", expected="QᵀW = R, a triangle", got=f"off by {share:.3g}", remedy=remedy
+            "a cached basis is of another weight",
+            expected="QᵀW = R, a triangle",
+            got=f"off by {share:.3g}",
+            remedy=remedy,
         )
     return q
 

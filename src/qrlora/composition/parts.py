@@ -30,8 +30,8 @@ def check_weights(parts: Sequence[tuple[Adapter, float]]) -> None:
 def basis_difference(first: Adapter, second: Adapter) -> tuple[dict[str, Any], dict[str, Any]]:
     """What two adapters say of their bases if these differ, else ({}, {}).
 
-    One basis: equal family, rank, algorithm (and its version) and seed, and equal base weights in the layers both adapt. So adapters of
-    different layers of one model may still share it, though their fingerprints differ.
+    One basis: equal family, rank, algorithm, version of it, and seed, and equal base weights in the layers both adapt.
+    So adapters of different layers of one model may still share it, though their fingerprints differ.
     """
     one, two = first.metadata, second.metadata
     names = ("family", "basis_rank", "algorithm", "basis_seed")

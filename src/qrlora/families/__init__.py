@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import pkgutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,8 @@ __all__ = [
     "ModelFamily",
     "default_device",
     "family_of",
+    "find_model",
+    "from_hub",
     "load_pipeline",
     "remove_adapters",
 ]
@@ -91,10 +93,7 @@ def load_pipeline(
             any weight is loaded.
     """
     model = str(model)
-    embedded: Any = pkgutil.resolve_name(EMBEDDED[model]) if model in EMBEDDED else None
-    source = str(embedded.path()) if embedded else model
-    index = _read_index(Path(source, INDEX) if Path(source).is_dir() else _download_index(source), model)
-    family = replace(family_of(index["_class_name"]), **(embedded.SETTINGS if embedded else {}))
+    source, index, family = find_model(model)
     # What a pipeline was saved without (SD3's T5) has to be declined by name, or from_pretrained asks for it.
     absent = {name: None for name, value in index.items() if value == [None, None]}
     with _quiet_progress():
@@ -109,6 +108,19 @@ def load_pipeline(
             ) from error
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(device or default_device()), family
+
+
+def find_model(model: str) -> tuple[str, dict[str, Any], ModelFamily]:
+    """Where a base model is (a folder or a hub id), its index, and its family; nothing heavy is loaded.
+
+    Raises:
+        ModelError: as `load_pipeline`.
+    """
+    embedded: Any = pkgutil.resolve_name(EMBEDDED[model]) if model in EMBEDDED else None
+    source = str(embedded.path()) if embedded else model
+    local = Path(source).is_dir()
+    index = _read_index(Path(source, INDEX) if local else Path(from_hub(source, hf_hub_download, INDEX)), model)
+    return source, index, replace(family_of(index["_class_name"]), **(embedded.SETTINGS if embedded else {}))
 
 
 def _read_index(path: Path, model: str) -> dict[str, Any]:
@@ -126,8 +138,8 @@ def _read_index(path: Path, model: str) -> dict[str, Any]:
         ) from error
 
 
-def _download_index(model: str) -> Path:
-    """The index of a hub model, from the local cache or the hub."""
+def from_hub(model: str, download: Callable[..., str], *arguments: Any, **options: Any) -> str:
+    """The path that a function of huggingface_hub downloads of a model to, or had downloaded; ModelError if neither."""
     remedies: dict[type[Exception], str] = {
         hub_errors.GatedRepoError: f"accept its licence at https://huggingface.co/{model} and run `hf auth login`",
         hub_errors.RepositoryNotFoundError: "check the spelling; if it is private, run `hf auth login` first",
@@ -138,7 +150,7 @@ def _download_index(model: str) -> Path:
     }
     remedy = "check the connection to the hub, or give the path of a local copy"
     try:
-        return Path(hf_hub_download(model, INDEX))
+        return download(model, *arguments, **options)
     except (OSError, ValueError, hub_errors.EntryNotFoundError) as error:
         remedy = next((text for kind, text in remedies.items() if isinstance(error, kind)), remedy)
         raise ModelError(
