@@ -103,7 +103,7 @@ SPECTRA = {
 }
 
 
-def sloping(spectrum: str, shape: tuple[int, int] = (512, 512), seed: int = 0) -> Tensor:
+def sloping(spectrum: str, shape: tuple[int, int] = (384, 384), seed: int = 0) -> Tensor:
     """A weight whose singular values, or for white noise whose columns, follow a slope of `SPECTRA`."""
     slope = SPECTRA[spectrum](torch.arange(1, min(shape) + 1).float())
     return gaussian(*shape, seed=seed) if spectrum == "white noise" else with_spectrum(*shape, slope)
@@ -128,7 +128,7 @@ def test_fast_agrees_with_exact_where_the_spectrum_decays(shape, spectrum):
 
 @pytest.mark.parametrize("spectrum", SPECTRA)
 def test_fast_keeps_the_energy_whatever_the_spectrum(spectrum):
-    for seed, rank in enumerate((1, 16, 48)):
+    for seed, rank in enumerate((1, 16, 32)):
         weight = sloping(spectrum, seed=seed)
         found = layer_basis(weight, rank, seed=seed)
         assert found.energy >= 0.9995 * best_energy(weight, rank)
@@ -202,7 +202,7 @@ def test_another_order_of_summation_moves_q_by_rounding_only(spectrum):
 
     Not where singular values beyond the rank equal those within: nothing then says which vectors are the leading ones.
     """
-    weight, order = sloping(spectrum), torch.randperm(512, generator=torch.Generator().manual_seed(1))
+    weight, order = sloping(spectrum), torch.randperm(384, generator=torch.Generator().manual_seed(1))
     found, moved = layer_basis(weight, 16), layer_basis(weight[order], 16)
     assert float(sines(moved.q, found.q[order]).max()) < 1e-3
     torch.testing.assert_close(moved.q, found.q[order], atol=1e-4 if spectrum.startswith("i^") else 3e-3, rtol=0)
