@@ -24,9 +24,11 @@ from peft import LoraConfig, get_peft_model
 from denoisers import ATTENTION, build, predict
 from qrlora.adapter import Adapter, adapter_from_model, attach, load_adapter, save_adapter
 from qrlora.adapter.file import pack, unpack
+from qrlora.adapter.model import base_weights
 from qrlora.adapter.record import triangular_mask
-from qrlora.basis import Basis
-from qrlora.composition import Composition
+from qrlora.basis import VERSIONS, Basis, fingerprint
+from qrlora.cli.inspect import describe
+from qrlora.composition import Composition, similarity
 from qrlora.errors import AdapterFileError, MismatchError, TunerError
 from qrlora.files import write_atomically
 from qrlora.tuner import QRLoraConfig
@@ -448,6 +450,30 @@ def test_another_base_model_is_refused_and_left_untouched():
     assert adapter.metadata.basis_fingerprint in message and "the-one" in message
     assert f"1 of {len(adapter.deltas)} weights differ, first transformer_blocks.1.attn.to_k" in message
     assert not hasattr(other, "peft_config") and type(other.transformer_blocks[0].attn.to_q) is torch.nn.Linear
+
+
+def test_an_adapter_of_an_older_version_of_the_basis_is_refused_everywhere(tmp_path):
+    """Its Q is another one. The file itself is well-formed, and still says what it is."""
+    model = sd3()
+    adapter = random_adapter(model, ATTENTION, base_model="the-one")
+    meta = adapter.metadata
+    old = fingerprint(adapter.digests, meta.basis_rank, meta.algorithm, meta.basis_seed, version=1)
+    save_adapter(changed(adapter, basis_fingerprint=old), tmp_path / "old.safetensors")
+    loaded = load_adapter(tmp_path / "old.safetensors")
+    assert (loaded.basis_version, adapter.basis_version) == (1, VERSIONS["fast"])
+    assert describe(tmp_path / "old.safetensors", loaded)["basis"].count("version 1, which this qrlora does not make")
+    basis = Basis.of(base_weights(model, adapter.deltas), meta.basis_rank)
+    adapter.check_basis(basis)
+    for use in (
+        lambda: attach(sd3(), loaded),
+        lambda: loaded.check_basis(basis),
+        lambda: save_adapter(loaded, tmp_path / "lora.safetensors", "lora", basis),
+        lambda: Composition([(loaded, 1.0)]),
+    ):
+        with pytest.raises(MismatchError, match=r"(?s)does not make.*version 2.*version 1.*train it again"):
+            use()
+    assert "delta_w" not in similarity(loaded, adapter).total
+    assert not (tmp_path / "lora.safetensors").exists()
 
 
 def test_another_architecture_is_refused():

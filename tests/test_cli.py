@@ -26,7 +26,7 @@ from qrlora.cli import main
 from qrlora.cli.shared import Bar, weighted_path
 from qrlora.training import loop
 
-COMMANDS = ("train", "compose", "generate", "inspect", "export", "import", "extract", "similarity", "demo")
+COMMANDS = ("train", "basis", "compose", "generate", "inspect", "export", "import", "extract", "similarity", "demo")
 
 
 @pytest.fixture(scope="module")
@@ -200,6 +200,7 @@ def test_demo_hands_its_options_on(monkeypatch: pytest.MonkeyPatch, capsys: pyte
         (["train", "missing.toml"], "cannot read the recipe"),
         (["train", "--subject", "a.png", "--model", "./missing"], "no such base model"),
         (["train", "--subject", "a.png", "--rank", "many"], "rank = 'many'"),
+        (["basis", "./missing"], "no such base model"),
         (["inspect", "missing.safetensors"], "missing.safetensors"),
         (["generate", "--prompt", "a", "--model", "./missing"], "no such base model"),
         (["generate", "--prompt", "a", "--adapter", "missing.safetensors:0.5"], "missing.safetensors"),
@@ -336,13 +337,15 @@ def test_a_cmyk_picture_trains(tiny_sd3: Path) -> None:
         ("generate", "--guidance", "nan"),
         ("generate", "--grid", "0,inf"),
         ("compose", "--delta-weights", "0"),
+        ("basis", "--rank", "0"),
+        ("basis", "--basis-rank", "-4"),
         ("demo", "--steps", "0"),
     ],
 )
 def test_numbers_that_cannot_be_are_named(
     command: str, option: str, value: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    needed = {"generate": ["--prompt", "a"], "compose": ["a.safetensors"], "demo": []}[command]
+    needed = {"generate": ["--prompt", "a"], "compose": ["a.safetensors"], "basis": [], "demo": []}[command]
     with pytest.raises(SystemExit) as ended:
         main([command, *needed, option, value])
     assert ended.value.code == 2

@@ -14,13 +14,15 @@ import torch
 from PIL import Image
 
 from qrlora.adapter import Adapter, save_adapter
-from qrlora.basis import Basis
+from qrlora.basis import Basis, weight_digest
 from qrlora.errors import DataError, RecipeError
 from qrlora.families import load_pipeline
+from qrlora.families.stored import stored_weights
 from qrlora.generation import attached, generate
 from qrlora.training.dataset import encode, load_examples
-from qrlora.training.loop import train
+from qrlora.training.loop import peft_config, train
 from qrlora.training.recipe import Recipe
+from qrlora.tuner import basis_digests
 
 PROMPT = "a photo of a <c> mug"
 
@@ -83,6 +85,16 @@ def test_buckets_masks_and_flips(recipe: Recipe, loaded: tuple[Any, Any], tmp_pa
     assert np.isfinite(losses).all() and len(set(losses)) == 4
     deltas = adapter.deltas.values()
     assert all(delta.isfinite().all() for delta in deltas) and any(delta.any() for delta in deltas)
+
+
+def test_its_files_alone_tell_the_weights_that_an_adapter_targets(tiny_model: Path, loaded: tuple[Any, Any]) -> None:
+    pipe, family = loaded
+    stored, found = stored_weights(tiny_model)
+    denoiser = family.denoiser_of(pipe)
+    denoiser.add_adapter(peft_config(Recipe(role="subject", images="mug.png", rank=1), family), adapter_name="mug")
+    digests = basis_digests(denoiser, "mug")
+    assert found.name == family.name and set(stored) == set(digests)
+    assert all(weight_digest(stored[name]) == digest for name, digest in digests.items())
 
 
 def test_training_conditions_as_generation_does(loaded: tuple[Any, Any]) -> None:

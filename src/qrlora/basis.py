@@ -2,11 +2,14 @@
 
 Every adapter of one base model trains on the same basis (arXiv 2507.04599, section 3.2), so the pair has to be a
 function of the weight alone. It is: with ``diag(R) > 0`` the QR factorisation of the rank-r core is unique, whatever
-signs and rotations the singular value decomposition chose.
+signs and rotations the singular value decomposition chose. ``exact`` takes the core from the full decomposition.
+``fast`` iterates from a seeded start until the core has at least 0.999 of the best possible energy, so its Q is a
+function of weight and seed: what one machine leaves undone every machine leaves undone, and they differ by rounding.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
@@ -24,14 +27,17 @@ from torch import Tensor
 from qrlora.errors import BasisError
 from qrlora.files import write_atomically
 
-BASIS_VERSION = 1  # part of every fingerprint and cache name: raise it when the same weight would give another basis
-ALGORITHMS = ("exact", "fast")
+VERSIONS = {"exact": 1, "fast": 2}
+"""Algorithm -> its version, part of every fingerprint and cache name: raise it when a weight would get another Q."""
+ALGORITHMS = tuple(VERSIONS)
 
-_OVERSAMPLING = 8  # extra columns of a Krylov block beyond the rank
-_DEPTH = 6  # steps per Krylov space: one round reaches _RESIDUAL where singular values fall as 1/sqrt(i) or faster
-_ROUNDS = 2  # a restart from the best block so far, needed only where the spectrum hardly decays
-_RESIDUAL = 3e-5  # stop when ||W v - s u|| <= this * s_1: a subspace within 2e-4 of the exact one (measured at 3072)
-_CACHED = 1e-4  # what a sound cached Q may be off orthonormal by, with room
+_OVERSAMPLING = 4  # a Krylov block has rank / this columns beyond the rank
+_LEAST_BLOCKS = 8  # of the smaller side of a weight: below, its full decomposition is as quick
+_GAIN = 2e-3  # stop when the leading squared singular values could grow by this share of themselves, on average
+_LEFT_OVER = 1e-4  # what may be left of one space in another and still be orthonormal to the square of it
+_CACHED = 1e-4  # what a sound cached Q may be off orthonormal by, and QᵀW off triangular, with room
+_ORTHONORMAL = 1e-5  # what a computed Q may be off orthonormal by
+_WITHIN_REACH = 1e-3  # what share of its energy a power iteration may still add to a computed Q
 
 
 @dataclass(frozen=True)
@@ -58,14 +64,17 @@ def layer_basis(weight: Tensor, rank: int, *, algorithm: str = "fast", seed: int
         weight: (out, in) or (out, in, *kernel), any floating dtype; read as float32.
         rank: number of columns, 1 to min(out, in * kernel).
         algorithm: ``exact`` (full SVD) or ``fast`` (block Krylov, arXiv 1504.05477; small weights get the full SVD).
+            The columns of ``fast`` hold at least 0.999 of the energy that those of ``exact`` hold; it stops when its
+            residuals say so (measured over power laws from white noise to i^-1.5: 0.9998 and more).
         seed: start of ``fast``, from a generator of its own: the global random state is left alone.
         name: layer name for error messages.
 
     Raises:
         BasisError: NaN or Inf, all zero, rank above min(shape) or above the numerical rank, unknown algorithm.
     """
-    matrix = _checked_matrix(weight, rank, algorithm, name)
-    return _with_coordinates(matrix, _orthonormal_columns(matrix, rank, algorithm, seed, name))
+    matrix, scale = _checked_matrix(weight, rank, algorithm, name)
+    with _full_precision(matrix.device.type):
+        return _with_coordinates(matrix, scale, _orthonormal_columns(matrix, rank, algorithm, seed, name))
 
 
 def weight_digest(weight: Tensor) -> str:
@@ -76,10 +85,20 @@ def weight_digest(weight: Tensor) -> str:
     return digest.hexdigest()
 
 
-def fingerprint(digests: Mapping[str, str], rank: int, algorithm: str, seed: int) -> str:
-    """Identity of the basis of a base model, from the digests of its weights (layer name -> digest)."""
-    identity = [BASIS_VERSION, algorithm, rank, seed, sorted(digests.items())]
+def fingerprint(digests: Mapping[str, str], rank: int, algorithm: str, seed: int, version: int | None = None) -> str:
+    """Identity of the basis of a base model, from the digests of its weights (layer name -> digest).
+
+    version: of the algorithm; this package's unless given.
+    """
+    version = VERSIONS.get(algorithm) if version is None else version
+    identity = [version, algorithm, rank, seed, sorted(digests.items())]
     return hashlib.sha256(json.dumps(identity).encode()).hexdigest()
+
+
+def version_of(found: str, digests: Mapping[str, str], rank: int, algorithm: str, seed: int) -> int | None:
+    """The version of the algorithm whose basis has the fingerprint ``found``; None if none up to this package's has."""
+    versions = range(VERSIONS.get(algorithm, 0), 0, -1)
+    return next((v for v in versions if fingerprint(digests, rank, algorithm, seed, v) == found), None)
 
 
 def default_cache_dir() -> Path:
@@ -155,20 +174,84 @@ def cached_layer_basis(
     cache_dir: Path | None = None,
 ) -> LayerBasis:
     """:func:`layer_basis` through the cache on disk. ``digest`` is :func:`weight_digest` of ``weight``."""
-    matrix = _checked_matrix(weight, rank, algorithm, name)
+    matrix, scale = _checked_matrix(weight, rank, algorithm, name)
+    path = cache_path(digest, rank, algorithm=algorithm, seed=seed, cache_dir=cache_dir)
+    with _full_precision(matrix.device.type):
+        if path.exists():
+            q = _read_columns(path, matrix, rank).to(matrix.device)
+        else:
+            q = _orthonormal_columns(matrix, rank, algorithm, seed, name)
+            # R is QᵀW and cheap to have again, so the file holds Q alone.
+            _cache(path, save({"q": q.cpu()}))
+        return _with_coordinates(matrix, scale, q)
+
+
+def cache_path(
+    digest: str, rank: int, *, algorithm: str = "fast", seed: int = 0, cache_dir: Path | None = None
+) -> Path:
+    """Where :func:`cached_layer_basis` keeps the Q of a weight: a safetensors file, there once it was computed."""
     identity = fingerprint({"": digest}, rank, algorithm, seed)
-    path = (default_cache_dir() if cache_dir is None else Path(cache_dir)) / f"{identity}.safetensors"
-    if path.exists():
-        q = _read_columns(path, (matrix.shape[0], rank)).to(matrix.device)
-    else:
-        q = _orthonormal_columns(matrix, rank, algorithm, seed, name)
-        # R is QᵀW and cheap to have again, so the file holds Q alone.
-        _cache(path, save({"q": q.cpu()}))
-    return _with_coordinates(matrix, q)
+    return (default_cache_dir() if cache_dir is None else Path(cache_dir)) / f"{identity}.safetensors"
 
 
-def _checked_matrix(weight: Tensor, rank: int, algorithm: str, name: str) -> Float[Tensor, "out in"]:
-    """The weight as a float32 matrix, or the error that says why it has no basis of this rank."""
+@dataclass(frozen=True)
+class Verification:
+    """What :func:`verify` found of one layer.
+
+    Attributes:
+        energy: share of ||W||_F² that Q R holds.
+        off_orthonormal: largest entry of |QᵀQ - 1|.
+        within_reach: by what share of itself one more power iteration would raise the energy.
+    """
+
+    energy: float
+    off_orthonormal: float
+    within_reach: float
+
+
+def verify(weight: Tensor, basis: LayerBasis, name: str = "") -> Verification:
+    """Check a basis against its weight without decomposing it: two products tell whether Q is where the energy is.
+
+    Raises:
+        BasisError: columns that are not orthonormal to 1e-5, or that a power iteration improves by more than 1e-3.
+    """
+    matrix, scale = _checked_matrix(weight, basis.q.shape[1], "fast", name)
+    with _full_precision(matrix.device.type):
+        better = _orthonormalise((basis.r * scale) @ matrix.T)
+        rows = [torch.linalg.vector_norm(part, dim=1).double() for part in (better @ matrix, basis.r * scale)]
+        reached, held = (float(norms.square().sum()) for norms in rows)
+        found = Verification(basis.energy, _off_orthonormal(basis.q), max(reached / held - 1, 0.0))
+    if not (found.off_orthonormal <= _ORTHONORMAL and found.within_reach <= _WITHIN_REACH):
+        raise BasisError(
+            f"layer {name!r}: its basis is unsound",
+            expected=f"columns orthonormal to {_ORTHONORMAL}, energy within {_WITHIN_REACH} of the next iteration's",
+            got=found,
+            remedy="delete the cached basis; if it comes back, report it as a fault of qrlora",
+        )
+    return found
+
+
+def _off_orthonormal(q: Float[Tensor, "out rank"]) -> float:
+    return float((q.T @ q - torch.eye(q.shape[1], device=q.device)).abs().max())
+
+
+@contextlib.contextmanager
+def _full_precision(device: str) -> Iterator[None]:
+    """Products in float32 whatever the caller allows its own (autocast, TF32): Q has to be the same for everybody."""
+    allowed = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.no_grad(), torch.autocast(device, enabled=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(allowed)
+
+
+def _checked_matrix(weight: Tensor, rank: int, algorithm: str, name: str) -> tuple[Float[Tensor, "out in"], float]:
+    """The weight as a float32 matrix and the scale it was multiplied by, or the error that says why it has no basis.
+
+    The scale is 1, or a power of two, which changes no digit, where squares could overflow or vanish in float32.
+    """
     layer = f"layer {name!r}" if name else "the weight"
     if algorithm not in ALGORITHMS:
         raise BasisError(
@@ -200,96 +283,134 @@ def _checked_matrix(weight: Tensor, rank: int, algorithm: str, name: str) -> Flo
         raise BasisError(
             f"{layer} has no basis", expected="a non-zero weight", got="all zeros", remedy="do not target this layer"
         )
-    return matrix
-
-
-def _in_range(matrix: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
-    """The matrix; times a power of two, which changes no digit, where squares could overflow or vanish in float32."""
-    low, high = (abs(float(value)) for value in matrix.aminmax())
-    exponent = math.frexp(max(low, high))[1]
-    return matrix if -16 < exponent < 16 else matrix * 2.0**-exponent
+    exponent = math.frexp(max(-low, high))[1]
+    return (matrix, 1.0) if -16 < exponent < 16 else (matrix * 2.0**-exponent, 2.0**-exponent)
 
 
 def _orthonormal_columns(
     matrix: Float[Tensor, "out in"], rank: int, algorithm: str, seed: int, name: str
 ) -> Float[Tensor, "out rank"]:
     """Q of the matrix, computed in float32 with the small factor canonicalised in float64."""
-    matrix = _in_range(matrix)  # columns do not depend on the scale
-    block = rank + _OVERSAMPLING
     try:
-        # A Krylov space nearly as large as the matrix costs more than its full decomposition.
-        if algorithm == "exact" or block * (_DEPTH + 1) >= min(matrix.shape):
-            u, values, vh = torch.linalg.svd(matrix, full_matrices=False)
-            u, core = u[:, :rank], values[:rank, None] * vh[:rank]
-        else:
-            u, values, core = _block_krylov(matrix, rank, block, seed)
+        found = _block_krylov(matrix, rank, seed) if algorithm == "fast" else None
+        u, values = found or _full_decomposition(matrix, rank)
     except torch.linalg.LinAlgError as error:
         raise BasisError(f"layer {name!r} cannot be decomposed", got=error, remedy="repair the weight") from error
-    noise = values[0] * torch.finfo(torch.float32).eps * max(matrix.shape) ** 0.5
-    found = int((values > noise).sum())
-    if found < rank:
+    numerical_rank = int((values > _noise(matrix) * values[0]).sum())
+    if numerical_rank < rank:
         raise BasisError(
             f"layer {name!r} has no basis of rank {rank}: the weight is rank-deficient",
             expected=f"numerical rank {rank} or more",
-            got=f"numerical rank {found}",
+            got=f"numerical rank {numerical_rank}",
             remedy="lower the rank or do not target this layer",
         )
-    return u @ _triangulating_rotation(core).to(u)
+    return u @ _triangulating_rotation(u, matrix, float(values[0])).to(u)
+
+
+def _noise(matrix: Float[Tensor, "out in"]) -> float:
+    """What singular values are known to in float32, as a share of the largest."""
+    return torch.finfo(torch.float32).eps * max(matrix.shape) ** 0.5
+
+
+def _full_decomposition(
+    matrix: Float[Tensor, "out in"], rank: int
+) -> tuple[Float[Tensor, "out rank"], Float[Tensor, " rank"]]:
+    u, values, _ = torch.linalg.svd(matrix, full_matrices=False)
+    return u[:, :rank], values[:rank]
 
 
 def _block_krylov(
-    matrix: Float[Tensor, "out in"], rank: int, block: int, seed: int
-) -> tuple[Float[Tensor, "out rank"], Float[Tensor, " values"], Float[Tensor, "rank in"]]:
-    """(U_r, singular values found, U_rᵀ W) by restarted block Krylov iteration (arXiv 1504.05477, algorithm 2).
+    matrix: Float[Tensor, "out in"], rank: int, seed: int
+) -> tuple[Float[Tensor, "out rank"], Float[Tensor, " rank"]] | None:
+    """(U_r, singular values) by block Golub-Kahan iteration from a random block (arXiv 1504.05477, algorithm 2).
 
-    The iteration runs on the shorter side; every block is orthogonalised against all earlier ones, twice, because
-    float32 Krylov blocks go parallel otherwise.
+    Orthonormal ``left`` and ``right`` grow by a block a step such that ``left W = core right``, so the singular triples
+    of the small core give ``Wᵀ u = s v`` exactly, and ``W v - s u`` lies in the next left block alone. So it costs no
+    product to know when to stop (:func:`_relative_gain`); and none is wasted, because with that block v gives the
+    better u that is returned.
+
+    None where the spaces would have to be as large as the matrix: then only the full decomposition will do.
     """
-    tall = matrix.shape[0] > matrix.shape[1]
-    side = matrix.T if tall else matrix
-    start = torch.randn(side.shape[1], block, generator=torch.Generator().manual_seed(seed)).to(matrix)
-    x = _orthonormalise(side @ start)
-    for _ in range(_ROUNDS):
-        space, projected = x, side.T @ x
-        for _ in range(_DEPTH):
-            x = side @ projected[:, -block:]
-            x = _orthonormalise(x - space @ (space.T @ x))
-            left = space.T @ x
-            x = _orthonormalise(x - space @ left)
-            if left.norm() > 0.5:
-                # The space has all there is (a weight of low rank, equal singular values): x was rounding noise, of
-                # which two passes do not rid it.
-                x = _orthonormalise(torch.cat([space, x], dim=1))[:, space.shape[1] :]
-            space, projected = torch.cat([space, x], dim=1), torch.cat([projected, side.T @ x], dim=1)
-        rotation, values, _ = torch.linalg.svd(torch.linalg.qr(projected, mode="r").R.T)
-        x = space @ rotation[:, :block]
-        # side.T @ u = s v holds exactly for these Ritz vectors, so side @ v - s u is the whole residual.
-        right = (projected @ rotation[:, :rank]) / values[:rank]
-        residual = (side @ right - x[:, :rank] * values[:rank]).norm(dim=0).max()
-        if residual <= _RESIDUAL * values[0]:
-            break
-    if tall:
-        u = _orthonormalise(matrix @ x[:, :rank])
-        return u, values, u.T @ matrix
-    return x[:, :rank], values, (projected @ rotation[:, :rank]).T
+    block = rank + max(8, rank // _OVERSAMPLING)
+    limit = min(matrix.shape) // block * block
+    if limit < _LEAST_BLOCKS * block:
+        return None
+    left, right = matrix.new_empty(limit, matrix.shape[0]), matrix.new_empty(limit, matrix.shape[1])
+    start = torch.randn(block, matrix.shape[1], generator=torch.Generator().manual_seed(seed)).to(matrix)
+    left[:block] = _orthonormalise(start @ matrix.T)
+    core = torch.empty(0, 0)  # stays on the CPU, where small decompositions are quickest
+    for old in range(0, limit - block, block):
+        new = old + block
+        inside, right[old:new], corner = _extend(right[:old], left[old:new] @ matrix, block)
+        core = torch.block_diag(core, corner.cpu())
+        core[old:, old - block : old] = inside
+        _, left[new : new + block], step = _extend(left[:new], right[old:new] @ matrix.T, block)
+        step = step.cpu()
+        if old == 0:  # what a random block has seen is never enough
+            continue
+        u, values, vh = torch.linalg.svd(core)
+        numerically_zero = values[rank - 1] <= _noise(matrix) * values[0]
+        if numerically_zero or _relative_gain(values, vh[:, old:] @ step, rank) <= _GAIN:
+            # W v of the best `block` v, in the coordinates of the left space with its newest block.
+            better = torch.cat([values[:block, None] * u.T[:block], vh[:block, old:] @ step], dim=1)
+            _, values, rotation = torch.linalg.svd(better, full_matrices=False)
+            return (rotation[:rank].to(left) @ left[: new + block]).T, values[:rank]
+    return None
 
 
-def _orthonormalise(columns: Float[Tensor, "rows columns"]) -> Float[Tensor, "rows columns"]:
-    return torch.linalg.qr(columns).Q
+def _relative_gain(
+    values: Float[Tensor, " found"], residuals: Float[Tensor, "found block"], rank: int
+) -> Float[Tensor, ""]:
+    """How much the leading s² could still grow by, as a share of themselves, on average over the rank.
+
+    With c = s ||W v - s u|| and a gap g between s² and the largest s² outside, the two-by-two matrix
+    ``[[s², c], [c, s² - g]]`` has the eigenvalue s² + (sqrt(g² + 4 c²) - g) / 2. Divided by s² here.
+    """
+    leading = values[:rank]
+    c = residuals[:rank].norm(dim=1) / leading
+    gap = 1 - (values[rank] / leading).square()
+    return ((gap.square() + 4 * c.square()).sqrt() - gap).mean() / 2
 
 
-def _triangulating_rotation(core: Float[Tensor, "rank in"]) -> Float[Tensor, "rank rank"]:
-    """The orthogonal O with ``core = O R``, R upper triangular with positive pivots; float64, on the CPU.
+def _extend(
+    space: Float[Tensor, "old width"], rows: Float[Tensor, "block width"], reach: int
+) -> tuple[Float[Tensor, "block reach"], Float[Tensor, "block width"], Float[Tensor, "block block"]]:
+    """(inside, block, corner) with ``rows = inside space[-reach:] + corner block``, ``[space; block]`` orthonormal.
+
+    In exact arithmetic Krylov rows have no other part inside the space than in its last block.
+    """
+    inside = rows @ space[-reach:].T
+    outside = torch.addmm(rows, inside, space[-reach:], alpha=-1)
+    block = _orthonormalise(outside)
+    left_over = block @ space.T  # rounding, which would grow from block to block
+    block = torch.addmm(block, left_over, space, alpha=-1)
+    size = float(left_over.norm())
+    if size > 0.5:
+        # The space has all there is (a weight of low rank, equal singular values): the block was rounding noise, of
+        # which two passes do not rid it.
+        block = _orthonormalise(torch.cat([space, block]))[len(space) :]
+    elif size > _LEFT_OVER:  # below, its square is what the rows are off orthonormal by
+        block = _orthonormalise(block)
+    return inside, block, outside @ block.T
+
+
+def _orthonormalise(rows: Float[Tensor, "count width"]) -> Float[Tensor, "count width"]:
+    return torch.linalg.qr(rows.T).Q.T
+
+
+def _triangulating_rotation(
+    u: Float[Tensor, "out rank"], matrix: Float[Tensor, "out in"], largest: float
+) -> Float[Tensor, "rank rank"]:
+    """The orthogonal O with ``uᵀ W = O R``, R upper triangular with positive pivots; float64, on the CPU.
 
     R's pivots are its diagonal unless leading inputs of the layer are dead (zero or repeated columns of the weight).
     Those columns are passed over, which gives R the echelon form in which it is still unique.
     """
-    core = core.cpu().double()
-    rank = core.shape[0]
-    o, r = torch.linalg.qr(core[:, :rank])
-    scale = core.norm(dim=0).max() * torch.finfo(torch.float32).eps * core.shape[1] ** 0.5
-    if bool((r.diagonal().abs() <= scale).any()):
-        o, r = torch.linalg.qr(core[:, _independent_columns(core, float(scale))])
+    o, r = torch.linalg.qr((u.T @ matrix[:, : u.shape[1]]).cpu().double())
+    tolerance = largest * torch.finfo(torch.float32).eps * matrix.shape[1] ** 0.5
+    if bool((r.diagonal().abs() <= tolerance).any()):
+        core = (u.T @ matrix).cpu().double()
+        o, r = torch.linalg.qr(core[:, _independent_columns(core, tolerance)])
     return o * torch.where(r.diagonal() < 0, -1.0, 1.0).to(o)
 
 
@@ -304,17 +425,16 @@ def _independent_columns(core: Float[Tensor, "rank in"], tolerance: float) -> li
     return chosen
 
 
-def _with_coordinates(matrix: Float[Tensor, "out in"], q: Float[Tensor, "out rank"]) -> LayerBasis:
+def _with_coordinates(matrix: Float[Tensor, "out in"], scale: float, q: Float[Tensor, "out rank"]) -> LayerBasis:
+    """Basis of the weight ``matrix / scale``."""
     r = torch.triu(q.T @ matrix)
-    whole = _in_range(matrix)
-    held = r if whole is matrix else torch.triu(q.T @ whole)
     # Row by row and then in float64: one float32 sum over ten million entries is off by 1e-3.
-    energies = [float(torch.linalg.vector_norm(part, dim=1).double().square().sum()) for part in (held, whole)]
-    energy = energies[0] / energies[1]
-    return LayerBasis(q=q, r=r, energy=min(energy, 1.0))
+    energies = [float(torch.linalg.vector_norm(part, dim=1).double().square().sum()) for part in (r, matrix)]
+    return LayerBasis(q=q, r=r if scale == 1 else r / scale, energy=min(energies[0] / energies[1], 1.0))
 
 
-def _read_columns(path: Path, shape: tuple[int, int]) -> Float[Tensor, "out rank"]:
+def _read_columns(path: Path, matrix: Float[Tensor, "out in"], rank: int) -> Float[Tensor, "out rank"]:
+    shape = (matrix.shape[0], rank)
     remedy = f"delete {path}; it will be computed again"
     try:
         with safe_open(path, framework="pt") as file:
@@ -325,10 +445,19 @@ def _read_columns(path: Path, shape: tuple[int, int]) -> Float[Tensor, "out rank
     if q is None or tuple(q.shape) != shape or q.dtype != torch.float32:
         got = {key: (str(value.dtype), tuple(value.shape)) for key, value in tensors.items()}
         raise BasisError("a cached basis is not what its name says", expected=f"q {shape}", got=got, remedy=remedy)
-    off = float((q.T @ q - torch.eye(shape[1])).abs().max())
+    off = _off_orthonormal(q)
     if not off <= _CACHED:  # NaN is not
         raise BasisError(
             "a cached basis is damaged", expected="orthonormal columns", got=f"off by {off:.3g}", remedy=remedy
+        )
+    below = torch.tril(q.T @ matrix[:, :rank].cpu(), diagonal=-1).abs().max()
+    share = float(below / torch.linalg.vector_norm(matrix).cpu())
+    if not share <= _CACHED:
+        raise BasisError(
+            "a cached basis is of another weight",
+            expected="QᵀW = R, a triangle",
+            got=f"off by {share:.3g}",
+            remedy=remedy,
         )
     return q
 

@@ -268,10 +268,11 @@ def _check_fingerprint(adapter: Adapter, digests: Mapping[str, str]) -> None:
     got = fingerprint(digests, meta.basis_rank, meta.algorithm, meta.basis_seed)
     if got == meta.basis_fingerprint:
         return
+    adapter.check_version()
     differ = sorted(name for name, digest in digests.items() if adapter.digests[name] != digest)
-    where = f"{len(differ)} of {len(digests)} weights differ, first {differ[0]}" if differ else "another basis version"
     raise MismatchError(
-        f"the adapter stands on another basis than this model has: {where}",
+        "the adapter stands on another basis than this model has: "
+        f"{len(differ)} of {len(digests)} weights differ, first {differ[0]}",
         expected=f"basis {meta.basis_fingerprint} of {meta.base_model or 'its base model'}",
         got=f"basis {got}",
         remedy="load the base model it was trained on, in a dtype that holds its weights exactly (half precision "

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from qrlora.basis import Basis
+from qrlora.basis import VERSIONS, Basis, fingerprint, version_of
 from qrlora.errors import AdapterFileError, MismatchError
 
 FORMAT_VERSION = 1
@@ -233,8 +233,29 @@ class Adapter:
         """ΔW = s · Q[:, columns] · ΔR in float32; a convolution's stays flattened (reshape to `shapes[layer]`)."""
         return self.scaling * self.up(layer, q).float() @ self.deltas[layer].float()
 
+    @property
+    def basis_version(self) -> int | None:
+        """Version of the algorithm that made its basis; None if its fingerprint is of none that is known."""
+        meta = self.metadata
+        return version_of(meta.basis_fingerprint, self.digests, meta.basis_rank, meta.algorithm, meta.basis_seed)
+
+    def check_version(self) -> None:
+        """Raise MismatchError if its basis is one that this package does not make from the same weights: another Q."""
+        meta, found = self.metadata, self.basis_version
+        ours = VERSIONS.get(meta.algorithm)
+        if found is None or found != ours:
+            raise MismatchError(
+                f"{self.name or 'the adapter'} stands on a basis that this version does not make",
+                expected=f"{fingerprint(self.digests, meta.basis_rank, meta.algorithm, meta.basis_seed)} "
+                f"(algorithm {meta.algorithm!r}, version {ours})",
+                got=f"{meta.basis_fingerprint} (version {found or 'unknown'})",
+                remedy="its ΔR means nothing on another Q: train it again, or export it as a LoRA with the version of "
+                "qrlora that trained it",
+            )
+
     def check_basis(self, basis: Basis) -> None:
         """Raise MismatchError unless `basis` holds the very Q this adapter was trained on, for each of its layers."""
+        self.check_version()
         meta = self.metadata
         expected = {"rank": meta.basis_rank, "algorithm": meta.algorithm, "seed": meta.basis_seed}
         got = {"rank": basis.rank, "algorithm": basis.algorithm, "seed": basis.seed}

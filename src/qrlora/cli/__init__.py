@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 from importlib.metadata import version
 
+from qrlora.cli.basis import add_basis
 from qrlora.cli.compose import add_compose
 from qrlora.cli.demo import add_demo
 from qrlora.cli.exchange import add_export, add_extract, add_import
@@ -60,6 +61,7 @@ def build_parser(arguments: Sequence[str] = ()) -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"qrlora {version('qrlora')}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     add_train(commands, with_recipe=list(arguments[:1]) == ["train"])
+    add_basis(commands)
     add_compose(commands)
     add_generate(commands)
     add_inspect(commands)

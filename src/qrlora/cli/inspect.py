@@ -50,12 +50,16 @@ def describe(path: Path, adapter: Adapter) -> dict[str, Any]:
     """Everything `inspect` knows about one file, as JSON values."""
     from dataclasses import asdict
 
+    from qrlora.basis import VERSIONS
+
     metadata = adapter.metadata
     count = adapter.parameters()
     basis = "none: it carries its own ups"
     if metadata.on_basis:
+        current = adapter.basis_version == VERSIONS.get(metadata.algorithm)
         basis = (
-            f"{len(metadata.columns)} of {metadata.basis_rank} columns, {metadata.algorithm}, "
+            f"{len(metadata.columns)} of {metadata.basis_rank} columns, {metadata.algorithm} version "
+            f"{adapter.basis_version or 'unknown'}{'' if current else ', which this qrlora does not make'}, "
             f"fingerprint {metadata.basis_fingerprint[:16]}"
         )
     return {

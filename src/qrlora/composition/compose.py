@@ -182,14 +182,7 @@ def _check_on_its_basis(adapter: Adapter) -> None:
             got=f"method {meta.method}",
             remedy=BY_DELTA_WEIGHT,
         )
-    expected = fingerprint(adapter.digests, meta.basis_rank, meta.algorithm, meta.basis_seed)
-    if expected != meta.basis_fingerprint:
-        raise MismatchError(
-            f"{called(adapter)} stands on a basis that this version does not make",
-            expected=expected,
-            got=meta.basis_fingerprint,
-            remedy="compose with the version that trained it, or train again",
-        )
+    adapter.check_version()
 
 
 def _inner_on_basis(a: Adapter, b: Adapter, layer: str) -> Float[Tensor, ""]:

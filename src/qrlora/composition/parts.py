@@ -30,12 +30,13 @@ def check_weights(parts: Sequence[tuple[Adapter, float]]) -> None:
 def basis_difference(first: Adapter, second: Adapter) -> tuple[dict[str, Any], dict[str, Any]]:
     """What two adapters say of their bases if these differ, else ({}, {}).
 
-    One basis: equal family, rank, algorithm and seed, and equal base weights in the layers both adapt. So adapters of
-    different layers of one model may still share it, though their fingerprints differ.
+    One basis: equal family, rank, algorithm, version of it, and seed, and equal base weights in the layers both adapt.
+    So adapters of different layers of one model may still share it, though their fingerprints differ.
     """
     one, two = first.metadata, second.metadata
     names = ("family", "basis_rank", "algorithm", "basis_seed")
     ours, theirs = ({name: getattr(meta, name) for name in names} for meta in (one, two))
+    ours["version"], theirs["version"] = first.basis_version, second.basis_version
     differing = [n for n in first.digests if n in second.digests and first.digests[n] != second.digests[n]]
     if ours == theirs and not differing:
         return {}, {}

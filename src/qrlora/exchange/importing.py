@@ -66,7 +66,8 @@ def import_file(
     if onto is None and is_published(read_tensor_file(Path(path))[0]):
         published = load_published(path)
         weights = base_weights(denoiser, published.layers)
-        return _with(on_basis(published, weights, Basis.of(weights, published.rank), alpha), described), None
+        basis = Basis.of(weights, published.rank, algorithm="exact")  # the published code's own decomposition
+        return _with(on_basis(published, weights, basis, alpha), described), None
     layers = getattr(denoiser, "config", {}).get("layers_per_block")
     adapter = load_any(
         path,

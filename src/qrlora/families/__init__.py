@@ -10,7 +10,7 @@ import contextlib
 import json
 import math
 import pkgutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,8 @@ __all__ = [
     "ModelFamily",
     "default_device",
     "family_of",
+    "find_model",
+    "from_hub",
     "load_pipeline",
     "refuse_if_larger",
     "remove_adapters",
@@ -96,11 +98,7 @@ def load_pipeline(
             but unreadable is said before any weight is loaded (of a model not downloaded yet the size is not known).
     """
     model = str(model)
-    embedded: Any = pkgutil.resolve_name(EMBEDDED[model]) if model in EMBEDDED else None
-    source = str(embedded.path()) if embedded else model
-    found = Path(source, INDEX) if Path(source).is_dir() else _download_index(source)
-    index = _read_index(found, model)
-    family = replace(family_of(index["_class_name"]), **(embedded.SETTINGS if embedded else {}))
+    source, found, index, family = find_model(model)
     device = torch.device(device or default_device())
     size = sum(weight_bytes(found.parent / name, dtype) for name in index if (found.parent / name).is_dir())
     for place in {torch.device("cpu"), device}:
@@ -159,6 +157,19 @@ def refuse_if_larger(size: int, device: torch.device, model: str) -> None:
         )
 
 
+def find_model(model: str) -> tuple[str, Path, dict[str, Any], ModelFamily]:
+    """Where a base model is (a folder or a hub id), its index's file and content, and its family; nothing is loaded.
+
+    Raises:
+        ModelError: as `load_pipeline`.
+    """
+    embedded: Any = pkgutil.resolve_name(EMBEDDED[model]) if model in EMBEDDED else None
+    source = str(embedded.path()) if embedded else model
+    found = Path(source, INDEX) if Path(source).is_dir() else Path(from_hub(source, hf_hub_download, INDEX))
+    index = _read_index(found, model)
+    return source, found, index, replace(family_of(index["_class_name"]), **(embedded.SETTINGS if embedded else {}))
+
+
 def _read_index(path: Path, model: str) -> dict[str, Any]:
     """The index of a pipeline: its class name, and the class of each component."""
     try:
@@ -174,8 +185,8 @@ def _read_index(path: Path, model: str) -> dict[str, Any]:
         ) from error
 
 
-def _download_index(model: str) -> Path:
-    """The index of a hub model, from the local cache or the hub."""
+def from_hub(model: str, download: Callable[..., str], *arguments: Any, **options: Any) -> str:
+    """The path that a function of huggingface_hub downloads of a model to, or had downloaded; ModelError if neither."""
     remedies: dict[type[Exception], str] = {
         hub_errors.GatedRepoError: f"accept its licence at https://huggingface.co/{model} and run `hf auth login`",
         hub_errors.RepositoryNotFoundError: "check the spelling; if it is private, run `hf auth login` first",
@@ -186,7 +197,7 @@ def _download_index(model: str) -> Path:
     }
     remedy = "check the connection to the hub, or give the path of a local copy"
     try:
-        return Path(hf_hub_download(model, INDEX))
+        return download(model, *arguments, **options)
     except (OSError, ValueError, hub_errors.EntryNotFoundError) as error:
         remedy = next((text for kind, text in remedies.items() if isinstance(error, kind)), remedy)
         raise ModelError(

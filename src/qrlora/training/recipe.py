@@ -51,6 +51,13 @@ def default_caption(role: str, noun: str) -> str:
     return f"{article} {noun} in {TRIGGER} style"
 
 
+def module_names(text: str) -> str | tuple[str, ...]:
+    """ "to_q,to_k" of the command line as names; anything that is not a list of names is a regular expression."""
+    if re.fullmatch(r"[\w.]+(\s*,\s*[\w.]+)+", text):
+        return tuple(part.strip() for part in text.split(","))
+    return text
+
+
 class Recipe(BaseModel):
     """One training run. Unset fields take the defaults of the role; see each field's description.
 
@@ -185,10 +192,7 @@ class Recipe(BaseModel):
     @field_validator("targets", mode="before")
     @classmethod
     def _named(cls, value: Any) -> Any:
-        """Accept "to_q,to_k" from the command line; anything that is not a list of names is a regular expression."""
-        if isinstance(value, str) and re.fullmatch(r"[\w.]+(\s*,\s*[\w.]+)+", value):
-            return tuple(part.strip() for part in value.split(","))
-        return value
+        return module_names(value) if isinstance(value, str) else value
 
     @field_validator("output")
     @classmethod
