@@ -29,7 +29,7 @@ def count_matches(path: str | Path, target: str, family: ModelFamily, denoiser: 
     """How many layers of `denoiser` a program of that kind changes when it loads the file: all that the file has.
 
     target "diffusers": by the state-dict conversion of the pipeline's own `load_lora_weights`. "kohya": by the names
-    that ComfyUI, Forge and A1111 hold: for SDXL the original UNet's, counted off the denoiser's blocks; for SD diffusers'.
+    that ComfyUI, Forge and A1111 hold: for SDXL the original UNet's, counted off its blocks; for SD diffusers'.
     Raises AdapterFileError that lists every key no layer answers to, every half pair and every wrong shape or alpha.
     """
     path = Path(path)
