@@ -38,7 +38,7 @@ from qrlora.exchange import (
     project,
     target_of,
 )
-from qrlora.exchange.names import kohya_names, module_of
+from qrlora.exchange.names import flattened, kohya_names, module_of
 from qrlora.exchange.projection import truncated
 from qrlora.exchange.verification import original_names
 from qrlora.families import family_of
@@ -164,6 +164,8 @@ def test_names_of_every_sdxl_layer_agree_with_the_walk_and_come_back() -> None:
         assert names == {ours: "lora_unet_" + theirs.replace(".", "_") for ours, theirs in original_names(unet)}
         assert {name: module_of(names[name], per_block) for name in layers} == {name: name for name in layers}
         assert {name: module_of("lora_unet_" + name.replace(".", "_")) for name in layers} == {n: n for n in layers}
+    for name, module in BUILDERS["sd"]().unet.named_modules():
+        assert not isinstance(module, (nn.Linear, nn.Conv2d)) or module_of(flattened(name)) == name
     names = kohya_names(["up_blocks.0.upsamplers.0.conv"], [name for name, _ in real.named_modules()])
     assert names["up_blocks.0.upsamplers.0.conv"] == "lora_unet_output_blocks_2_2_conv"  # as sd-scripts writes it
 
@@ -182,7 +184,7 @@ def test_an_export_loads_in_stock_diffusers_and_paints_the_same(pipe: Any, tmp_p
     adapter = trained(pipe, layers, basis, role="subject", trigger="<c>", licence="CC0-1.0", recipe={"steps": 7})
     ours, plain = picture(pipe, adapters=[(adapter, 1.0)]), picture(pipe)
     assert np.abs(ours - plain).max() > 2
-    for target in ("diffusers", "kohya") if family.name == "sdxl" else ("diffusers",):
+    for target in ("diffusers", "kohya") if family.name in ("sd", "sdxl") else ("diffusers",):
         path = tmp_path / f"mug-{target}.safetensors"
         export = export_adapter(adapter, path, target, pipe, family, basis=basis)
         assert export.layers == len(layers) and set(export.matched.values()) == {len(layers)}
@@ -287,7 +289,7 @@ def test_exports_that_cannot_be_are_refused(sdxl: Any, tmp_path: Path) -> None:
     assert [target_of(program, "sdxl") for program in ("comfyui", "forge", "a1111", "diffusers")] == ["kohya"] * 3 + [
         "diffusers"
     ]
-    assert target_of("comfyui", "flux") == "diffusers"
+    assert target_of("comfyui", "flux") == "diffusers" and target_of("comfyui", "sd") == "kohya"
     assert not [path for path in tmp_path.iterdir() if path.suffix == ".safetensors"]
 
 

@@ -37,7 +37,7 @@ def add_export(commands: Parsers) -> None:
         dest="program",
         choices=("diffusers", "kohya", "comfyui", "forge", "a1111"),
         default="diffusers",
-        help="form, or program: the last three get kohya's for SDXL, else diffusers' (default: diffusers)",
+        help="form, or program: the last three get kohya's for SDXL and SD, else diffusers' (default: diffusers)",
     )
     parser.add_argument("--model", help=f"{MODEL_HELP} (default: the one the adapter names)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of the file (default: as it is)")

@@ -17,12 +17,12 @@ from qrlora.adapter.model import check_fits
 from qrlora.adapter.record import require
 from qrlora.basis import Basis
 from qrlora.errors import MismatchError
-from qrlora.exchange.names import kohya_names
+from qrlora.exchange.names import flattened, kohya_names
 from qrlora.exchange.notes import notes_for
 from qrlora.exchange.verification import TARGETS, count_matches
 from qrlora.families import ModelFamily
 
-KOHYA_FAMILIES = ("sdxl",)
+KOHYA_FAMILIES = ("sd", "sdxl")
 """Families that ComfyUI, Forge and A1111 want in kohya's names; they read the others in the diffusers form."""
 
 
@@ -35,7 +35,7 @@ class Export:
 
 
 def target_of(program: str, family: str) -> str:
-    """The form that a program reads best: "comfyui", "forge" and "a1111" want kohya's names for SDXL alone."""
+    """The form that a program reads best: "comfyui", "forge" and "a1111" want kohya's names for the UNets."""
     if program in TARGETS:
         return program
     return "kohya" if family in KOHYA_FAMILIES else "diffusers"
@@ -68,7 +68,7 @@ def export_adapter(
     check_fits(denoiser, adapter)
     if dtype is not None:
         adapter = _as_dtype(adapter, dtype)
-    names = _names(adapter, denoiser) if target == "kohya" else None
+    names = _names(adapter, family, denoiser) if target == "kohya" else None
     notes = notes_for(adapter, meta.family or family.name, path.stem, family.resolution(pipe))
     spelling = "lora" if target == "diffusers" else "kohya"
     unchecked = path.with_name(f".{path.stem}.{secrets.token_hex(4)}{path.suffix}")
@@ -106,7 +106,9 @@ def _as_dtype(adapter: Adapter, dtype: torch.dtype) -> Adapter:
     return dataclasses.replace(adapter, metadata=metadata, deltas=deltas, ups=ups)
 
 
-def _names(adapter: Adapter, unet: nn.Module) -> dict[str, str]:
+def _names(adapter: Adapter, family: ModelFamily, unet: nn.Module) -> dict[str, str]:
+    if family.name == "sd":
+        return {name: flattened(name) for name in adapter.deltas}
     layers = getattr(unet, "config", {}).get("layers_per_block")
     if not isinstance(layers, int):
         raise MismatchError(

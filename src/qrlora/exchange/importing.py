@@ -14,7 +14,7 @@ from qrlora.basis import Basis
 from qrlora.exchange.lora_files import load_any
 from qrlora.exchange.names import LAYERS_PER_BLOCK
 from qrlora.exchange.projection import EnergyKept, project
-from qrlora.exchange.published import is_published, load_published, on_basis
+from qrlora.exchange.published import as_difference, is_published, is_whole, load_published, on_basis
 from qrlora.exchange.tensors import read_tensor_file
 from qrlora.families import ModelFamily
 
@@ -50,31 +50,31 @@ def import_file(
 
     Args:
         pipe, family: the base model, which `onto` needs; with it every layer's name and shape is checked, and a
-            published checkpoint comes out as ΔR on its basis, exactly, rather than as the LoRA that it equals.
+            published checkpoint comes out as ΔR on its basis, exactly, rather than as the LoRA that it equals. One
+            that holds Q and R whole cannot be read without.
         onto: project the ΔW onto this basis.
         alpha, without_text_encoder: as `load_any`.
         metadata: fields of AdapterMetadata that the file cannot know: base_model, role, trigger, licence.
 
     Raises:
-        AdapterFileError, MismatchError: as `load_any`, `on_basis` and `project`.
+        AdapterFileError, MismatchError: as `load_any`, `on_basis`, `as_difference` and `project`.
     """
     if pipe is None or family is None:
         adapter = load_any(path, alpha=alpha, without_text_encoder=without_text_encoder)
         return _with(adapter, metadata), None
     denoiser = family.denoiser_of(pipe)
     described = {"family": family.name, "denoiser": family.denoiser, **metadata}
-    if onto is None and is_published(read_tensor_file(Path(path))[0]):
-        published = load_published(path)
-        weights = base_weights(denoiser, published.layers)
-        basis = Basis.of(weights, published.rank, algorithm="exact")  # the published code's own decomposition
-        return _with(on_basis(published, weights, basis, alpha), described), None
-    layers = getattr(denoiser, "config", {}).get("layers_per_block")
-    adapter = load_any(
-        path,
-        alpha=alpha,
-        layers_per_block=layers if isinstance(layers, int) else LAYERS_PER_BLOCK,
-        without_text_encoder=without_text_encoder,
-    )
+    tensors, _ = read_tensor_file(Path(path))
+    if is_whole(tensors) or (onto is None and is_published(tensors)):
+        adapter = _from_published(path, denoiser, alpha)
+    else:
+        layers = getattr(denoiser, "config", {}).get("layers_per_block")
+        adapter = load_any(
+            path,
+            alpha=alpha,
+            layers_per_block=layers if isinstance(layers, int) else LAYERS_PER_BLOCK,
+            without_text_encoder=without_text_encoder,
+        )
     check_fits(denoiser, adapter)
     adapter = _with(adapter, described)
     if onto is None:
@@ -82,6 +82,13 @@ def import_file(
     weights = base_weights(denoiser, adapter.deltas)
     basis = Basis.of(weights, onto.rank, algorithm=onto.algorithm, seed=onto.seed)
     return project(adapter, basis, onto.columns, triangular=onto.triangular, own_basis=_own_basis(adapter, weights))
+
+
+def _from_published(path: str | Path, denoiser: Any, alpha: float | None) -> Adapter:
+    published = load_published(path)
+    weights = base_weights(denoiser, published.layers)
+    basis = Basis.of(weights, published.rank, algorithm="exact")  # the published code's own decomposition
+    return as_difference(published, basis, alpha) if published.whole else on_basis(published, weights, basis, alpha)
 
 
 def _own_basis(adapter: Adapter, weights: dict[str, Any]) -> Basis | None:

@@ -28,7 +28,7 @@ from qrlora.adapter.container import about, check_finite, parse_json
 from qrlora.adapter.metadata import is_number
 from qrlora.adapter.record import require
 from qrlora.exchange.names import LAYERS_PER_BLOCK, PREFIX, module_of
-from qrlora.exchange.published import as_lora, is_published, load_published
+from qrlora.exchange.published import as_lora, is_published, is_whole, load_published
 from qrlora.exchange.tensors import file_digest, read_tensor_file
 
 _PAIRS = (
@@ -43,8 +43,6 @@ _DENOISERS = ("transformer", "unet")
 _PEFT = "base_model.model."
 _TEXT_ENCODERS = ("lora_te", "text_encoder")
 _FLUX_ORIGINAL = (f"{PREFIX}double_blocks_", f"{PREFIX}single_blocks_")
-
-NEAR_ORTHONORMAL = 0.2  # of |UᵀU - I|: the up of a LoRA starts at zero, at distance 1
 
 Layers = dict[str, dict[str, Tensor]]
 
@@ -72,14 +70,13 @@ def load_any(
         with about(path):
             require(alpha is None, "this file says its own alpha", expected="no alpha", got=alpha)
         return load_adapter(path)
-    if is_published(tensors):
+    if is_published(tensors) or is_whole(tensors):
         return as_lora(load_published(path), alpha)
     with about(path):
         kept = _without_text_encoder(tensors, without_text_encoder)
         form = "kohya" if any(key.startswith(PREFIX) for key in kept) else "diffusers"
         if any(key.startswith(_FLUX_ORIGINAL) for key in kept):
             kept = _flux_from_kohya(kept)
-        _refuse_trained_basis(kept)
         layers = _layers_of(kept, layers_per_block)
         peft = all(layer.startswith(_PEFT) for layer in layers)
         config = _peft_config(path) if peft else _diffusers_config(raw)
@@ -117,23 +114,6 @@ def _flux_from_kohya(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     except (ValueError, KeyError, RuntimeError) as error:
         require(False, "diffusers cannot convert this FLUX LoRA", expected="kohya's keys", got=error)
         raise
-
-
-def _refuse_trained_basis(tensors: Mapping[str, Tensor]) -> None:
-    """Refuse the published code's other mode: it trains Q and R both and saves them whole, as lora.up and lora.down.
-
-    Read as a LoRA such a file adds the base weight's core a second time. A LoRA's up is never orthonormal; a Q that
-    was trained is still near it.
-    """
-    ups = [up.flatten(1).float() for key, up in tensors.items() if key.endswith(".lora.up.weight")]
-    off = [float((up.T @ up - torch.eye(up.shape[1])).abs().max()) for up in ups]
-    require(
-        not off or max(off) > NEAR_ORTHONORMAL,
-        "every up is orthonormal: a basis that was trained and saved whole, not a difference to the base weight",
-        expected="a LoRA, or lora.q, lora.base_r and lora.delta_r",
-        got=f"lora.up within {max(off, default=0.0):.2g} of orthonormal",
-        remedy="merge it with its own code and use `qrlora extract`",
-    )
 
 
 def _layers_of(tensors: Mapping[str, Tensor], layers_per_block: int) -> Layers:

@@ -3,6 +3,7 @@
 Kohya's scripts train SDXL on the original UNet (Stability's `sgm`), whose blocks are flat lists: `input_blocks` holds
 conv_in, then each down block's layers and its downsampler; `output_blocks` holds each up block's layers. With n layers
 per block, layer j of block b is input 1 + b(n + 1) + j and output b(n + 1) + j. Dots become underscores in the file.
+On Stable Diffusion 1 and 2 the scripts call modules as diffusers does, and only flatten the name.
 """
 
 from __future__ import annotations
@@ -62,7 +63,12 @@ def kohya_names(
             got=nameless,
             remedy="export it in the diffusers form",
         )
-    return {name: PREFIX + str(found).replace(".", "_") for name, found in original.items()}
+    return {name: flattened(str(found)) for name, found in original.items()}
+
+
+def flattened(module: str) -> str:
+    """A module's name as a key of a kohya file."""
+    return PREFIX + module.replace(".", "_")
 
 
 def _original(module: str, layers_per_block: int, attending: set[str]) -> str | None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from qrlora.adapter.container import about
 from qrlora.adapter.record import require
-from qrlora.exchange.names import PREFIX
+from qrlora.exchange.names import flattened
 from qrlora.exchange.tensors import read_tensor_file
 from qrlora.families import ModelFamily
 
@@ -28,8 +28,8 @@ Layers = dict[str, dict[str, Tensor]]
 def count_matches(path: str | Path, target: str, family: ModelFamily, denoiser: nn.Module) -> int:
     """How many layers of `denoiser` a program of that kind changes when it loads the file: all that the file has.
 
-    target "diffusers": by the state-dict conversion of the pipeline's own `load_lora_weights`. "kohya": by the names of
-    the original UNet as ComfyUI, Forge and A1111 hold them, counted off the denoiser's blocks.
+    target "diffusers": by the state-dict conversion of the pipeline's own `load_lora_weights`. "kohya": by the names
+    that ComfyUI, Forge and A1111 hold: for SDXL the original UNet's, counted off its blocks; for SD diffusers'.
     Raises AdapterFileError that lists every key no layer answers to, every half pair and every wrong shape or alpha.
     """
     path = Path(path)
@@ -39,7 +39,7 @@ def count_matches(path: str | Path, target: str, family: ModelFamily, denoiser: 
         if target == "diffusers":
             layers, unread = _by_diffusers(tensors, family, denoiser)
         else:
-            layers, unread = _by_original_names(tensors, denoiser)
+            layers, unread = _by_kohya_names(tensors, family, denoiser)
         wrong = {name: fault for name, parts in layers.items() if (fault := _fault(parts, denoiser, name))}
         require(
             bool(layers) and not unread and not wrong,
@@ -97,8 +97,11 @@ def _by_diffusers(tensors: Mapping[str, Tensor], family: ModelFamily, denoiser: 
     return layers, unread
 
 
-def _by_original_names(tensors: Mapping[str, Tensor], denoiser: nn.Module) -> tuple[Layers, list[str]]:
-    known = {PREFIX + original.replace(".", "_"): module for module, original in original_names(denoiser)}
+def _by_kohya_names(
+    tensors: Mapping[str, Tensor], family: ModelFamily, denoiser: nn.Module
+) -> tuple[Layers, list[str]]:
+    names = ((m, m) for m in _adaptable(denoiser)) if family.name == "sd" else original_names(denoiser)
+    known = {flattened(name): module for module, name in names}
     layers: Layers = {}
     unread = []
     for key, tensor in tensors.items():

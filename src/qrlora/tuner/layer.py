@@ -50,7 +50,7 @@ class SharedBasis(nn.Module):
         rank, algorithm, seed = self.key
         self.digest = weight_digest(weight)
         basis = cached_layer_basis(weight, self.digest, rank, algorithm=algorithm, seed=seed, name=self.name)
-        self.q = basis.q
+        self.q = basis.q.T.contiguous().T  # column after column: every nth of them can be multiplied without a copy
         return basis
 
 
@@ -148,8 +148,11 @@ class DeltaR(nn.Module):
         matrix = self.weight.flatten(1)
         if self.outside is None:
             return matrix
-        width = self.outside.shape[1]
-        return torch.cat([matrix[:, :width].masked_fill(self.outside, 0), matrix[:, width:]], dim=1)
+        # One copy here and one in the backward pass, which are all that the triangle costs; cutting the matrix in two
+        # and joining it again would be eight.
+        matrix = matrix.clone()
+        matrix[:, : self.outside.shape[1]].masked_fill_(self.outside, 0)
+        return matrix
 
     def down(self) -> Float[Tensor, "inner in"]:
         """Right factor of ΔW: ΔR, followed by R + ΔR where the basis trains too."""
@@ -381,6 +384,32 @@ class QRLoraLayer(LoraLayer):
 
 class QRLoraLinear(QRLoraLayer, lora.Linear):
     """Adapter layer of a Linear, a transformers Conv1D, or a quantised Linear."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """As PEFT, with its three passes over the whole output (up, times s, added) made one product.
+
+        What is not the usual case (mixed batches, merged or disabled adapters, a stock LoRA beside) is left to PEFT.
+        """
+        names = [name for name in self.active_adapters if name in self.lora_A]
+        ours = all(isinstance(self.lora_B[name], BasisColumns) for name in names)
+        if args or kwargs or self.merged or self.disable_adapters or self._unfilled or not ours:
+            return super().forward(x, *args, **kwargs)
+        result = self.base_layer(x)
+        dtype = result.dtype
+        for name in names:
+            x = self._cast_input_dtype(x, self._delta(name).weight.dtype)
+            inner = self.lora_A[name](self.lora_dropout[name](x)) * self.scaling[name]
+            result = self._add_up(result, inner, self._own_adapters()[name].up())
+        return result.to(dtype)
+
+    @staticmethod
+    def _add_up(
+        result: Float[Tensor, "*batch out"], inner: Float[Tensor, "*batch inner"], up: Float[Tensor, "out inner"]
+    ) -> Float[Tensor, "*batch out"]:
+        if result.dtype != inner.dtype:  # a base in half precision, or autocast: the sum is in the wider one
+            return result + F.linear(inner, up.to(inner.dtype))
+        rows = torch.addmm(result.reshape(-1, len(up)), inner.reshape(-1, up.shape[1]), up.to(inner.dtype).T)
+        return rows.view(result.shape)
 
 
 class _QRLoraConv(QRLoraLayer):

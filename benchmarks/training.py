@@ -1,0 +1,247 @@
+"""What a training step costs beside the alternatives, in time and memory: ``python benchmarks/training.py``.
+
+One FLUX denoiser of random weights, 1024 wide, carries each method in turn: ours (all columns of the basis, and a
+subject's share of a basis twice as wide), PEFT's LoRA, PiSSA, OLoRA and MiCA, and the published QR-LoRA layer written
+out from its equations, which multiplies ΔR with a mask twice in every forward pass. A step is what the trainer does:
+forward, FLUX's loss, backward, clipping, AdamW. Every round takes one step of each method, in turning order, and a
+method's ratio to LoRA is taken within the round, so what else the machine does meets all alike.
+
+Memory is counted, not sampled: what a method adds to the denoiser, its optimiser state, and the most that a step holds
+beyond that, by the allocator's own record.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
+from peft import LoraConfig
+from torch import Tensor, nn
+
+from qrlora import QRLoraConfig
+from qrlora.basis import layer_basis
+from qrlora.families.flux import FLUX
+from qrlora.files import write_atomically
+
+METHODS: dict[str, Callable[..., Any] | None] = {
+    "lora": LoraConfig,
+    "qrlora": QRLoraConfig,
+    "qrlora, subject's columns": lambda **common: QRLoraConfig(columns="subject", **common),
+    "qrlora, dense": lambda **common: QRLoraConfig(triangular=False, **common),
+    "pissa": lambda **common: LoraConfig(init_lora_weights="pissa_niter_4", **common),
+    "olora": lambda **common: LoraConfig(init_lora_weights="olora", **common),
+    "mica": lambda **common: LoraConfig(init_lora_weights="mica", **common),
+    "published": None,
+}
+RIVAL = "lora"
+TEXT_TOKENS, TEXT_WIDTH, POOLED_WIDTH, LATENT_CHANNELS, HEAD = 64, 1024, 768, 16, 128
+WARM_UP, FEWEST_ROUNDS = 2, 5
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--width", type=int, default=1024, help=f"of the denoiser, a multiple of {HEAD}")
+    parser.add_argument("--blocks", type=int, default=1, help="of each of FLUX's two kinds")
+    parser.add_argument("--side", type=int, default=16, help="of the picture in tokens")
+    parser.add_argument("--batch-size", type=int, default=1)
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--dtypes", default="float32,bfloat16", help="of the frozen denoiser; what trains is float32")
+    parser.add_argument("--methods", default=";".join(METHODS), help=f"separated by ';', of {'; '.join(METHODS)}")
+    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--seconds", type=float, default=150, help=f"a dtype; {FEWEST_ROUNDS} rounds are always taken")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--json", type=Path, default=Path(__file__).with_suffix(".json"))
+    options = parser.parse_args()
+    results = {dtype: measure(options, getattr(torch, dtype)) for dtype in options.dtypes.split(",")}
+    report = {"machine": machine(options.device), "options": vars(options) | {"json": None}, "results": results}
+    write_atomically(options.json, (json.dumps(report, indent=1) + "\n").encode())
+
+
+def machine(device: str) -> dict[str, Any]:
+    names = [line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
+    return {
+        "date": datetime.now(timezone.utc).isoformat(timespec="minutes"),
+        "device": torch.cuda.get_device_name() if device.startswith("cuda") else (names or [platform.processor()])[0],
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+    }
+
+
+def _lines(path: str) -> list[str]:
+    return Path(path).read_text().splitlines() if Path(path).exists() else []
+
+
+class PublishedLinear(nn.Module):
+    """W_res x + s Q (R + ΔR) x, with ΔR rewritten and masked in every forward pass (arXiv 2507.04599, section 3.3)."""
+
+    def __init__(self, base: nn.Linear, rank: int):
+        super().__init__()
+        basis = layer_basis(base.weight, rank)
+        base.weight.data = (base.weight.float() - basis.q @ basis.r).to(base.weight.dtype)
+        self.base = base
+        self.q, self.r = (nn.Parameter(part, requires_grad=False) for part in (basis.q, basis.r))
+        self.delta_r = nn.Parameter(torch.zeros_like(basis.r))
+        self.register_buffer("mask", torch.triu(torch.ones_like(basis.r)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        mask: Any = self.mask
+        with torch.no_grad():
+            self.delta_r.data = self.delta_r * mask
+        down = self.r.to(x.dtype) + self.delta_r.to(x.dtype) * mask.to(x.dtype)
+        return self.base(x) + x @ down.T @ self.q.to(x.dtype).T
+
+
+@dataclass
+class Arm:
+    """A denoiser that carries a method, and what trains it."""
+
+    denoiser: Any
+    parameters: list[nn.Parameter]
+    optimizer: torch.optim.Optimizer
+    added: int
+    scheduler: Any
+    batch: tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]
+
+    def step(self) -> None:
+        FLUX.loss(self.denoiser, self.scheduler, *self.batch).backward()
+        nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+
+def build(method: str, options: argparse.Namespace, dtype: torch.dtype) -> Arm:
+    torch.manual_seed(0)
+    denoiser: Any = FluxTransformer2DModel(
+        in_channels=4 * LATENT_CHANNELS,
+        num_layers=options.blocks,
+        num_single_layers=options.blocks,
+        attention_head_dim=HEAD,
+        num_attention_heads=options.width // HEAD,
+        joint_attention_dim=TEXT_WIDTH,
+        pooled_projection_dim=POOLED_WIDTH,
+        guidance_embeds=True,
+    )
+    denoiser = denoiser.requires_grad_(False).to(options.device, dtype)
+    before = tensor_bytes(resident(denoiser))
+    config = METHODS[method]
+    if config is None:
+        for name, module in list(denoiser.named_modules()):
+            if isinstance(module, nn.Linear) and any(name.endswith(f".{target}") for target in FLUX.targets):
+                parent, _, child = name.rpartition(".")
+                setattr(denoiser.get_submodule(parent), child, PublishedLinear(module, options.rank))
+    else:
+        denoiser.add_adapter(config(r=options.rank, lora_alpha=options.rank, target_modules=list(FLUX.targets)))
+    parameters = [parameter for parameter in denoiser.parameters() if parameter.requires_grad]
+    for parameter in parameters:
+        parameter.data = parameter.data.float()
+    optimizer = torch.optim.AdamW(parameters, lr=1e-4, weight_decay=1e-4, fused=True)
+    added = tensor_bytes(resident(denoiser)) - before
+    return Arm(
+        denoiser, parameters, optimizer, added, FlowMatchEulerDiscreteScheduler(shift=3.0), batch(options, dtype)
+    )
+
+
+def batch(options: argparse.Namespace, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
+    """Latents, noise, timesteps and conditions of one step."""
+    n, side = options.batch_size, 2 * options.side
+    latents, noise = (torch.randn(n, LATENT_CHANNELS, side, side, device=options.device) for _ in range(2))
+    conditions = {
+        "encoder_hidden_states": torch.randn(n, TEXT_TOKENS, TEXT_WIDTH, device=options.device).to(dtype),
+        "pooled_projections": torch.randn(n, POOLED_WIDTH, device=options.device).to(dtype),
+    }
+    return latents, noise, torch.full((n,), 500.0, device=options.device), conditions
+
+
+def resident(denoiser: nn.Module) -> Iterator[Tensor]:
+    yield from itertools.chain(denoiser.parameters(), denoiser.buffers())
+
+
+def tensor_bytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes of all storages behind these tensors, each once."""
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+
+
+def peak_of_step(arm: Arm, device: str) -> int:
+    """The most bytes that one step holds at a time beyond what was there before it."""
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        arm.step()
+        return torch.cuda.max_memory_allocated() - before
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        arm.step()
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    return max(itertools.accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())))
+
+
+def measure(options: argparse.Namespace, dtype: torch.dtype) -> dict[str, Any]:
+    """Every method at one precision of the denoiser: the table, printed too."""
+    arms = {method: build(method, options, dtype) for method in options.methods.split(";")}
+    times = take_turns(arms, options)
+    results: dict[str, Any] = {}
+    for method, arm in arms.items():
+        state = [value for entry in arm.optimizer.state.values() for value in entry.values()]
+        results[method] = {
+            "trained_parameters": sum(parameter.numel() for parameter in arm.parameters),
+            "optimizer_bytes": tensor_bytes(state),
+            "added_bytes": arm.added,
+            "step_bytes": peak_of_step(arm, options.device),
+            "seconds": statistics.median(wall for wall, _ in times[method]),
+        }
+        for place, clock in enumerate(("wall", "cpu")):
+            paired = zip(times[method], times[RIVAL], strict=True)
+            results[method][f"{clock}_ratio"] = statistics.quantiles(own[place] / rival[place] for own, rival in paired)
+    show(results, dtype, len(times[RIVAL]))
+    return results
+
+
+def take_turns(arms: dict[str, Arm], options: argparse.Namespace) -> dict[str, list[tuple[float, float]]]:
+    """(wall, processor) seconds of every step of every method, a list each, round by round."""
+    times: dict[str, list[tuple[float, float]]] = {method: [] for method in arms}
+    order, started = list(arms), time.perf_counter()
+    for number in range(WARM_UP + options.rounds):
+        if number == WARM_UP:
+            times, started = {method: [] for method in arms}, time.perf_counter()
+        if number >= WARM_UP + FEWEST_ROUNDS and time.perf_counter() - started > options.seconds:
+            break
+        order = order[1:] + order[:1]
+        for method in order if number % 2 else reversed(order):
+            wall, processor = time.perf_counter(), time.process_time()
+            arms[method].step()
+            if options.device.startswith("cuda"):
+                torch.cuda.synchronize()
+            times[method].append((time.perf_counter() - wall, time.process_time() - processor))
+    return times
+
+
+def show(results: dict[str, Any], dtype: torch.dtype, rounds: int) -> None:
+    rival = results[RIVAL]
+    print(f"\n{dtype}, {rounds} rounds; ratios to {RIVAL} are medians of paired steps, with their quartiles")
+    print(f"{'':26} {'s a step':>8} {'time':>20} {'processor time':>20} {'memory':>17} {'state':>13} {'trained':>15}")
+    for method, found in results.items():
+        memory, rivals = (r["added_bytes"] + r["optimizer_bytes"] + r["step_bytes"] for r in (found, rival))
+        cells = [f"{found['seconds']:8.3f}"]
+        for clock in ("wall", "cpu"):
+            low, middle, high = found[f"{clock}_ratio"]
+            cells.append(f"{middle:.3f} ({low:.3f}-{high:.3f})")
+        cells.append(f"{memory / 1e6:.1f} MB {memory / rivals:.3f}")
+        state, trained = found["optimizer_bytes"], found["trained_parameters"]
+        cells.append(f"{state / 1e6:.2f} MB {state / rival['optimizer_bytes']:.2f}")
+        cells.append(f"{trained:,} {trained / rival['trained_parameters']:.2f}")
+        print(f"{method:26} " + " ".join(cells))
+
+
+if __name__ == "__main__":
+    main()
