@@ -26,7 +26,9 @@ from qrlora.cli import main
 from qrlora.cli.shared import Bar, weighted_path
 from qrlora.training import loop
 
-COMMANDS = ("train", "basis", "compose", "generate", "inspect", "export", "import", "extract", "similarity", "demo")
+COMMANDS = (
+    "train", "plan", "basis", "compose", "generate", "inspect", "export", "import", "extract", "similarity", "demo"
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +76,13 @@ def test_train_help_lists_every_recipe_field(capsys: pytest.CaptureFixture[str])
     said = capsys.readouterr().out
     for flag in ("--subject", "--style", "--learning-rate", "--no-triangular", "--checkpoint-every", "-o", "--resume"):
         assert flag in said
+
+
+def test_train_prints_the_schema_of_recipes(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["train", "--schema"])
+    committed = Path(__file__).parent.parent / "recipes" / "recipe.schema.json"
+    assert ended.value.code == 0 and capsys.readouterr().out == committed.read_text()
 
 
 def test_training_wrote_what_the_recipe_and_flags_say(work: Path) -> None:

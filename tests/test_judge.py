@@ -11,6 +11,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+from PIL import Image
 
 from qrlora.errors import DataError, ModelError
 from qrlora.pico import world
@@ -258,3 +259,17 @@ def test_the_judge_of_another_world_is_refused(tmp_path: Path) -> None:
     (tmp_path / "judge.json").write_text(json.dumps(facts))
     with pytest.raises(ModelError, match="trained on other styles"):
         Judge.load(tmp_path)
+
+
+def test_scorer_prefers_what_was_asked_for(judge: Judge, true: Renders) -> None:
+    """A subject in every style, or a style on every subject: near 1 if it is the one asked for, else near 0."""
+
+    def pictures(**asked: str) -> list[Image.Image]:
+        chosen = [i for i, scene in enumerate(true.scenes) if all(getattr(scene, k) == v for k, v in asked.items())]
+        return [Image.fromarray(true.pictures[i]) for i in chosen]
+
+    mug, chalk = judge.scorer("mug"), judge.scorer("chalk")
+    assert 0.8 < mug(pictures(subject="mug")) <= 1 and mug(pictures(subject="rocket")) < 0.2
+    assert 0.8 < chalk(pictures(style="chalk")) <= 1 and chalk(pictures(style="flat")) < 0.2
+    with pytest.raises(DataError, match=r"did you mean 'mug'"):
+        judge.scorer("mugg")

@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import json
+import sys
 from pathlib import Path
+from typing import Any
 
+import jsonschema
 import pytest
 
 from qrlora.errors import RecipeError
 from qrlora.training.recipe import Recipe, default_caption
 
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
 RECIPES = Path(__file__).parent.parent / "recipes"
+SCHEMA = json.loads((RECIPES / "recipe.schema.json").read_text())
 
 
 def test_published_prompts_are_the_default_captions() -> None:
@@ -49,6 +59,43 @@ def test_repeats_are_one_number_for_each_entry_of_images() -> None:
 def test_example_recipes_are_valid(path: Path) -> None:
     recipe = Recipe.load(path)
     assert recipe.trigger in recipe.text
+    assert not list(jsonschema.Draft7Validator(SCHEMA).iter_errors(tomllib.loads(path.read_text())))
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.toml")), ids=lambda path: path.name)
+def test_example_recipes_say_what_every_field_is_and_where_its_schema(path: Path) -> None:
+    first, *rest = path.read_text().splitlines()
+    assert first == "#:schema ./recipe.schema.json"
+    assert [line for line in rest if " = " in line and "#" not in line] == []
+
+
+def test_committed_schema_is_that_of_the_recipe() -> None:
+    """Else: qrlora train --schema > recipes/recipe.schema.json"""
+    assert Recipe.file_schema() == SCHEMA
+    jsonschema.Draft7Validator.check_schema(SCHEMA)
+
+
+@pytest.mark.parametrize(
+    ("fields", "valid"),
+    [
+        ({"role": "style", "images": "a.png"}, True),
+        ({"role": "style", "images": ["a.png"], "preserve": "a; b", "columns": [0, 2], "targets": "all-linear"}, True),
+        ({"role": "style", "images": ["a.png"], "preserve": ["a"], "columns": "0/2", "targets": ["to_q"]}, True),
+        ({"images": "a.png"}, False),
+        ({"role": "content", "images": "a.png"}, False),
+        ({"role": "style", "images": []}, False),
+        ({"role": "style", "images": "a.png", "rnk": 2}, False),
+        ({"role": "style", "images": "a.png", "learning_rate": 0}, False),
+        ({"role": "style", "images": "a.png", "steps": 1.5}, False),
+    ],
+)
+def test_schema_accepts_what_the_recipe_accepts(fields: dict[str, Any], valid: bool) -> None:
+    assert jsonschema.Draft7Validator(SCHEMA).is_valid(fields) == valid
+    if valid:
+        Recipe.of(fields)
+    else:
+        with pytest.raises(RecipeError):
+            Recipe.of(fields)
 
 
 def test_unknown_fields_are_all_named_with_the_nearest_known() -> None:

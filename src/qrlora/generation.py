@@ -76,7 +76,7 @@ def generate_jobs(
     images: list[Image.Image] = []
     with attached(pipe, family, _as_one(adapters)):
         for start in range(0, len(jobs), batch_size):
-            images += _batch(pipe, family, jobs[start : start + batch_size], steps, guidance, resolution)
+            images += one_batch(pipe, family, jobs[start : start + batch_size], steps, guidance, resolution)
             if progress:
                 progress(len(images), len(jobs))
     return images
@@ -107,7 +107,7 @@ def weight_grid(
             cells.append([])
             for column_weight in column_weights:
                 denoiser.set_adapters(names, [row_weight, column_weight])
-                cells[-1] += _batch(pipe, family, [(prompt, seed)], steps, guidance, resolution)
+                cells[-1] += one_batch(pipe, family, [(prompt, seed)], steps, guidance, resolution)
                 if progress:
                     progress(sum(map(len, cells)), len(row_weights) * len(column_weights))
     row_name, column_name = _labels(rows, columns)
@@ -152,15 +152,15 @@ def _as_one(adapters: Sequence[WeightedAdapter]) -> list[WeightedAdapter]:
     return [(Composition(adapters).adapter(), 1.0)] if len(adapters) > 1 and on_one_basis else list(adapters)
 
 
-def _batch(
+def one_batch(
     pipe: Any,
     family: ModelFamily,
     jobs: Sequence[tuple[str, int]],
-    steps: int | None,
-    guidance: float | None,
-    resolution: int | None,
+    steps: int | None = None,
+    guidance: float | None = None,
+    resolution: int | None = None,
 ) -> list[Image.Image]:
-    """The pictures of these (prompt, seed) pairs in one call of the pipeline."""
+    """The pictures of these (prompt, seed) pairs in one call of the pipeline as it stands. Errors: as `generate`."""
     prompts = [prompt for prompt, _ in jobs]
     own, unit = family.resolution(pipe), size_unit(pipe)
     side = own if resolution is None else resolution
@@ -198,14 +198,16 @@ def labelled_grid(
     column_labels: Sequence[str],
     title: str = "",
 ) -> Image.Image:
-    """Pictures of one size in rows, with a label left of each row and above each column, and a title above all."""
+    """Pictures of one size in rows, with a label left of each row (which may have several lines) and above each column,
+    and a title above all."""
     enlarge = max(1, -(-SMALLEST_CELL // cells[0][0].width))
     width, height = cells[0][0].width * enlarge, cells[0][0].height * enlarge
     size = max(13, width // 10)
     font = ImageFont.load_default(size)
     gap = max(4, width // 32)
     line = round(size * 1.4)
-    left = round(max(font.getlength(label) for label in row_labels)) + 2 * gap
+    widest = max(font.getlength(part) for label in row_labels for part in label.split("\n"))
+    left = round(widest) + 2 * gap
     cell_width = max([width] + [round(font.getlength(label)) for label in column_labels]) + gap
     top = (2 if title else 1) * line + gap
     whole = max(left + cell_width * len(column_labels), round(font.getlength(title)) + 2 * gap)
@@ -217,7 +219,7 @@ def labelled_grid(
         draw.text((middle, top - gap), label, fill="black", font=font, anchor="ms")
     for row, label in enumerate(row_labels):
         y = top + row * (height + gap)
-        draw.text((left - gap, y + height / 2), label, fill="black", font=font, anchor="rm")
+        draw.text((left - gap, y + height / 2), label, fill="black", font=font, anchor="rm", align="right")
         for column, cell in enumerate(cells[row]):
             enlarged = cell.resize((width, height), Image.Resampling.NEAREST)
             sheet.paste(enlarged, (left + column * cell_width, y))

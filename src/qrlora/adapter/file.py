@@ -182,6 +182,27 @@ def unpack(packed: Float[Tensor, " kept"], columns: tuple[int, ...], width: int)
     return delta
 
 
+def tensor_shapes(
+    meta: AdapterMetadata,
+    layers: Mapping[str, tuple[int, ...]],
+    spelling: str,
+    names: Mapping[str, str] | None = None,
+) -> dict[str, list[int]]:
+    """Key and shape of every tensor of a file; `layers` are the shapes of the base weights, `names` as in saving."""
+    keys: dict[str, list[int]] = {}
+    for name, shape in layers.items():
+        width = math.prod(shape[1:])
+        if spelling == "compact":
+            kept = sum(max(width - column, 0) for column in meta.columns)
+            keys[f"{name}.delta_r"] = [kept] if meta.triangular else [meta.rank, width]
+        else:
+            down, up = _pair_keys(name, meta.denoiser, names)
+            keys[down] = [meta.rank, *shape[1:]]
+            keys[up] = [shape[0], meta.rank, *[1] * (len(shape) - 2)]
+            keys |= {f"{names[name]}.alpha": []} if names is not None else {}
+    return keys
+
+
 @dataclasses.dataclass(frozen=True)
 class _Plan:
     """What the metadata calls for: each key's shape is checked before a byte of tensor data is read."""
@@ -192,22 +213,8 @@ class _Plan:
     digests: dict[str, str]
     names: Mapping[str, str] | None = None
 
-    def keys(self) -> dict[str, list[int]]:
-        meta, keys = self.metadata, {}
-        for name, shape in self.shapes.items():
-            width = math.prod(shape[1:])
-            if self.spelling == "compact":
-                kept = sum(max(width - column, 0) for column in meta.columns)
-                keys[f"{name}.delta_r"] = [kept] if meta.triangular else [meta.rank, width]
-            else:
-                down, up = _pair_keys(name, meta.denoiser, self.names)
-                keys[down] = [meta.rank, *shape[1:]]
-                keys[up] = [shape[0], meta.rank, *[1] * (len(shape) - 2)]
-                keys |= {f"{self.names[name]}.alpha": []} if self.names is not None else {}
-        return keys
-
     def check_header(self, header: Mapping[str, Any]) -> None:
-        expected = self.keys()
+        expected = tensor_shapes(self.metadata, self.shapes, self.spelling, self.names)
         check_keys("tensors", list(expected), header)
         wrong = {key: header[key]["shape"] for key, shape in expected.items() if header[key]["shape"] != shape}
         require(

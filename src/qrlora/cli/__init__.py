@@ -15,6 +15,7 @@ from qrlora.cli.demo import add_demo
 from qrlora.cli.exchange import add_export, add_extract, add_import
 from qrlora.cli.generate import add_generate
 from qrlora.cli.inspect import add_inspect
+from qrlora.cli.plan import add_plan
 from qrlora.cli.similarity import add_similarity
 from qrlora.cli.train import add_train
 from qrlora.errors import QrloraError
@@ -52,7 +53,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def build_parser(arguments: Sequence[str] = ()) -> argparse.ArgumentParser:
-    """The whole command line. The recipe's flags, which take pydantic to list, only if `arguments` begin with train."""
+    """The whole command line. The recipe's flags, which take pydantic to list, only if `arguments` begin with a command
+    that takes them."""
     parser = argparse.ArgumentParser(
         prog="qrlora",
         description="Learn a subject from one picture, learn a style from one picture, and put them together.",
@@ -62,6 +64,7 @@ def build_parser(arguments: Sequence[str] = ()) -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     add_train(commands, with_recipe=list(arguments[:1]) == ["train"])
     add_basis(commands)
+    add_plan(commands, with_recipe=list(arguments[:1]) == ["plan"])
     add_compose(commands)
     add_generate(commands)
     add_inspect(commands)

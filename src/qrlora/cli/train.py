@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from qrlora.cli.shared import OVERWRITE_HELP, Bar, Parsers, command, refuse_to_replace
 from qrlora.errors import QrloraError
+
+if TYPE_CHECKING:
+    from qrlora.training.recipe import Recipe
 
 PATIENCE = 2.0
 
@@ -23,12 +28,39 @@ def add_train(commands: Parsers, with_recipe: bool) -> None:
     )
     if not with_recipe:
         return
+    parser.add_argument("--resume", action="store_true", help="continue an interrupted run from its newest checkpoint")
+    parser.add_argument(
+        "--judge",
+        metavar="NAME",
+        help="pico only: write the step whose sample pictures its judge finds most like this subject or style of its "
+        "world (teapot, chalk), and mind --patience; needs --sample-every",
+    )
+    parser.add_argument(
+        "--schema", action=_Schema, help="print the JSON Schema of recipes, for editors, and do nothing"
+    )
+    add_recipe(parser)
+
+
+class _Schema(argparse.Action):
+    """Prints the schema and ends, as --help does."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, help: str):
+        super().__init__(option_strings, dest, nargs=0, help=help)
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        from qrlora.training.recipe import Recipe
+
+        print(json.dumps(Recipe.file_schema(), indent=2, ensure_ascii=False))
+        parser.exit()
+
+
+def add_recipe(parser: argparse.ArgumentParser) -> None:
+    """What to train, as a recipe file, as flags, or both."""
     parser.add_argument("recipe", nargs="?", type=Path, help="TOML recipe (see recipes/); flags win over it")
     what = parser.add_mutually_exclusive_group()
     for role in ("subject", "style"):
         what.add_argument(f"--{role}", nargs="+", metavar="IMAGE", help=f"learn a {role} from these pictures or folder")
     what.add_argument("--images", nargs="+", metavar="IMAGE", help="other pictures for the recipe's role")
-    parser.add_argument("--resume", action="store_true", help="continue an interrupted run from its newest checkpoint")
     _add_recipe_flags(parser)
 
 
@@ -50,15 +82,20 @@ def _add_recipe_flags(parser: argparse.ArgumentParser) -> None:
             group.add_argument(*flags, default=None, metavar=name.upper(), help=text)
 
 
-def run_train(options: argparse.Namespace) -> None:
-    """Train one adapter and say what came of it."""
+def recipe_of(options: argparse.Namespace) -> Recipe:
+    """The recipe that file and flags make together."""
     from qrlora.training.recipe import Recipe
 
     fields = {name: getattr(options, name) for name in Recipe.model_fields if getattr(options, name, None) is not None}
     for role in ("subject", "style"):
         if getattr(options, role):
             fields |= {"role": role, "images": getattr(options, role)}
-    recipe = Recipe.load(options.recipe, fields) if options.recipe else Recipe.of(fields)
+    return Recipe.load(options.recipe, fields) if options.recipe else Recipe.of(fields)
+
+
+def run_train(options: argparse.Namespace) -> None:
+    """Train one adapter and say what came of it."""
+    recipe = recipe_of(options)
     output = recipe.output or Path(f"{recipe.role}.safetensors")
     if output.is_dir():  # said now, not after the training that would be lost
         raise QrloraError(f"{output} is a folder", expected="-o *.safetensors", got="a folder", remedy="name a file")
@@ -66,6 +103,7 @@ def run_train(options: argparse.Namespace) -> None:
         refuse_to_replace(output)
     output.parent.mkdir(parents=True, exist_ok=True)
     recipe = recipe.replace(output=output)
+    score = _judge(options.judge, recipe.model) if options.judge else None
     from accelerate import PartialState
 
     from qrlora.training.loop import train
@@ -76,6 +114,7 @@ def run_train(options: argparse.Namespace) -> None:
         progress=lambda p: bar(p.step, p.steps, f"loss {p.loss:.4f}", p.seconds_left),
         preparing=_shown_if_long(),
         resume=options.resume,
+        score=score,
     )
     main = PartialState().is_main_process
     PartialState().destroy_process_group()
@@ -98,3 +137,17 @@ def _shown_if_long() -> Callable[[str, int, int], None]:
             bar(done, of)
 
     return show
+
+
+def _judge(name: str, model: str) -> Callable[[Any], float]:
+    """What scores sample pictures on the command line: pico's judge, which knows pico's world alone."""
+    if model != "pico":
+        raise QrloraError(
+            "--judge is for pico, whose world it knows",
+            expected="--model pico",
+            got=model,
+            remedy="leave it out; in Python, train(..., score=...) takes any judge",
+        )
+    from qrlora.pico.judge import Judge
+
+    return Judge.load().scorer(name)

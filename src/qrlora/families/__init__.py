@@ -7,6 +7,7 @@ family_of(pipe).name                            # "sd3"
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import math
 import pkgutil
@@ -43,6 +44,7 @@ __all__ = [
     "find_model",
     "from_hub",
     "load_pipeline",
+    "load_structure",
     "refuse_if_larger",
     "remove_adapters",
     "size_unit",
@@ -103,20 +105,60 @@ def load_pipeline(
     size = sum(weight_bytes(found.parent / name, dtype) for name in index if (found.parent / name).is_dir())
     for place in {torch.device("cpu"), device}:
         refuse_if_larger(size, place, model)
+    return _assemble(model, source, family, index, dtype=dtype).to(device), family
+
+
+def load_structure(model: str | Path, dtype: torch.dtype = torch.float32) -> tuple[Any, ModelFamily]:
+    """A base model without its weights, and its family: every network on the meta device, made from its config.
+
+    Of a hub model only configs and tokenizers are fetched. Arguments and errors: as `load_pipeline`.
+    """
+    model = str(model)
+    source, _, index, family = find_model(model)
+    networks: dict[str, Any] = {}
+    with _unloadable(model, family), torch.device("meta"):
+        for name, entry in index.items():
+            kind: Any = _class_of(entry)
+            if issubclass(kind, diffusers.ModelMixin):
+                networks[name] = kind.from_config(kind.load_config(source, subfolder=name))
+            elif issubclass(kind, transformers.PreTrainedModel):
+                networks[name] = kind(kind.config_class.from_pretrained(source, subfolder=name))
+    networks = {name: torch.nn.Module.to(network, dtype).eval() for name, network in networks.items()}
+    return _assemble(model, source, family, index, **networks), family
+
+
+def _class_of(entry: Any) -> type:
+    """The class of a component by its entry in the index, [library or folder of diffusers' pipelines, class name];
+    NoneType for what is no component, or has a name that diffusers translates (older tokenizers)."""
+    if not isinstance(entry, list) or None in entry:
+        return type(None)
+    library, name = entry
+    module = library if library in ("diffusers", "transformers") else f"diffusers.pipelines.{library}"
+    return getattr(importlib.import_module(module), name, type(None))
+
+
+def _assemble(model: str, source: str, family: ModelFamily, index: dict[str, Any], **given: Any) -> Any:
+    """The pipeline of that folder, with these components and options given rather than read."""
     # What a pipeline was saved without (SD3's T5) has to be declined by name, or from_pretrained asks for it.
     absent = {name: None for name, value in index.items() if value == [None, None]}
-    with _quiet_progress():
-        try:
-            pipe = getattr(diffusers, family.pipeline_class).from_pretrained(source, dtype=dtype, **absent)
-        except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
-            raise ModelError(
-                f"the base model {model!r} cannot be loaded",
-                expected=f"a complete {family.pipeline_class} folder",
-                got=f"{type(error).__name__}: {error}",
-                remedy="download it again, or check the folder's components against its " + INDEX,
-            ) from error
+    with _quiet_progress(), _unloadable(model, family):
+        pipe = getattr(diffusers, family.pipeline_class).from_pretrained(source, **given, **absent)
     pipe.set_progress_bar_config(disable=True)
-    return pipe.to(device), family
+    return pipe
+
+
+@contextlib.contextmanager
+def _unloadable(model: str, family: ModelFamily) -> Iterator[None]:
+    """What the libraries raise about a model that is not whole, as one error."""
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, ImportError, AttributeError) as error:
+        raise ModelError(
+            f"the base model {model!r} cannot be loaded",
+            expected=f"a complete {family.pipeline_class} folder",
+            got=f"{type(error).__name__}: {error}",
+            remedy="download it again, or check the folder's components against its " + INDEX,
+        ) from error
 
 
 def weight_bytes(folder: Path, dtype: torch.dtype) -> int:

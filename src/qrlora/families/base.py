@@ -34,6 +34,8 @@ class ModelFamily:
         prompt_options: `(pipe, prompts) -> dict`, checks the prompts and returns the keyword arguments that every call
             of the pipeline on them needs, so that training and generation condition alike.
         encode_prompts: `(pipe, prompts) -> Conditions`, tensors with one row per prompt.
+        blank_conditions: the same for a pipeline without weights (`load_structure`): right in shape, and masks right in
+            value, on the CPU. Only needed where the encoders look at values as they go.
         encode_images: `(pipe, images) -> latents`, images `(n, 3, height, width)` float32 in [-1, 1], latents
             `(n, channels, height', width')` in the scale the denoiser works in.
         sample_timesteps: `(scheduler, n, generator, ...) -> timesteps`, `(n,)` float32 on the CPU, in its units.
@@ -63,6 +65,7 @@ class ModelFamily:
     timestep_options: frozenset[str] = frozenset()
     largest_side: Callable[[Any], int | None] = lambda pipe: None
     few_steps: Callable[[Any], tuple[int, float] | None] = lambda pipe: None
+    blank_conditions: Callable[[Any, list[str]], dict[str, Tensor]] | None = None
     guidance_argument: str = "guidance_scale"
 
     @property

@@ -36,6 +36,14 @@ def encode_prompts(pipe: Any, prompts: list[str]) -> dict[str, Tensor]:
     return {"encoder_hidden_states": pipe.encode_prompt(prompts, **prompt_options(pipe, prompts))[0]}
 
 
+def blank_conditions(pipe: Any, prompts: list[str]) -> dict[str, Tensor]:
+    """As `encode_prompts`, in shape alone."""
+    prompt_options(pipe, prompts)
+    denoiser = pipe.transformer
+    size = (len(prompts), TOKENS, denoiser.config.joint_attention_dim)
+    return {"encoder_hidden_states": torch.empty(size, dtype=denoiser.dtype, device="meta")}
+
+
 @torch.no_grad()
 def encode_images(pipe: Any, images: Float[Tensor, "n 3 height width"]) -> Float[Tensor, "n c h w"]:
     """Pictures in [-1, 1] to latents in the denoiser's scale: patches of 2 x 2, normalised by the autoencoder's own
@@ -112,4 +120,5 @@ FLUX2_KLEIN = ModelFamily(
     loss=loss,
     timestep_options=FLOW_OPTIONS,
     few_steps=few_steps,
+    blank_conditions=blank_conditions,
 )

@@ -49,6 +49,18 @@ def encode_prompts(pipe: Any, prompts: list[str]) -> dict[str, Tensor]:
     }
 
 
+def blank_conditions(pipe: Any, prompts: list[str]) -> dict[str, Tensor]:
+    """As `encode_prompts`: the states in shape alone, the mask in value."""
+    prompt_options(pipe, prompts)
+    ids = pipe.tokenizer([pipe.prompt_template_encode.format(prompt) for prompt in prompts]).input_ids
+    length = torch.tensor([len(tokens) - pipe.prompt_template_encode_start_idx for tokens in ids])
+    size = (len(prompts), TOKENS, pipe.transformer.config.joint_attention_dim)
+    return {
+        "encoder_hidden_states": torch.empty(size, dtype=pipe.transformer.dtype, device="meta"),
+        "encoder_hidden_states_mask": (torch.arange(TOKENS) < length[:, None]).long(),
+    }
+
+
 @torch.no_grad()
 def encode_images(pipe: Any, images: Float[Tensor, "n 3 height width"]) -> Float[Tensor, "n c h w"]:
     """Pictures in [-1, 1] to latents in the denoiser's scale: one frame of a video, normalised channel by channel."""
@@ -120,4 +132,5 @@ QWEN_IMAGE = ModelFamily(
     loss=loss,
     timestep_options=FLOW_OPTIONS,
     guidance_argument="true_cfg_scale",
+    blank_conditions=blank_conditions,
 )

@@ -47,6 +47,17 @@ def encode_prompts(pipe: Any, prompts: list[str]) -> dict[str, Tensor]:
     }
 
 
+def blank_conditions(pipe: Any, prompts: list[str]) -> dict[str, Tensor]:
+    """As `encode_prompts`: the captions in shape alone, the mask in value."""
+    prompt_options(pipe, prompts)
+    ids = pipe.tokenizer([chat(pipe.tokenizer, thinking=True)(prompt) for prompt in prompts]).input_ids
+    size = (len(prompts), TOKENS, pipe.transformer.config.cap_feat_dim)
+    return {
+        "captions": torch.empty(size, dtype=pipe.transformer.dtype, device="meta"),
+        "mask": torch.arange(TOKENS) < torch.tensor([len(tokens) for tokens in ids])[:, None],
+    }
+
+
 def loss(
     denoiser: nn.Module,
     scheduler: Any,
@@ -86,4 +97,5 @@ Z_IMAGE = ModelFamily(
     sample_timesteps=flow_timesteps,
     loss=loss,
     timestep_options=FLOW_OPTIONS,
+    blank_conditions=blank_conditions,
 )

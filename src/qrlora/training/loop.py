@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from qrlora.adapter import Adapter, adapter_from_model, save_adapter
 from qrlora.errors import RecipeError, TrainingError
 from qrlora.families import ModelFamily, family_of, load_pipeline, remove_adapters, size_unit
-from qrlora.training import checkpoint
+from qrlora.training import checkpoint, monitor
 from qrlora.training.dataset import EncodedDataset, Example, Report, encode, find_pictures, load_examples
 from qrlora.training.optimizers import evaluated, optimizer_for
 from qrlora.training.pictures import bucket_sizes, check_resolution
@@ -79,6 +79,7 @@ class Run:
     data: EncodedDataset
     parameters: dict[str, nn.Parameter]
     optimizer: torch.optim.Optimizer
+    watch: monitor.Monitor
     kept: Preservation | None = None
     step: int = 0
     loss_scale: float = 1.0
@@ -87,6 +88,22 @@ class Run:
     def record(self) -> dict[str, Any]:
         """What a checkpoint must agree on to be continued: the recipe's fields and the data."""
         return self.recipe.run_record() | {"data": self.data.digest}
+
+    def adapter(self, provenance: dict[str, Any]) -> Adapter:
+        """What has been trained so far, with all that is known about it."""
+        with evaluated(self.optimizer):
+            return adapter_from_model(
+                self.denoiser,
+                ADAPTER_NAME,
+                family=self.family.name,
+                denoiser=self.family.denoiser,
+                base_model=self.recipe.model,
+                role=self.recipe.role,
+                trigger=self.recipe.trigger,
+                licence=self.recipe.licence,
+                recipe=self.recipe.record(),
+                provenance=provenance,
+            )
 
 
 def train(
@@ -97,6 +114,7 @@ def train(
     progress: Callable[[Progress], None] | None = None,
     preparing: Report | None = None,
     resume: bool = False,
+    score: monitor.Score | None = None,
 ) -> Adapter:
     """Train one adapter; write it to `recipe.output` if that is set.
 
@@ -112,6 +130,8 @@ def train(
         preparing: called after every picture that was read or encoded before the first step.
         resume: continue from the newest checkpoint beside `recipe.output`, to the same ΔR as an uninterrupted run
             (bit for bit on a CPU).
+        score: how good the pictures of a sample sheet are. The step that scores best is what is returned and written,
+            and training stops after `recipe.patience` sheets without a better one; its provenance says so.
 
     Raises:
         ModelError, DataError, BasisError, TunerError: the model, the pictures or the basis cannot be used.
@@ -121,54 +141,41 @@ def train(
         TrainingInterrupted: Ctrl-C; a checkpoint was written if there is an output.
     """
     started = time.perf_counter()
-    accelerator = processes_here()
+    monitor.check(recipe, score)
+    accelerator = processes_here(**monitor.trackers(recipe))
     check_divisible(recipe, accelerator.num_processes, accelerator.distributed_type.value, given=pipe is not None)
     report, progress = (preparing, progress) if accelerator.is_main_process else (None, None)
-    pipe, family, examples, data = _prepare(recipe, pipe, family, accelerator, report)
+    pipe, family, examples, data, sampler = _prepare(recipe, pipe, family, accelerator, report)
     denoiser, scheduler = family.denoiser_of(pipe), family.training_scheduler(pipe)
     if not recipe.preserve:
         pipe = None  # with it go the encoders
     if not (recipe.quantize or recipe.fsdp):
         denoiser.to(data.device)  # where bases are computed faster
-    with _adapter_on(denoiser, family, recipe, accelerator) as parameters:
+    with adapter_on(denoiser, family, recipe, accelerator) as parameters:
         settle(denoiser, recipe, data.device, parameters.values())
         kept = _base_predictions(recipe, pipe, family, data.device) if recipe.preserve else None
         pipe = None
         optimizer = optimizer_for(recipe, list(parameters.values()))
-        run = Run(accelerator, recipe, family, denoiser, scheduler, data, parameters, optimizer, kept)
+        watch = monitor.Monitor(recipe, sampler, score)
+        run = Run(accelerator, recipe, family, denoiser, scheduler, data, parameters, optimizer, watch, kept)
         if next(denoiser.parameters()).dtype == torch.float16:
             run.loss_scale = LOSS_SCALE
         if resume:
             run.step, run.loss_scale = checkpoint.load(recipe, run.record, parameters, optimizer)
-        loss = _run_steps(run, progress)
-        adapter = _extract(run, _provenance(examples, loss, time.perf_counter() - started))
+            watch.resume(checkpoint.path_of(recipe, run.step))
+        with watch.watching(run):
+            loss = _run_steps(run, progress)
+        adapter = watch.chosen(run, _provenance(examples, loss, time.perf_counter() - started))
     if recipe.output and accelerator.is_main_process:
         save_adapter(adapter, recipe.output, spelling="compact" if adapter.metadata.on_basis else "lora")
     accelerator.wait_for_everyone()
     return adapter
 
 
-def _extract(run: Run, provenance: dict[str, Any]) -> Adapter:
-    """What was trained, with all that is known about it."""
-    with evaluated(run.optimizer):
-        return adapter_from_model(
-            run.denoiser,
-            ADAPTER_NAME,
-            family=run.family.name,
-            denoiser=run.family.denoiser,
-            base_model=run.recipe.model,
-            role=run.recipe.role,
-            trigger=run.recipe.trigger,
-            licence=run.recipe.licence,
-            recipe=run.recipe.record(),
-            provenance=provenance,
-        )
-
-
 def _prepare(
     recipe: Recipe, pipe: Any, family: ModelFamily | None, accelerator: Accelerator, preparing: Report | None
-) -> tuple[Any, ModelFamily, list[Example], EncodedDataset]:
-    """The pipeline, its denoiser still where it was loaded to, and what its encoders make of the pictures."""
+) -> tuple[Any, ModelFamily, list[Example], EncodedDataset, monitor.Sampler | None]:
+    """The pipeline, its denoiser still where it was loaded to, and what its encoders make of pictures and prompts."""
     if recipe.output and not recipe.output.parent.is_dir():
         raise RecipeError(
             f"nowhere to write {recipe.output}",
@@ -189,7 +196,8 @@ def _prepare(
             stack.enter_context(encoders_alone(pipe, family, "cpu" if recipe.offload else device))
         stack.enter_context(accelerator.local_main_process_first())  # the others find it in the cache
         data = encode(examples, pipe, family, mask_min_value=recipe.mask_min_value, report=preparing)
-    return pipe, family, examples, replace(data, device=device)
+        sampler = monitor.Sampler(recipe, pipe, family) if recipe.sample_every else None
+    return pipe, family, examples, replace(data, device=device), sampler
 
 
 def _base_predictions(recipe: Recipe, pipe: Any, family: ModelFamily, device: torch.device) -> Preservation:
@@ -254,8 +262,8 @@ def family_options(recipe: Recipe, family: ModelFamily) -> tuple[dict[str, float
 
 
 @contextlib.contextmanager
-def _adapter_on(
-    denoiser: Any, family: ModelFamily, recipe: Recipe, accelerator: Accelerator
+def adapter_on(
+    denoiser: Any, family: ModelFamily, recipe: Recipe, accelerator: Accelerator | None = None
 ) -> Iterator[dict[str, nn.Parameter]]:
     """A fresh adapter on the frozen denoiser, for the duration; yields what trains, in float32, by name."""
     denoiser.requires_grad_(False)
@@ -265,7 +273,8 @@ def _adapter_on(
         denoiser.enable_gradient_checkpointing()
     try:
         # The first process computes the bases, the others find them in the cache.
-        with accelerator.local_main_process_first(), torch.random.fork_rng(devices=[]):
+        first = accelerator.local_main_process_first() if accelerator else contextlib.nullcontext()
+        with first, torch.random.fork_rng(devices=[]):
             torch.manual_seed(recipe.seed)
             try:
                 denoiser.add_adapter(config, adapter_name=ADAPTER_NAME)
@@ -290,9 +299,10 @@ def _run_steps(run: Run, progress: Callable[[Progress], None] | None) -> float:
     """Every remaining step, with checkpoints; returns the last loss."""
     recipe, first, started, loss = run.recipe, run.step, time.perf_counter(), float("nan")
     with _deferred_interrupt() as interrupted:
-        while run.step < recipe.steps:
-            loss = _step(run)
+        while run.step < recipe.steps and not run.watch.satisfied:
+            loss, norm = _step(run)
             run.step += 1
+            run.watch.after_step(run, loss, norm)
             if progress:
                 each = (time.perf_counter() - started) / (run.step - first)
                 progress(Progress(run.step, recipe.steps, loss, each * (recipe.steps - run.step)))
@@ -303,8 +313,8 @@ def _run_steps(run: Run, progress: Callable[[Progress], None] | None) -> float:
     return loss
 
 
-def _step(run: Run) -> float:
-    """One optimiser step; returns its mean loss. The parameters are untouched if it raises."""
+def _step(run: Run) -> tuple[float, float]:
+    """One optimiser step; returns its mean loss and gradient norm, unclipped. It changes nothing if it raises."""
     for group in run.optimizer.param_groups:
         group["lr"] = run.recipe.learning_rate * pace(run.recipe, run.step)
     while True:
@@ -322,7 +332,7 @@ def _step(run: Run) -> float:
         run.loss_scale /= 2  # float16 overflowed on the way back: the same step again
     run.optimizer.step()
     run.optimizer.zero_grad()
-    return total
+    return total, norm
 
 
 def _gradients(run: Run) -> tuple[float, float]:
@@ -428,7 +438,8 @@ def _save_checkpoint(run: Run) -> object:
     if run.recipe.output is None:
         return None
     if run.accelerator.is_main_process:
-        checkpoint.save(run.recipe, run.record, run.step, run.parameters, run.optimizer, run.loss_scale)
+        saved = checkpoint.save(run.recipe, run.record, run.step, run.parameters, run.optimizer, run.loss_scale)
+        run.watch.keep(saved)
     run.accelerator.wait_for_everyone()
     return checkpoint.path_of(run.recipe, run.step)
 

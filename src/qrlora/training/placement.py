@@ -20,8 +20,8 @@ from qrlora.families import ModelFamily, refuse_if_larger
 from qrlora.training.optimizers import needed
 from qrlora.training.recipe import Recipe
 
-BYTES = {"int8": 1.0, "nf4": 0.5}
-"""Least bytes of a weight in each form that `quantize` names."""
+BYTES = {"int8": 1.0, "nf4": 0.5 + 1 / 64}
+"""Bytes of a weight in each form that `quantize` names, with its share of a scale; int8 has one for a whole row."""
 
 
 def check_fits(pipe: Any, family: ModelFamily, recipe: Recipe, device: torch.device, processes: int) -> None:
@@ -91,6 +91,14 @@ def quantise(denoiser: nn.Module, form: str, device: torch.device) -> None:
             for name, child in parent.named_children():
                 if _frozen_linear(child):
                     setattr(parent, name, _nf4(package, child, device))
+
+
+def stored_bytes(denoiser: nn.Module, form: str) -> int:
+    """What the denoiser's own weights take, once their Linear weights are in that form (none if it is empty)."""
+    blocks = {module for block in _blocks(denoiser) for module in block.modules() if _frozen_linear(module)}
+    quantised: Any = {module.weight for module in blocks} if form else set()
+    tensors = [*denoiser.parameters(), *denoiser.buffers()]
+    return sum(int(x.numel() * BYTES[form]) if x in quantised else x.nbytes for x in tensors)
 
 
 def _nf4(bitsandbytes: Any, linear: Any, device: torch.device) -> nn.Module:

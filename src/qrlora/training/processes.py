@@ -17,10 +17,13 @@ from qrlora.families import default_device
 from qrlora.training.recipe import Recipe
 
 
-def processes_here() -> Accelerator:
-    """The processes there are. Without a GPU they have to be told so, or accelerate lets each run by itself."""
+def processes_here(**tracked: Any) -> Accelerator:
+    """The processes there are. Without a GPU they have to be told so, or accelerate lets each run by itself.
+
+    tracked: accelerate's options about trackers.
+    """
     patience = InitProcessGroupKwargs(timeout=timedelta(hours=12))  # the others wait while the first computes the bases
-    return Accelerator(mixed_precision="no", cpu=default_device().type == "cpu", kwargs_handlers=[patience])
+    return Accelerator(mixed_precision="no", cpu=default_device().type == "cpu", kwargs_handlers=[patience], **tracked)
 
 
 def check_divisible(recipe: Recipe, processes: int, kind: str, given: bool) -> None:

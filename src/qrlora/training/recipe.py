@@ -38,6 +38,7 @@ RESUMABLE = frozenset(
     {
         *("steps", "checkpoint_every", "checkpoints_kept", "output", "images", "licence"),
         *("gradient_checkpointing", "offload", "fsdp"),
+        *("sample_every", "sample_prompts", "sample_seeds", "patience", "log_with"),
     }
 )
 
@@ -152,6 +153,22 @@ class Recipe(BaseModel):
     fsdp: bool = Field(False, description="divide the frozen base among the processes (FSDP2)")
     checkpoint_every: int = Field(0, ge=0, description="steps between checkpoints (0: only when interrupted)")
     checkpoints_kept: int = Field(1, ge=1, description="how many checkpoints stay on disk, the newest")
+    sample_every: int = Field(
+        0, ge=0, description="steps between sheets of sample pictures, written beside the output (0: none)"
+    )
+    sample_prompts: tuple[str, ...] = Field(
+        (),
+        description=f"what they show, with {TRIGGER} for the trigger; separated by ; in a flag (default: the caption)",
+    )
+    sample_seeds: int = Field(2, ge=1, description="pictures of each of these prompts, from seeds counted on from seed")
+    patience: int = Field(
+        0, ge=0, description="sheets without a better score after which training stops (0: never); with a judge only"
+    )
+    log_with: str | None = Field(
+        None,
+        description="trackers of accelerate, separated by commas (tensorboard, wandb, ...), or none "
+        "(default: tensorboard if it is installed)",
+    )
     output: Path | None = Field(None, description="adapter file to write; checkpoints go to a folder beside it")
     licence: str = Field("", description="licence of the adapter, kept in its metadata")
 
@@ -183,7 +200,7 @@ class Recipe(BaseModel):
         """Accept 10, and "10,1" from the command line."""
         return value.split(",") if isinstance(value, str) else (value,) if isinstance(value, int) else value
 
-    @field_validator("preserve", mode="before")
+    @field_validator("preserve", "sample_prompts", mode="before")
     @classmethod
     def _separated(cls, value: Any) -> Any:
         """Accept "a red mug; a blue lamp" from the command line."""
@@ -258,6 +275,28 @@ class Recipe(BaseModel):
             raise RecipeError(f"{path} is not TOML", got=error, remedy="see recipes/ for examples") from error
         return cls.of(_anchored(fields, path.parent) | dict(overrides or {}))
 
+    @classmethod
+    def file_schema(cls) -> dict[str, Any]:
+        """JSON Schema of a recipe file: what an editor needs to complete and check it.
+
+        Fields that are filled in by role may be missing, and lists of one may be the one, as `of` takes them.
+        """
+        schema = cls.model_json_schema()
+        properties = {name: _plain(facts) for name, facts in schema["properties"].items()}
+        for name in ("images", "preserve", "sample_prompts"):
+            facts = properties[name]
+            several = {key: facts.pop(key) for key in ("type", "items", "minItems") if key in facts}
+            facts["anyOf"] = [{"type": "string"}, several]
+        return {
+            "$schema": "http://json-schema.org/draft-07/schema#",
+            "title": "qrlora recipe",
+            "description": "One training run; see `qrlora train --help`.",
+            "type": "object",
+            "properties": properties,
+            "required": ["role", "images"],
+            "additionalProperties": False,
+        }
+
     def replace(self, **changes: Any) -> Recipe:
         """A copy with some fields changed, validated again."""
         return Recipe.of(self.model_dump() | changes)
@@ -298,6 +337,13 @@ def _anchored(fields: dict[str, Any], folder: Path) -> dict[str, Any]:
     if isinstance(fields.get("model"), str) and (folder / fields["model"]).is_dir():
         anchored["model"] = str(folder / fields["model"])
     return anchored
+
+
+def _plain(facts: dict[str, Any]) -> dict[str, Any]:
+    """A field's schema without what TOML has no word for: titles of pydantic's making, and null."""
+    kept = {key: value for key, value in facts.items() if key != "title" and not (key == "default" and value is None)}
+    choices = [choice for choice in kept.pop("anyOf", []) if choice != {"type": "null"}]
+    return kept | (choices[0] if len(choices) == 1 else {"anyOf": choices} if choices else {})
 
 
 def _explain(error: ValidationError) -> list[str]:

@@ -244,6 +244,19 @@ class QRLoraLayer(LoraLayer):
                 delta.fill(weight.device, None)
         self._unfilled = False
 
+    def reserve_basis(self) -> None:
+        """Where the base weight is on the meta device, give Q and its kin their sizes there, to count memory by.
+
+        Q has the dtype of the base weight, which is also what ΔR has when it is put on and Q is settled for good.
+        """
+        weight = self._base_weight()
+        for name, columns in self._own_adapters().items():
+            rank, delta = columns.basis.key[0], self._delta(name)
+            columns.basis.q = weight.new_empty(weight.shape[0], rank)
+            trained = isinstance(columns, TrainedColumns)
+            r = weight.new_empty(len(columns.columns), weight[0].numel(), dtype=torch.float32) if trained else None
+            delta.fill(weight.device, r)
+
     def settle_dtype(self) -> None:
         """Keep Q in the widest dtype of the ΔR that use it: float32 ΔR on a bfloat16 model get a float32 Q."""
         wanted: dict[SharedBasis, torch.dtype] = {}

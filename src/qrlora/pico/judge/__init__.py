@@ -23,7 +23,7 @@ palette is refused for a difference that cannot be seen.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -32,6 +32,7 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int64, UInt8
+from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -195,6 +196,24 @@ class Judge:
             p_style=seen.probability["style"],
             distance=beyond,
         )
+
+    def scorer(self, name: str) -> Callable[[Sequence[Image.Image]], float]:
+        """A score of pictures that should show this subject, or be in this style, whatever else they are: the mean of
+        the probability of its name and of being right, each a half. 1 is perfect.
+
+        Raises DataError if pico's world has no such subject or style.
+        """
+        part = "style" if name in STYLES else "subject"
+        _positions(part, name, list(STYLES if part == "style" else SUBJECTS), 1)
+        asked = {"subject": next(iter(SUBJECTS)), "style": next(iter(STYLES)), part: name}
+
+        def score(pictures: Sequence[Image.Image]) -> float:
+            verdict = self.verdict(np.stack([np.asarray(picture.convert("RGB")) for picture in pictures]), **asked)
+            right, probability = getattr(verdict, part), getattr(verdict, f"p_{part}")
+            return float(right.mean() + probability.mean()) / 2
+
+        score.__name__ = f"pico's judge, asked for {name}"
+        return score
 
 
 def _counters(network: Network) -> dict[str, Tensor]:
