@@ -168,7 +168,7 @@ def test_too_little_memory_is_said_before_loading(recipe: Recipe, monkeypatch: p
     ("changes", "parts"),
     [
         ({}, 1.0),
-        ({"quantize": "nf4"}, 0.125),
+        ({"quantize": "nf4"}, placement.BYTES["nf4"] / 4),
         ({"fsdp": True}, 0.25),
     ],
 )

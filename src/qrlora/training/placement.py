@@ -95,8 +95,8 @@ def quantise(denoiser: nn.Module, form: str, device: torch.device) -> None:
 
 def stored_bytes(denoiser: nn.Module, form: str) -> int:
     """What the denoiser's own weights take, once their Linear weights are in that form (none if it is empty)."""
-    blocks = {module for block in _blocks(denoiser) for module in block.modules() if _frozen_linear(module)}
-    quantised: Any = {module.weight for module in blocks} if form else set()
+    linear = {module for block in blocks(denoiser) for module in block.modules() if _frozen_linear(module)}
+    quantised: Any = {module.weight for module in linear} if form else set()
     tensors = [*denoiser.parameters(), *denoiser.buffers()]
     return sum(int(x.numel() * BYTES[form]) if x in quantised else x.nbytes for x in tensors)
 
