@@ -21,6 +21,7 @@ from qrlora.families.stored import stored_weights
 from qrlora.generation import attached, generate
 from qrlora.training.dataset import encode, load_examples
 from qrlora.training.loop import peft_config, train
+from qrlora.training.placement import blocks
 from qrlora.training.recipe import Recipe
 from qrlora.tuner import basis_digests
 
@@ -60,6 +61,22 @@ def test_gradient_checkpointing_gives_the_same_adapter(recipe: Recipe, loaded: t
     )
     assert all(torch.equal(kept.deltas[name], again.deltas[name]) for name in kept.deltas)
     assert any(delta.any() for delta in kept.deltas.values())
+
+
+def test_all_that_is_adapted_lies_in_blocks_that_can_be_quantised_and_divided(loaded: tuple[Any, Any]) -> None:
+    pipe, family = loaded
+    denoiser = family.denoiser_of(pipe)
+    inside = {id(module) for block in blocks(denoiser) for module in block.modules()}
+    linear = {name: module for name, module in denoiser.named_modules() if isinstance(module, torch.nn.Linear)}
+    adapted = [module for name, module in linear.items() if name.endswith(tuple(f".{t}" for t in family.targets))]
+    assert adapted and all(id(module) in inside for module in adapted)
+
+
+@pytest.mark.parametrize(("form", "package"), [("int8", "torchao"), ("nf4", "bitsandbytes")])
+def test_training_on_a_quantised_base(recipe: Recipe, form: str, package: str) -> None:
+    pytest.importorskip(package)
+    adapter = train(recipe.replace(quantize=form))
+    assert any(delta.any() for delta in adapter.deltas.values())
 
 
 @torch.no_grad()

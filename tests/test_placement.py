@@ -137,9 +137,9 @@ def test_encoders_work_with_the_denoiser_out_of_the_pipeline(recipe: Recipe, mon
     seen: list[bool] = []
     encode = loop.encode
 
-    def look(examples: Any, pipe: Any, *rest: Any) -> Any:
+    def look(examples: Any, pipe: Any, *rest: Any, **options: Any) -> Any:
         seen.append(isinstance(pipe.transformer, nn.Module))
-        return encode(examples, pipe, *rest)
+        return encode(examples, pipe, *rest, **options)
 
     monkeypatch.setattr(loop, "encode", look)
     apart = train(recipe)
@@ -168,7 +168,7 @@ def test_too_little_memory_is_said_before_loading(recipe: Recipe, monkeypatch: p
     ("changes", "parts"),
     [
         ({}, 1.0),
-        ({"quantize": "nf4"}, 0.125),
+        ({"quantize": "nf4"}, placement.BYTES["nf4"] / 4),
         ({"fsdp": True}, 0.25),
     ],
 )

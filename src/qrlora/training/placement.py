@@ -82,7 +82,7 @@ def quantise(denoiser: nn.Module, form: str, device: torch.device) -> None:
         RecipeError: the package of that form is not installed.
     """
     package = needed(f"quantize = {form!r}", {"int8": "torchao", "nf4": "bitsandbytes"}[form])
-    for block in _blocks(denoiser):
+    for block in blocks(denoiser):
         if form == "int8":
             scheme = package.quantization.Int8WeightOnlyConfig()
             package.quantization.quantize_(block, scheme, lambda module, _: _frozen_linear(module), device)
@@ -95,8 +95,8 @@ def quantise(denoiser: nn.Module, form: str, device: torch.device) -> None:
 
 def stored_bytes(denoiser: nn.Module, form: str) -> int:
     """What the denoiser's own weights take, once their Linear weights are in that form (none if it is empty)."""
-    blocks = {module for block in _blocks(denoiser) for module in block.modules() if _frozen_linear(module)}
-    quantised: Any = {module.weight for module in blocks} if form else set()
+    linear = {module for block in blocks(denoiser) for module in block.modules() if _frozen_linear(module)}
+    quantised: Any = {module.weight for module in linear} if form else set()
     tensors = [*denoiser.parameters(), *denoiser.buffers()]
     return sum(int(x.numel() * BYTES[form]) if x in quantised else x.nbytes for x in tensors)
 
@@ -122,11 +122,11 @@ def shard(denoiser: nn.Module, device: torch.device, trained: set[nn.Parameter])
     What trains is left out and stays whole everywhere: it is small, and its gradients are summed in the loop.
     """
     mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
-    for block in [*reversed(_blocks(denoiser)), denoiser]:  # a block inside another comes first
+    for block in [*reversed(blocks(denoiser)), denoiser]:  # a block inside another comes first
         fully_shard(block, mesh=mesh, ignored_params=trained)
 
 
-def _blocks(denoiser: Any) -> list[nn.Module]:
+def blocks(denoiser: Any) -> list[nn.Module]:
     """The modules that diffusers declares as units of this model, outer before inner."""
     names = set(denoiser._no_split_modules)
     return [module for module in denoiser.modules() if type(module).__name__ in names]
