@@ -1,56 +1,86 @@
-"""How much faster the `fast` basis is than a full SVD followed by a QR of the core, and what energy it keeps.
+"""How much faster the `fast` basis is than other ways to a weight's leading columns, and what energy each keeps.
 
-python benchmarks/basis.py                                 one random 3072x3072 weight
+python benchmarks/basis.py                                 one random 3072x3072 weight, against full SVD + QR
+python benchmarks/basis.py --shapes flux.1 --peft          the shapes of a model, against PEFT's initialisations too
 python benchmarks/basis.py --weights model.safetensors     every matrix of a real file, energy and total times
+
+Every round times every way on the same weight in turn; a ratio is that of one round.
 """
 
 from __future__ import annotations
 
 import argparse
+import statistics
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from qrlora.basis import layer_basis
+
+SHAPES = {
+    "flux.1": [(3072, 3072), (12288, 3072), (3072, 12288)],
+    "sd3.5-medium": [(1536, 1536), (6144, 1536), (1536, 6144)],
+    "sdxl": [(640, 640), (640, 2048), (1280, 1280), (1280, 2048)],
+}
+"""The shapes (out, in) of the weights that are adapted by default."""
+
+Way = Callable[[Tensor, int], Tensor]
+"""(weight, rank) -> columns that span what the way found."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", type=int, default=3072, help="rows and columns of the random weight")
+    parser.add_argument("--shapes", choices=SHAPES, help="random weights of a model's shapes instead")
     parser.add_argument("--rank", type=int, default=64)
     parser.add_argument(
-        "--decay", type=float, default=0.5, help="column j is scaled by j^-decay; 0 is white noise, the hardest case"
+        "--decay",
+        type=float,
+        default=0.5,
+        help="columns are scaled by 1, 2^-decay, 3^-decay, ...; 0 is white noise, the hardest case",
     )
     parser.add_argument("--weights", type=Path, help="a .safetensors file to use instead of a random weight")
-    parser.add_argument("--summary", action="store_true", help="the last line only")
+    parser.add_argument("--peft", action="store_true", help="also PEFT's pissa, pissa_niter_16 and olora")
+    parser.add_argument("--rounds", type=int, default=1, help="how often each weight is timed")
+    parser.add_argument("--summary", action="store_true", help="the last lines only")
     arguments = parser.parse_args()
-    named = matrices(arguments.weights, arguments.rank) if arguments.weights else [("random", random_weight(arguments))]
+    ways = WAYS | (PEFT if arguments.peft else {})
     print(f"rank {arguments.rank}, {torch.get_num_threads()} threads, torch {torch.__version__}")
     small = torch.randn(256, 256, generator=torch.Generator().manual_seed(1))
-    layer_basis(small, 16), full_svd_and_qr(small, 16)  # the first call starts threads, which is neither's time
-    totals, least, count = [0.0, 0.0], 1.0, 0
-    for name, weight in named:
+    for way in ways.values():
+        way(small, 16)  # the first call starts threads, which is nobody's time
+    totals, least, count = dict.fromkeys(ways, 0.0), dict.fromkeys(ways, 1.0), 0
+    for name, weight in weights_of(arguments):
         count += 1
-        fast, fast_s = timed(lambda w=weight: layer_basis(w, arguments.rank))  # type: ignore[misc]
-        best, full_s = timed(lambda w=weight: full_svd_and_qr(w, arguments.rank))  # type: ignore[misc]
-        kept = fast.energy / best
-        totals, least = [totals[0] + fast_s, totals[1] + full_s], min(least, kept)
-        shape = "x".join(map(str, weight.shape))
-        if not arguments.summary:
-            print(
-                f"{name} {shape}: fast {fast_s:.2f} s, full SVD + QR {full_s:.2f} s, energy {kept:.6f} of the optimum"
-            )
-    print(f"{count} weights: ratio {totals[1] / totals[0]:.1f}x, least energy {least:.6f} of the optimum")
+        seconds, energies = compared(ways, weight, arguments.rank, arguments.rounds)
+        for way in ways:
+            kept = energies[way] / energies["full SVD + QR"]
+            totals[way], least[way] = totals[way] + sum(seconds[way]), min(least[way], kept)
+            if not arguments.summary:
+                print(row(name, way, seconds, kept))
+    for way in ways:
+        ratio = totals[way] / totals["fast"]
+        print(f"{count} weights, {way}: {ratio:.1f} times `fast`, least energy {least[way]:.6f} of the optimum")
 
 
-def random_weight(arguments: argparse.Namespace) -> Tensor:
+def weights_of(arguments: argparse.Namespace) -> Iterator[tuple[str, Tensor]]:
+    if arguments.weights:
+        yield from matrices(arguments.weights, arguments.rank)
+        return
+    for shape in SHAPES[arguments.shapes] if arguments.shapes else [(arguments.size, arguments.size)]:
+        yield f"random {shape[0]}x{shape[1]}", random_weight(shape, arguments.decay)
+
+
+def random_weight(shape: tuple[int, int], decay: float) -> Tensor:
     generator = torch.Generator().manual_seed(0)
-    scale = torch.arange(1, arguments.size + 1) ** -arguments.decay
-    return torch.randn(arguments.size, arguments.size, generator=generator) * scale
+    # In no order: a QR decomposition without pivots would meet the strongest inputs first.
+    scale = torch.arange(1, shape[1] + 1)[torch.randperm(shape[1], generator=generator)] ** -decay
+    return torch.randn(shape, generator=generator) * scale
 
 
 def matrices(path: Path, rank: int) -> Iterator[tuple[str, Tensor]]:
@@ -59,20 +89,66 @@ def matrices(path: Path, rank: int) -> Iterator[tuple[str, Tensor]]:
         for name in sorted(file.keys()):
             weight = file.get_tensor(name)
             if weight.ndim >= 2 and min(weight.flatten(1).shape) >= rank:
-                yield name, weight.flatten(1).float()
+                yield f"{name} {'x'.join(map(str, weight.shape))}", weight.flatten(1).float()
 
 
-def full_svd_and_qr(weight: Tensor, rank: int) -> float:
-    """The way without shortcuts: decompose everything, then factor the (out, in) core. Returns the optimal energy."""
+def compared(
+    ways: dict[str, Way], weight: Tensor, rank: int, rounds: int
+) -> tuple[dict[str, list[float]], dict[str, float]]:
+    """Seconds of every way in every round, and the share of the weight's energy that its columns hold."""
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    energies = {}
+    for _ in range(rounds):
+        for name, way in ways.items():
+            given = weight.clone()  # PEFT writes the residual into it
+            start = time.perf_counter()
+            columns = way(given, rank)
+            seconds[name].append(time.perf_counter() - start)
+            energies[name] = energy(columns, weight)
+    return seconds, energies
+
+
+def energy(columns: Tensor, weight: Tensor) -> float:
+    held = torch.linalg.qr(columns).Q.T @ weight
+    parts = [torch.linalg.vector_norm(part, dim=1).double().square().sum() for part in (held, weight)]
+    return float(parts[0] / parts[1])
+
+
+def row(name: str, way: str, seconds: dict[str, list[float]], kept: float) -> str:
+    ratios = sorted(own / fast for own, fast in zip(seconds[way], seconds["fast"], strict=True))
+    spread = f" ({ratios[0]:.1f} to {ratios[-1]:.1f})" if len(ratios) > 1 else ""
+    return (
+        f"{name}  {way:<15}{statistics.median(seconds[way]):8.2f} s  {statistics.median(ratios):6.1f} times `fast`"
+        f"{spread}, energy {kept:.6f} of the optimum"
+    )
+
+
+def fast(weight: Tensor, rank: int) -> Tensor:
+    return layer_basis(weight, rank).q
+
+
+def full(weight: Tensor, rank: int) -> Tensor:
+    """The way without shortcuts, which is the published code's: decompose everything, then factor the large core."""
     u, values, vh = torch.linalg.svd(weight, full_matrices=False)
-    torch.linalg.qr((u[:, :rank] * values[:rank]) @ vh[:rank])
-    energies = values.double().square()
-    return float(energies[:rank].sum() / energies.sum())
+    return torch.linalg.qr((u[:, :rank] * values[:rank]) @ vh[:rank]).Q[:, :rank]
 
 
-def timed(work: Callable):  # type: ignore[no-untyped-def, type-arg]
-    start = time.perf_counter()
-    return work(), time.perf_counter() - start
+def peft_way(initialisation: str) -> Way:
+    """PEFT's own initialisation of a layer that carries this weight, called on the layer itself."""
+
+    def initialised(weight: Tensor, rank: int) -> Tensor:
+        with torch.device("meta"):
+            linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
+        linear.weight = nn.Parameter(weight)
+        config = LoraConfig(r=rank, lora_alpha=rank, target_modules=["0"], init_lora_weights=initialisation)
+        layer = get_peft_model(nn.Sequential(linear), config).base_model.model[0]
+        return layer.lora_B["default"].weight.detach()
+
+    return initialised
+
+
+WAYS: dict[str, Way] = {"fast": fast, "full SVD + QR": full}
+PEFT: dict[str, Way] = {name: peft_way(name) for name in ("pissa", "pissa_niter_16", "olora")}
 
 
 if __name__ == "__main__":

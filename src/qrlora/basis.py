@@ -65,7 +65,7 @@ def layer_basis(weight: Tensor, rank: int, *, algorithm: str = "fast", seed: int
         rank: number of columns, 1 to min(out, in * kernel).
         algorithm: ``exact`` (full SVD) or ``fast`` (block Krylov, arXiv 1504.05477; small weights get the full SVD).
             The columns of ``fast`` hold at least 0.999 of the energy that those of ``exact`` hold; it stops when its
-            residuals say so (measured over power laws from white noise to i^-1.5: 0.9998 and more).
+            residuals say so (0.9997 and more on 36 kinds of spectra, flat, sloping, stepped and with outliers).
         seed: start of ``fast``, from a generator of its own: the global random state is left alone.
         name: layer name for error messages.
 
