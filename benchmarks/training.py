@@ -143,8 +143,9 @@ def build(method: str, options: argparse.Namespace, dtype: torch.dtype) -> Arm:
     else:
         denoiser.add_adapter(config(r=options.rank, lora_alpha=options.rank, target_modules=list(FLUX.targets)))
     parameters = [parameter for parameter in denoiser.parameters() if parameter.requires_grad]
-    for parameter in parameters:
-        parameter.data = parameter.data.float()
+    for name, parameter in denoiser.named_parameters():
+        if parameter.requires_grad or ".lora_B." in name:  # MiCA's is frozen, and has to have the dtype of its A
+            parameter.data = parameter.data.float()
     optimizer = torch.optim.AdamW(parameters, lr=1e-4, weight_decay=1e-4, fused=True)
     added = tensor_bytes(resident(denoiser)) - before
     return Arm(

@@ -20,8 +20,8 @@ from torch import nn
 from qrlora.errors import RecipeError
 from qrlora.training.recipe import Recipe
 
-STATE_BYTES = {"adamw": 8.0, "adamw8bit": 2 + 8 / 256, "prodigy": 16.0, "schedulefree": 8.0}
-"""Bytes that each keeps for a number it trains (8 bits share a scale among 256)."""
+STATE_BYTES = {"adamw": 8.0, "adamw8bit": 2 + 8 / 256, "prodigy": 12.0, "schedulefree": 8.0}
+"""Bytes that each keeps for a number it trains, which starts at zero (8 bits share a scale among 256)."""
 PACKAGES = {"adamw8bit": "bitsandbytes", "prodigy": "prodigyopt", "schedulefree": "schedulefree"}
 
 

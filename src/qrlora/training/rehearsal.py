@@ -18,11 +18,11 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_iter, tree_unflatten
 from torch.utils.flop_counter import flop_registry
@@ -115,15 +115,16 @@ class Rehearsal(TorchDispatchMode):
         self.live = self.peak = self.calls = 0
         self.known: dict[str, Operation] = {}
         self._storages = {tensor.untyped_storage()._cdata for tensor in there}
-        self._attention = _FlashAttention()
+        # in the module itself: a function mode is not there when checkpointed blocks compute again, on the way back
+        self._attention = patch.object(F, "scaled_dot_product_attention", _flash_attention)
 
     def __enter__(self) -> Rehearsal:
-        self._attention.__enter__()
+        self._attention.start()
         return super().__enter__()
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
-        self._attention.__exit__(*error)
+        self._attention.stop()
 
     @property
     def operations(self) -> list[Operation]:
@@ -178,17 +179,6 @@ def _tensors(nested: Any) -> Iterator[Tensor]:
     return (leaf for leaf in tree_iter(nested) if isinstance(leaf, Tensor))
 
 
-class _FlashAttention(TorchFunctionMode):
-    """Attention on the meta device as devices do it, which never hold the whole matrix of weights; left to itself the
-    meta device takes the kernel that does."""
-
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if function is F.scaled_dot_product_attention:
-            return _flash_attention(*args, **kwargs)
-        return function(*args, **kwargs)
-
-
 def _flash_attention(
     query: Tensor,
     key: Tensor,
@@ -199,6 +189,7 @@ def _flash_attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
+    """Attention as devices do it, which never hold the whole matrix of weights; the meta device by itself would."""
     if attn_mask is not None and attn_mask.dtype == torch.bool:
         attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill_(attn_mask.logical_not(), -math.inf)
     options = {"attn_mask": attn_mask, "scale": scale}
