@@ -18,7 +18,6 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
-from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
@@ -115,16 +114,15 @@ class Rehearsal(TorchDispatchMode):
         self.live = self.peak = self.calls = 0
         self.known: dict[str, Operation] = {}
         self._storages = {tensor.untyped_storage()._cdata for tensor in there}
-        # in the module itself: a function mode is not there when checkpointed blocks compute again, on the way back
-        self._attention = patch.object(F, "scaled_dot_product_attention", _flash_attention)
 
     def __enter__(self) -> Rehearsal:
-        self._attention.start()
+        # in the module itself: a function mode is not there when checkpointed blocks compute again, on the way back
+        self._attention, F.scaled_dot_product_attention = F.scaled_dot_product_attention, _flash_attention
         return super().__enter__()
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
-        self._attention.stop()
+        F.scaled_dot_product_attention = self._attention
 
     @property
     def operations(self) -> list[Operation]:

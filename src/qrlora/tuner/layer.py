@@ -256,6 +256,7 @@ class QRLoraLayer(LoraLayer):
             trained = isinstance(columns, TrainedColumns)
             r = weight.new_empty(len(columns.columns), weight[0].numel(), dtype=torch.float32) if trained else None
             delta.fill(weight.device, r)
+        self._unfilled = False  # so that the forward pass is the one that training takes
 
     def settle_dtype(self) -> None:
         """Keep Q in the widest dtype of the ΔR that use it: float32 ΔR on a bfloat16 model get a float32 Q."""
