@@ -194,6 +194,21 @@ def cache_path(
     return (default_cache_dir() if cache_dir is None else Path(cache_dir)) / f"{identity}.safetensors"
 
 
+def check_rank(shapes: Mapping[str, tuple[int, ...]], rank: int) -> None:
+    """Raise BasisError unless the weight of every layer (name -> shape) has a basis of this rank by its sides alone."""
+    small = {name: min(size[0], math.prod(size[1:])) for name, size in shapes.items()}
+    small = {name: largest for name, largest in small.items() if not 1 <= rank <= largest}
+    for name, largest in small.items():
+        layer = f"layer {name!r}" if name else "the weight"
+        others = f", nor have {len(small) - 1} others" if len(small) > 1 else ""
+        raise BasisError(
+            f"{layer} has no basis of rank {rank}{others}",
+            expected=f"a rank from 1 to {largest}, the smaller side of {shapes[name]}",
+            got=rank,
+            remedy="lower the rank or do not target this layer",
+        )
+
+
 @dataclass(frozen=True)
 class Verification:
     """What :func:`verify` found of one layer.
@@ -268,14 +283,7 @@ def _checked_matrix(weight: Tensor, rank: int, algorithm: str, name: str) -> tup
             remedy="dequantise the weight first, or do not target this layer",
         )
     matrix = weight.detach().flatten(1).to(torch.float32)
-    largest = min(matrix.shape)
-    if not 1 <= rank <= largest:
-        raise BasisError(
-            f"{layer} has no basis of rank {rank}",
-            expected=f"a rank from 1 to {largest}, the smaller side of {tuple(matrix.shape)}",
-            got=rank,
-            remedy="lower the rank or do not target this layer",
-        )
+    check_rank({name: tuple(matrix.shape)}, rank)
     low, high = (float(value) for value in matrix.aminmax())  # NaN passes through both
     if not math.isfinite(high - low):
         raise BasisError(f"{layer} has no basis", expected="finite values", got="NaN or Inf", remedy="repair the model")

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import time
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from qrlora.cli.shared import MODEL_HELP, Bar, Parsers, command, count
-from qrlora.errors import BasisError
 
 if TYPE_CHECKING:
     import torch
@@ -46,7 +44,7 @@ def run_basis(options: argparse.Namespace) -> None:
     """Compute or find Q of every layer, check it, and say so."""
     import torch
 
-    from qrlora.basis import VERSIONS, default_cache_dir, fingerprint
+    from qrlora.basis import VERSIONS, check_rank, default_cache_dir, fingerprint
     from qrlora.families import default_device
     from qrlora.families.stored import stored_weights
     from qrlora.training.recipe import DEFAULT_RANK, module_names
@@ -57,7 +55,7 @@ def run_basis(options: argparse.Namespace) -> None:
     basis_rank = options.basis_rank or least_basis_rank(options.columns, rank)
     targets = module_names(options.targets) if options.targets else None
     weights, family = stored_weights(options.model, targets, getattr(torch, options.dtype))
-    _refuse_small(weights.shapes, basis_rank)
+    check_rank(weights.shapes, basis_rank)  # at once, not after the layers before a small one
     device, started = default_device(), time.perf_counter()
     digests, layers = _compute(weights, basis_rank, options.algorithm, device)
     report = {
@@ -74,18 +72,6 @@ def run_basis(options: argparse.Namespace) -> None:
         "layers": layers,
     }
     print(json.dumps(report, indent=2) if options.json else _summary(report))
-
-
-def _refuse_small(shapes: Mapping[str, tuple[int, ...]], rank: int) -> None:
-    """A layer that has no basis of this rank is said at once, not after the layers before it."""
-    small = [name for name, shape in shapes.items() if min(shape[0], math.prod(shape[1:])) < rank]
-    if small:
-        raise BasisError(
-            f"{len(small)} of {len(shapes)} layers have no basis of rank {rank}",
-            expected="a rank up to the smaller side of every weight",
-            got={name: shapes[name] for name in small[:3]},
-            remedy="lower --rank, or name other --targets",
-        )
 
 
 def _compute(

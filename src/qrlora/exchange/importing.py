@@ -64,17 +64,7 @@ def import_file(
         return _with(adapter, metadata), None
     denoiser = family.denoiser_of(pipe)
     described = {"family": family.name, "denoiser": family.denoiser, **metadata}
-    tensors, _ = read_tensor_file(Path(path))
-    if is_whole(tensors) or (onto is None and is_published(tensors)):
-        adapter = _from_published(path, denoiser, alpha)
-    else:
-        layers = getattr(denoiser, "config", {}).get("layers_per_block")
-        adapter = load_any(
-            path,
-            alpha=alpha,
-            layers_per_block=layers if isinstance(layers, int) else LAYERS_PER_BLOCK,
-            without_text_encoder=without_text_encoder,
-        )
+    adapter = _read(path, denoiser, alpha, without_text_encoder, exactly=onto is None)
     check_fits(denoiser, adapter)
     adapter = _with(adapter, described)
     if onto is None:
@@ -82,6 +72,20 @@ def import_file(
     weights = base_weights(denoiser, adapter.deltas)
     basis = Basis.of(weights, onto.rank, algorithm=onto.algorithm, seed=onto.seed)
     return project(adapter, basis, onto.columns, triangular=onto.triangular, own_basis=_own_basis(adapter, weights))
+
+
+def _read(path: str | Path, denoiser: Any, alpha: float | None, without_text_encoder: bool, exactly: bool) -> Adapter:
+    """The file's ΔW; exactly: a published checkpoint as ΔR on its own basis rather than as a LoRA."""
+    tensors, _ = read_tensor_file(Path(path))
+    if is_whole(tensors) or (exactly and is_published(tensors)):
+        return _from_published(path, denoiser, alpha)
+    layers = getattr(denoiser, "config", {}).get("layers_per_block")
+    return load_any(
+        path,
+        alpha=alpha,
+        layers_per_block=layers if isinstance(layers, int) else LAYERS_PER_BLOCK,
+        without_text_encoder=without_text_encoder,
+    )
 
 
 def _from_published(path: str | Path, denoiser: Any, alpha: float | None) -> Adapter:

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 
 from qrlora.families import load_pipeline
 from qrlora.files import write_atomically
@@ -36,24 +37,24 @@ def score(scenes: list[world.Scene], steps: int, guidance: float) -> dict[str, f
     jobs = [(world.caption(scene), scene.seed) for scene in scenes]
     options: dict[str, Any] = {"steps": steps, "guidance": guidance, "batch_size": 20, "progress": _tell}
     pictures = generate_jobs(pipe, family, jobs, **options)
-    return _shares(Judge.load(), np.stack([np.asarray(picture) for picture in pictures]), scenes)
+    return _shares(Judge.load(), pictures, scenes)
 
 
 @torch.no_grad()
 def bounds(scenes: list[world.Scene]) -> dict[str, dict[str, float]]:
     """The judge's shares for the true renders of scenes, as they are and encoded and decoded."""
-    vae, judge = load_pipeline(path())[0].vae, Judge.load()
-    true = np.stack([world.render(scene)[0] for scene in scenes])
-    parts = (torch.from_numpy(true).permute(0, 3, 1, 2).float() / 127.5 - 1).split(50)
-    decoded = torch.cat([vae.decode(vae.encode(part.to(vae.device)).latent).sample.cpu() for part in parts])
-    through = ((decoded.clamp(-1, 1) + 1) * 127.5 + 0.5).byte().permute(0, 2, 3, 1).numpy()
-    found = {"true renders": true, "true renders through the autoencoder": through}
+    pipe, judge, decoded = load_pipeline(path())[0], Judge.load(), []
+    true = [Image.fromarray(world.render(scene)[0]) for scene in scenes]
+    for start in range(0, len(true), 50):
+        pixels = pipe.image_processor.preprocess(true[start : start + 50]).to(pipe.device)
+        decoded += pipe.image_processor.postprocess(pipe.vae.decode(pipe.vae.encode(pixels).latent).sample)
+    found = {"true renders": true, "true renders through the autoencoder": decoded}
     return {name: _shares(judge, pictures, scenes) for name, pictures in found.items()}
 
 
-def _shares(judge: Judge, pictures: np.ndarray, scenes: list[world.Scene]) -> dict[str, float]:
+def _shares(judge: Judge, pictures: list[Image.Image], scenes: list[world.Scene]) -> dict[str, float]:
     subjects, styles, colours = zip(*((s.subject, s.style, s.colour) for s in scenes), strict=True)
-    rates = judge.verdict(pictures, subjects, styles, colours).rates()
+    rates = judge.verdict(np.stack([np.asarray(p) for p in pictures]), subjects, styles, colours).rates()
     return {"n": len(scenes), **{part: round(share, 4) for part, share in rates.items()}}
 
 

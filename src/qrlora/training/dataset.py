@@ -332,7 +332,7 @@ def load_examples(
         DataError: naming every picture that cannot be used, and why.
     """
     examples: list[Example] = []
-    problems = []
+    problems: list[DataError] = []
     sources = find_pictures(images, repeats)
     for number, source in enumerate(sources, 1):
         try:
@@ -345,11 +345,16 @@ def load_examples(
             problems.append(error)
         if report:
             report("pictures read", number, len(sources))
+    _raise_all(problems)
+    return examples
+
+
+def _raise_all(problems: Sequence[DataError]) -> None:
+    """One error for all of them, if there are any."""
     if len(problems) == 1:
         raise problems[0]
     if problems:
         raise DataError(f"{len(problems)} pictures cannot be used:\n" + "\n".join(map(str, problems)))
-    return examples
 
 
 def _called(caption: str, trigger: str, source: Source) -> str:
@@ -390,13 +395,7 @@ def encode(
     Raises:
         DataError: a weight of the background without any mask, or a picture that changed since it was checked.
     """
-    if 0 < mask_min_value < 1 and not any(example.mask_digest for example in examples):
-        raise DataError(
-            "no picture has a mask",
-            expected="a mask, because of mask_min_value",
-            got=f"{len(examples)} pictures without",
-            remedy="add NAME.mask.png beside a picture, set alpha_mask, or leave mask_min_value out",
-        )
+    _check_background(examples, mask_min_value)
     encoders = _encoders_digest(pipe, family)
     latents: list[Tensor] = []
     for number, example in enumerate(examples, 1):
@@ -416,6 +415,16 @@ def encode(
         digest=_data_digest(examples),
         device=pipe.device,
     )
+
+
+def _check_background(examples: Sequence[Example], least: float) -> None:
+    if 0 < least < 1 and not any(example.mask_digest for example in examples):
+        raise DataError(
+            "no picture has a mask",
+            expected="a mask, because of mask_min_value",
+            got=f"{len(examples)} pictures without",
+            remedy="add NAME.mask.png beside a picture, set alpha_mask, or leave mask_min_value out",
+        )
 
 
 def _latents(example: Example, pipe: Any, family: ModelFamily) -> dict[str, Tensor]:

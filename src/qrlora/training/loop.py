@@ -145,37 +145,39 @@ def train(
     accelerator = processes_here(**monitor.trackers(recipe))
     check_divisible(recipe, accelerator.num_processes, accelerator.distributed_type.value, given=pipe is not None)
     report, progress = (preparing, progress) if accelerator.is_main_process else (None, None)
-    pipe, family, examples, data, sampler = _prepare(recipe, pipe, family, accelerator, report)
-    denoiser, scheduler = family.denoiser_of(pipe), family.training_scheduler(pipe)
-    if not recipe.preserve:
-        pipe = None  # with it go the encoders
-    if not (recipe.quantize or recipe.fsdp):
-        denoiser.to(data.device)  # where bases are computed faster
-    with adapter_on(denoiser, family, recipe, accelerator) as parameters:
-        settle(denoiser, recipe, data.device, parameters.values())
-        kept = _base_predictions(recipe, pipe, family, data.device) if recipe.preserve else None
-        pipe = None
-        optimizer = optimizer_for(recipe, list(parameters.values()))
-        watch = monitor.Monitor(recipe, sampler, score)
-        run = Run(accelerator, recipe, family, denoiser, scheduler, data, parameters, optimizer, watch, kept)
-        if next(denoiser.parameters()).dtype == torch.float16:
-            run.loss_scale = LOSS_SCALE
+    ready = _prepare(recipe, pipe, family, accelerator, report)
+    del pipe  # with it go the encoders, unless it is the caller's
+    with adapter_on(ready.denoiser, ready.family, recipe, accelerator) as parameters:
+        run = _run(recipe, ready, accelerator, parameters, score)
         if resume:
-            run.step, run.loss_scale = checkpoint.load(recipe, run.record, parameters, optimizer)
-            watch.resume(checkpoint.path_of(recipe, run.step))
-        with watch.watching(run):
+            run.step, run.loss_scale = checkpoint.load(recipe, run.record, parameters, run.optimizer)
+            run.watch.resume(checkpoint.path_of(recipe, run.step))
+        with run.watch.watching(run):
             loss = _run_steps(run, progress)
-        adapter = watch.chosen(run, _provenance(examples, loss, time.perf_counter() - started))
+        adapter = run.watch.chosen(run, _provenance(ready.examples, loss, time.perf_counter() - started))
     if recipe.output and accelerator.is_main_process:
         save_adapter(adapter, recipe.output, spelling="compact" if adapter.metadata.on_basis else "lora")
     accelerator.wait_for_everyone()
     return adapter
 
 
+@dataclass
+class Prepared:
+    """What training needs of pipeline and pictures, once everything is encoded. `pipe` is None if its work is done."""
+
+    pipe: Any
+    family: ModelFamily
+    denoiser: Any
+    scheduler: Any
+    examples: list[Example]
+    data: EncodedDataset
+    sampler: monitor.Sampler | None
+
+
 def _prepare(
     recipe: Recipe, pipe: Any, family: ModelFamily | None, accelerator: Accelerator, preparing: Report | None
-) -> tuple[Any, ModelFamily, list[Example], EncodedDataset, monitor.Sampler | None]:
-    """The pipeline, its denoiser still where it was loaded to, and what its encoders make of pictures and prompts."""
+) -> Prepared:
+    """The denoiser where its bases are to be computed, and what the encoders make of pictures and prompts."""
     if recipe.output and not recipe.output.parent.is_dir():
         raise RecipeError(
             f"nowhere to write {recipe.output}",
@@ -197,7 +199,32 @@ def _prepare(
         stack.enter_context(accelerator.local_main_process_first())  # the others find it in the cache
         data = encode(examples, pipe, family, mask_min_value=recipe.mask_min_value, report=preparing)
         sampler = monitor.Sampler(recipe, pipe, family) if recipe.sample_every else None
-    return pipe, family, examples, replace(data, device=device), sampler
+    denoiser, scheduler = family.denoiser_of(pipe), family.training_scheduler(pipe)
+    if not (recipe.quantize or recipe.fsdp):
+        denoiser.to(device)  # where bases are computed faster
+    kept = pipe if recipe.preserve else None
+    return Prepared(kept, family, denoiser, scheduler, examples, replace(data, device=device), sampler)
+
+
+def _run(
+    recipe: Recipe,
+    ready: Prepared,
+    accelerator: Accelerator,
+    parameters: dict[str, nn.Parameter],
+    score: monitor.Score | None,
+) -> Run:
+    """The run before its first step, its adapter on the denoiser."""
+    device = ready.data.device
+    settle(ready.denoiser, recipe, device, parameters.values())
+    kept = _base_predictions(recipe, ready.pipe, ready.family, device) if recipe.preserve else None
+    ready.pipe = None
+    optimizer = optimizer_for(recipe, list(parameters.values()))
+    watch = monitor.Monitor(recipe, ready.sampler, score)
+    half = next(ready.denoiser.parameters()).dtype == torch.float16
+    return Run(
+        accelerator, recipe, ready.family, ready.denoiser, ready.scheduler, ready.data, parameters, optimizer, watch,
+        kept, loss_scale=LOSS_SCALE if half else 1.0,
+    )  # fmt: skip
 
 
 def _base_predictions(recipe: Recipe, pipe: Any, family: ModelFamily, device: torch.device) -> Preservation:

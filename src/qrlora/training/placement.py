@@ -33,15 +33,16 @@ def check_fits(pipe: Any, family: ModelFamily, recipe: Recipe, device: torch.dev
         return
     denoiser = family.denoiser_of(pipe)
     modules = [part for part in pipe.components.values() if isinstance(part, nn.Module) and part is not denoiser]
-    encoders = 0 if recipe.offload else sum(map(_bytes, modules))
+    encoders = 0 if recipe.offload else sum(map(module_bytes, modules))
     weights = sum(p.numel() for p in denoiser.parameters()) * BYTES[recipe.quantize] if recipe.quantize else None
-    own = (_bytes(denoiser) if weights is None else weights) / (processes if recipe.fsdp else 1)
+    own = (module_bytes(denoiser) if weights is None else weights) / (processes if recipe.fsdp else 1)
     together = [encoders + own] if recipe.preserve else [encoders, own]
     refuse_if_larger(int(max(together)), device, recipe.model)
 
 
-def _bytes(module: nn.Module) -> int:
-    return sum(parameter.nbytes for parameter in module.parameters())
+def module_bytes(module: nn.Module) -> int:
+    """What a module's parameters and buffers take."""
+    return sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
 
 
 @contextlib.contextmanager

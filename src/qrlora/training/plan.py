@@ -22,13 +22,13 @@ from torch.utils._pytree import tree_iter
 
 from qrlora.adapter import AdapterMetadata
 from qrlora.adapter.file import tensor_shapes
-from qrlora.basis import layer_basis, weight_digest
-from qrlora.errors import BasisError, DataError
+from qrlora.basis import check_rank, layer_basis, weight_digest
+from qrlora.errors import DataError
 from qrlora.families import ModelFamily, default_device, free_memory, load_structure
 from qrlora.training.dataset import find_pictures
 from qrlora.training.loop import ADAPTER_NAME, adapter_on, family_options
 from qrlora.training.optimizers import STATE_BYTES
-from qrlora.training.placement import stored_bytes
+from qrlora.training.placement import module_bytes, stored_bytes
 from qrlora.training.recipe import Recipe
 from qrlora.training.rehearsal import Pace, Rehearsal
 from qrlora.tuner import QRLoraConfig, QRLoraLayer, resolve_columns
@@ -108,7 +108,7 @@ def plan(recipe: Recipe, timed: bool = True) -> Plan:
         device=_name(device),
         free_bytes=free_memory(device),
         loading_bytes=_loading_bytes(recipe, pipe, family, device),
-        host_bytes=sum(map(_bytes, _networks(pipe).values())),
+        host_bytes=sum(map(module_bytes, _networks(pipe).values())),
         estimates={name: _estimate(one, pipe, family, pace) for name, one in methods.items()},
     )
 
@@ -116,19 +116,20 @@ def plan(recipe: Recipe, timed: bool = True) -> Plan:
 def _estimate(recipe: Recipe, pipe: Any, family: ModelFamily, pace: Pace | None) -> Estimate:
     """One method: its adapter on the meta device, and one step there."""
     denoiser: Any = family.denoiser_of(pipe).requires_grad_(False)
-    plain, stored = _bytes(denoiser), stored_bytes(denoiser, recipe.quantize)
+    plain, stored = module_bytes(denoiser), stored_bytes(denoiser, recipe.quantize)
     with adapter_on(denoiser, family, recipe) as parameters:
         layers: dict[str, Any] = {
             name: layer for name, layer in denoiser.named_modules() if isinstance(layer, LoraLayer)
         }
         shapes = {name: tuple(layer.get_base_layer().weight.shape) for name, layer in layers.items()}
         metadata = _metadata(recipe, denoiser.peft_config[ADAPTER_NAME])
-        _check_rank(metadata.basis_rank, shapes)
+        if metadata.basis_rank:  # the error that training would stop at, before a layer is loaded
+            check_rank(shapes, metadata.basis_rank)
         for layer in layers.values():
             if isinstance(layer, QRLoraLayer):
                 layer.reserve_basis()
         trained = sum(parameter.nbytes for parameter in parameters.values())
-        basis = _bytes(denoiser) - plain - trained
+        basis = module_bytes(denoiser) - plain - trained
         step, held = rehearse(recipe, pipe, family)
     unpacked = max(map(math.prod, shapes.values())) * denoiser.dtype.itemsize if recipe.quantize else 0  # one at a time
     waiting = trained if recipe.accumulation > 1 else 0  # gradients of the passes before wait through the last
@@ -148,7 +149,7 @@ def _estimate(recipe: Recipe, pipe: Any, family: ModelFamily, pace: Pace | None)
             "optimizer_state": int(STATE_BYTES[recipe.optimizer] * trained / FLOAT),
             "activations": held,
             "working_space": max(0, step.peak + waiting - held - trained) + unpacked,
-            "pictures": _pictures_bytes(recipe, pipe, family),
+            "pictures": _pictures_bytes(recipe, pipe, family, default_device()),
             "sampling": _sampling_bytes(recipe, pipe, family),
         },
         flops=recipe.accumulation * step.flops,
@@ -196,19 +197,6 @@ def _metadata(recipe: Recipe, config: Any) -> AdapterMetadata:
     return AdapterMetadata("qrlora", recipe.rank, recipe.rank, **fields)
 
 
-def _check_rank(rank: int, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Raise the error that training would stop at, before the first layer is loaded rather than after the last."""
-    for name, shape in shapes.items():
-        largest = min(shape[0], math.prod(shape[1:]))
-        if rank > largest:
-            raise BasisError(
-                f"layer {name!r} has no basis of rank {rank}",
-                expected=f"a rank from 1 to {largest}, the smaller side of {shape}",
-                got=rank,
-                remedy="lower the rank or do not target this layer",
-            )
-
-
 def _outside(metadata: AdapterMetadata, shapes: Mapping[str, tuple[int, ...]]) -> int:
     """Entries of all ΔR that are kept at zero."""
     if not metadata.triangular:
@@ -225,10 +213,10 @@ def _file_bytes(recipe: Recipe, metadata: AdapterMetadata, shapes: Mapping[str, 
     return numbers + len(json.dumps([entries, layers, recipe.record()], separators=(",", ":")))
 
 
-def _pictures_bytes(recipe: Recipe, pipe: Any, family: ModelFamily) -> int:
-    """Cached latents and conditions of all pictures, which stay on the device."""
+def _pictures_bytes(recipe: Recipe, pipe: Any, family: ModelFamily, device: torch.device) -> int:
+    """Latents and conditions: of all pictures, which wait in main memory; on a GPU of a batch."""
     try:
-        count = len(find_pictures(recipe.images))
+        count = len(find_pictures(recipe.images)) * (1 + recipe.flip) if device.type == "cpu" else recipe.batch_size
     except DataError:  # they may be added later
         count = 1
     latents, _, _, conditions = _batch(recipe, pipe, family, 1, recipe.resolution)
@@ -242,8 +230,8 @@ def _networks(pipe: Any) -> dict[str, nn.Module]:
 def _loading_bytes(recipe: Recipe, pipe: Any, family: ModelFamily, device: torch.device) -> int:
     """Weights on the device before the encoders leave it. A GPU sees the denoiser after that, unless it is needed."""
     networks = _networks(pipe)
-    denoiser = _bytes(networks.pop(family.denoiser))
-    encoders = 0 if recipe.offload and device.type != "cpu" else sum(map(_bytes, networks.values()))
+    denoiser = module_bytes(networks.pop(family.denoiser))
+    encoders = 0 if recipe.offload and device.type != "cpu" else sum(map(module_bytes, networks.values()))
     return encoders + (denoiser if recipe.preserve or device.type == "cpu" else 0)
 
 
@@ -252,7 +240,7 @@ def _sampling_bytes(recipe: Recipe, pipe: Any, family: ModelFamily) -> int:
     if not recipe.sample_every:
         return 0
     others = {name: part for name, part in _networks(pipe).items() if not name.startswith("text_encoder")}
-    return sum(_bytes(part) for name, part in others.items() if name != family.denoiser)
+    return sum(module_bytes(part) for name, part in others.items() if name != family.denoiser)
 
 
 def _basis_seconds(pace: Pace, shapes: Iterable[tuple[int, ...]], rank: int) -> float | None:
@@ -265,10 +253,6 @@ def _basis_seconds(pace: Pace, shapes: Iterable[tuple[int, ...]], rank: int) -> 
         seconds += count * pace.time(partial(weight_digest, weight), once=True)
         seconds += count * pace.time(partial(layer_basis, weight, rank), once=True)
     return seconds
-
-
-def _bytes(module: nn.Module) -> int:
-    return sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
 
 
 def _name(device: torch.device) -> str:
