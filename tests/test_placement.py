@@ -165,20 +165,23 @@ def test_too_little_memory_is_said_before_loading(recipe: Recipe, monkeypatch: p
 
 
 @pytest.mark.parametrize(
-    ("changes", "parts"),
+    ("changes", "linear", "parts"),
     [
-        ({}, 1.0),
-        ({"quantize": "nf4"}, placement.BYTES["nf4"] / 4),
-        ({"fsdp": True}, 0.25),
+        ({}, 4, 1),
+        ({"quantize": "nf4"}, 0.5 + 1 / 64, 1),
+        ({"fsdp": True}, 4, 4),
     ],
 )
 def test_what_a_device_must_hold(
-    recipe: Recipe, changes: dict[str, Any], parts: float, monkeypatch: pytest.MonkeyPatch
+    recipe: Recipe, changes: dict[str, Any], linear: float, parts: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Encoders, then the denoiser (float32 here) in its form; with `preserve` both at once."""
+    """Encoders, then the denoiser, its blocks' Linear weights in their form; with `preserve` both at once."""
     pipe, family = load_pipeline(recipe.model, device="cpu")
-    denoiser = sum(p.nbytes for p in pipe.transformer.parameters()) * parts
-    encoders = sum(p.nbytes for m in (pipe.vae, pipe.text_encoder, pipe.text_encoder_2) for p in m.parameters())
+    layers = [m for m in pipe.transformer.transformer_blocks.modules() if type(m) is nn.Linear]
+    denoiser = (
+        placement.module_bytes(pipe.transformer) + sum(int(m.weight.numel() * linear) - m.weight.nbytes for m in layers)
+    ) / parts
+    encoders = sum(map(placement.module_bytes, (pipe.vae, pipe.text_encoder, pipe.text_encoder_2)))
     asked: list[int] = []
     monkeypatch.setattr(placement, "refuse_if_larger", lambda size, device, model: asked.append(size))
     for more in ({}, {"offload": True}, {"preserve": "a lamp"}):

@@ -31,11 +31,10 @@ def check_fits(pipe: Any, family: ModelFamily, recipe: Recipe, device: torch.dev
     """
     if device.type == "cpu":
         return
-    denoiser = family.denoiser_of(pipe)
+    denoiser: Any = family.denoiser_of(pipe).requires_grad_(False)  # only what is frozen will be quantised
     modules = [part for part in pipe.components.values() if isinstance(part, nn.Module) and part is not denoiser]
     encoders = 0 if recipe.offload else sum(map(module_bytes, modules))
-    weights = sum(p.numel() for p in denoiser.parameters()) * BYTES[recipe.quantize] if recipe.quantize else None
-    own = (module_bytes(denoiser) if weights is None else weights) / (processes if recipe.fsdp else 1)
+    own = stored_bytes(denoiser, recipe.quantize) / (processes if recipe.fsdp else 1)
     together = [encoders + own] if recipe.preserve else [encoders, own]
     refuse_if_larger(int(max(together)), device, recipe.model)
 
