@@ -6,17 +6,23 @@ BIN = $(VENV)/bin
 .PHONY: demo test bench clean
 .DEFAULT_GOAL := demo
 
+INSTALL = $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt
+
 # A file of the environment stands for the whole of it: rebuilt when what it was made from changes.
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt torch
-	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[test]'
+	$(INSTALL) torch
+	$(INSTALL) -e .
+	touch $@
+
+$(VENV)/.tools: $(VENV)/.ready  # what tests need besides: optional packages, too, which slow the start of every command
+	$(INSTALL) -e '.[test]'
 	touch $@
 
 demo: $(VENV)/.ready  ## teach pico a subject and a style, compose them, write a report
 	$(BIN)/qrlora demo --out $(OUT)
 
-test: $(VENV)/.ready  ## lint, types, tests
+test: $(VENV)/.tools  ## lint, types, tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy

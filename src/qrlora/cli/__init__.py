@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import re
 import sys
@@ -29,6 +30,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Libraries announce missing optional parts on import; the user can still ask for that.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    for library in ("torchao", "torch.utils._pytree"):  # torchao: of its GPU kernels, on every machine without them
+        logging.getLogger(library).setLevel(logging.ERROR)
     options = build_parser(arguments).parse_args(arguments)
     try:
         options.run(options)
