@@ -78,6 +78,16 @@ def test_train_help_lists_every_recipe_field(capsys: pytest.CaptureFixture[str])
         assert flag in said
 
 
+def test_a_misspelt_option_is_named_with_the_one_that_was_meant(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments, hint in (
+        (["train", "--subject", "a.png", "--lerning-rate", "1"], "--learning-rate"),
+        (["inspect", "--jsn", "a.safetensors"], "--json"),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            main(arguments)
+        assert ended.value.code == 2 and f"did you mean {hint}?" in capsys.readouterr().err
+
+
 def test_train_prints_the_schema_of_recipes(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         main(["train", "--schema"])

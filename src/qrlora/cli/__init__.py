@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import logging
 import os
 import re
@@ -32,7 +33,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     for library in ("torchao", "torch.utils._pytree"):  # torchao: of its GPU kernels, on every machine without them
         logging.getLogger(library).setLevel(logging.ERROR)
-    options = build_parser(arguments).parse_args(arguments)
+    parser = build_parser(arguments)
+    options, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        _refuse(parser, options.command, unknown)
     try:
         options.run(options)
     except QrloraError as error:
@@ -53,6 +57,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             print("continue with the same command and --resume", file=sys.stderr)
         return 130
     return 0
+
+
+def _refuse(parser: argparse.ArgumentParser, command: str, unknown: Sequence[str]) -> None:
+    """Exit as argparse does at arguments it does not know, naming the options that were perhaps meant."""
+    commands = next(action.choices for action in parser._actions if isinstance(action, argparse._SubParsersAction))
+    known = [option for action in commands[command]._actions for option in action.option_strings]
+    near = {name: difflib.get_close_matches(name.partition("=")[0], known, n=1) for name in unknown}
+    hints = [f"{name}: did you mean {close[0]}?" if close else name for name, close in near.items()]
+    commands[command].error("unrecognized arguments: " + ", ".join(hints))
 
 
 def build_parser(arguments: Sequence[str] = ()) -> argparse.ArgumentParser:
