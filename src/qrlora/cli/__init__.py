@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"qrlora {options.command}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as interrupt:
-        print(f"\nqrlora {options.command}: {interrupt or 'interrupted'}", file=sys.stderr)
+        print(f"\nqrlora {options.command}: {str(interrupt) or 'interrupted'}", file=sys.stderr)
         if getattr(interrupt, "checkpoint", None):
             print("continue with the same command and --resume", file=sys.stderr)
         return 130
