@@ -10,9 +10,9 @@ import pytest
 import torch
 from PIL import Image
 
-from qrlora.adapter import Adapter, adapter_from_model
+from qrlora.adapter import Adapter, adapter_from_model, remove_adapters
 from qrlora.errors import DataError, MismatchError
-from qrlora.families import load_pipeline, remove_adapters
+from qrlora.families import load_pipeline
 from qrlora.generation import _labels, generate, labelled_grid, weight_grid
 from qrlora.training.loop import peft_config
 from qrlora.training.recipe import Recipe

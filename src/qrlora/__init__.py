@@ -18,12 +18,12 @@ _HOMES = {
     "basis": ("Basis", "LayerBasis", "layer_basis"),
     "tuner": ("QRLoraConfig", "QRLoraModel"),
     "adapter": ("Adapter", "AdapterMetadata", "adapter_from_model", "attach", "load_adapter", "save_adapter"),
-    "composition": ("Composition", "compose_delta_weights", "similarity"),
+    "composition": ("Composition", "Live", "compose_delta_weights", "similarity"),
     "families": ("FAMILIES", "load_pipeline"),
     "exchange": ("export_adapter", "extract_lora", "import_file", "load_any", "project"),
     "training.recipe": ("Recipe",),
     "training.loop": ("train",),
-    "generation": ("generate",),
+    "generation": ("Request", "generate", "generate_mixed"),
 }
 _HOME_OF = {name: f"qrlora.{home}" for home, names in _HOMES.items() for name in names}
 
@@ -34,10 +34,12 @@ __all__ = [
     "Basis",
     "Composition",
     "LayerBasis",
+    "Live",
     "QRLoraConfig",
     "QRLoraModel",
     "QrloraError",
     "Recipe",
+    "Request",
     "__version__",
     "adapter_from_model",
     "attach",
@@ -45,6 +47,7 @@ __all__ = [
     "export_adapter",
     "extract_lora",
     "generate",
+    "generate_mixed",
     "import_file",
     "layer_basis",
     "load_adapter",
@@ -59,11 +62,11 @@ __all__ = [
 if TYPE_CHECKING:
     from qrlora.adapter import Adapter, AdapterMetadata, adapter_from_model, attach, load_adapter, save_adapter
     from qrlora.basis import Basis, LayerBasis, layer_basis
-    from qrlora.composition import Composition, compose_delta_weights, similarity
+    from qrlora.composition import Composition, Live, compose_delta_weights, similarity
     from qrlora.errors import QrloraError
     from qrlora.exchange import export_adapter, extract_lora, import_file, load_any, project
     from qrlora.families import FAMILIES, load_pipeline
-    from qrlora.generation import generate
+    from qrlora.generation import Request, generate, generate_mixed
     from qrlora.training.loop import train
     from qrlora.training.recipe import Recipe
     from qrlora.tuner import QRLoraConfig, QRLoraModel

@@ -10,17 +10,18 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from qrlora.adapter import Adapter, attach
-from qrlora.composition import Composition
+from qrlora.adapter import Adapter, attach, remove_adapters
+from qrlora.composition import Composition, Live
 from qrlora.composition.parts import basis_difference, check_weights
-from qrlora.errors import DataError
-from qrlora.families import ModelFamily, remove_adapters, size_unit
+from qrlora.errors import DataError, MismatchError
+from qrlora.families import ModelFamily, size_unit
 
 WeightedAdapter = tuple[Adapter, float]
 SMALLEST_CELL = 96
@@ -117,6 +118,52 @@ def weight_grid(
         [f"{column_name} {weight:g}" for weight in column_weights],
         title=f"{prompt}   (seed {seed})",
     )
+
+
+@dataclass(frozen=True)
+class Request:
+    """One picture: its prompt, its seed, and the weights of the adapters it is made with, by name; {} for none."""
+
+    prompt: str
+    seed: int
+    composition: Mapping[str, float]
+
+
+def generate_mixed(
+    pipe: Any,
+    family: ModelFamily,
+    requests: Sequence[Request],
+    live: Live,
+    *,
+    steps: int | None = None,
+    guidance: float | None = None,
+    resolution: int | None = None,
+    batch_size: int = 8,
+) -> list[Image.Image]:
+    """One picture per request, in their order; a batch holds different compositions.
+
+    Each is the picture that `generate` makes alone with the same adapters and weights, up to rounding: one level of 255
+    in float32.
+
+    Args:
+        live: the adapters, on the denoiser of `pipe`; it is left with the last batch's compositions.
+
+    Raises:
+        MismatchError: `live` is on another denoiser, a request names an adapter that it lacks, or a weight that is no
+            finite number.
+        DataError: as `generate`.
+    """
+    if live.denoiser is not family.denoiser_of(pipe):
+        remedy = "make it of the denoiser that is to make the pictures"
+        raise MismatchError("live compositions of another denoiser", expected="this pipeline's", remedy=remedy)
+    images: list[Image.Image] = []
+    for start in range(0, len(requests), batch_size):
+        batch = requests[start : start + batch_size]
+        rows = [request.composition for request in batch]
+        live.compose(rows[:1] if all(row == rows[0] for row in rows) else rows)
+        jobs = [(request.prompt, request.seed) for request in batch]
+        images += one_batch(pipe, family, jobs, steps, guidance, resolution)
+    return images
 
 
 @contextlib.contextmanager

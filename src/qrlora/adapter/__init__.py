@@ -2,13 +2,13 @@
 
 record.py   Adapter, AdapterMetadata: the thing itself, validated
 file.py     save_adapter, load_adapter: safetensors in two spellings, a strict reader, an atomic writer
-model.py    adapter_from_model, attach: between an Adapter and the PEFT layers of a denoiser
+model.py    adapter_from_model, attach, remove_adapters: between an Adapter and the PEFT layers of a denoiser
 """
 
 from __future__ import annotations
 
 from qrlora.adapter.file import load_adapter, save_adapter
-from qrlora.adapter.model import adapter_from_model, attach
+from qrlora.adapter.model import adapter_from_model, attach, remove_adapters
 from qrlora.adapter.record import Adapter, AdapterMetadata, ParameterCount
 
 __all__ = [
@@ -18,5 +18,6 @@ __all__ = [
     "adapter_from_model",
     "attach",
     "load_adapter",
+    "remove_adapters",
     "save_adapter",
 ]

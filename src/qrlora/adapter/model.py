@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import re
 import warnings
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -45,7 +45,7 @@ def adapter_from_model(
     adapter comes out as the LoRA it is equal to: up [Q, ΔQ], down [ΔR; R + ΔR], rank 2r.
     Raises TunerError if there is no such adapter, or its layers differ in rank or scaling, or it is no LoRA at heart.
     """
-    layers = _adapted_layers(model, adapter_name)
+    layers = adapted_layers(model, adapter_name)
     config = _config_of(model, adapter_name)
     deltas, ups, described = _tensors(model, layers, adapter_name, config)
     digests = basis_digests(model, adapter_name) if ups is None else {}
@@ -85,10 +85,22 @@ def attach(model: nn.Module, adapter: Adapter, adapter_name: str = "default") ->
     check_fits(model, adapter)
     config = _config_for(adapter)
     _inject(model, config, adapter_name)
-    for name, layer in _adapted_layers(model, adapter_name).items():
+    for name, layer in adapted_layers(model, adapter_name).items():
         _write(layer.lora_A[adapter_name].weight, adapter.deltas[name])
         if adapter.ups is not None:
             _write(layer.lora_B[adapter_name].weight, adapter.ups[name])
+
+
+def remove_adapters(denoiser: Any, names: Sequence[str]) -> None:
+    """Take these adapters off a diffusers denoiser, as far as they are on; with the last one go PEFT's layers too.
+
+    Works on what a failed `add_adapter` left half done.
+    """
+    there = [name for name in names if name in getattr(denoiser, "peft_config", {})]
+    if there:
+        denoiser.delete_adapters(there)
+    if not getattr(denoiser, "peft_config", None):
+        denoiser.unload_lora()
 
 
 @torch.no_grad()
@@ -115,7 +127,7 @@ def _root(model: nn.Module) -> nn.Module:
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
-def _adapted_layers(model: nn.Module, adapter_name: str) -> dict[str, Any]:
+def adapted_layers(model: nn.Module, adapter_name: str) -> dict[str, Any]:
     """LoraLayers by their name in the bare model; Any, because their parts are known at run time only."""
     modules = _root(model).named_modules()
     return {name: layer for name, layer in modules if isinstance(layer, LoraLayer) and adapter_name in layer.lora_A}

@@ -1,6 +1,7 @@
 """Adapters put together, and compared.
 
 compose.py         Composition: Σ λᵢ ΔRᵢ on one basis, exact; Interference of the parts
+live.py            Live: compositions on a denoiser, changed while it runs, one for each picture of a batch
 delta_weights.py   compose_delta_weights: Σ λᵢ ΔWᵢ of any adapters, cut back to a rank
 similarity.py      similarity: cosines of Q, R, ΔR, ΔW of two adapters
 parts.py           what they share
@@ -10,12 +11,14 @@ from __future__ import annotations
 
 from qrlora.composition.compose import Composition, Interference, LayerInterference
 from qrlora.composition.delta_weights import TruncationLoss, compose_delta_weights
+from qrlora.composition.live import Live
 from qrlora.composition.similarity import Similarity, similarity
 
 __all__ = [
     "Composition",
     "Interference",
     "LayerInterference",
+    "Live",
     "Similarity",
     "TruncationLoss",
     "compose_delta_weights",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -31,6 +31,7 @@ from qrlora.composition.parts import (
 from qrlora.errors import MismatchError
 
 RANK_TOLERANCE = 1e-10  # of squared singular values, relative: below it a row space has no further dimension
+ONTO_BASIS = "`qrlora import FILE --like ADAPTER` puts a LoRA file onto the basis of another adapter"
 BY_DELTA_WEIGHT = (
     "compose_delta_weights (on the command line --delta-weights RANK) sums ΔW itself and cuts the sum back to a rank, "
     "reporting what that loses"
@@ -57,11 +58,18 @@ class Composition:
                     f"{called(first)} and {called(second)} stand on different bases, so their ΔR cannot be added",
                     expected=ours,
                     got=theirs,
-                    remedy=f"train both on one base model and basis; or: {BY_DELTA_WEIGHT}",
+                    remedy=f"train both on one base model and basis; {ONTO_BASIS}; {BY_DELTA_WEIGHT}",
                 )
 
     def adapter(self) -> Adapter:
         """The weighted sum as an adapter of its own: float32, exact, alpha = rank, role "composition"."""
+        return self._filled_by(self._sum)
+
+    def blank(self) -> Adapter:
+        """Zeros on all layers and columns of the parts."""
+        return self._filled_by(lambda _, columns, width: torch.zeros(len(columns), width))
+
+    def _filled_by(self, delta: Callable[[str, tuple[int, ...], int], Tensor]) -> Adapter:
         metas = [adapter.metadata for adapter, _ in self.parts]
         columns = tuple(sorted({column for meta in metas for column in meta.columns}))
         shapes = union(adapter.shapes for adapter, _ in self.parts)
@@ -79,7 +87,7 @@ class Composition:
             basis_fingerprint=fingerprint(digests, first.basis_rank, first.algorithm, first.basis_seed),
             **collected(self.parts),
         )
-        deltas = {name: self._sum(name, columns, math.prod(shape[1:])) for name, shape in shapes.items()}
+        deltas = {name: delta(name, columns, math.prod(shape[1:])) for name, shape in shapes.items()}
         return Adapter(metadata, deltas, shapes, digests, name=joined((a.name for a, _ in self.parts), "+"))
 
     def _sum(self, layer: str, columns: tuple[int, ...], width: int) -> Float[Tensor, "rank in"]:
@@ -180,7 +188,7 @@ def _check_on_its_basis(adapter: Adapter) -> None:
             f"{called(adapter)} carries its own ups, so there is no shared Q to add on",
             expected="method qrlora",
             got=f"method {meta.method}",
-            remedy=BY_DELTA_WEIGHT,
+            remedy=f"{ONTO_BASIS}; {BY_DELTA_WEIGHT}",
         )
     adapter.check_version()
 

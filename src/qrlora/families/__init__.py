@@ -25,7 +25,7 @@ from huggingface_hub import hf_hub_download
 from safetensors import SafetensorError, safe_open
 
 from qrlora.errors import ModelError
-from qrlora.families.base import Conditions, ModelFamily, remove_adapters, size_unit
+from qrlora.families.base import Conditions, ModelFamily, size_unit
 from qrlora.families.flux import FLUX
 from qrlora.families.flux2_klein import FLUX2_KLEIN
 from qrlora.families.qwen_image import QWEN_IMAGE
@@ -46,7 +46,6 @@ __all__ = [
     "load_pipeline",
     "load_structure",
     "refuse_if_larger",
-    "remove_adapters",
     "size_unit",
 ]
 

@@ -134,15 +134,3 @@ def encode_images(pipe: Any, images: Float[Tensor, "n 3 height width"]) -> Float
     latents = encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded[0]
     shift = getattr(vae.config, "shift_factor", None) or 0.0
     return (latents.float() - shift) * vae.config.scaling_factor
-
-
-def remove_adapters(denoiser: Any, names: Sequence[str]) -> None:
-    """Take these adapters off a diffusers denoiser, as far as they are on; with the last one go PEFT's layers too.
-
-    Works on what a failed `add_adapter` left half done.
-    """
-    there = [name for name in names if name in getattr(denoiser, "peft_config", {})]
-    if there:
-        denoiser.delete_adapters(there)
-    if not getattr(denoiser, "peft_config", None):
-        denoiser.unload_lora()

@@ -31,9 +31,9 @@ from peft import LoraConfig, PeftConfig
 from peft.utils.error import NoMatchingPeftModuleError
 from torch import Tensor, nn
 
-from qrlora.adapter import Adapter, adapter_from_model, save_adapter
+from qrlora.adapter import Adapter, adapter_from_model, remove_adapters, save_adapter
 from qrlora.errors import RecipeError, TrainingError
-from qrlora.families import ModelFamily, family_of, load_pipeline, remove_adapters, size_unit
+from qrlora.families import ModelFamily, family_of, load_pipeline, size_unit
 from qrlora.training import checkpoint, monitor
 from qrlora.training.dataset import EncodedDataset, Example, Report, encode, find_pictures, load_examples
 from qrlora.training.optimizers import evaluated, optimizer_for

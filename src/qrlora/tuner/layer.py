@@ -25,6 +25,9 @@ from qrlora.errors import TunerError
 from qrlora.tuner.config import QRLoraConfig, resolve_columns
 
 BasisKey = tuple[int, str, int]  # rank, algorithm, seed
+MOST_TURNS = 16
+"""A batch has one row for a picture, or two or three where guidance needs them. Far more are no rows but the tokens of
+all pictures end to end (as Z-Image's embedders get them), in which compositions cannot be told apart."""
 
 
 class SharedBasis(nn.Module):
@@ -121,8 +124,12 @@ class DeltaR(nn.Module):
 
     The triangle is applied where ΔR is used. So gradients outside it are exactly zero, entries that start at zero stay
     there under any elementwise optimiser, and stray values in a file have no effect.
+
+    After :meth:`hold` it is ``several`` ΔR, one above the other in ``weight``: row i of a batch uses the one numbered
+    i modulo ``several``.
     """
 
+    several = 1
     weight: Tensor
     outside: Tensor | None  # (rank, last basis column + 1) bool: entries that must be zero; None for a dense ΔR
     r: Tensor | None  # (rank, in): rows of R, only where the basis trains too
@@ -142,6 +149,28 @@ class DeltaR(nn.Module):
             self.outside = torch.arange(self.columns[-1] + 1, device=device) < first
             if not self.weight.is_meta:
                 self.weight.copy_(self.delta_r().reshape(self.weight.shape))
+
+    @torch.no_grad()
+    def hold(self, deltas: Float[Tensor, "several rank in"]) -> None:
+        """Use these ΔR from now on, frozen and as they are; as long as their number stays, so do address and shape."""
+        shape = (deltas.shape[0] * deltas.shape[1], *self.weight.shape[1:])
+        if self.weight.shape != shape:
+            self.weight = nn.Parameter(self.weight.new_empty(shape), requires_grad=False)
+        self.weight.copy_(deltas.reshape(shape))
+        self.outside, self.several = None, len(deltas)
+
+    def _turns(self, x: Tensor) -> int:
+        """How often a batch goes through the ΔR. TunerError if it cannot be told which of its rows use which."""
+        turns, left = divmod(len(x), self.several)
+        if left or (x.ndim == 2 and turns > MOST_TURNS):
+            raise TunerError(
+                f"{self.several} compositions in one batch do not fit what a layer is given",
+                expected=f"one row for each composition, at most {MOST_TURNS} times over",
+                got=f"input of shape {tuple(x.shape)}",
+                remedy="give as many compositions as the batch has pictures, or one for all; a layer that is given "
+                "the tokens of all pictures in one row needs a batch for each composition",
+            )
+        return turns
 
     def delta_r(self) -> Float[Tensor, "rank in"]:
         """ΔR as a matrix, zero outside the triangle; differentiable."""
@@ -167,12 +196,28 @@ class DeltaRLinear(DeltaR, nn.Linear):
     """ΔR of a Linear layer."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self._down_weight())
+        down = self._down_weight()
+        if self.several == 1:
+            return F.linear(x, down)
+        each = down.view(self.several, -1, x.shape[-1]).mT
+        turns = x.reshape(self._turns(x), self.several, -1, x.shape[-1])
+        return torch.cat([torch.bmm(rows, each) for rows in turns]).view(*x.shape[:-1], each.shape[-1])
 
 
 class _DeltaRConv(DeltaR):
+    groups: int
+
     def forward(self, x: Tensor) -> Tensor:
-        return self._conv_forward(x, self._down_weight(), None)  # type: ignore[operator]
+        if self.several == 1:
+            return self._conv_forward(x, self._down_weight(), None)  # type: ignore[operator]
+        # The rows of one turn become channels, so that every group of channels meets its own ΔR.
+        turns = x.reshape(self._turns(x), -1, *x.shape[2:])
+        inner = self._conv_forward(turns, self._down_weight(), None)  # type: ignore[operator]
+        return inner.reshape(len(x), -1, *inner.shape[2:])
+
+    def hold(self, deltas: Float[Tensor, "several rank in"]) -> None:
+        super().hold(deltas)
+        self.groups = len(deltas)
 
 
 class DeltaRConv1d(_DeltaRConv, nn.Conv1d):
@@ -335,6 +380,14 @@ class QRLoraLayer(LoraLayer):
                 expected="a base weight in a plain floating-point dtype",
                 got=_describe_weight(self.get_base_layer()),
                 remedy="keep the adapter unmerged, or merge into the unquantised model and quantise that",
+            )
+        several = [name for name in adapter_names if getattr(self.lora_A[name], "several", 1) > 1]
+        if several:
+            raise TunerError(
+                "one weight cannot hold several compositions",
+                expected="one composition for the whole batch",
+                got=f"{self._delta(several[0]).several} in {several[0]}",
+                remedy="compose one before merging",
             )
         others = [name for name in adapter_names if name in self.lora_variant or self.lora_bias.get(name)]
         if others:
