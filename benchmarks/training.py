@@ -15,17 +15,15 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import platform
 import statistics
-import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
+from common import FEWEST_ROUNDS, HEAD, LATENT_CHANNELS, conditions, flux, machine, ratios, spread, take_turns
+from diffusers import FlowMatchEulerDiscreteScheduler
 from peft import LoraConfig
 from torch import Tensor, nn
 
@@ -45,8 +43,6 @@ METHODS: dict[str, Callable[..., Any] | None] = {
     "published": None,
 }
 RIVAL = "lora"
-TEXT_TOKENS, TEXT_WIDTH, POOLED_WIDTH, LATENT_CHANNELS, HEAD = 64, 1024, 768, 16, 128
-WARM_UP, FEWEST_ROUNDS = 2, 5
 
 
 def main() -> None:
@@ -66,20 +62,6 @@ def main() -> None:
     results = {dtype: measure(options, getattr(torch, dtype)) for dtype in options.dtypes.split(",")}
     report = {"machine": machine(options.device), "options": vars(options) | {"json": None}, "results": results}
     write_atomically(options.json, (json.dumps(report, indent=1) + "\n").encode())
-
-
-def machine(device: str) -> dict[str, Any]:
-    names = [line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
-    return {
-        "date": datetime.now(timezone.utc).isoformat(timespec="minutes"),
-        "device": torch.cuda.get_device_name() if device.startswith("cuda") else (names or [platform.processor()])[0],
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-    }
-
-
-def _lines(path: str) -> list[str]:
-    return Path(path).read_text().splitlines() if Path(path).exists() else []
 
 
 class PublishedLinear(nn.Module):
@@ -121,18 +103,7 @@ class Arm:
 
 
 def build(method: str, options: argparse.Namespace, dtype: torch.dtype) -> Arm:
-    torch.manual_seed(0)
-    denoiser: Any = FluxTransformer2DModel(
-        in_channels=4 * LATENT_CHANNELS,
-        num_layers=options.blocks,
-        num_single_layers=options.blocks,
-        attention_head_dim=HEAD,
-        num_attention_heads=options.width // HEAD,
-        joint_attention_dim=TEXT_WIDTH,
-        pooled_projection_dim=POOLED_WIDTH,
-        guidance_embeds=True,
-    )
-    denoiser = denoiser.requires_grad_(False).to(options.device, dtype)
+    denoiser = flux(options.width, options.blocks, options.device, dtype)
     before = tensor_bytes(resident(denoiser))
     config = METHODS[method]
     if config is None:
@@ -157,11 +128,7 @@ def batch(options: argparse.Namespace, dtype: torch.dtype) -> tuple[Tensor, Tens
     """Latents, noise, timesteps and conditions of one step."""
     n, side = options.batch_size, 2 * options.side
     latents, noise = (torch.randn(n, LATENT_CHANNELS, side, side, device=options.device) for _ in range(2))
-    conditions = {
-        "encoder_hidden_states": torch.randn(n, TEXT_TOKENS, TEXT_WIDTH, device=options.device).to(dtype),
-        "pooled_projections": torch.randn(n, POOLED_WIDTH, device=options.device).to(dtype),
-    }
-    return latents, noise, torch.full((n,), 500.0, device=options.device), conditions
+    return latents, noise, torch.full((n,), 500.0, device=options.device), conditions(n, options.device, dtype)
 
 
 def resident(denoiser: nn.Module) -> Iterator[Tensor]:
@@ -190,7 +157,8 @@ def peak_of_step(arm: Arm, device: str) -> int:
 def measure(options: argparse.Namespace, dtype: torch.dtype) -> dict[str, Any]:
     """Every method at one precision of the denoiser: the table, printed too."""
     arms = {method: build(method, options, dtype) for method in options.methods.split(";")}
-    times = take_turns(arms, options)
+    steps = {method: arm.step for method, arm in arms.items()}
+    times = take_turns(steps, options.rounds, options.seconds, options.device)
     results: dict[str, Any] = {}
     for method, arm in arms.items():
         state = [value for entry in arm.optimizer.state.values() for value in entry.values()]
@@ -202,29 +170,9 @@ def measure(options: argparse.Namespace, dtype: torch.dtype) -> dict[str, Any]:
             "seconds": statistics.median(wall for wall, _ in times[method]),
         }
         for place, clock in enumerate(("wall", "cpu")):
-            paired = zip(times[method], times[RIVAL], strict=True)
-            results[method][f"{clock}_ratio"] = statistics.quantiles(own[place] / rival[place] for own, rival in paired)
+            results[method][f"{clock}_ratio"] = ratios(times, method, RIVAL, place)
     show(results, dtype, len(times[RIVAL]))
     return results
-
-
-def take_turns(arms: dict[str, Arm], options: argparse.Namespace) -> dict[str, list[tuple[float, float]]]:
-    """(wall, processor) seconds of every step of every method, a list each, round by round."""
-    times: dict[str, list[tuple[float, float]]] = {method: [] for method in arms}
-    order, started = list(arms), time.perf_counter()
-    for number in range(WARM_UP + options.rounds):
-        if number == WARM_UP:
-            times, started = {method: [] for method in arms}, time.perf_counter()
-        if number >= WARM_UP + FEWEST_ROUNDS and time.perf_counter() - started > options.seconds:
-            break
-        order = order[1:] + order[:1]
-        for method in order if number % 2 else reversed(order):
-            wall, processor = time.perf_counter(), time.process_time()
-            arms[method].step()
-            if options.device.startswith("cuda"):
-                torch.cuda.synchronize()
-            times[method].append((time.perf_counter() - wall, time.process_time() - processor))
-    return times
 
 
 def show(results: dict[str, Any], dtype: torch.dtype, rounds: int) -> None:
@@ -235,8 +183,7 @@ def show(results: dict[str, Any], dtype: torch.dtype, rounds: int) -> None:
         memory, rivals = (r["added_bytes"] + r["optimizer_bytes"] + r["step_bytes"] for r in (found, rival))
         cells = [f"{found['seconds']:8.3f}"]
         for clock in ("wall", "cpu"):
-            low, middle, high = found[f"{clock}_ratio"]
-            cells.append(f"{middle:.3f} ({low:.3f}-{high:.3f})")
+            cells.append(spread(found[f"{clock}_ratio"]))
         cells.append(f"{memory / 1e6:.1f} MB {memory / rivals:.3f}")
         state, trained = found["optimizer_bytes"], found["trained_parameters"]
         cells.append(f"{state / 1e6:.2f} MB {state / rival['optimizer_bytes']:.2f}")

@@ -6,8 +6,10 @@ batches and saving are PEFT's own. Q sits in a non-persistent buffer: no optimis
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -25,6 +27,7 @@ from qrlora.errors import TunerError
 from qrlora.tuner.config import QRLoraConfig, resolve_columns
 
 BasisKey = tuple[int, str, int]  # rank, algorithm, seed
+MERGED_AT_ONCE = 2**19  # numbers of a base weight
 MOST_TURNS = 16
 """A batch has one row for a picture, or two or three where guidance needs them. Far more are no rows but the tokens of
 all pictures end to end (as Z-Image's embedders get them), in which compositions cannot be told apart."""
@@ -348,10 +351,8 @@ class QRLoraLayer(LoraLayer):
         self.check_mergeable(names)
         weight: Any = self.get_base_layer().weight
         original: Tensor = weight.detach().clone() if self._base_copy is None else self._base_copy
-        merged = original.to(torch.promote_types(original.dtype, torch.float32), copy=True)
-        for name in [*self.merged_adapters, *names]:
-            merged += self._delta_weight(name)
-        if safe_merge and not bool(torch.isfinite(merged).all()):
+        both = [*self.merged_adapters, *names]
+        if safe_merge and not all(bool(torch.isfinite(block).all()) for _, block in self._sums(original, both)):
             raise TunerError(
                 f"NaNs detected in the merged weights. The adapter {', '.join(names)} seems to be broken",
                 expected="finite values",
@@ -359,8 +360,35 @@ class QRLoraLayer(LoraLayer):
                 remedy="train it again with a lower learning rate, or leave it out",
             )
         self._base_copy = original
-        weight.data.copy_(merged)
+        target = weight.data.T if self.fan_in_fan_out else weight.data
+        for rows, block in self._sums(original, both):
+            target[rows].copy_(block)
         self.merged_adapters.extend(names)
+
+    def _sums(self, original: Tensor, names: list[str]) -> Iterator[tuple[slice, Tensor]]:
+        """The base weight plus ΔW of adapters, some rows (out, in, *kernel) at a time, in at least float32.
+
+        So much at a time as the processor's cache holds: a sum of the whole would go through memory once for each term.
+        """
+        base = original.T if self.fan_in_fan_out else original
+        used = [self._delta(name).weight.dtype for name in names]
+        dtype = functools.reduce(torch.promote_types, used, torch.promote_types(original.dtype, torch.float32))
+        own = self._own_adapters()
+        products = [
+            (own[name].up().to(dtype), self._delta(name).down().to(dtype) * self.scaling[name])
+            for name in names
+            if name in own
+        ]
+        others = [self._delta_weight(name) for name in names if name not in own]
+        step = max(1, MERGED_AT_ONCE // base[0].numel())
+        for start in range(0, len(base), step):
+            rows = slice(start, start + step)
+            block = base[rows].to(dtype, copy=True, memory_format=torch.contiguous_format)
+            for up, down in products:
+                block.view(len(block), -1).addmm_(up[rows], down)
+            for delta in others:
+                block += (delta.T if self.fan_in_fan_out else delta)[rows]
+            yield rows, block
 
     @torch.no_grad()
     def unmerge(self) -> None:

@@ -1,0 +1,89 @@
+"""What benchmarks share: a denoiser of a real one's shapes, turns that are fair, and which machine it was."""
+
+from __future__ import annotations
+
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import FluxTransformer2DModel
+from torch import Tensor
+
+TEXT_TOKENS, TEXT_WIDTH, POOLED_WIDTH, LATENT_CHANNELS, HEAD = 64, 1024, 768, 16, 128
+WARM_UP, FEWEST_ROUNDS = 2, 5
+
+Times = dict[str, list[tuple[float, float]]]
+"""(wall, processor) seconds of every turn of every arm, round by round."""
+
+
+def machine(device: str) -> dict[str, Any]:
+    names = [line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
+    return {
+        "date": datetime.now(timezone.utc).isoformat(timespec="minutes"),
+        "device": torch.cuda.get_device_name() if device.startswith("cuda") else (names or [platform.processor()])[0],
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+    }
+
+
+def _lines(path: str) -> list[str]:
+    return Path(path).read_text().splitlines() if Path(path).exists() else []
+
+
+def flux(width: int, blocks: int, device: str, dtype: torch.dtype) -> Any:
+    """A frozen FLUX denoiser of random weights: `blocks` of each of its two kinds."""
+    torch.manual_seed(0)
+    denoiser = FluxTransformer2DModel(
+        in_channels=4 * LATENT_CHANNELS,
+        num_layers=blocks,
+        num_single_layers=blocks,
+        attention_head_dim=HEAD,
+        num_attention_heads=width // HEAD,
+        joint_attention_dim=TEXT_WIDTH,
+        pooled_projection_dim=POOLED_WIDTH,
+        guidance_embeds=True,
+    )
+    return denoiser.requires_grad_(False).to(device, dtype)
+
+
+def conditions(n: int, device: str, dtype: torch.dtype) -> dict[str, Tensor]:
+    """What `n` prompts are to FLUX."""
+    return {
+        "encoder_hidden_states": torch.randn(n, TEXT_TOKENS, TEXT_WIDTH, device=device).to(dtype),
+        "pooled_projections": torch.randn(n, POOLED_WIDTH, device=device).to(dtype),
+    }
+
+
+def take_turns(arms: Mapping[str, Callable[[], object]], rounds: int, seconds: float, device: str) -> Times:
+    """Every arm once a round, in turning order, for so many rounds or seconds; a few rounds are always taken."""
+    times: Times = {name: [] for name in arms}
+    order, started = list(arms), time.perf_counter()
+    for number in range(WARM_UP + rounds):
+        if number == WARM_UP:
+            times, started = {name: [] for name in arms}, time.perf_counter()
+        if number >= WARM_UP + FEWEST_ROUNDS and time.perf_counter() - started > seconds:
+            break
+        order = order[1:] + order[:1]
+        for name in order if number % 2 else reversed(order):
+            wall, processor = time.perf_counter(), time.process_time()
+            arms[name]()
+            if device.startswith("cuda"):
+                torch.cuda.synchronize()
+            times[name].append((time.perf_counter() - wall, time.process_time() - processor))
+    return times
+
+
+def ratios(times: Times, name: str, rival: str, clock: int = 0) -> list[float]:
+    """Quartiles of an arm's time to a rival's in the same round; clock: 0 is wall, 1 is processor time."""
+    paired = zip(times[name], times[rival], strict=True)
+    return statistics.quantiles(own[clock] / other[clock] for own, other in paired)
+
+
+def spread(quartiles: list[float]) -> str:
+    low, middle, high = quartiles
+    return f"{middle:.3f} ({low:.3f}-{high:.3f})"

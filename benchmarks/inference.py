@@ -1,0 +1,238 @@
+"""What composed adapters cost at inference beside the alternatives: ``python benchmarks/inference.py``.
+
+One FLUX denoiser of random weights, 1024 wide, is given adapters in four ways, and a matrix is merged:
+
+composed     k adapters, ours live (`qrlora.composition.Live`) and LoRAs by diffusers' `set_adapters`
+changing     other weights for them, against one denoising step
+mixed        n pictures with n different adapters: ours in one forward pass, PEFT's LoRA through `adapter_names` in one
+             forward pass, and ours in n forward passes
+merging      merge and unmerge of a layer against the one product Q ΔR, and PEFT's merge of a LoRA
+
+Every round takes one turn of everything that is compared, in turning order, and a ratio is that of one round, so what
+else the machine does meets all alike. All ways share the tensors of one denoiser.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import dataclasses
+import json
+import os
+import statistics
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import FEWEST_ROUNDS, HEAD, LATENT_CHANNELS, TEXT_TOKENS, Times, conditions, flux, machine, ratios, spread
+from common import take_turns as turns
+from peft import LoraConfig, get_peft_model, inject_adapter_in_model
+from torch import Tensor, nn
+
+from qrlora import Adapter, Live, QRLoraConfig, adapter_from_model
+from qrlora.adapter import remove_adapters
+from qrlora.families.flux import FLUX
+from qrlora.files import write_atomically
+
+ADAPTERS, PICTURES = (1, 2, 4, 8, 16), (2, 4, 8)
+MERGED = (3072, 12288)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--width", type=int, default=1024, help=f"of the denoiser, a multiple of {HEAD}")
+    parser.add_argument("--blocks", type=int, default=1, help="of each of FLUX's two kinds")
+    parser.add_argument("--side", type=int, default=16, help="of a picture in tokens")
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--dtype", default="float32", help="of the denoiser and its adapters")
+    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--seconds", type=float, default=90, help=f"a table; {FEWEST_ROUNDS} rounds are always taken")
+    parser.add_argument("--only", default="composed,changing,mixed,merging", help="some of these tables")
+    parser.add_argument("--quick", action="store_true", help="a quarter of the width, few rounds: does it run?")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--json", type=Path, default=Path(__file__).with_suffix(".json"))
+    options = parser.parse_args()
+    if options.quick:
+        options.width, options.rounds, options.seconds = options.width // 4, FEWEST_ROUNDS, 0.0
+    tables = {"composed": composed, "changing": changing, "mixed": mixed, "merging": merging}
+    with tempfile.TemporaryDirectory() as cache, torch.no_grad():
+        os.environ["QRLORA_CACHE"] = cache  # bases of random weights are nothing to keep
+        bench = Bench(options)
+        results = {name: tables[name](bench) for name in options.only.split(",")}
+    report = {"machine": machine(options.device), "options": vars(options) | {"json": None}, "results": results}
+    write_atomically(options.json, (json.dumps(report, indent=1) + "\n").encode())
+
+
+class Bench:
+    """The bare denoiser, adapters for it, and inputs."""
+
+    def __init__(self, options: argparse.Namespace):
+        self.options, self.dtype = options, getattr(torch, options.dtype)
+        self.bare = flux(options.width, options.blocks, options.device, self.dtype)
+        self.common = {"r": options.rank, "lora_alpha": options.rank, "target_modules": list(FLUX.targets)}
+        self.subjects = self.adapters(max(ADAPTERS), columns="subject")
+        self.styles = self.adapters(max(ADAPTERS) // 2, columns="style")
+
+    def adapters(self, count: int, columns: str) -> list[Adapter]:
+        """Adapters of random ΔR."""
+        self.bare.add_adapter(QRLoraConfig(**self.common, columns=columns, triangular=False), "made")
+        first = adapter_from_model(self.bare, "made")
+        remove_adapters(self.bare, ["made"])
+        return [
+            dataclasses.replace(first, deltas={n: 0.01 * torch.randn(d.shape) for n, d in first.deltas.items()})
+            for _ in range(count)
+        ]
+
+    def twin(self) -> Any:
+        """A denoiser of its own with the bare one's tensors."""
+        tensors = [*self.bare.parameters(), *self.bare.buffers()]
+        return copy.deepcopy(self.bare, {id(tensor): tensor for tensor in tensors})
+
+    def live(self, adapters: list[Adapter]) -> Live:
+        return Live(self.twin(), {str(number): adapter for number, adapter in enumerate(adapters)})
+
+    def inputs(self, n: int) -> dict[str, Tensor]:
+        """Of one denoising step of n pictures."""
+        device, side = self.options.device, self.options.side
+        return {
+            "hidden_states": torch.randn(n, side**2, 4 * LATENT_CHANNELS, device=device).to(self.dtype),
+            "timestep": torch.full((n,), 0.5, device=device).to(self.dtype),
+            "guidance": torch.full((n,), 3.5, device=device),
+            "img_ids": torch.zeros(side**2, 3, device=device),
+            "txt_ids": torch.zeros(TEXT_TOKENS, 3, device=device),
+            **conditions(n, device, self.dtype),
+        }
+
+    def step(self, denoiser: Any, inputs: dict[str, Tensor], **more: Any) -> Callable[[], object]:
+        return lambda: denoiser(**inputs, **more, return_dict=False)
+
+    def take(self, arms: dict[str, Callable[[], object]]) -> Times:
+        return turns(arms, self.options.rounds, self.options.seconds, self.options.device)
+
+
+def composed(bench: Bench) -> dict[str, Any]:
+    """A step with k adapters; the last row has twice the columns, because half of the adapters are styles."""
+    inputs = bench.inputs(1)
+    arms = {"bare": bench.step(bench.bare, inputs)}
+    groups = {f"{k}": bench.subjects[:k] for k in ADAPTERS}
+    groups[f"{2 * len(bench.styles)}, half of them styles"] = bench.subjects[: len(bench.styles)] + bench.styles
+    for label, adapters in groups.items():
+        live = bench.live(adapters)
+        live.compose([{name: 1 / len(adapters) for name in live.names}])
+        arms[f"ours {label}"] = bench.step(live.denoiser, inputs)
+    for k in ADAPTERS:
+        denoiser, names = bench.twin(), [f"lora{number}" for number in range(k)]
+        for name in names:
+            denoiser.add_adapter(LoraConfig(**bench.common, init_lora_weights=False), name)
+        denoiser.set_adapters(names, [1 / k] * k)
+        arms[f"set_adapters {k}"] = bench.step(denoiser, inputs)
+    times = bench.take(arms)
+    ours = {name: f"{name.split()[0]} 1" for name in arms if name != "bare"}
+    return table("composed: a step with k adapters", times, {"bare": "bare", "1 adapter": ours})
+
+
+def changing(bench: Bench) -> dict[str, Any]:
+    """Other weights for all adapters that are attached, for one composition and for eight."""
+    most = max(ADAPTERS)
+    live, denoiser, inputs = bench.live(bench.subjects), bench.twin(), bench.inputs(1)
+    names = [f"lora{number}" for number in range(most)]
+    for name in names:
+        denoiser.add_adapter(LoraConfig(**bench.common, init_lora_weights=False), name)
+    rows = [{name: (number + place) / most for place, name in enumerate(live.names)} for number in range(8)]
+    several = bench.live(bench.subjects)
+    times = bench.take(
+        {
+            "a step, bare": bench.step(bench.bare, inputs),
+            f"ours, {most} adapters": lambda: live.compose(rows[:1]),
+            f"ours, {most} adapters for 8 pictures": lambda: several.compose(rows),
+            f"set_adapters, {most} LoRAs": lambda: denoiser.set_adapters(names, [0.5] * most),
+        }
+    )
+    return table("changing: other weights, against a step", times, {"a step": "a step, bare"})
+
+
+def mixed(bench: Bench) -> dict[str, Any]:
+    """One step for each of n pictures, each with an adapter of its own."""
+    results = {}
+    config = LoraConfig(**bench.common, init_lora_weights=False)
+    loras = get_peft_model(bench.twin(), config, "0", autocast_adapter_dtype=False)
+    for number in range(1, max(PICTURES)):
+        loras.add_adapter(
+            str(number), LoraConfig(**bench.common, init_lora_weights=False), autocast_adapter_dtype=False
+        )
+    for n in PICTURES:
+        inputs, one = bench.inputs(n), bench.inputs(1)
+        together, apart = bench.live(bench.subjects[:n]), bench.live(bench.subjects[:n])
+        rows = [{name: 1.0} for name in together.names]
+        together.compose(rows)
+
+        def one_by_one(apart: Live = apart, rows: list[dict[str, float]] = rows, one: Any = one) -> None:
+            for row in rows:
+                apart.compose([row])
+                apart.denoiser(**one)
+
+        ours, loop = f"ours, {n} compositions", f"adapter_names, {n} LoRAs"
+        times = bench.take(
+            {
+                "bare": bench.step(bench.bare, inputs),
+                ours: bench.step(together.denoiser, inputs),
+                loop: bench.step(loras, inputs, adapter_names=list(together.names)),
+                f"ours, {n} forward passes": one_by_one,
+            }
+        )
+        results[n] = table(f"mixed: a step of {n} pictures", times, {"bare": "bare", "ours": ours})
+        paired = zip(times["bare"], times[ours], times[loop], strict=True)
+        beyond = [(theirs[0] - bare[0]) / (own[0] - bare[0]) for bare, own, theirs in paired]
+        results[n]["beyond_bare"] = statistics.quantiles(beyond)
+        print(f"beyond the bare step, adapter_names takes {spread(results[n]['beyond_bare'])} times ours")
+    return results
+
+
+def merging(bench: Bench) -> dict[str, Any]:
+    """ΔW into a weight and out again, against Q ΔR into new memory; of two layers, one is always there to do it to."""
+    out, width = (side // 4 if bench.options.quick else side for side in MERGED)
+    weight = 0.02 * torch.randn(out, width, device=bench.options.device)
+    rank = bench.options.rank
+
+    def pair(config: Any) -> list[Any]:
+        layers = []
+        for _ in range(2):
+            linear = nn.Linear(width, out, bias=False, device=bench.options.device, dtype=bench.dtype)
+            linear.weight.copy_(weight)
+            layers.append(inject_adapter_in_model(config, nn.Sequential(linear))[0])
+        layers[0].merge()
+        return layers
+
+    ours = pair(QRLoraConfig(r=rank, lora_alpha=rank, target_modules="0", init_lora_weights=False))
+    loras = pair(LoraConfig(r=rank, lora_alpha=rank, target_modules="0", init_lora_weights=False))
+    q, delta = (part.to(bench.dtype) for part in (ours[0].lora_B["default"].q, ours[0].delta_r("default")))
+    arms: dict[str, Callable[[], object]] = {"Q ΔR": lambda: q @ delta}
+    for name, layers in {"ours": ours, "peft lora": loras}.items():
+        arms[f"{name}, merge"] = lambda layers=layers: next(x for x in layers if not x.merged).merge()
+        arms[f"{name}, unmerge"] = lambda layers=layers: next(x for x in layers if x.merged).unmerge()
+    return table(f"merging: {out}x{width}, rank {rank}", bench.take(arms), {"Q ΔR": "Q ΔR"})
+
+
+def table(title: str, times: Times, rivals: dict[str, str | dict[str, str]]) -> dict[str, Any]:
+    """Medians, and quartiles of the ratio to each rival; printed too. A rival is one arm, or one for each arm."""
+    rounds = len(next(iter(times.values())))
+    print(f"\n{title}; {rounds} rounds, medians of paired ratios of wall time with their quartiles")
+    print(f"{'':34} {'ms':>9} " + " ".join(f"{'to ' + name:>22}" for name in rivals))
+    results: dict[str, Any] = {}
+    for arm in times:
+        found = results[arm] = {"seconds": statistics.median(wall for wall, _ in times[arm])}
+        cells = []
+        for label, rival in rivals.items():
+            other = rival if isinstance(rival, str) else rival.get(arm)
+            if other:
+                for clock, suffix in enumerate(("wall", "cpu")):
+                    found[f"to_{label}_{suffix}"] = ratios(times, arm, other, clock)
+            cells.append(spread(found[f"to_{label}_wall"]) if other else "")
+        print(f"{arm:34} {1e3 * found['seconds']:9.2f} " + " ".join(f"{cell:>22}" for cell in cells))
+    return results
+
+
+if __name__ == "__main__":
+    main()

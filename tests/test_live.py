@@ -1,0 +1,397 @@
+"""Live compositions: each picture of a batch as if it were made alone, changed without a trace or a recompilation."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
+
+from denoisers import build, predict
+from qrlora.adapter import Adapter, adapter_from_model, attach, remove_adapters
+from qrlora.composition import Composition, Live
+from qrlora.errors import MismatchError, TunerError
+from qrlora.families import load_pipeline
+from qrlora.generation import Request, generate, generate_mixed
+from qrlora.tuner import QRLoraConfig, QRLoraLayer
+from samples import make_lora
+from test_generation import close
+
+KINDS = ("flux", "sd3", "unet")
+ROWS: list[dict[str, float]] = [{"mug": 1.0}, {"chalk": -0.7, "mug": 0.4}, {}, {"chalk": 1.5}]
+
+
+def random_adapter(denoiser: Any, targets: list[str] | str, seed: int, std: float = 0.3, **options: Any) -> Adapter:
+    """An adapter on the denoiser's basis, trained by chance."""
+    torch.manual_seed(seed)
+    config = QRLoraConfig(**{"r": 2, "lora_alpha": 3, "target_modules": targets, **options})
+    denoiser.add_adapter(config, adapter_name="made")
+    for name, parameter in denoiser.named_parameters():
+        if "lora_A" in name:
+            nn.init.normal_(parameter.data, std=std)
+    made = adapter_from_model(denoiser, "made", family="tiny")
+    remove_adapters(denoiser, ["made"])
+    return made
+
+
+def pair(denoiser: Any, targets: list[str]) -> dict[str, Adapter]:
+    """A subject on all targets and a style on all but the first kind, in the other columns."""
+    return {
+        "mug": random_adapter(denoiser, targets, 1, columns="subject"),
+        "chalk": random_adapter(denoiser, targets[1:], 2, columns="style", triangular=False),
+    }
+
+
+@pytest.fixture(params=KINDS)
+def tiny(request: pytest.FixtureRequest) -> tuple[Any, dict[str, Any], dict[str, Adapter]]:
+    """A denoiser, inputs for four pictures, and two adapters."""
+    denoiser, inputs, targets = build(request.param)
+    inputs = {name: value if name.endswith("_ids") else both(value) for name, value in inputs.items()}
+    return denoiser, inputs, pair(denoiser, targets)
+
+
+def both(value: Tensor) -> Tensor:
+    """Two pictures' inputs, and two others."""
+    return torch.cat([value, value.flip(0) * 0.9])
+
+
+@contextlib.contextmanager
+def alone(denoiser: Any, adapters: Mapping[str, Adapter], row: Mapping[str, float]) -> Iterator[None]:
+    """The denoiser with one composition, by the other way: summed beforehand and attached."""
+    if row:
+        attach(denoiser, Composition([(adapters[name], weight) for name, weight in row.items()]).adapter(), "sum")
+    yield
+    remove_adapters(denoiser, ["sum"])
+
+
+@torch.no_grad()
+def each_alone(denoiser: Any, inputs: dict[str, Any], adapters: Mapping[str, Adapter]) -> Tensor:
+    """What every picture of the batch is with its own composition of ROWS."""
+    found = []
+    for place, row in enumerate(ROWS):
+        with alone(denoiser, adapters, row):
+            found.append(predict(denoiser, inputs)[place])
+    return torch.stack(found)
+
+
+def equal(first: Tensor, second: Tensor) -> None:
+    torch.testing.assert_close(first, second, atol=3e-5, rtol=1e-4)
+
+
+# A batch
+
+
+@torch.no_grad()
+def test_every_picture_of_a_batch_meets_its_own_composition(tiny) -> None:
+    denoiser, inputs, adapters = tiny
+    expected, base = each_alone(denoiser, inputs, adapters), predict(denoiser, inputs)
+    with Live(denoiser, adapters) as live:
+        assert torch.equal(predict(denoiser, inputs), base)
+        live.compose(ROWS)
+        mixed = predict(denoiser, inputs)
+        equal(mixed, expected)
+        equal(mixed[2], base[2])
+        assert all((mixed[place] - base[place]).abs().max() > 1e-3 for place in (0, 1, 3))
+        live.compose([{}])
+        assert torch.equal(predict(denoiser, inputs), base)
+
+
+@torch.no_grad()
+def test_one_composition_is_for_the_whole_batch(tiny) -> None:
+    denoiser, inputs, adapters = tiny
+    with alone(denoiser, adapters, ROWS[1]):
+        expected = predict(denoiser, inputs)
+    with Live(denoiser, adapters) as live:
+        live.compose(ROWS)
+        live.compose([ROWS[1]])
+        equal(predict(denoiser, inputs), expected)
+
+
+@torch.no_grad()
+def test_guidance_repeats_the_compositions(tiny) -> None:
+    """Two compositions over four rows: unconditional 0 and 1, then conditional 0 and 1."""
+    denoiser, inputs, adapters = tiny
+    with Live(denoiser, adapters) as live:
+        live.compose([ROWS[0], ROWS[3]] * 2)
+        expected = predict(denoiser, inputs)
+        live.compose([ROWS[0], ROWS[3]])
+        equal(predict(denoiser, inputs), expected)
+
+
+@torch.no_grad()
+def test_half_precision() -> None:
+    """As near to the picture alone in bfloat16 as that is to float32."""
+    denoiser, inputs, targets = build("flux")
+    inputs = {n: v if n.endswith("_ids") else both(v) for n, v in inputs.items()}
+    adapters = pair(denoiser, targets)
+    exact = each_alone(denoiser, inputs, adapters)
+    halved = denoiser.to(torch.bfloat16)
+    inputs = {name: value.bfloat16() for name, value in inputs.items()}
+    adapters = pair(halved, targets)
+    expected = each_alone(halved, inputs, adapters)
+    with Live(halved, adapters) as live:
+        live.compose(ROWS)
+        mixed = predict(halved, inputs)
+    assert mixed.dtype == torch.bfloat16
+    scale = (expected.float() - exact).norm()
+    assert (mixed - expected).norm() < scale
+
+
+WEIGHTS = st.floats(-4, 4, width=32)
+
+
+def tables(adapters: int) -> st.SearchStrategy[list[list[float]]]:
+    return st.lists(st.lists(WEIGHTS, min_size=adapters, max_size=adapters), min_size=1, max_size=4)
+
+
+LAYERS = {
+    "linear": (lambda: nn.Linear(10, 12), (5, 10)),
+    "vector": (lambda: nn.Linear(10, 12), (10,)),
+    "picture": (lambda: nn.Linear(10, 12), (2, 3, 10)),
+    "conv1d": (lambda: nn.Conv1d(4, 8, 3), (4, 7)),
+    "conv2d": (lambda: nn.Conv2d(3, 9, 3, padding=1, stride=2), (3, 6, 6)),
+    "conv3d": (lambda: nn.Conv3d(2, 7, 2, padding_mode="circular", padding=1), (2, 3, 3, 3)),
+}
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+@given(
+    table=st.integers(1, 4).flatmap(tables),
+    turns=st.integers(1, 3),
+)
+@settings(max_examples=15, deadline=None)
+def test_a_layer_is_linear_in_the_weights(kind: str, table: list[list[float]], turns: int) -> None:
+    """Row i of the output, less the base's, is the weighted sum of what every ΔR alone adds to row i."""
+    torch.manual_seed(3)
+    make, shape = LAYERS[kind]
+    config = QRLoraConfig(r=3, target_modules="0", columns="style", triangular=False, init_lora_weights=False)
+    layer: Any = QRLoraLayer_of(make(), config)
+    delta = layer.lora_A["default"]
+    weights = torch.tensor(table)
+    n, k = weights.shape
+    several = torch.randn(k, 3, delta.weight[0].numel())
+    x = torch.randn(n * turns, *shape)
+    base, alone = layer.base_layer(x), []
+    for one in several:
+        delta.hold(one[None])
+        alone.append(layer(x) - base)
+    delta.hold(torch.einsum("nk,kri->nri", weights, several))
+    expected = torch.einsum("nk,kn...->n...", weights.repeat(turns, 1), torch.stack(alone))
+    torch.testing.assert_close(layer(x) - base, expected, atol=1e-4, rtol=1e-4)
+
+
+def QRLoraLayer_of(layer: nn.Module, config: QRLoraConfig) -> QRLoraLayer:
+    from peft import inject_adapter_in_model
+
+    return inject_adapter_in_model(config, nn.Sequential(layer))[0]
+
+
+# Pictures
+
+
+def test_pictures_of_mixed_batches_are_those_made_alone(tiny_model: Path) -> None:
+    """Every family, with its guidance: four requests in batches of three and one, and in one batch of four."""
+    pipe, family = load_pipeline(tiny_model, device="cpu")
+    denoiser, targets = family.denoiser_of(pipe), list(family.targets)
+    adapters = {
+        "mug": random_adapter(denoiser, targets, 1, columns="subject"),
+        "chalk": random_adapter(denoiser, targets, 2, columns="style"),
+    }
+    requests = [Request(f"a {thing}", seed, row) for seed, (thing, row) in enumerate(zip("abcd", ROWS, strict=True))]
+    options: dict[str, Any] = {"steps": 2, "guidance": 3.0}
+    expected = []
+    for request in requests:
+        parts = [(adapters[name], weight) for name, weight in request.composition.items()]
+        expected += generate(pipe, family, [request.prompt], [request.seed], adapters=parts, **options)
+    with Live(denoiser, adapters) as live:
+        for batch_size in (3, 4):
+            pictures = generate_mixed(pipe, family, requests, live, batch_size=batch_size, **options)
+            assert all(close(one, other) for one, other in zip(pictures, expected, strict=True))
+    base = [generate(pipe, family, [r.prompt], [r.seed], **options)[0] for r in requests]
+    assert [close(one, other) for one, other in zip(pictures, base, strict=True)] == [False, False, True, False]
+
+
+# Change
+
+
+@torch.no_grad()
+def test_other_weights_recompile_nothing(tiny) -> None:
+    denoiser, inputs, adapters = tiny
+    counter = CompileCounter()
+    torch._dynamo.reset()
+    with Live(denoiser, adapters) as live:
+        live.compose(ROWS)
+        compiled = torch.compile(denoiser, backend=counter)
+        first = compiled(**inputs, return_dict=False)[0]
+        frames = counter.frame_count
+        assert frames > 0
+        for rows in (ROWS[::-1], [{}] * 4, [{"mug": -2.0}] * 4):
+            live.compose(rows)
+            expected = predict(denoiser, inputs)
+            equal(compiled(**inputs, return_dict=False)[0], expected)
+            assert (expected - first).abs().max() > 1e-3
+        assert counter.frame_count == frames
+    torch._dynamo.reset()
+
+
+def held(denoiser: nn.Module) -> dict[str, tuple[int, torch.Size]]:
+    """Address and shape of what the denoiser computes with."""
+    deltas = {n: p for n, p in denoiser.named_parameters() if "lora_A" in n}
+    return {name: (parameter.data_ptr(), parameter.shape) for name, parameter in deltas.items()}
+
+
+@torch.no_grad()
+def test_what_is_computed_with_does_not_grow_with_the_adapters(tiny) -> None:
+    denoiser, inputs, adapters = tiny
+    with Live(denoiser, adapters) as live:
+        live.compose(ROWS)
+        before, mixed = held(denoiser), predict(denoiser, inputs)
+        for number in range(5):
+            live.add(f"other {number}", adapters["mug"])
+            assert torch.equal(predict(denoiser, inputs), mixed)
+        live.compose([{name: 0.3 for name in live.names}] * 4)
+        assert held(denoiser) == before and len(live.names) == 7
+        for number in range(5):
+            live.remove(f"other {number}")
+        live.compose(ROWS)
+        assert held(denoiser) == before and torch.equal(predict(denoiser, inputs), mixed)
+        live.remove("chalk")
+        without = predict(denoiser, inputs)
+        live.compose([{"mug": 1.0}, {"mug": 0.4}, {}, {}])
+        assert torch.equal(predict(denoiser, inputs), without)
+
+
+@torch.no_grad()
+def test_an_adapter_of_other_columns_and_layers_joins(tiny) -> None:
+    denoiser, inputs, adapters = tiny
+    expected, state = each_alone(denoiser, inputs, adapters), denoiser.state_dict()
+    with Live(denoiser, {}) as live:
+        live.compose([{}] * 4)
+        live.add("chalk", adapters["chalk"])
+        live.compose([{}, {}, {}, {"chalk": 1.5}])
+        chalk = predict(denoiser, inputs)
+        live.add("mug", adapters["mug"])
+        equal(predict(denoiser, inputs), chalk)
+        live.compose(ROWS)
+        equal(predict(denoiser, inputs), expected)
+        assert len(denoiser.peft_config) == 1
+    assert list(denoiser.state_dict()) == list(state)
+
+
+@torch.no_grad()
+def test_the_denoiser_comes_back_as_it_was(tiny) -> None:
+    denoiser, inputs, adapters = tiny
+    before, modules, base = denoiser.state_dict(), [type(m) for m in denoiser.modules()], predict(denoiser, inputs)
+    with pytest.raises(RuntimeError, match="on purpose"), Live(denoiser, adapters) as live:
+        live.compose(ROWS)
+        predict(denoiser, inputs)
+        raise RuntimeError("on purpose")
+    after = denoiser.state_dict()
+    assert list(after) == list(before) and all(torch.equal(after[name], before[name]) for name in before)
+    assert [type(m) for m in denoiser.modules()] == modules
+    assert torch.equal(predict(denoiser, inputs), base)
+    assert not getattr(denoiser, "peft_config", None)
+
+
+# Refusals
+
+
+@pytest.fixture
+def sd3() -> tuple[Any, dict[str, Any], dict[str, Adapter]]:
+    denoiser, inputs, targets = build("sd3")
+    return denoiser, inputs, pair(denoiser, targets)
+
+
+def test_adapters_that_are_not_of_one_basis_of_this_model(sd3) -> None:
+    denoiser, _, adapters = sd3
+    keys = list(denoiser.state_dict())
+    other = random_adapter(denoiser, ["to_q"], 3, basis_seed=5, columns="subject")
+    for stranger in (make_lora(), other):
+        with pytest.raises(MismatchError, match="qrlora import FILE --like"):
+            Live(denoiser, {**adapters, "stranger": stranger})
+        with Live(denoiser, adapters) as live:
+            with pytest.raises(MismatchError, match="qrlora import FILE --like"):
+                live.add("stranger", stranger)
+            assert live.names == tuple(adapters)
+    with torch.no_grad():
+        denoiser.transformer_blocks[0].attn.to_q.weight.add_(0.1)
+    with pytest.raises(MismatchError, match="another basis"):
+        Live(denoiser, adapters)
+    assert list(denoiser.state_dict()) == keys and not getattr(denoiser, "peft_config", None)
+
+
+@torch.no_grad()
+def test_a_refused_adapter_leaves_the_rest_at_work(sd3) -> None:
+    """One that would have widened what is attached, but was made on another weight."""
+    denoiser, inputs, _ = sd3
+    twin, _, _ = build("sd3")
+    twin.transformer_blocks[1].attn.to_k.weight.add_(0.1)
+    stranger = random_adapter(twin, "transformer_blocks.1.attn.to_k", 3, columns="style")
+    only = random_adapter(denoiser, "transformer_blocks.0.attn.to_q", 4, columns="subject")
+    with Live(denoiser, {"only": only}) as live:
+        live.compose([{"only": 2.0}])
+        before = predict(denoiser, inputs)
+        with pytest.raises(MismatchError, match="another basis"):
+            live.add("stranger", stranger)
+        assert torch.equal(predict(denoiser, inputs), before) and live.names == ("only",)
+        live.compose([{"only": 1.0}])
+        assert not torch.equal(predict(denoiser, inputs), before)
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([], "no composition"),
+        ([{"mug": 1.0}, {"cup": 1.0}], "not there"),
+        ([{"mug": float("nan")}], "finite weights"),
+    ],
+)
+def test_compositions_that_cannot_be(sd3, rows, message) -> None:
+    denoiser, _, adapters = sd3
+    with Live(denoiser, adapters) as live:
+        live.compose([{"mug": 1.0}])
+        before = held(denoiser)
+        with pytest.raises(MismatchError, match=message):
+            live.compose(rows)
+        assert held(denoiser) == before
+
+
+def test_names_and_denoisers_that_are_taken(sd3, tiny_sd3: Path) -> None:
+    denoiser, _, adapters = sd3
+    with Live(denoiser, adapters) as live:
+        with pytest.raises(MismatchError, match="name in use"):
+            live.add("mug", adapters["mug"])
+        with pytest.raises(MismatchError, match="no such adapter"):
+            live.remove("cup")
+        with pytest.raises(TunerError, match="a denoiser with adapters"):
+            Live(denoiser, adapters)
+        pipe, family = load_pipeline(tiny_sd3, device="cpu")
+        with pytest.raises(MismatchError, match="another denoiser"):
+            generate_mixed(pipe, family, [Request("a", 0, {})], live)
+
+
+@torch.no_grad()
+def test_batches_that_compositions_do_not_fit(sd3) -> None:
+    denoiser, inputs, adapters = sd3
+    with Live(denoiser, adapters) as live:
+        live.compose(ROWS)
+        with pytest.raises(TunerError, match="do not fit"):
+            predict(denoiser, inputs)
+        layer = next(module for module in denoiser.modules() if isinstance(module, QRLoraLayer))
+        with pytest.raises(TunerError, match="tokens of all pictures"):
+            layer(torch.zeros(4 * 32, layer.in_features))
+        with pytest.raises(TunerError, match="several compositions"):
+            layer.merge()
+        live.compose([{"mug": 1.0}])
+        expected = predict(denoiser, inputs)
+        for module in denoiser.modules():
+            if isinstance(module, QRLoraLayer):
+                module.merge()
+        equal(predict(denoiser, inputs), expected)
