@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from peft import inject_adapter_in_model
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 
@@ -172,7 +173,7 @@ def test_a_layer_is_linear_in_the_weights(kind: str, table: list[list[float]], t
     torch.manual_seed(3)
     make, shape = LAYERS[kind]
     config = QRLoraConfig(r=3, target_modules="0", columns="style", triangular=False, init_lora_weights=False)
-    layer: Any = QRLoraLayer_of(make(), config)
+    layer: Any = adapted(make(), config)
     delta = layer.lora_A["default"]
     weights = torch.tensor(table)
     n, k = weights.shape
@@ -187,9 +188,7 @@ def test_a_layer_is_linear_in_the_weights(kind: str, table: list[list[float]], t
     torch.testing.assert_close(layer(x) - base, expected, atol=1e-4, rtol=1e-4)
 
 
-def QRLoraLayer_of(layer: nn.Module, config: QRLoraConfig) -> QRLoraLayer:
-    from peft import inject_adapter_in_model
-
+def adapted(layer: nn.Module, config: QRLoraConfig) -> QRLoraLayer:
     return inject_adapter_in_model(config, nn.Sequential(layer))[0]
 
 

@@ -160,7 +160,7 @@ class DeltaR(nn.Module):
         if self.weight.shape != shape:
             self.weight = nn.Parameter(self.weight.new_empty(shape), requires_grad=False)
         self.weight.copy_(deltas.reshape(shape))
-        self.outside, self.several = None, len(deltas)
+        self.triangular, self.outside, self.several = False, None, len(deltas)
 
     def _turns(self, x: Tensor) -> int:
         """How often a batch goes through the ΔR. TunerError if it cannot be told which of its rows use which."""
