@@ -9,7 +9,8 @@ mixed        n pictures with n different adapters: ours in one forward pass, PEF
 merging      merge and unmerge of a layer against the one product Q ΔR, and PEFT's merge of a LoRA
 
 Every round takes one turn of everything that is compared, in turning order, and a ratio is that of one round, so what
-else the machine does meets all alike. All ways share the tensors of one denoiser.
+else the machine does meets all alike. Times are the process's own processor time on a CPU, and wall time on a GPU; the
+JSON has both. All ways share the tensors of one denoiser.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import json
 import os
 import statistics
 import tempfile
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -37,6 +39,7 @@ from qrlora.families.flux import FLUX
 from qrlora.files import write_atomically
 
 ADAPTERS, PICTURES = (1, 2, 4, 8, 16), (2, 4, 8)
+CLOCKS = ("wall", "cpu")
 MERGED = (3072, 12288)
 
 
@@ -56,6 +59,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.quick:
         options.width, options.rounds, options.seconds = options.width // 4, FEWEST_ROUNDS, 0.0
+    warnings.filterwarnings("ignore", "Already found a `peft_config`")
     tables = {"composed": composed, "changing": changing, "mixed": mixed, "merging": merging}
     with tempfile.TemporaryDirectory() as cache, torch.no_grad():
         os.environ["QRLORA_CACHE"] = cache  # bases of random weights are nothing to keep
@@ -70,7 +74,8 @@ class Bench:
 
     def __init__(self, options: argparse.Namespace):
         self.options, self.dtype = options, getattr(torch, options.dtype)
-        self.bare = flux(options.width, options.blocks, options.device, self.dtype)
+        self.bare = flux(options.width, options.blocks, options.device, self.dtype).eval()
+        self.clock = 0 if options.device.startswith("cuda") else 1
         self.common = {"r": options.rank, "lora_alpha": options.rank, "target_modules": list(FLUX.targets)}
         self.subjects = self.adapters(max(ADAPTERS), columns="subject")
         self.styles = self.adapters(max(ADAPTERS) // 2, columns="style")
@@ -130,7 +135,7 @@ def composed(bench: Bench) -> dict[str, Any]:
         arms[f"set_adapters {k}"] = bench.step(denoiser, inputs)
     times = bench.take(arms)
     ours = {name: f"{name.split()[0]} 1" for name in arms if name != "bare"}
-    return table("composed: a step with k adapters", times, {"bare": "bare", "1 adapter": ours})
+    return table(bench, "composed: a step with k adapters", times, {"bare": "bare", "1 adapter": ours})
 
 
 def changing(bench: Bench) -> dict[str, Any]:
@@ -150,14 +155,14 @@ def changing(bench: Bench) -> dict[str, Any]:
             f"set_adapters, {most} LoRAs": lambda: denoiser.set_adapters(names, [0.5] * most),
         }
     )
-    return table("changing: other weights, against a step", times, {"a step": "a step, bare"})
+    return table(bench, "changing: other weights, against a step", times, {"a step": "a step, bare"})
 
 
 def mixed(bench: Bench) -> dict[str, Any]:
     """One step for each of n pictures, each with an adapter of its own."""
     results = {}
     config = LoraConfig(**bench.common, init_lora_weights=False)
-    loras = get_peft_model(bench.twin(), config, "0", autocast_adapter_dtype=False)
+    loras = get_peft_model(bench.twin(), config, "0", autocast_adapter_dtype=False).eval()
     for number in range(1, max(PICTURES)):
         loras.add_adapter(
             str(number), LoraConfig(**bench.common, init_lora_weights=False), autocast_adapter_dtype=False
@@ -182,9 +187,9 @@ def mixed(bench: Bench) -> dict[str, Any]:
                 f"ours, {n} forward passes": one_by_one,
             }
         )
-        results[n] = table(f"mixed: a step of {n} pictures", times, {"bare": "bare", "ours": ours})
-        paired = zip(times["bare"], times[ours], times[loop], strict=True)
-        beyond = [(theirs[0] - bare[0]) / (own[0] - bare[0]) for bare, own, theirs in paired]
+        results[n] = table(bench, f"mixed: a step of {n} pictures", times, {"bare": "bare", "ours": ours})
+        c, paired = bench.clock, zip(times["bare"], times[ours], times[loop], strict=True)
+        beyond = [(theirs[c] - bare[c]) / (own[c] - bare[c]) for bare, own, theirs in paired]
         results[n]["beyond_bare"] = statistics.quantiles(beyond)
         print(f"beyond the bare step, adapter_names takes {spread(results[n]['beyond_bare'])} times ours")
     return results
@@ -212,24 +217,24 @@ def merging(bench: Bench) -> dict[str, Any]:
     for name, layers in {"ours": ours, "peft lora": loras}.items():
         arms[f"{name}, merge"] = lambda layers=layers: next(x for x in layers if not x.merged).merge()
         arms[f"{name}, unmerge"] = lambda layers=layers: next(x for x in layers if x.merged).unmerge()
-    return table(f"merging: {out}x{width}, rank {rank}", bench.take(arms), {"Q ΔR": "Q ΔR"})
+    return table(bench, f"merging: {out}x{width}, rank {rank}", bench.take(arms), {"Q ΔR": "Q ΔR"})
 
 
-def table(title: str, times: Times, rivals: dict[str, str | dict[str, str]]) -> dict[str, Any]:
+def table(bench: Bench, title: str, times: Times, rivals: dict[str, str | dict[str, str]]) -> dict[str, Any]:
     """Medians, and quartiles of the ratio to each rival; printed too. A rival is one arm, or one for each arm."""
     rounds = len(next(iter(times.values())))
-    print(f"\n{title}; {rounds} rounds, medians of paired ratios of wall time with their quartiles")
+    print(f"\n{title}; {rounds} rounds, medians of paired ratios with their quartiles")
     print(f"{'':34} {'ms':>9} " + " ".join(f"{'to ' + name:>22}" for name in rivals))
     results: dict[str, Any] = {}
     for arm in times:
-        found = results[arm] = {"seconds": statistics.median(wall for wall, _ in times[arm])}
+        found = results[arm] = {"seconds": statistics.median(turn[bench.clock] for turn in times[arm])}
         cells = []
         for label, rival in rivals.items():
             other = rival if isinstance(rival, str) else rival.get(arm)
             if other:
-                for clock, suffix in enumerate(("wall", "cpu")):
+                for clock, suffix in enumerate(CLOCKS):
                     found[f"to_{label}_{suffix}"] = ratios(times, arm, other, clock)
-            cells.append(spread(found[f"to_{label}_wall"]) if other else "")
+            cells.append(spread(found[f"to_{label}_{CLOCKS[bench.clock]}"]) if other else "")
         print(f"{arm:34} {1e3 * found['seconds']:9.2f} " + " ".join(f"{cell:>22}" for cell in cells))
     return results
 

@@ -503,7 +503,9 @@ class QRLoraLinear(QRLoraLayer, lora.Linear):
     ) -> Float[Tensor, "*batch out"]:
         if result.dtype != inner.dtype:  # a base in half precision, or autocast: the sum is in the wider one
             return result + F.linear(inner, up.to(inner.dtype))
-        rows = torch.addmm(result.reshape(-1, len(up)), inner.reshape(-1, up.shape[1]), up.to(inner.dtype).T)
+        rows, factors = result.reshape(-1, len(up)), (inner.reshape(-1, up.shape[1]), up.to(inner.dtype).T)
+        # Where nothing is to be differentiated, the base's output is not copied to be added to.
+        rows = rows.addmm(*factors) if torch.is_grad_enabled() else rows.addmm_(*factors)
         return rows.view(result.shape)
 
 
