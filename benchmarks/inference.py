@@ -1,11 +1,12 @@
 """What composed adapters cost at inference beside the alternatives: ``python benchmarks/inference.py``.
 
-One FLUX denoiser of random weights, 1024 wide, is given adapters in four ways, and a matrix is merged:
+One FLUX denoiser of random weights, 1024 wide, is given adapters, and a matrix is merged:
 
 composed     k adapters, ours live (`qrlora.composition.Live`) and LoRAs by diffusers' `set_adapters`
 changing     other weights for them, against one denoising step
 mixed        n pictures with n different adapters: ours in one forward pass, PEFT's LoRA through `adapter_names` in one
              forward pass, and ours in n forward passes
+layers       what the same eight add to one layer, without the base's own product
 merging      merge and unmerge of a layer against the one product Q ΔR, and PEFT's merge of a LoRA
 
 Every round takes one turn of everything that is compared, in turning order, and a ratio is that of one round, so what
@@ -52,7 +53,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32", help="of the denoiser and its adapters")
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--seconds", type=float, default=90, help=f"a table; {FEWEST_ROUNDS} rounds are always taken")
-    parser.add_argument("--only", default="composed,changing,mixed,merging", help="some of these tables")
+    parser.add_argument("--only", default="composed,changing,mixed,layers,merging", help="some of these tables")
     parser.add_argument("--quick", action="store_true", help="a quarter of the width, few rounds: does it run?")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--json", type=Path, default=Path(__file__).with_suffix(".json"))
@@ -60,7 +61,7 @@ def main() -> None:
     if options.quick:
         options.width, options.rounds, options.seconds = options.width // 4, FEWEST_ROUNDS, 0.0
     warnings.filterwarnings("ignore", "Already found a `peft_config`")
-    tables = {"composed": composed, "changing": changing, "mixed": mixed, "merging": merging}
+    tables = {"composed": composed, "changing": changing, "mixed": mixed, "layers": layers, "merging": merging}
     with tempfile.TemporaryDirectory() as cache, torch.no_grad():
         os.environ["QRLORA_CACHE"] = cache  # bases of random weights are nothing to keep
         bench = Bench(options)
@@ -188,10 +189,53 @@ def mixed(bench: Bench) -> dict[str, Any]:
             }
         )
         results[n] = table(bench, f"mixed: a step of {n} pictures", times, {"bare": "bare", "ours": ours})
-        c, paired = bench.clock, zip(times["bare"], times[ours], times[loop], strict=True)
-        beyond = [(theirs[c] - bare[c]) / (own[c] - bare[c]) for bare, own, theirs in paired]
-        results[n]["beyond_bare"] = statistics.quantiles(beyond)
-        print(f"beyond the bare step, adapter_names takes {spread(results[n]['beyond_bare'])} times ours")
+    return results
+
+
+class Given(nn.Module):
+    """A base layer whose output is there already, so that what is timed is the adapters alone."""
+
+    def __init__(self, output: Tensor):
+        super().__init__()
+        self.output = output
+
+    def forward(self, _: Tensor) -> Tensor:
+        return self.output
+
+
+def adapted(bench: Bench, config: Any, weight: Tensor, names: list[str]) -> Any:
+    """A layer (out, in) with an adapter of each of these names."""
+    model = nn.Sequential(nn.Linear(weight.shape[1], weight.shape[0], False, bench.options.device, bench.dtype))
+    model[0].weight.copy_(weight)
+    for name in names:
+        inject_adapter_in_model(config, model, name)
+    return model[0].eval()
+
+
+def layers(bench: Bench) -> dict[str, Any]:
+    """What adapters add to one layer for eight pictures, the base's product left out; that product beside it."""
+    results, n, rank, width = {}, max(PICTURES), bench.options.rank, bench.options.width
+    tokens = bench.options.side**2 + TEXT_TOKENS
+    own = {"r": rank, "lora_alpha": rank, "target_modules": "0", "init_lora_weights": False}
+    names = [str(number) for number in range(n)]
+    for out, into in ((width, width), (4 * width, width), (width, 4 * width)):
+        weight = 0.02 * torch.randn(out, into, device=bench.options.device)
+        one, ours = (adapted(bench, QRLoraConfig(**own), weight, ["0"]) for _ in range(2))
+        one.lora_A["0"].hold(torch.randn(1, rank, into))
+        ours.lora_A["0"].hold(torch.randn(n, rank, into))
+        loop = adapted(bench, LoraConfig(**own), weight, names)
+        x = torch.randn(n, tokens, into, device=bench.options.device).to(bench.dtype)
+        base = ours.base_layer
+        for layer in (one, ours, loop):
+            layer.base_layer = Given(base(x))
+        arms: dict[str, Callable[[], object]] = {
+            "the base's product": lambda base=base, x=x: base(x),
+            "ours, 1 composition": lambda layer=one, x=x: layer(x),
+            f"ours, {n} compositions": lambda layer=ours, x=x: layer(x),
+            f"adapter_names, {n} LoRAs": lambda layer=loop, x=x: layer(x, adapter_names=names),
+        }
+        rivals: dict[str, Any] = {"the base's": "the base's product", "ours": f"ours, {n} compositions"}
+        results[f"{out}x{into}"] = table(bench, f"layers: what adapters add to {out}x{into}", bench.take(arms), rivals)
     return results
 
 
@@ -202,21 +246,17 @@ def merging(bench: Bench) -> dict[str, Any]:
     rank = bench.options.rank
 
     def pair(config: Any) -> list[Any]:
-        layers = []
-        for _ in range(2):
-            linear = nn.Linear(width, out, bias=False, device=bench.options.device, dtype=bench.dtype)
-            linear.weight.copy_(weight)
-            layers.append(inject_adapter_in_model(config, nn.Sequential(linear))[0])
-        layers[0].merge()
-        return layers
+        found = [adapted(bench, config, weight, ["0"]) for _ in range(2)]
+        found[0].merge()
+        return found
 
     ours = pair(QRLoraConfig(r=rank, lora_alpha=rank, target_modules="0", init_lora_weights=False))
     loras = pair(LoraConfig(r=rank, lora_alpha=rank, target_modules="0", init_lora_weights=False))
-    q, delta = (part.to(bench.dtype) for part in (ours[0].lora_B["default"].q, ours[0].delta_r("default")))
+    q, delta = (part.to(bench.dtype) for part in (ours[0].lora_B["0"].q, ours[0].delta_r("0")))
     arms: dict[str, Callable[[], object]] = {"Q ΔR": lambda: q @ delta}
-    for name, layers in {"ours": ours, "peft lora": loras}.items():
-        arms[f"{name}, merge"] = lambda layers=layers: next(x for x in layers if not x.merged).merge()
-        arms[f"{name}, unmerge"] = lambda layers=layers: next(x for x in layers if x.merged).unmerge()
+    for name, both in {"ours": ours, "peft lora": loras}.items():
+        arms[f"{name}, merge"] = lambda both=both: next(x for x in both if not x.merged).merge()
+        arms[f"{name}, unmerge"] = lambda both=both: next(x for x in both if x.merged).unmerge()
     return table(bench, f"merging: {out}x{width}, rank {rank}", bench.take(arms), {"Q ΔR": "Q ΔR"})
 
 
