@@ -151,6 +151,19 @@ def test_merge_unmerge_disable_and_unload(kind, options, safe_merge):
     assert torch.equal(model.unload()(X), untouched)
 
 
+@pytest.mark.parametrize("numbers", [1, 25])
+def test_merging_some_rows_at_a_time_is_merging_them_all(kind, numbers, monkeypatch):
+    model = tuned(kind)
+    layer = model.base_model.model.layer
+    weight = layer.get_base_layer().weight
+    before, expected = weight.clone(), weight + layer.get_delta_weight("default")
+    monkeypatch.setattr("qrlora.tuner.layer.MERGED_AT_ONCE", numbers)
+    layer.merge(safe_merge=True)
+    close(weight, expected)
+    layer.unmerge()
+    assert torch.equal(weight, before)
+
+
 def test_a_broken_adapter_is_not_merged_safely(kind):
     model = tuned(kind)
     layer = model.base_model.model.layer
