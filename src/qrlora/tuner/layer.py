@@ -371,8 +371,8 @@ class QRLoraLayer(LoraLayer):
         So much at a time as the processor's cache holds: a sum of the whole would go through memory once for each term.
         """
         base = original.T if self.fan_in_fan_out else original
-        used = [self._delta(name).weight.dtype for name in names]
-        dtype = functools.reduce(torch.promote_types, used, torch.promote_types(original.dtype, torch.float32))
+        used: list[Any] = [self.lora_A[name].weight.dtype for name in names]
+        dtype = functools.reduce(torch.promote_types, [original.dtype, *used], torch.float32)
         own = self._own_adapters()
         products = [
             (own[name].up().to(dtype), self._delta(name).down().to(dtype) * self.scaling[name])
