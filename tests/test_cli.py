@@ -27,7 +27,8 @@ from qrlora.cli.shared import Bar, weighted_path
 from qrlora.training import loop
 
 COMMANDS = (
-    "train", "plan", "basis", "compose", "generate", "inspect", "export", "import", "extract", "similarity", "demo"
+    "train", "plan", "basis", "compose", "generate", "inspect", "export", "import", "extract", "similarity", "serve",
+    "demo",
 )  # fmt: skip
 
 

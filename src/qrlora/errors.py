@@ -8,12 +8,15 @@
     ├── ModelError          a base model that cannot be found, read or recognised
     ├── RecipeError         a training recipe with unknown, missing or contradictory fields
     ├── DataError           a picture, caption or folder that cannot be used
-    └── TrainingError       a training run that broke down
+    ├── TrainingError       a training run that broke down
+    └── RequestError        an HTTP request that the server does not fulfil
 
 Each message says what was expected, what was got, and what to do about it.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 
 class QrloraError(ValueError):
@@ -58,3 +61,27 @@ class DataError(QrloraError):
 
 class TrainingError(QrloraError):
     """A training run that broke down: its loss or gradient is no longer finite."""
+
+
+class RequestError(QrloraError):
+    """An HTTP request that the server does not fulfil.
+
+    Attributes:
+        status: of the HTTP response.
+        param: the request's field that is at fault, if one is.
+        code: what programs tell it by, in OpenAI's words where they have one.
+        retry_after: seconds after which trying again may help, if it may.
+    """
+
+    def __init__(
+        self,
+        what: str,
+        *,
+        status: int = 400,
+        param: str | None = None,
+        code: str | None = None,
+        retry_after: int | None = None,
+        **said: Any,
+    ):
+        super().__init__(what, **said)
+        self.status, self.param, self.code, self.retry_after = status, param, code, retry_after

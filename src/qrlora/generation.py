@@ -24,6 +24,7 @@ from qrlora.errors import DataError, MismatchError
 from qrlora.families import ModelFamily, size_unit
 
 WeightedAdapter = tuple[Adapter, float]
+OnStep = Callable[[int, int], None]
 SMALLEST_CELL = 96
 """Side in pixels under which a grid's pictures are enlarged, so that labels have room."""
 
@@ -139,6 +140,7 @@ def generate_mixed(
     guidance: float | None = None,
     resolution: int | None = None,
     batch_size: int = 8,
+    on_step: OnStep | None = None,
 ) -> list[Image.Image]:
     """One picture per request, in their order; a batch holds different compositions.
 
@@ -147,6 +149,7 @@ def generate_mixed(
 
     Args:
         live: the adapters, on the denoiser of `pipe`; it is left with the last batch's compositions.
+        on_step: called after every denoising step of a batch with steps done and steps in all; what it raises ends it.
 
     Raises:
         MismatchError: `live` is on another denoiser, a request names an adapter that it lacks, or a weight that is no
@@ -162,7 +165,7 @@ def generate_mixed(
         rows = [request.composition for request in batch]
         live.compose(rows[:1] if all(row == rows[0] for row in rows) else rows)
         jobs = [(request.prompt, request.seed) for request in batch]
-        images += one_batch(pipe, family, jobs, steps, guidance, resolution)
+        images += one_batch(pipe, family, jobs, steps, guidance, resolution, on_step)
     return images
 
 
@@ -206,14 +209,20 @@ def one_batch(
     steps: int | None = None,
     guidance: float | None = None,
     resolution: int | None = None,
+    on_step: OnStep | None = None,
 ) -> list[Image.Image]:
-    """The pictures of these (prompt, seed) pairs in one call of the pipeline as it stands. Errors: as `generate`."""
+    """The pictures of these (prompt, seed) pairs in one call of the pipeline as it stands.
+
+    `on_step` and errors: as `generate_mixed`.
+    """
     prompts = [prompt for prompt, _ in jobs]
     own, unit = family.resolution(pipe), size_unit(pipe)
     side = own if resolution is None else resolution
     own_steps, own_guidance = family.sampling(pipe)
     options = family.prompt_options(pipe, prompts)
     options[family.guidance_argument] = own_guidance if guidance is None else guidance
+    if on_step:
+        options["callback_on_step_end"] = _after_each_step(on_step)
     try:
         if side % unit:  # FLUX's pipeline would make pictures of another size, and say so in a log only
             raise ValueError(f"{side} is no multiple of {unit}")
@@ -230,6 +239,16 @@ def one_batch(
             raise
         expected = f"a multiple of {unit} pixels; {own} is its own"
         raise DataError("this model makes no pictures of that size", expected=expected, got=error) from error
+
+
+def _after_each_step(on_step: OnStep) -> Callable[..., dict[str, Any]]:
+    """What diffusers calls after a step: it is to change nothing."""
+
+    def call(pipe: Any, step: int, *_: Any) -> dict[str, Any]:
+        on_step(step + 1, pipe.num_timesteps)
+        return {}
+
+    return call
 
 
 def _labels(rows: Adapter, columns: Adapter) -> tuple[str, str]:

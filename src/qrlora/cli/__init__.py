@@ -18,6 +18,7 @@ from qrlora.cli.exchange import add_export, add_extract, add_import
 from qrlora.cli.generate import add_generate
 from qrlora.cli.inspect import add_inspect
 from qrlora.cli.plan import add_plan
+from qrlora.cli.serve import add_serve
 from qrlora.cli.similarity import add_similarity
 from qrlora.cli.train import add_train
 from qrlora.errors import QrloraError
@@ -88,5 +89,6 @@ def build_parser(arguments: Sequence[str] = ()) -> argparse.ArgumentParser:
     add_import(commands)
     add_extract(commands)
     add_similarity(commands)
+    add_serve(commands)
     add_demo(commands)
     return parser

@@ -1,0 +1,36 @@
+"""What the server counts, for Prometheus."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
+
+SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100)
+SIZES = (1, 2, 4, 8, 16, 32, 64)
+
+
+class Metrics:
+    """The front's counters, in a registry of their own. No label holds what a client sent."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        ProcessCollector(registry=self.registry)
+        common: dict[str, Any] = {"namespace": "qrlora", "registry": self.registry}
+        self.requests = Counter("requests", "Requests for pictures, by HTTP status", ["status"], **common)
+        self.request_seconds = Histogram(
+            "request_seconds", "From a request to its answer's end, if it was fulfilled", buckets=SECONDS, **common
+        )
+        self.pictures = Counter("pictures", "Pictures made", **common)
+        self.withdrawn = Counter("withdrawn", "Requests whose client went before the answer", **common)
+        self.waiting = Gauge("waiting_pictures", "Pictures in the queue", **common)
+        self.running = Gauge("running_pictures", "Pictures being made", **common)
+        self.batch_pictures = Histogram("batch_pictures", "Pictures of a batch", buckets=SIZES, **common)
+        self.batch_compositions = Histogram(
+            "batch_compositions", "Different compositions of a batch", buckets=SIZES, **common
+        )
+        self.batch_seconds = Histogram("batch_seconds", "Time of a batch", buckets=SECONDS, **common)
+
+    def text(self) -> bytes:
+        """All of them, in Prometheus' text format."""
+        return generate_latest(self.registry)

@@ -1,0 +1,708 @@
+"""The server: every picture is the one made alone, every bad request is told why, and nothing it meets stops it."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import contextlib
+import io
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import AsyncIterator, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import numpy as np
+import openai
+import pytest
+import torch
+import uvicorn
+from PIL import Image
+
+from qrlora.adapter import Adapter, adapter_from_model, load_adapter, remove_adapters, save_adapter
+from qrlora.cli import main
+from qrlora.errors import DataError, RequestError
+from qrlora.families import load_pipeline
+from qrlora.generation import generate
+from qrlora.serving.app import Kept, Limits, Service, create_app, side_of
+from qrlora.serving.dispatch import Dispatcher
+from qrlora.serving.engine import Engine
+from qrlora.serving.metrics import Metrics
+from qrlora.serving.names import composition_of
+from qrlora.serving.protocol import Event, Facts, Made, Picture, Refused, Settings, Step
+from qrlora.training.loop import peft_config
+from qrlora.training.recipe import Recipe
+
+BASE = "tiny-sd3"
+CLIENTS: list[openai.OpenAI] = []
+SHORT = {"steps": 2, "guidance": 2.0}
+FACTS = Facts(BASE, side=16, unit=4, largest_side=32, steps=2, guidance=2.0, adapters={"mug": {}, "chalk": {}})
+
+
+def make_adapter(loaded: Any, role: str, seed: int = 0, **changes: object) -> Adapter:
+    """A random adapter of this role, large enough to be seen."""
+    pipe, family = loaded
+    recipe = Recipe.of({"role": role, "images": "a.png", "rank": 2, **changes})
+    pipe.transformer.add_adapter(peft_config(recipe, family), adapter_name=role)
+    for name, parameter in pipe.transformer.named_parameters():
+        if "lora_" in name and parameter.requires_grad:
+            generator = torch.Generator().manual_seed(len(name) + 1000 * seed)
+            torch.nn.init.normal_(parameter.data, std=0.3, generator=generator)
+    made = adapter_from_model(pipe.transformer, role, family="sd3", role=role, trigger=f"<{role[0]}>")
+    remove_adapters(pipe.transformer, [role])
+    return made
+
+
+@pytest.fixture(scope="module")
+def loaded(tiny_sd3: Path) -> Any:
+    return load_pipeline(tiny_sd3, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def shelf(loaded: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of a subject and a style on one basis, and of files that cannot be served beside them."""
+    folder = tmp_path_factory.mktemp("adapters")
+    save_adapter(make_adapter(loaded, "subject"), folder / "mug.safetensors")
+    save_adapter(make_adapter(loaded, "style"), folder / "chalk.safetensors")
+    save_adapter(make_adapter(loaded, "subject", method="lora"), folder / "a-lora.safetensors", "lora")
+    save_adapter(make_adapter(loaded, "subject", rank=3), folder / "an-other-basis.safetensors")
+    save_adapter(make_adapter(loaded, "subject"), folder / "a+b.safetensors")
+    (folder / "broken.safetensors").write_bytes(b"no tensors")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def engine(tiny_sd3: Path, shelf: Path) -> Iterator[Engine]:
+    engine = Engine(str(tiny_sd3), shelf)
+    yield engine
+    engine.close()
+
+
+@contextlib.contextmanager
+def serving(engines: Any, **limits: Any) -> Iterator[tuple[str, Service]]:
+    """A real HTTP server around the application, in a thread; yields its address."""
+    service = Service(engines, Limits(**limits))
+    options = {"log_level": "error", "ws": "none", "timeout_graceful_shutdown": 10}
+    server = uvicorn.Server(uvicorn.Config(create_app(service), port=0, **options))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    try:
+        until = time.monotonic() + 10
+        while not server.started:
+            assert thread.is_alive() and time.monotonic() < until
+            time.sleep(0.01)
+        port = server.servers[0].sockets[0].getsockname()[1]
+        yield f"http://127.0.0.1:{port}", service
+    finally:
+        server.should_exit = True
+        thread.join()
+
+
+@pytest.fixture(scope="module")
+def server(engine: Engine) -> Iterator[str]:
+    with serving(engine) as (url, _):
+        yield url
+
+
+@pytest.fixture(autouse=True)
+def closed_clients() -> Iterator[None]:
+    """A connection that nobody closes is a warning, in whatever test collects it."""
+    yield
+    while CLIENTS:
+        CLIENTS.pop().close()
+
+
+def client(url: str, key: str = "none") -> openai.OpenAI:
+    CLIENTS.append(openai.OpenAI(base_url=f"{url}/v1", api_key=key, max_retries=0))
+    return CLIENTS[-1]
+
+
+def ask(url: str, **body: Any) -> httpx2.Response:
+    return httpx2.post(f"{url}/v1/images/generations", json={"prompt": "a mug", **SHORT, **body}, timeout=30)
+
+
+def opened(text: str) -> np.ndarray:
+    return np.array(Image.open(io.BytesIO(base64.b64decode(text)))).astype(int)
+
+
+def alone(loaded: Any, shelf: Path, prompt: str, seed: int, weights: dict[str, float], **options: Any) -> np.ndarray:
+    adapters = [(load_adapter(shelf / f"{name}.safetensors"), weight) for name, weight in weights.items()]
+    return np.array(generate(*loaded, [prompt], [seed], adapters=adapters, **{**SHORT, **options})[0]).astype(int)
+
+
+def close(one: np.ndarray, other: np.ndarray) -> bool:
+    """Equal up to the rounding that other batch sizes bring."""
+    return one.shape == other.shape and bool(abs(one - other).max() <= 1)
+
+
+# names
+
+
+@pytest.mark.parametrize(
+    ("model", "field", "weights"),
+    [
+        (None, None, {}),
+        (BASE, None, {}),
+        (f"{BASE}+mug", None, {"mug": 1.0}),
+        (f"{BASE}+mug:0.9+chalk:-1.5", None, {"mug": 0.9, "chalk": -1.5}),
+        (None, {"mug": 0.9, "chalk": 1}, {"mug": 0.9, "chalk": 1.0}),
+        (BASE, {"mug": 0}, {"mug": 0.0}),
+        (f"{BASE}+mug", {}, "two compositions"),
+        (f"{BASE}+mug", {"chalk": 1}, "two compositions"),
+        (f"{BASE}+hat", None, "adapters: chalk, mug"),
+        ("dall-e-3", None, f"base model '{BASE}'"),
+        (f"{BASE}x", None, "no such model"),
+        (f"{BASE}+", None, "no such model"),
+        (f"{BASE}+mug:", None, "got:      ''"),
+        (f"{BASE}+mug:nan", None, "no number"),
+        (f"{BASE}+mug:big", None, "got:      'big'"),
+        (f"{BASE}+mug:1:2", None, "no number"),
+        (f"{BASE}+mug+mug:2", None, "named twice"),
+        (None, {"hat": 1.0}, "got:      'hat'"),
+        (None, {"mug": float("inf")}, "no number"),
+        (None, {"mug": 10**400}, "no number"),
+        (None, {"mug": "1"}, "no number"),
+        (None, {"mug": True}, "no number"),
+        (None, ["mug"], "no map"),
+    ],
+)
+def test_a_request_names_its_composition_in_one_of_two_ways(model: Any, field: Any, weights: Any) -> None:
+    if isinstance(weights, dict):
+        assert composition_of(model, field, BASE, FACTS.adapters) == weights
+        return
+    with pytest.raises(RequestError) as refused:
+        composition_of(model, field, BASE, FACTS.adapters)
+    assert weights in str(refused.value)
+    assert refused.value.status == (404 if "no such" in str(refused.value) else 400)
+
+
+@pytest.mark.parametrize("size", ["17x17", "16x32", "64x64", "0x0", "-16x-16", "16", "16x", "x", "", "16x16x16", "²x²"])
+def test_a_size_that_the_model_does_not_make(size: str) -> None:
+    assert [side_of(size, FACTS, None) for size in (None, "auto", "16x16", "32x32")] == [16, 16, 16, 32]
+    with pytest.raises(RequestError, match="multiple of 4, at most 32x32"):
+        side_of(size, FACTS, None)
+    with pytest.raises(RequestError, match="at most 16x16"):
+        side_of("32x32", FACTS, 16)
+
+
+# pictures
+
+
+@pytest.mark.parametrize("weights", [{}, {"mug": 0.9}, {"mug": 0.9, "chalk": -0.5}])
+def test_the_openai_client_gets_the_picture_made_alone(
+    server: str, loaded: Any, shelf: Path, weights: dict[str, float]
+) -> None:
+    model = BASE + "".join(f"+{name}:{weight}" for name, weight in weights.items())
+    expected = alone(loaded, shelf, "a mug", 3, weights)
+    images = client(server).images
+    named = images.generate(model=model, prompt="a mug", size="16x16", extra_body={"seed": 3, **SHORT})
+    assert close(opened(named.data[0].b64_json), expected) and named.size == "16x16"
+    extra = {"composition": weights, "seed": 2, **SHORT}
+    linked = images.generate(model=BASE, prompt="a mug", n=2, response_format="url", extra_body=extra)
+    assert [picture.seed for picture in linked.data] == [2, 3]
+    fetched = httpx2.get(linked.data[1].url)
+    assert fetched.headers["content-type"] == "image/png"
+    assert close(np.array(Image.open(io.BytesIO(fetched.content))).astype(int), expected)
+
+
+def test_a_request_may_leave_everything_to_the_model(server: str, loaded: Any, shelf: Path) -> None:
+    made = client(server).images.generate(prompt="a mug").data[0]
+    options: dict[str, Any] = {"steps": None, "guidance": None}
+    assert close(opened(made.b64_json), alone(loaded, shelf, "a mug", made.seed, {}, **options))
+    assert client(server).images.generate(prompt="a mug").data[0].seed != made.seed
+
+
+def test_one_batch_holds_different_compositions_and_mixes_none_up(engine: Engine, loaded: Any, shelf: Path) -> None:
+    wanted = [{"mug": 0.1 * i, "chalk": 1 - 0.2 * i} for i in range(1, 6)] + [{}, {"chalk": 1.0}]
+    with serving(engine) as (url, service), ThreadPoolExecutor(len(wanted)) as pool:
+        sent = [pool.submit(ask, url, composition=weights, seed=i) for i, weights in enumerate(wanted)]
+        answers = [one.result().json() for one in sent]
+        text = service.metrics.text().decode()
+    for i, (weights, answer) in enumerate(zip(wanted, answers, strict=True)):
+        assert close(opened(answer["data"][0]["b64_json"]), alone(loaded, shelf, "a mug", i, weights)), weights
+    assert value(text, "qrlora_pictures_total") == len(wanted)
+    assert value(text, "qrlora_batch_compositions_sum") == len(wanted)
+    assert value(text, "qrlora_batch_seconds_count") < len(wanted)
+
+
+def value(text: str, name: str) -> float:
+    """Of a metric in Prometheus' text format, labels included."""
+    return float(next(line.rsplit(" ", 1)[1] for line in text.splitlines() if line.startswith(f"{name} ")))
+
+
+def test_streaming_tells_every_step_and_ends_with_the_picture(server: str, loaded: Any, shelf: Path) -> None:
+    extra = {"seed": 5, "steps": 4, "guidance": 2.0}
+    events = list(client(server).images.generate(model=f"{BASE}+mug", prompt="a mug", stream=True, extra_body=extra))
+    steps = [(event.step, event.steps) for event in events if event.type == "image_generation.progress"]
+    assert steps == [(1, 4), (2, 4), (3, 4), (4, 4)]
+    assert [event.type for event in events[4:]] == ["image_generation.completed"]
+    assert events[-1].usage.total_tokens == 0 and events[-1].size == "16x16"
+    assert close(opened(events[-1].b64_json), alone(loaded, shelf, "a mug", 5, {"mug": 1.0}, steps=4))
+
+
+def test_models_lists_the_base_and_each_adapter_and_says_what_is_left_out(server: str) -> None:
+    listed = client(server).models.list()
+    assert [model.id for model in listed.data] == [BASE, f"{BASE}+chalk", f"{BASE}+mug"]
+    assert (listed.data[2].role, listed.data[2].trigger) == ("subject", "<s>")
+    left_out = listed.left_out
+    assert set(left_out) == {"a+b", "a-lora", "an-other-basis", "broken"}
+    assert "rename the file" in left_out["a+b"]
+    assert "qrlora import" in left_out["a-lora"] and "qrlora import" in left_out["an-other-basis"]
+    assert "broken.safetensors" in left_out["broken"] and "/" not in left_out["broken"].split(":")[0]
+    assert client(server).models.retrieve(f"{BASE}+mug:0.5").id == f"{BASE}+mug:0.5"
+    with pytest.raises(openai.NotFoundError, match="adapters: chalk, mug"):
+        client(server).models.retrieve(f"{BASE}+hat")
+
+
+def test_files_that_come_change_and_go_are_served_as_they_are(tiny_sd3: Path, loaded: Any, tmp_path: Path) -> None:
+    files = {name: tmp_path / f"{name}.safetensors" for name in ("one", "two")}
+    with contextlib.closing(Engine(str(tiny_sd3), tmp_path)) as engine, serving(engine) as (url, _):
+
+        def picture(name: str, status: int = 200) -> Any:
+            answer = ask(url, model=f"{BASE}+{name}", seed=1)
+            assert answer.status_code == status, answer.text
+            return opened(answer.json()["data"][0]["b64_json"]) if status == 200 else answer.json()["error"]
+
+        assert "adapters: none" in picture("one", 404)["message"]
+        for name in files:
+            save_adapter(make_adapter(loaded, "subject"), files[name])
+            assert close(picture(name), alone(loaded, tmp_path, "a mug", 1, {name: 1.0}))
+        save_adapter(make_adapter(loaded, "subject", seed=1), files["one"])
+        assert close(picture("one"), alone(loaded, tmp_path, "a mug", 1, {"one": 1.0}))
+        files["two"].write_bytes(b"damaged")
+        assert "served no more" in picture("two", 400)["message"]
+        files["one"].unlink()
+        assert [model.id for model in client(url).models.list().data] == [BASE]
+        picture("one", 404)
+
+
+# bad requests
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "param", "message"),
+    [
+        ({"model": "dall-e-3"}, 404, "model", "adapters: chalk, mug"),
+        ({"model": f"{BASE}+hat"}, 404, "model", "adapters: chalk, mug"),
+        ({"model": f"{BASE}+mug:nan"}, 400, "model", "expected a finite number"),
+        ({"composition": {"hat": 1}}, 404, "composition", "got 'hat'"),
+        ({"composition": {"mug": "x"}}, 400, "composition", "expected a finite number"),
+        ({"model": f"{BASE}+mug", "composition": {"mug": 1}}, 400, "composition", "leave `composition` out"),
+        ({"n": 0}, 400, "n", "greater than or equal to 1"),
+        ({"n": 11}, 400, "n", "expected from 1 to 10; got 11"),
+        ({"n": 10**30}, 400, "n", "expected"),
+        ({"n": 1.5}, 400, "n", "integer"),
+        ({"size": "17x17"}, 400, "size", "multiple of 4"),
+        ({"size": "1000000x1000000"}, 400, "size", "at most 32x32"),
+        ({"size": "16x32"}, 400, "size", "square"),
+        ({"steps": 101}, 400, "steps", "expected from 1 to 100"),
+        ({"seed": -1}, 400, "seed", "greater than or equal to 0"),
+        ({"guidance": 1e9}, 400, "guidance", "less than or equal to 100"),
+        ({"prompt": "a" * 4001}, 400, "prompt", "at most 4000 characters"),
+        ({"prompt": "mug " * 50}, 400, None, "at most 77 tokens"),
+        ({"prompt": ""}, 400, "prompt", "at least 1 character"),
+        ({"prompt": None}, 400, "prompt", "valid string"),
+        ({"quality": "hd"}, 400, "quality", "'auto' or 'standard'"),
+        ({"sieze": "16x16", "stepz": 1}, 400, "sieze", "got sieze, stepz"),
+        ({"stream": True, "response_format": "url"}, 400, "response_format", "expected response_format b64_json"),
+        ({"prompt": "a" * 70_000}, 413, None, "at most 65536 bytes"),
+    ],
+)
+def test_a_bad_request_is_told_why_in_openais_form(
+    server: str, body: dict[str, Any], status: int, param: str | None, message: str
+) -> None:
+    answer = ask(server, **body)
+    error = answer.json()["error"]
+    assert (answer.status_code, error["param"]) == (status, param)
+    assert message in error["message"] and error["type"] == "invalid_request_error"
+    assert set(error) == {"message", "type", "param", "code"}
+    assert ask(server).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"{", "expected JSON"),
+        (b"", "expected JSON"),
+        (b"[]", "expected"),
+        (b'"a mug"', "expected"),
+        (b"\xff\xfe", "expected"),
+        (b'{"prompt": "a", "guidance": NaN}', "finite number"),
+        (b'{"prompt": "a", "composition": {"mug": NaN}}', "finite number"),
+        (b'{"model": "x"}', "got nothing"),
+        (b"[" * 10_000, "expected"),
+    ],
+)
+def test_a_body_that_is_no_request(server: str, content: bytes, message: str) -> None:
+    answer = httpx2.post(f"{server}/v1/images/generations", content=content)
+    assert answer.status_code == 400 and message in answer.json()["error"]["message"]
+    assert ask(server).status_code == 200
+
+
+def test_a_body_without_an_announced_length_is_cut_off_too(server: str) -> None:
+    def endless() -> Iterator[bytes]:
+        for _ in range(1000):
+            yield b" " * 10_000
+
+    with contextlib.suppress(httpx2.TransportError):  # the server may hang up while this still sends
+        assert httpx2.post(f"{server}/v1/images/generations", content=endless()).status_code == 413
+    assert ask(server).status_code == 200
+
+
+def test_unknown_paths_and_pictures(server: str) -> None:
+    for path, method, status in (
+        ("/v1/nothing", "GET", 404),
+        ("/v1/images/generations", "GET", 405),
+        ("/v1/images/..%2fsecret.png", "GET", 404),
+        ("/v1/images/unknown.png", "GET", 404),
+    ):
+        answer = httpx2.request(method, server + path)
+        assert answer.status_code == status and answer.json()["error"]["message"], path
+
+
+def test_only_bearers_of_a_key_are_served(engine: Engine) -> None:
+    with serving(engine, api_keys=("first", "sécond")) as (url, _):
+        for key in ("wrong", "firs", "first1", "FIRST"):
+            with pytest.raises(openai.AuthenticationError) as refused:
+                client(url, key).models.list()
+            assert refused.value.response.headers["www-authenticate"] == "Bearer"
+        assert ask(url).json()["error"]["code"] == "invalid_api_key"
+        assert httpx2.get(f"{url}/v1/models", headers={"Authorization": "Basic first"}).status_code == 401
+        assert client(url, "first").models.list().data
+        linked = client(url, "first").images.generate(prompt="a mug", response_format="url", extra_body=SHORT)
+        assert httpx2.get(linked.data[0].url).status_code == 200  # who knows the name may see it
+        assert httpx2.get(f"{url}/health").status_code == 200
+
+
+def test_a_bad_prompt_is_its_own_requests_fault_alone(engine: Engine, loaded: Any, shelf: Path) -> None:
+    made: list[Event] = []
+
+    async def run() -> None:
+        pictures = [Picture("a mug", 1, {}), Picture("mug " * 100, 2, {}), Picture("a mug", 3, {"gone": 1.0})]
+        async for event in engine.run(Settings(2, 2.0, 16), pictures, False):
+            made.append(event)
+
+    asyncio.run(run())
+    assert sorted((event.index, type(event)) for event in made if not isinstance(event, Step)) == [
+        (0, Made), (1, Refused), (2, Refused)
+    ]  # fmt: skip
+
+
+# load, clients that go, ends
+
+
+class Slow:
+    """Engines that wait for a gate in the middle of a batch, and count what they were asked for."""
+
+    def __init__(self, fail: BaseException | None = None):
+        self.gate, self.fail = threading.Event(), fail
+        self.batches: list[Sequence[Picture]] = []
+        self.cancelled = 0
+
+    async def run(self, settings: Settings, pictures: Sequence[Picture], progress: bool) -> AsyncIterator[Event]:
+        self.batches.append(pictures)
+        try:
+            if progress:
+                yield Step(1, 2)
+            while not self.gate.is_set():
+                await asyncio.sleep(0.01)
+        except asyncio.CancelledError:
+            self.cancelled += 1
+            raise
+        if self.fail:
+            raise self.fail
+        for index, picture in enumerate(pictures):
+            yield Made(index, picture.prompt.encode())
+
+    async def facts(self) -> Facts:
+        return FACTS
+
+
+def until(condition: Any, seconds: float = 10) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not come to be"
+        time.sleep(0.01)
+
+
+def test_a_full_queue_says_when_to_come_back() -> None:
+    slow = Slow()
+    with serving(slow, batch_size=2, queue_length=3) as (url, service), ThreadPoolExecutor(8) as pool:
+        first = pool.submit(ask, url, n=2)
+        until(lambda: slow.batches)
+        others = [pool.submit(ask, url, n=1, prompt=f"{i}") for i in range(3)]
+        until(lambda: "qrlora_waiting_pictures 3.0" in service.metrics.text().decode())
+        refused = ask(url)
+        assert refused.status_code == 429 and int(refused.headers["retry-after"]) >= 1
+        assert refused.json()["error"]["type"] == "rate_limit_error"
+        with pytest.raises(openai.RateLimitError):
+            client(url).images.generate(prompt="a mug")
+        slow.gate.set()
+        assert [one.result().status_code for one in [first, *others]] == [200] * 4
+        assert ask(url).status_code == 200
+    assert max(map(len, slow.batches)) == 2
+
+
+def test_a_batch_has_one_setting_and_the_first_come_is_first_served() -> None:
+    slow = Slow()
+    with serving(slow) as (url, service), ThreadPoolExecutor(8) as pool:
+        sent = [pool.submit(ask, url, prompt="0")]
+        until(lambda: slow.batches)
+        for i, steps in enumerate((3, 4, 3, 4), start=1):
+            sent.append(pool.submit(ask, url, prompt=str(i), steps=steps))
+            until(lambda i=i: f"qrlora_waiting_pictures {i}.0" in service.metrics.text().decode())
+        slow.gate.set()
+        assert [opened_text(one.result()) for one in sent] == list("01234")
+    assert [[picture.prompt for picture in batch] for batch in slow.batches] == [["0"], ["1", "3"], ["2", "4"]]
+
+
+def opened_text(answer: httpx2.Response) -> str:
+    return base64.b64decode(answer.json()["data"][0]["b64_json"]).decode()
+
+
+def test_free_engines_share_what_waits() -> None:
+    slow = Slow()
+    slow.gate.set()
+
+    async def run() -> None:
+        dispatcher = Dispatcher(slow, Metrics(), at_once=2, batch_size=8)
+        job = dispatcher.submit(Settings(2, 2.0, 16), [Picture(str(i), i, {}) for i in range(6)])
+        assert [index async for index, _ in job.follow()] and len(slow.batches) == 2
+        await dispatcher.drain(1)
+
+    asyncio.run(run())
+    assert sorted(map(len, slow.batches)) == [3, 3]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_goes_is_forgotten_before_and_during_its_batch(stream: bool) -> None:
+    slow = Slow()
+    with serving(slow, batch_size=1) as (url, service):
+        started, waiting = hang_up(url, stream), hang_up(url, stream)
+        until(lambda: "qrlora_waiting_pictures 1.0" in service.metrics.text().decode() and len(slow.batches) == 1)
+        waiting.close()
+        until(lambda: "qrlora_waiting_pictures 0.0" in service.metrics.text().decode())
+        assert slow.cancelled == 0
+        started.close()
+        until(lambda: slow.cancelled == 1)
+        until(lambda: value(service.metrics.text().decode(), "qrlora_withdrawn_total") == 2)
+        slow.gate.set()
+        assert ask(url).status_code == 200 and len(slow.batches) == 2
+
+
+def hang_up(url: str, stream: bool) -> socket.socket:
+    """A connection with a request on it, to be closed before the answer."""
+    host, port = url.removeprefix("http://").split(":")
+    body = json.dumps({"prompt": "a mug", "stream": stream, **SHORT}).encode()
+    head = f"POST /v1/images/generations HTTP/1.1\r\nHost: {host}\r\nContent-Length: {len(body)}\r\n\r\n"
+    connection = socket.create_connection((host, int(port)))
+    connection.sendall(head.encode() + body)
+    return connection
+
+
+def test_a_batch_that_nobody_waits_for_stops_between_two_steps(engine: Engine) -> None:
+    """With one that is still waited for it goes on."""
+    seen: list[int] = []
+    hook = engine.pipe.transformer.register_forward_hook(lambda *_: seen.append(1))
+
+    async def run() -> None:
+        events = engine.run(Settings(100, 1.0, 16), [Picture("a mug", 1, {})], True)
+        assert isinstance(await anext(events), Step)
+        await events.aclose()
+        kept = [event async for event in engine.run(Settings(2, 1.0, 16), [Picture("a mug", 1, {})], False)]
+        assert len(kept) == 1
+
+    try:
+        asyncio.run(run())
+    finally:
+        hook.remove()
+    assert len(seen) < 50
+
+
+def test_withdrawing_one_of_a_batch_leaves_the_others_their_pictures() -> None:
+    slow = Slow()
+
+    async def run() -> None:
+        dispatcher = Dispatcher(slow, Metrics())
+        jobs = [dispatcher.submit(Settings(2, 2.0, 16), [Picture(str(i), i, {})]) for i in range(2)]
+        while not slow.batches:
+            await asyncio.sleep(0.01)
+        dispatcher.withdraw(jobs[0])
+        slow.gate.set()
+        assert [event async for event in jobs[1].follow()] == [(0, Made(0 if len(slow.batches[0]) == 1 else 1, b"1"))]
+        await dispatcher.drain(1)
+
+    asyncio.run(run())
+    assert slow.cancelled == 0 and len(slow.batches[0]) == 2
+
+
+def test_what_breaks_down_in_an_engine_is_said_and_the_next_batch_made(caplog: pytest.LogCaptureFixture) -> None:
+    slow = Slow(fail=RuntimeError("a secret of the engine"))
+    slow.gate.set()
+    with serving(slow) as (url, service):
+        broken = ask(url)
+        assert broken.status_code == 500 and "secret" not in broken.text
+        assert broken.json()["error"]["type"] == "server_error"
+        with pytest.raises(openai.APIError, match="broke down"):
+            list(client(url).images.generate(prompt="a mug", stream=True))
+        slow.fail = None
+        assert ask(url).status_code == 200
+        assert 'qrlora_requests_total{status="500"} 1.0' in service.metrics.text().decode()
+    assert "a secret of the engine" in caplog.text
+
+
+def test_shutting_down_ends_what_was_begun_and_begins_nothing() -> None:
+    slow = Slow()
+    with serving(slow, batch_size=1) as (url, service), ThreadPoolExecutor(4) as pool:
+        begun = [pool.submit(ask, url), pool.submit(ask, url)]
+        until(lambda: slow.batches and "qrlora_waiting_pictures 1.0" in service.metrics.text().decode())
+        service.dispatcher.draining = True  # as Dispatcher.drain begins
+        refused = ask(url)
+        assert refused.status_code == 503 and refused.headers["retry-after"] == "10"
+        assert httpx2.get(f"{url}/health").status_code == 503
+        slow.gate.set()
+        assert [one.result().status_code for one in begun] == [200, 200]
+
+
+def test_what_takes_too_long_to_end_is_told_so() -> None:
+    slow = Slow()
+
+    async def run() -> None:
+        dispatcher = Dispatcher(slow, Metrics(), batch_size=1)
+        jobs = [dispatcher.submit(Settings(2, 2.0, 16), [Picture("a", 1, {})]) for _ in range(2)]
+        await asyncio.sleep(0.05)
+        await dispatcher.drain(0.1)
+        for job in jobs:
+            with pytest.raises(RequestError, match="shutting down"):
+                [event async for event in job.follow()]
+
+    asyncio.run(run())
+    assert slow.cancelled == 1
+
+
+def test_errors_keep_what_they_say_between_processes() -> None:
+    """pickle makes an exception anew from its text alone, unless told."""
+    import pickle
+
+    error = pickle.loads(pickle.dumps(Refused(0, DataError("too long", expected=77, got=100, remedy="shorten it"))))
+    assert (error.error.what, error.error.expected, error.error.remedy) == ("too long", 77, "shorten it")
+
+
+def test_kept_pictures_are_bounded_and_expire(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = Kept(most_bytes=10, seconds=60)
+    names = [kept.put(bytes([i]) * 4) for i in range(3)]
+    assert [kept.get(name) for name in names] == [None, b"\x01" * 4, b"\x02" * 4]
+    now = time.monotonic()
+    monkeypatch.setattr(time, "monotonic", lambda: now + 61)
+    assert [kept.get(name) for name in names] == [None] * 3
+    assert len(set(names)) == 3 and min(map(len, names)) >= 32
+
+
+# the command
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--adapters", "nowhere"], "nowhere is no folder"),
+        (["--adapters", ".", "--api-key-file", "none"], "none is no file"),
+        (["--adapters", ".", "--api-key-file", "empty"], "empty holds no key"),
+        (["--adapters", ".", "--port", "99999"], "cannot listen"),
+        (["--adapters", ".", "--host", "192.0.2.1"], "cannot listen"),
+    ],
+)
+def test_what_cannot_be_served_is_said_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: Any, said: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").write_text("\n\n")
+    assert main(["serve", *arguments]) == 2
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("lacking", "place", "extra"),
+    [("fastapi", [], "serve"), ("ray", ["--address", "local"], "cluster"), ("ray", ["--engines", "2"], "cluster")],
+)
+def test_without_the_extra_the_command_says_what_to_install(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    lacking: str,
+    place: list[str],
+    extra: str,
+) -> None:
+    monkeypatch.setitem(sys.modules, lacking, None)
+    monkeypatch.delitem(sys.modules, "qrlora.serving.app")
+    monkeypatch.setattr(os, "environ", {**os.environ})
+    assert main(["serve", "--adapters", str(tmp_path), "--port", str(free_port()), *place]) == 2
+    assert f"pip install 'qrlora[{extra}]'" in capsys.readouterr().err
+
+
+def free_port() -> int:
+    with socket.socket() as trial:
+        trial.bind(("127.0.0.1", 0))
+        return trial.getsockname()[1]
+
+
+@pytest.mark.parametrize("place", [[], ["--address", "local"]], ids=["here", "ray"])
+def test_the_command_serves_and_ends_gracefully(
+    tiny_sd3: Path, shelf: Path, loaded: Any, tmp_path: Path, place: list[str]
+) -> None:
+    """One process tree from start to end: served, asked, left by a client, told to end while it works."""
+    port = free_port()
+    command = [sys.executable, "-m", "qrlora.cli", "serve", "--adapters", str(shelf), "--model", str(tiny_sd3)]
+    command += [
+        "--port",
+        str(port),
+        "--api-key-file",
+        str(tmp_path / "keys"),
+        "--threads",
+        "1",
+        "--max-steps",
+        "5000",
+        *place,
+    ]
+    (tmp_path / "keys").write_text("secret\n")
+    source = str(Path(__file__).parents[1] / "src")
+    environment = {**os.environ, "PYTHONPATH": source, "QRLORA_CACHE": str(tmp_path / "cache")}
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    with subprocess.Popen(command, env=environment, start_new_session=True, **pipes) as process:
+        try:
+            said = []
+            for line in process.stdout:
+                said.append(line)
+                if line.startswith("ready at"):
+                    break
+            assert any("not served: broken" in line for line in said), "".join(said)
+            use_and_end(process, f"http://127.0.0.1:{port}", loaded, shelf)
+        finally:
+            process.kill()
+
+
+def use_and_end(process: subprocess.Popen[str], url: str, loaded: Any, shelf: Path) -> None:
+    images, extra = client(url, "secret").images, {"seed": 3, **SHORT}
+    assert ask(url).status_code == 401
+    made = images.generate(model=f"{BASE}+mug:0.9+chalk", prompt="a mug", extra_body=extra)
+    assert close(opened(made.data[0].b64_json), alone(loaded, shelf, "a mug", 3, {"mug": 0.9, "chalk": 1.0}))
+    linked = images.generate(prompt="a mug", response_format="url", extra_body=extra).data[0].url
+    assert Image.open(io.BytesIO(httpx2.get(linked).content)).size == (16, 16)
+    endless = {**extra, "steps": 5000}
+    with images.generate(prompt="a mug", stream=True, extra_body=endless) as events:
+        assert next(iter(events)).type == "image_generation.progress"
+    until(lambda: value(httpx2.get(f"{url}/metrics").text, "qrlora_running_pictures") == 0)
+    with ThreadPoolExecutor(1) as pool:
+        last = pool.submit(images.generate, prompt="a mug", extra_body={**extra, "steps": 200})
+        until(lambda: value(httpx2.get(f"{url}/metrics").text, "qrlora_running_pictures") == 1)
+        assert httpx2.get(f"{url}/health", timeout=30).status_code == 200
+        process.send_signal(signal.SIGTERM)
+        assert last.result().data[0].b64_json
+    assert process.wait(timeout=120) == 0
