@@ -28,10 +28,11 @@ test: $(VENV)/.tools  ## lint, types, tests
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q
 
-bench: $(VENV)/.ready  ## fast basis against the full decomposition: a large weight, then every weight of pico
+bench: $(VENV)/.ready  ## fast basis against the full decomposition, a large weight and pico's; adapters at inference
 	$(BIN)/python benchmarks/basis.py
 	$(BIN)/python benchmarks/basis.py --rank 16 --summary \
 		--weights src/qrlora/pico/weights/pipeline/transformer/diffusion_pytorch_model.safetensors
+	$(BIN)/python benchmarks/inference.py --quick
 
 clean:
 	rm -rf $(VENV) out build
