@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import re
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -52,7 +51,6 @@ class Plan:
     cool: float = 0.3  # the last share of the denoiser's steps, in which the learning rates fall to zero
     focus: str = ""  # styles to draw twice as often as the others, separated by commas
     caption_dropout: float = 0.1
-    made_up: float = 0.0  # share of captions whose subject, and share whose style, is a word that means nothing
     long_null: float = 0.03  # share of steps with the 256 zero tokens that the stock pipeline sends by default
     threads: int = 0
     compile: int = 0  # 1: torch.compile the denoiser (two minutes to start, a quarter less time a step)
@@ -337,20 +335,6 @@ def embed(pipe: Any, captions: list[str], null_tokens: int) -> tuple[Tensor, Ten
     return hidden, torch.cat([o.text_embeds for o in outs], -1)
 
 
-def obscure(caption: str, scene: world.Scene, share: float, rng: np.random.Generator) -> str:
-    """The caption with its subject or style, each with probability ``share``, called by a random word.
-
-    So an unknown word comes to mean any subject, or any style. Large models have met enough of them; a small one that
-    never has draws something of its own, which an adapter's trigger then has to overcome, and the other's does not.
-    """
-    for name in (scene.subject, scene.style):
-        if rng.random() < share:
-            word = "".join(chr(97 + letter) for letter in rng.integers(26, size=rng.integers(1, 8)))
-            word = f"<{word}>" if rng.random() < 0.5 else word
-            caption = re.sub(rf"\b{name}\b", word, caption)
-    return caption
-
-
 def batches(work: Path, plan: Plan) -> Callable[[int], tuple[Tensor, list[str], np.random.Generator]]:
     """step -> (latents, captions, the step's random generator)."""
     facts = json.loads((work / "latents.json").read_text())
@@ -366,8 +350,6 @@ def batches(work: Path, plan: Plan) -> Callable[[int], tuple[Tensor, list[str], 
             picks = rng.integers(len(latents), size=plan.denoiser_batch)
         wording = rng.integers(6, size=len(picks)) + 100 * rng.integers(2, size=len(picks))
         captions = [world.caption(scenes[i], int(w)) for i, w in zip(picks, wording, strict=True)]
-        if plan.made_up:
-            captions = [obscure(c, scenes[i], plan.made_up, rng) for i, c in zip(picks, captions, strict=True)]
         captions = ["" if rng.random() < plan.caption_dropout else c for c in captions]
         z = torch.from_numpy(latents[picks].astype(np.float32))
         return z * facts["scaling_factor"], captions, rng
