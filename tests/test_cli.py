@@ -147,6 +147,10 @@ def test_generate_writes_one_picture_per_prompt_and_seed(work: Path, tiny_sd3: P
         assert json.loads(picture.text["qrlora"])["prompt"] == ["a <c> mug", "Ein Haus!"]
     assert main(["generate", *common, "--prompt", "a <c> mug"]) == 2  # the default name is taken
     assert main(["generate", *common, "--prompt", "a <c> mug", "-o", "pictures"]) == 0
+    assert main(["generate", *common, "--prompt", "a <c> mug", "-o", "one.png"]) == 0 and Path("one.png").is_file()
+    for more in (["--seeds", "2", "-o", "two.png"], ["-o", "one.jpg"]):
+        assert main(["generate", *common, "--prompt", "a <c> mug", *more]) == 2
+    assert not Path("two.png").exists() and not Path("one.jpg").exists()
 
 
 def test_generate_grid(work: Path, tiny_sd3: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -57,7 +57,7 @@ def add_generate(commands: Parsers) -> None:
     parser.add_argument("--resolution", type=count, help="side of the pictures in pixels (default: the model's)")
     parser.add_argument("--batch-size", type=count, default=8, help="pictures made at once (default: 8)")
     parser.add_argument(
-        "-o", "--output", type=Path, help="folder, or .png with --grid (default: pictures/ or grid.png)"
+        "-o", "--output", type=Path, help="folder, or .png for one picture or a grid (default: pictures/ or grid.png)"
     )
 
 
@@ -104,7 +104,16 @@ def run_generate(options: argparse.Namespace) -> None:
 
 def _picture_paths(options: argparse.Namespace, seeds: Sequence[int]) -> list[Path]:
     """Where each picture goes, checked before any is made."""
-    if options.grid:
+    ending = options.output.suffix.lower() if options.output and not options.output.is_dir() else ""
+    one_file = ending in (".png", ".jpg", ".jpeg", ".webp")  # a folder may be called v1.5
+    if one_file and not options.grid and len(options.prompt) * len(seeds) > 1:
+        raise QrloraError(
+            "several pictures do not go into one file",
+            expected="-o FOLDER",
+            got=f"{options.output} for {len(options.prompt) * len(seeds)} pictures",
+            remedy="name a folder without an ending, or add --grid to see two adapters in one picture",
+        )
+    if options.grid or one_file:
         paths = [options.output or Path("grid.png")]
         check_png(paths[0])
     else:
