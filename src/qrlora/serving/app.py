@@ -283,6 +283,13 @@ def create_app(service: Service) -> FastAPI:
     app.add_exception_handler(RequestError, _refused)  # type: ignore[arg-type]
     app.add_exception_handler(HTTPException, _not_here)  # type: ignore[arg-type]
     app.add_exception_handler(Exception, _fault)
+    _add_images(app, service)
+    _add_models(app, service)
+    _add_watching(app, service)
+    return app
+
+
+def _add_images(app: FastAPI, service: Service) -> None:
     schema = {"content": {"application/json": {"schema": ImageRequest.model_json_schema()}}, "required": True}
 
     @app.post("/v1/images/generations", openapi_extra={"requestBody": schema})
@@ -307,6 +314,8 @@ def create_app(service: Service) -> FastAPI:
             raise RequestError(what, status=404, expected="one made of late", got="one that is gone or never was")
         return Response(png, media_type="image/png")
 
+
+def _add_models(app: FastAPI, service: Service) -> None:
     @app.get("/v1/models")
     async def models(request: Request) -> dict[str, Any]:
         authorise(request, service.limits.api_keys)
@@ -322,6 +331,8 @@ def create_app(service: Service) -> FastAPI:
         await service.composition(model, None)
         return _model(model)
 
+
+def _add_watching(app: FastAPI, service: Service) -> None:
     @app.get("/health")
     async def health() -> Response:
         try:
@@ -334,8 +345,6 @@ def create_app(service: Service) -> FastAPI:
     @app.get("/metrics")
     async def metrics() -> Response:
         return Response(service.metrics.text(), media_type="text/plain; version=0.0.4")
-
-    return app
 
 
 def _model(name: str, **about: Any) -> dict[str, Any]:
