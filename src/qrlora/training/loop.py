@@ -19,10 +19,11 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from types import FrameType
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -43,6 +44,8 @@ from qrlora.training.preservation import Preservation, record
 from qrlora.training.processes import anywhere, check_divisible, processes_here, share, summed
 from qrlora.training.recipe import Recipe
 from qrlora.tuner import QRLoraConfig
+
+T = TypeVar("T")
 
 ADAPTER_NAME = "trained"
 LOSS_SCALE = 2.0**16
@@ -161,6 +164,43 @@ def train(
     return adapter
 
 
+@dataclass(frozen=True)
+class Attached(Generic[T]):
+    """What trains on a denoiser, in float32, by name; and what reads off it what it has become."""
+
+    parameters: dict[str, nn.Parameter]
+    read: Callable[[], T]
+
+
+def train_attached(
+    attach: Callable[[Any, ModelFamily, Recipe], AbstractContextManager[Attached[T]]],
+    recipe: Recipe,
+    *,
+    pipe: Any,
+    family: ModelFamily,
+    beside: Sequence[Recipe] = (),
+    progress: Callable[[Progress], None] | None = None,
+) -> T:
+    """The run of `train` with anything in the adapter's place, so that other methods differ from it in nothing else.
+
+    Args:
+        attach: puts what trains on the denoiser for the duration of a context, and takes it off again.
+        recipe: what to do, but for its method; nothing is written.
+        pipe, family: as `train`.
+        beside: recipes whose pictures and captions are learned from too.
+        progress: as `train`.
+
+    Returns what `read` of the attached makes of it after the last step. Errors: as `train`.
+    """
+    accelerator = processes_here()
+    ready = _prepare(recipe, pipe, family, accelerator, None, beside)
+    with attach(ready.denoiser, ready.family, recipe) as attached:
+        run = _run(recipe, ready, accelerator, attached.parameters, None)
+        _run_steps(run, progress)
+        with evaluated(run.optimizer):
+            return attached.read()
+
+
 @dataclass
 class Prepared:
     """What training needs of pipeline and pictures, once everything is encoded. `pipe` is None if its work is done."""
@@ -175,7 +215,12 @@ class Prepared:
 
 
 def _prepare(
-    recipe: Recipe, pipe: Any, family: ModelFamily | None, accelerator: Accelerator, preparing: Report | None
+    recipe: Recipe,
+    pipe: Any,
+    family: ModelFamily | None,
+    accelerator: Accelerator,
+    preparing: Report | None,
+    beside: Sequence[Recipe] = (),
 ) -> Prepared:
     """The denoiser where its bases are to be computed, and what the encoders make of pictures and prompts."""
     if recipe.output and not recipe.output.parent.is_dir():
@@ -192,7 +237,7 @@ def _prepare(
         check_fits(pipe, family, recipe, device, accelerator.num_processes)
     family = family or family_of(pipe)
     family_options(recipe, family)
-    examples = _load_examples(recipe, pipe, family, preparing)
+    examples = [example for one in (recipe, *beside) for example in _load_examples(one, pipe, family, preparing)]
     with contextlib.ExitStack() as stack:
         if alone:
             stack.enter_context(encoders_alone(pipe, family, "cpu" if recipe.offload else device))
@@ -290,11 +335,18 @@ def family_options(recipe: Recipe, family: ModelFamily) -> tuple[dict[str, float
 
 @contextlib.contextmanager
 def adapter_on(
-    denoiser: Any, family: ModelFamily, recipe: Recipe, accelerator: Accelerator | None = None
+    denoiser: Any,
+    family: ModelFamily,
+    recipe: Recipe,
+    accelerator: Accelerator | None = None,
+    config: PeftConfig | None = None,
 ) -> Iterator[dict[str, nn.Parameter]]:
-    """A fresh adapter on the frozen denoiser, for the duration; yields what trains, in float32, by name."""
+    """A fresh adapter on the frozen denoiser, for the duration; yields what trains, in float32, by name.
+
+    config: what PEFT is told instead of the recipe's method.
+    """
     denoiser.requires_grad_(False)
-    config = peft_config(recipe, family)
+    config = config or peft_config(recipe, family)
     checkpointing = denoiser.is_gradient_checkpointing
     if recipe.gradient_checkpointing:
         denoiser.enable_gradient_checkpointing()

@@ -1,0 +1,380 @@
+"""Every way to learn from a picture that the bench compares, taught by the package's one training loop.
+
+A method is how something that trains is put on a denoiser, and how ΔW is read off it afterwards. Data, noise, timesteps,
+optimiser, clipping and cooldown are the loop's, and the same for all. PEFT's own classes are used where it has them.
+
+ΔW is what the weights became less what they were before the method touched them: PiSSA and OLoRA take their start out of
+the base weight, and what that leaves behind by rounding is no part of what was learned.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from peft import LoraConfig, OFTConfig, PeftConfig
+from peft.tuners.lora import LoraLayer
+from peft.tuners.oft import OFTLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from qrlora.basis import cached_layer_basis, weight_digest
+from qrlora.errors import RecipeError
+from qrlora.evaluation.rivals.deltas import Delta, Learned
+from qrlora.families import ModelFamily
+from qrlora.training.dataset import find_pictures
+from qrlora.training.loop import ADAPTER_NAME, Attached, Progress, adapter_on, peft_config, train_attached
+from qrlora.training.recipe import Recipe
+from qrlora.tuner import QRLoraConfig, QRLoraLayer, resolve_columns
+
+Attach = Callable[[Any, ModelFamily, Recipe], AbstractContextManager[Attached[Learned]]]
+Config = Callable[[Recipe, dict[str, Any]], PeftConfig]
+Prepare = Callable[[Mapping[str, Any], Recipe], None]
+"""Given the adapter layers by name, and the recipe: changes them before the first step."""
+
+
+@dataclass(frozen=True)
+class AdapterMethod:
+    """One row of the comparison: what it is called, what it does, where it comes from, how it goes on a denoiser."""
+
+    name: str
+    about: str
+    source: str
+    attach: Attach
+
+
+@dataclass(frozen=True)
+class Taught:
+    """What one run gave: ΔW, how many numbers trained (zeros of a triangle not counted), the loss of every step."""
+
+    learned: Learned
+    trained: int
+    losses: tuple[float, ...]
+
+
+def teach(method: str, recipe: Recipe, *, pipe: Any, family: ModelFamily) -> Learned:
+    """ΔW of every layer after the recipe's steps by a method of ADAPTERS; `pipe` comes back bit for bit as it was.
+
+    The recipe's own method, and fields that the method decides (columns where all own the first, triangular,
+    train_basis), have no effect; its output is not written. Raises RecipeError for an unknown method; else as `train`.
+    """
+    return taught(method, recipe, pipe=pipe, family=family).learned
+
+
+def teach_joint(method: str, recipes: Sequence[Recipe], *, pipe: Any, family: ModelFamily) -> Learned:
+    """One adapter taught by all recipes' pictures and captions at once: the ceiling of what merging could reach.
+
+    All but pictures, captions and triggers is taken from the first recipe. Half of each batch is of either of two
+    pictures, so that each is seen as often as alone only in twice the steps. Errors: as `teach`.
+    """
+    return taught(method, recipes[0], pipe=pipe, family=family, beside=recipes[1:]).learned
+
+
+def taught(
+    method: str,
+    recipe: Recipe,
+    *,
+    pipe: Any,
+    family: ModelFamily,
+    beside: Sequence[Recipe] = (),
+    progress: Callable[[Progress], None] | None = None,
+) -> Taught:
+    """As `teach`, with what was measured on the way. beside: recipes whose pictures are learned from too."""
+    if method not in ADAPTERS:
+        raise RecipeError(f"no adapter method {method!r}", expected=", ".join(ADAPTERS), got=method)
+    losses: list[float] = []
+    counted: list[int] = []
+
+    @contextlib.contextmanager
+    def attach(denoiser: Any, family: ModelFamily, recipe: Recipe) -> Iterator[Attached[Learned]]:
+        with ADAPTERS[method].attach(denoiser, family, recipe) as attached:
+            counted.append(_trained(denoiser, attached.parameters))
+            yield attached
+
+    def note(done: Progress) -> None:
+        losses.append(done.loss)
+        if progress:
+            progress(done)
+
+    recipe = recipe.replace(output=None, sample_every=0, checkpoint_every=0, log_with="none")
+    learned = train_attached(attach, recipe, pipe=pipe, family=family, beside=beside, progress=note)
+    return Taught(learned, counted[0], tuple(losses))
+
+
+def _trained(denoiser: nn.Module, parameters: Mapping[str, nn.Parameter]) -> int:
+    outside = [
+        int(layer.lora_A[ADAPTER_NAME].outside.sum())
+        for layer in denoiser.modules()
+        if isinstance(layer, QRLoraLayer) and getattr(layer.lora_A[ADAPTER_NAME], "outside", None) is not None
+    ]
+    return sum(parameter.numel() for parameter in parameters.values()) - sum(outside)
+
+
+def _by_peft(config: Config, prepare: Prepare | None = None) -> Attach:
+    """A method of PEFT or of this package: its configuration, and what is done to its layers before the first step."""
+
+    @contextlib.contextmanager
+    def attach(denoiser: Any, family: ModelFamily, recipe: Recipe) -> Iterator[Attached[Learned]]:
+        targets = family.targets if recipe.targets is None else recipe.targets
+        common: dict[str, Any] = {"target_modules": targets if isinstance(targets, str) else list(targets)}
+        before = {name: tensor.detach().clone() for name, tensor in denoiser.named_parameters()}
+        try:
+            with adapter_on(denoiser, family, recipe, config=config(recipe, common)) as parameters:
+                layers = {n: m for n, m in denoiser.named_modules() if isinstance(m, BaseTunerLayer)}
+                if prepare:
+                    prepare(layers, recipe)
+                for name, parameter in denoiser.named_parameters():
+                    if ".lora_" in name:  # a frozen factor has to have the dtype of the one that trains
+                        parameter.data = parameter.data.float()
+                moving = {name: parameter for name, parameter in parameters.items() if parameter.requires_grad}
+                start = {n: _factors(m) for n, m in layers.items() if _begins_in_the_base(m)}
+                yield Attached(moving, functools.partial(_read, layers, start))
+        finally:
+            _restore(denoiser, before)
+
+    return attach
+
+
+def _by_recipe(**fields: Any) -> Attach:
+    """A method that a recipe can name."""
+
+    @contextlib.contextmanager
+    def attach(denoiser: Any, family: ModelFamily, recipe: Recipe) -> Iterator[Attached[Learned]]:
+        by = recipe.replace(**fields)
+        with _by_peft(lambda *_: peft_config(by, family))(denoiser, family, by) as attached:
+            yield attached
+
+    return attach
+
+
+def _lora(init: bool | str) -> Config:
+    def config(recipe: Recipe, common: dict[str, Any]) -> PeftConfig:
+        return LoraConfig(init_lora_weights=init, r=recipe.rank, lora_alpha=recipe.alpha, **common)  # type: ignore[arg-type]
+
+    return config
+
+
+def _oft(recipe: Recipe, common: dict[str, Any]) -> PeftConfig:
+    """Blocks of 2 r: (b - 1) / 2 numbers for each input, so about r · in of them, as many as ΔR has."""
+    return OFTConfig(oft_block_size=2 * recipe.rank, use_cayley_neumann=False, **common)
+
+
+def _dense(recipe: Recipe, common: dict[str, Any]) -> PeftConfig:
+    return QRLoraConfig(r=recipe.rank, lora_alpha=recipe.alpha, triangular=False, **common)
+
+
+@contextlib.contextmanager
+def _full(denoiser: Any, family: ModelFamily, recipe: Recipe) -> Iterator[Attached[Learned]]:
+    """The target matrices themselves train; biases do not, since no adapter has any."""
+    denoiser.requires_grad_(False)
+    modules = {name: module for name, module in denoiser.named_modules() if isinstance(module, nn.Linear)}
+    targets = family.targets if recipe.targets is None else recipe.targets
+    chosen = {name: module.weight for name, module in modules.items() if is_target(name, targets)}
+    if not chosen:
+        raise RecipeError("targets match no layer of the denoiser", expected="names of its linear layers", got=targets)
+    before = {f"{name}.weight": weight.detach().clone() for name, weight in chosen.items()}
+    for weight in chosen.values():
+        weight.data = weight.data.float()
+        weight.requires_grad_(True)
+
+    def read() -> Learned:
+        now = {name: weight.detach().float() for name, weight in chosen.items()}
+        return {n: Delta(matrix=(w - before[f"{n}.weight"].float()).cpu()) for n, w in now.items()}
+
+    try:
+        yield Attached({f"{name}.weight": weight for name, weight in chosen.items()}, read)
+    finally:
+        denoiser.requires_grad_(False)
+        _restore(denoiser, before)
+
+
+def is_target(name: str, targets: str | Sequence[str]) -> bool:
+    """Whether PEFT would adapt the layer of this name: a pattern matches names whole, a list their ends."""
+    if isinstance(targets, str):
+        return re.fullmatch(targets, name) is not None
+    return any(name == target or name.endswith(f".{target}") for target in targets)
+
+
+@torch.no_grad()
+def _restore(denoiser: nn.Module, before: Mapping[str, Tensor]) -> None:
+    """Put kept copies back where the values differ in any bit."""
+    for name, parameter in denoiser.named_parameters():
+        parameter.grad = None
+        if name in before and (parameter.dtype != before[name].dtype or not torch.equal(parameter, before[name])):
+            parameter.data = before[name]
+
+
+def _begins_in_the_base(layer: Any) -> bool:
+    """Whether an adapter that has not trained yet is not zero, because as much was taken out of the base weight."""
+    if isinstance(layer, QRLoraLayer) or not isinstance(layer, LoraLayer):
+        return False
+    return bool(layer.lora_A[ADAPTER_NAME].weight.any()) and bool(layer.lora_B[ADAPTER_NAME].weight.any())
+
+
+@torch.no_grad()
+def _factors(layer: Any) -> tuple[Float[Tensor, "out rank"], Float[Tensor, "rank in"]]:
+    """up and s · down of an adapter layer as it is now, copied to the CPU."""
+    down, up = layer.lora_A[ADAPTER_NAME], layer.lora_B[ADAPTER_NAME]
+    ours = isinstance(layer, QRLoraLayer)
+    pair = (up.up(), down.down()) if ours else (up.weight.flatten(1), down.weight.flatten(1))
+    return pair[0].cpu().float().clone(), layer.scaling[ADAPTER_NAME] * pair[1].cpu().float()
+
+
+@torch.no_grad()
+def _read(layers: Mapping[str, Any], start: Mapping[str, tuple[Tensor, Tensor]]) -> Learned:
+    """ΔW of every adapter layer: s B A - s B₀ A₀ where the start was taken out of the base, W Rᵀ - W for OFT."""
+    learned = {}
+    for name, layer in layers.items():
+        if isinstance(layer, OFTLayer):
+            weight: Any = layer.get_base_layer().weight.detach().float().cpu()
+            rotation = layer.oft_R[ADAPTER_NAME](torch.eye(weight.shape[1])).cpu()
+            learned[name] = Delta(matrix=weight @ rotation.T - weight)
+            continue
+        up, down = _factors(layer)
+        if name in start:
+            up, down = torch.cat([up, start[name][0]], dim=1), torch.cat([down, -start[name][1]])
+        learned[name] = Delta(up, down)
+    return learned
+
+
+@torch.no_grad()
+def _set_columns(layer: Any, q: Float[Tensor, "out rank"]) -> None:
+    """Put other columns where an adapter layer of ours looks up Q."""
+    layer.lora_B[ADAPTER_NAME].basis.q.copy_(q)
+
+
+def _base(layer: Any) -> Float[Tensor, "out in"]:
+    return layer.get_base_layer().weight.detach().float().flatten(1)
+
+
+def _minor(layers: Mapping[str, Any], recipe: Recipe) -> None:
+    """Q of the smallest singular vectors, in the coordinates that the paper's QR would give them."""
+    for layer in layers.values():
+        weight = _base(layer).double().cpu()
+        u = torch.linalg.svd(weight, full_matrices=False)[0][:, -recipe.rank :]
+        o, r = torch.linalg.qr(u.T @ weight)
+        _set_columns(layer, (u @ (o * torch.where(r.diagonal() < 0, -1.0, 1.0).double())).float())
+
+
+def _random(layers: Mapping[str, Any], recipe: Recipe, of: str = "all") -> None:
+    for name, layer in layers.items():
+        _set_columns(layer, orthonormal(len(_base(layer)), recipe.rank, f"{of} {name}"))
+
+
+def _random_each(layers: Mapping[str, Any], recipe: Recipe) -> None:
+    """Another Q for other pictures, roles and seeds, the same for other learning rates."""
+    pictures = b"".join(source.picture.read_bytes() for source in find_pictures(recipe.images))
+    _random(layers, recipe, f"{hashlib.sha256(pictures).hexdigest()} {recipe.role} {recipe.seed}")
+
+
+def orthonormal(size: int, count: int, seed: str) -> Float[Tensor, "size count"]:
+    """Random orthonormal columns (uniformly distributed ones, by QR with positive pivots), a function of the seed."""
+    generator = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(seed.encode()).digest()[:7], "big"))
+    q, r = torch.linalg.qr(torch.randn(size, count, generator=generator, dtype=torch.float64))
+    return (q * torch.where(r.diagonal() < 0, -1.0, 1.0).double()).float()
+
+
+@torch.no_grad()
+def _hold_down(layer: Any, rows: Float[Tensor, "rank in"]) -> None:
+    """Freeze a stock LoRA's down at these rows; its up starts at zero and trains."""
+    down = layer.lora_A[ADAPTER_NAME].weight
+    down.copy_(rows.reshape(down.shape))
+    down.requires_grad_(False)
+
+
+def _row_space(layers: Mapping[str, Any], recipe: Recipe) -> None:
+    """P: the basis of Wᵀ, so that P Pᵀ = 1 and its rows span the first right singular vectors of W."""
+    for name, layer in layers.items():
+        transposed = _base(layer).T.contiguous()
+        basis = cached_layer_basis(transposed, weight_digest(transposed), recipe.rank, name=name)
+        _hold_down(layer, basis.q.T)
+
+
+def _own_rows(layers: Mapping[str, Any], recipe: Recipe) -> None:
+    """The role's own columns of one random orthogonal matrix a layer, as `columns` of a basis are numbered."""
+    columns = list(resolve_columns(recipe.columns, recipe.rank))
+    for name, layer in layers.items():
+        width = _base(layer).shape[1]
+        if columns[-1] >= width:
+            expected = f"columns below {width}, the inputs of {name}"
+            raise RecipeError("no more directions to own", expected=expected, got=columns[-1], remedy="lower the rank")
+        _hold_down(layer, orthonormal(width, columns[-1] + 1, f"rows {name}")[:, columns].T)
+
+
+_ROWS = (
+    AdapterMethod("lora", "A random, B zero, both train", "Hu et al. 2021, arXiv 2106.09685", _by_recipe(method="lora")),
+    AdapterMethod(
+        "pissa", "A and B start at the first singular triples", "Meng et al. 2024, arXiv 2404.02948", _by_peft(_lora("pissa"))
+    ),
+    AdapterMethod(
+        "olora", "A and B start at the QR of W", "Büyükakyüz 2024, arXiv 2406.01775", _by_peft(_lora("olora"))
+    ),
+    AdapterMethod(
+        "mica", "B frozen at the last left singular vectors", "PEFT's mica, arXiv 2604.01694", _by_peft(_lora("mica"))
+    ),
+    AdapterMethod(
+        "oft", "inputs rotated in blocks of 2 r", "Qiu et al. 2023, arXiv 2306.07280", _by_peft(_oft)
+    ),
+    AdapterMethod("full", "the target matrices themselves train", "full fine-tuning", _full),
+    AdapterMethod(
+        "qrlora",
+        "frozen Q of all first r columns, ΔR triangular: the published form",
+        "arXiv 2507.04599",
+        _by_recipe(method="qrlora", columns="first", basis_rank=None, triangular=True, train_basis=False),
+    ),
+    AdapterMethod(
+        "qrlora_dense",
+        "the same with a dense ΔR",
+        "arXiv 2507.04599, without the triangle",
+        _by_recipe(method="qrlora", columns="first", basis_rank=None, triangular=False, train_basis=False),
+    ),
+    AdapterMethod(
+        "qrlora_trained",
+        "Q and R both train, from the basis on",
+        "arXiv 2507.04599, the fast mode",
+        _by_recipe(method="qrlora", columns="first", basis_rank=None, triangular=True, train_basis=True),
+    ),
+    AdapterMethod(
+        "qrlora_disjoint",
+        "subjects and styles own different columns of a basis twice as wide",
+        "this package's default",
+        _by_recipe(method="qrlora", triangular=True, train_basis=False),
+    ),
+    AdapterMethod(
+        "q_minor",
+        "frozen Q of the last singular vectors in QR coordinates, dense ΔR",
+        "control: which directions",
+        _by_peft(_dense, _minor),
+    ),
+    AdapterMethod(
+        "q_random", "one random Q for all adapters, dense ΔR", "control: which directions", _by_peft(_dense, _random)
+    ),
+    AdapterMethod(
+        "q_random_each",
+        "a random Q for each adapter, dense ΔR",
+        "control: whether it is shared",
+        _by_peft(_dense, _random_each),
+    ),
+    AdapterMethod(
+        "transposed",
+        "W' = W + s ΔL P: rows frozen at the first right singular vectors, the other side trains",
+        "control: which side",
+        _by_peft(_lora(True), _row_space),
+    ),
+    AdapterMethod(
+        "orthogonal",
+        "down frozen at disjoint columns of a shared random orthogonal matrix, up trains",
+        "Po et al. 2024, arXiv 2312.02432",
+        _by_peft(_lora(True), _own_rows),
+    ),
+)
+ADAPTERS: dict[str, AdapterMethod] = {row.name: row for row in _ROWS}
+"""Name -> method. Learning rates are no part of a method: the bench tunes them, for each alike."""

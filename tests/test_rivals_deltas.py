@@ -1,0 +1,148 @@
+"""ΔW as it is kept, written and applied."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from denoisers import build, predict
+from torch import Tensor, nn
+
+from qrlora.errors import AdapterFileError, MismatchError
+from qrlora.evaluation.rivals.deltas import (
+    Delta,
+    Learned,
+    applied,
+    inner,
+    load_learned,
+    metadata_of,
+    nbytes,
+    of_adapter,
+    save_learned,
+    scaled,
+    total,
+)
+from qrlora.evaluation.rivals.merges import drawing
+
+
+def factored(out: int = 7, width: int = 5, rank: int = 2) -> Delta:
+    return Delta(torch.randn(out, rank), torch.randn(rank, width))
+
+
+def on(model: nn.Module, rank: int = 2) -> Learned:
+    """A factored ΔW of every linear layer in the blocks but one, whose ΔW is dense."""
+    layers = {n: m.weight for n, m in model.named_modules() if isinstance(m, nn.Linear) and "blocks" in n}
+    learned = {n: Delta(0.1 * torch.randn(w.shape[0], rank), torch.randn(rank, w.shape[1])) for n, w in layers.items()}
+    first = next(iter(learned))
+    return learned | {first: Delta(matrix=learned[first].dense())}
+
+
+@pytest.mark.parametrize("dense", [(False, False), (True, False), (False, True), (True, True)])
+def test_inner_product_and_sum_are_those_of_the_matrices(dense: tuple[bool, bool]) -> None:
+    a, b = (Delta(matrix=d.dense()) if is_dense else d for d, is_dense in zip((factored(), factored()), dense, strict=True))
+    assert inner(a, b) == pytest.approx(float((a.dense() * b.dense()).sum()), rel=1e-5)
+    assert torch.allclose(total([a, b.scaled(0.5)]).dense(), a.dense() + 0.5 * b.dense(), atol=1e-6)
+
+
+def test_a_sum_stays_in_factors_while_they_are_smaller() -> None:
+    large = [factored(40, 30, 2) for _ in range(3)]
+    assert total(large).rank == 6 and total(large).factors is not None
+    assert total([factored(4, 3, 2)] * 3).factors is None
+
+
+@pytest.mark.parametrize("dense", [False, True])
+def test_decomposed_is_the_svd(dense: bool) -> None:
+    delta = Delta(matrix=factored().dense()) if dense else factored()
+    u, values, vh = delta.decomposed()
+    expected = torch.linalg.svdvals(delta.dense().double())[:2]
+    assert torch.allclose(values[:2], expected, rtol=1e-5)
+    assert torch.allclose((u * values @ vh).float(), delta.dense(), atol=1e-5)
+    assert Delta(torch.zeros(7, 2), torch.zeros(2, 5)).decomposed()[1].numel() == 0
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [{}, {"up": torch.ones(2, 1)}, {"up": torch.ones(2, 1), "down": torch.ones(1, 2), "matrix": torch.ones(2, 2)}],
+)
+def test_half_a_delta_is_refused(parts: dict[str, Tensor]) -> None:
+    with pytest.raises(MismatchError, match="up and down, or matrix"):
+        Delta(**parts)
+
+
+def test_factors_have_to_meet() -> None:
+    with pytest.raises(MismatchError, match="cannot be multiplied"):
+        Delta(torch.ones(2, 1), torch.ones(2, 2))
+
+
+def test_a_file_gives_back_what_was_saved(tmp_path: Path) -> None:
+    learned = {"a.0": factored(), "b": Delta(matrix=torch.randn(3, 4))}
+    save_learned(tmp_path / "x.safetensors", learned, {"method": "lora"})
+    loaded = load_learned(tmp_path / "x.safetensors")
+    assert list(loaded) == ["a.0", "b"] and metadata_of(tmp_path / "x.safetensors") == {"method": "lora"}
+    assert all(torch.equal(loaded[name].dense(), learned[name].dense()) for name in learned)
+    assert nbytes(loaded) == 4 * (7 * 2 + 2 * 5 + 3 * 4)
+    assert [path.name for path in tmp_path.iterdir()] == ["x.safetensors"]
+
+
+@pytest.mark.parametrize("content", [b"", b"nothing of the kind"])
+def test_another_file_is_refused(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "x.safetensors").write_bytes(content)
+    with pytest.raises(AdapterFileError, match="holds no ΔW"):
+        load_learned(tmp_path / "x.safetensors")
+
+
+@pytest.mark.parametrize("kind", ["sd3", "flux", "unet"])
+def test_applied_adds_and_takes_away_bit_for_bit(kind: str) -> None:
+    model, inputs, _ = build(kind)
+    learned, before = on(model), {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    expected = {n: before[f"{n}.weight"] + 0.5 * delta.dense() for n, delta in learned.items()}
+    base = predict(model, inputs)
+    with pytest.raises(KeyboardInterrupt), applied(model, learned, 0.5):
+        assert all(torch.equal(model.get_submodule(n).weight, weight) for n, weight in expected.items())
+        assert not torch.allclose(predict(model, inputs), base)
+        raise KeyboardInterrupt
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_applied_within_applied_adds_up() -> None:
+    model, _, _ = build("sd3")
+    learned, before = on(model), {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    name = next(iter(learned))
+    with applied(model, learned):
+        with applied(model, scaled(learned, 2.0)):
+            assert torch.allclose(
+                model.get_submodule(name).weight, before[f"{name}.weight"] + 3 * learned[name].dense(), atol=1e-5
+            )
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("bad", [{"nowhere": factored()}, {"transformer_blocks.0.attn.to_q": factored()}])
+def test_what_does_not_fit_is_refused_and_leaves_the_model(bad: Learned) -> None:
+    model, _, _ = build("sd3")
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(MismatchError), applied(model, on(model) | bad):
+        pass
+    with pytest.raises(MismatchError), drawing(model, on(model) | bad):
+        pass
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_half_precision_comes_back_too() -> None:
+    model, _, _ = build("sd3")
+    model.to(torch.bfloat16)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with applied(model, on(model)):
+        pass
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_of_adapter_is_what_the_adapter_does() -> None:
+    from samples import adapter_on_basis, plain_adapter  # noqa: PLC0415
+
+    adapter, basis = adapter_on_basis()
+    for name, delta in of_adapter(adapter, basis).items():
+        assert torch.allclose(delta.dense(), adapter.delta_weight(name, basis[name].q), atol=1e-6)
+    plain = plain_adapter()
+    for name, delta in of_adapter(plain).items():
+        assert torch.allclose(delta.dense(), plain.delta_weight(name), atol=1e-6)
