@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from denoisers import build, predict
 from torch import Tensor, nn
 
+from denoisers import build, predict
 from qrlora.errors import AdapterFileError, MismatchError
 from qrlora.evaluation.rivals.deltas import (
     Delta,
@@ -24,6 +24,7 @@ from qrlora.evaluation.rivals.deltas import (
     total,
 )
 from qrlora.evaluation.rivals.merges import drawing
+from samples import make_adapter, make_basis, make_lora
 
 
 def factored(out: int = 7, width: int = 5, rank: int = 2) -> Delta:
@@ -40,7 +41,9 @@ def on(model: nn.Module, rank: int = 2) -> Learned:
 
 @pytest.mark.parametrize("dense", [(False, False), (True, False), (False, True), (True, True)])
 def test_inner_product_and_sum_are_those_of_the_matrices(dense: tuple[bool, bool]) -> None:
-    a, b = (Delta(matrix=d.dense()) if is_dense else d for d, is_dense in zip((factored(), factored()), dense, strict=True))
+    a, b = (
+        Delta(matrix=d.dense()) if is_dense else d for d, is_dense in zip((factored(), factored()), dense, strict=True)
+    )
     assert inner(a, b) == pytest.approx(float((a.dense() * b.dense()).sum()), rel=1e-5)
     assert torch.allclose(total([a, b.scaled(0.5)]).dense(), a.dense() + 0.5 * b.dense(), atol=1e-6)
 
@@ -109,11 +112,10 @@ def test_applied_within_applied_adds_up() -> None:
     model, _, _ = build("sd3")
     learned, before = on(model), {name: tensor.clone() for name, tensor in model.state_dict().items()}
     name = next(iter(learned))
-    with applied(model, learned):
-        with applied(model, scaled(learned, 2.0)):
-            assert torch.allclose(
-                model.get_submodule(name).weight, before[f"{name}.weight"] + 3 * learned[name].dense(), atol=1e-5
-            )
+    with applied(model, learned), applied(model, scaled(learned, 2.0)):
+        assert torch.allclose(
+            model.get_submodule(name).weight, before[f"{name}.weight"] + 3 * learned[name].dense(), atol=1e-5
+        )
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
 
 
@@ -137,12 +139,15 @@ def test_half_precision_comes_back_too() -> None:
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
 
 
-def test_of_adapter_is_what_the_adapter_does() -> None:
-    from samples import adapter_on_basis, plain_adapter  # noqa: PLC0415
-
-    adapter, basis = adapter_on_basis()
+def test_of_adapter_is_what_the_adapter_does(tmp_path: Path) -> None:
+    basis = make_basis(tmp_path)
+    adapter = make_adapter(basis, alpha=6.0)
     for name, delta in of_adapter(adapter, basis).items():
-        assert torch.allclose(delta.dense(), adapter.delta_weight(name, basis[name].q), atol=1e-6)
-    plain = plain_adapter()
-    for name, delta in of_adapter(plain).items():
-        assert torch.allclose(delta.dense(), plain.delta_weight(name), atol=1e-6)
+        assert torch.allclose(delta.dense(), adapter.delta_weight(name, basis[name].q), atol=1e-5)
+    lora = make_lora(alpha=6.0)
+    for name, delta in of_adapter(lora).items():
+        assert torch.allclose(delta.dense(), lora.delta_weight(name), atol=1e-5)
+    with pytest.raises(MismatchError, match="needs the Q"):
+        of_adapter(adapter)
+    with pytest.raises(MismatchError, match="differ"):
+        of_adapter(adapter, make_basis(tmp_path, rank=7))

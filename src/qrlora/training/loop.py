@@ -237,7 +237,7 @@ def _prepare(
         check_fits(pipe, family, recipe, device, accelerator.num_processes)
     family = family or family_of(pipe)
     family_options(recipe, family)
-    examples = [example for one in (recipe, *beside) for example in _load_examples(one, pipe, family, preparing)]
+    examples = [example for one in (recipe, *beside) for example in examples_of(one, pipe, family, preparing)]
     with contextlib.ExitStack() as stack:
         if alone:
             stack.enter_context(encoders_alone(pipe, family, "cpu" if recipe.offload else device))
@@ -278,7 +278,7 @@ def _base_predictions(recipe: Recipe, pipe: Any, family: ModelFamily, device: to
     return record(pipe, family, recipe.preserve, recipe.seed, recipe.batch_size)
 
 
-def _load_examples(recipe: Recipe, pipe: Any, family: ModelFamily, report: Report | None) -> list[Example]:
+def examples_of(recipe: Recipe, pipe: Any, family: ModelFamily, report: Report | None = None) -> list[Example]:
     """The recipe's pictures, in sizes that the model takes."""
     resolution, unit, largest = recipe.resolution or family.resolution(pipe), size_unit(pipe), family.largest_side(pipe)
     check_resolution(resolution, unit, largest)

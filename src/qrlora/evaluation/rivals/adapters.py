@@ -1,10 +1,11 @@
 """Every way to learn from a picture that the bench compares, taught by the package's one training loop.
 
-A method is how something that trains is put on a denoiser, and how ΔW is read off it afterwards. Data, noise, timesteps,
-optimiser, clipping and cooldown are the loop's, and the same for all. PEFT's own classes are used where it has them.
+A method is how something that trains is put on a denoiser, and how ΔW is read off it afterwards. Data, noise,
+timesteps, optimiser, clipping and cooldown are the loop's, and the same for all. PEFT's own classes are used where it
+has them.
 
-ΔW is what the weights became less what they were before the method touched them: PiSSA and OLoRA take their start out of
-the base weight, and what that leaves behind by rounding is no part of what was learned.
+ΔW is what the weights became less what they were before the method touched them: PiSSA and OLoRA take their start out
+of the base weight, and what that leaves behind by rounding is no part of what was learned.
 """
 
 from __future__ import annotations
@@ -110,12 +111,10 @@ def taught(
 
 
 def _trained(denoiser: nn.Module, parameters: Mapping[str, nn.Parameter]) -> int:
-    outside = [
-        int(layer.lora_A[ADAPTER_NAME].outside.sum())
-        for layer in denoiser.modules()
-        if isinstance(layer, QRLoraLayer) and getattr(layer.lora_A[ADAPTER_NAME], "outside", None) is not None
-    ]
-    return sum(parameter.numel() for parameter in parameters.values()) - sum(outside)
+    ours = [layer for layer in denoiser.modules() if isinstance(layer, QRLoraLayer)]
+    masks = [layer._delta(ADAPTER_NAME).outside for layer in ours]
+    outside = sum(int(mask.sum()) for mask in masks if mask is not None)
+    return sum(parameter.numel() for parameter in parameters.values()) - outside
 
 
 def _by_peft(config: Config, prepare: Prepare | None = None) -> Attach:
@@ -175,9 +174,9 @@ def _dense(recipe: Recipe, common: dict[str, Any]) -> PeftConfig:
 def _full(denoiser: Any, family: ModelFamily, recipe: Recipe) -> Iterator[Attached[Learned]]:
     """The target matrices themselves train; biases do not, since no adapter has any."""
     denoiser.requires_grad_(False)
-    modules = {name: module for name, module in denoiser.named_modules() if isinstance(module, nn.Linear)}
     targets = family.targets if recipe.targets is None else recipe.targets
-    chosen = {name: module.weight for name, module in modules.items() if is_target(name, targets)}
+    named: list[tuple[str, Any]] = [(n, m) for n, m in denoiser.named_modules() if isinstance(m, nn.Linear)]
+    chosen: dict[str, nn.Parameter] = {name: module.weight for name, module in named if is_target(name, targets)}
     if not chosen:
         raise RecipeError("targets match no layer of the denoiser", expected="names of its linear layers", got=targets)
     before = {f"{name}.weight": weight.detach().clone() for name, weight in chosen.items()}
@@ -214,9 +213,8 @@ def _restore(denoiser: nn.Module, before: Mapping[str, Tensor]) -> None:
 
 def _begins_in_the_base(layer: Any) -> bool:
     """Whether an adapter that has not trained yet is not zero, because as much was taken out of the base weight."""
-    if isinstance(layer, QRLoraLayer) or not isinstance(layer, LoraLayer):
-        return False
-    return bool(layer.lora_A[ADAPTER_NAME].weight.any()) and bool(layer.lora_B[ADAPTER_NAME].weight.any())
+    stock = isinstance(layer, LoraLayer) and not isinstance(layer, QRLoraLayer)
+    return stock and all(bool(part[ADAPTER_NAME].weight.any()) for part in (layer.lora_A, layer.lora_B))
 
 
 @torch.no_grad()
@@ -234,15 +232,20 @@ def _read(layers: Mapping[str, Any], start: Mapping[str, tuple[Tensor, Tensor]])
     learned = {}
     for name, layer in layers.items():
         if isinstance(layer, OFTLayer):
-            weight: Any = layer.get_base_layer().weight.detach().float().cpu()
-            rotation = layer.oft_R[ADAPTER_NAME](torch.eye(weight.shape[1])).cpu()
-            learned[name] = Delta(matrix=weight @ rotation.T - weight)
+            learned[name] = _rotation(layer)
             continue
         up, down = _factors(layer)
         if name in start:
             up, down = torch.cat([up, start[name][0]], dim=1), torch.cat([down, -start[name][1]])
         learned[name] = Delta(up, down)
     return learned
+
+
+def _rotation(layer: Any) -> Delta:
+    """ΔW of an OFT layer, which gives its base layer the inputs x R."""
+    weight: Tensor = layer.get_base_layer().weight.detach().float()
+    turned = layer.oft_R[ADAPTER_NAME](torch.eye(weight.shape[1], device=weight.device))
+    return Delta(matrix=(weight @ turned.T - weight).cpu())
 
 
 @torch.no_grad()
@@ -306,13 +309,18 @@ def _own_rows(layers: Mapping[str, Any], recipe: Recipe) -> None:
         if columns[-1] >= width:
             expected = f"columns below {width}, the inputs of {name}"
             raise RecipeError("no more directions to own", expected=expected, got=columns[-1], remedy="lower the rank")
-        _hold_down(layer, orthonormal(width, columns[-1] + 1, f"rows {name}")[:, columns].T)
+        _hold_down(layer, orthonormal(width, width, f"rows {name}")[:, columns].T)
 
 
 _ROWS = (
-    AdapterMethod("lora", "A random, B zero, both train", "Hu et al. 2021, arXiv 2106.09685", _by_recipe(method="lora")),
     AdapterMethod(
-        "pissa", "A and B start at the first singular triples", "Meng et al. 2024, arXiv 2404.02948", _by_peft(_lora("pissa"))
+        "lora", "A random, B zero, both train", "Hu et al. 2021, arXiv 2106.09685", _by_recipe(method="lora")
+    ),
+    AdapterMethod(
+        "pissa",
+        "A and B start at the first singular triples",
+        "Meng et al. 2024, arXiv 2404.02948",
+        _by_peft(_lora("pissa")),
     ),
     AdapterMethod(
         "olora", "A and B start at the QR of W", "Büyükakyüz 2024, arXiv 2406.01775", _by_peft(_lora("olora"))
@@ -320,9 +328,7 @@ _ROWS = (
     AdapterMethod(
         "mica", "B frozen at the last left singular vectors", "PEFT's mica, arXiv 2604.01694", _by_peft(_lora("mica"))
     ),
-    AdapterMethod(
-        "oft", "inputs rotated in blocks of 2 r", "Qiu et al. 2023, arXiv 2306.07280", _by_peft(_oft)
-    ),
+    AdapterMethod("oft", "inputs rotated in blocks of 2 r", "Qiu et al. 2023, arXiv 2306.07280", _by_peft(_oft)),
     AdapterMethod("full", "the target matrices themselves train", "full fine-tuning", _full),
     AdapterMethod(
         "qrlora",

@@ -33,15 +33,15 @@ class Delta:
     up (out, rank) and down (rank, in), or matrix (out, in). Raises MismatchError if it is neither or both.
     """
 
-    up: Float[Tensor, "out rank"] | None = None
-    down: Float[Tensor, "rank in"] | None = None
-    matrix: Float[Tensor, "out in"] | None = None
+    up: Tensor | None = None
+    down: Tensor | None = None
+    matrix: Tensor | None = None
 
     def __post_init__(self) -> None:
         factored = self.up is not None and self.down is not None
         if factored == (self.matrix is not None) or (self.up is None) != (self.down is None):
-            got = [name for name in ("up", "down", "matrix") if getattr(self, name) is not None]
-            raise MismatchError("no ΔW", expected="up and down, or matrix", got=got)
+            parts = [name for name in ("up", "down", "matrix") if getattr(self, name) is not None]
+            raise MismatchError("no ΔW", expected="up and down, or matrix", got=parts)
         if self.up is not None and self.down is not None and self.up.shape[1] != self.down.shape[0]:
             got = f"up {tuple(self.up.shape)}, down {tuple(self.down.shape)}"
             raise MismatchError("factors that cannot be multiplied", expected="up (out, r), down (r, in)", got=got)
@@ -54,7 +54,8 @@ class Delta:
     @property
     def shape(self) -> tuple[int, int]:
         """(out, in)."""
-        return tuple(self.whole.shape) if self.factors is None else (len(self.factors[0]), self.factors[1].shape[1])
+        up, down = (self.whole, self.whole) if self.factors is None else self.factors
+        return len(up), down.shape[1]
 
     @property
     def rank(self) -> int:
