@@ -51,13 +51,9 @@ def project_out(
 
 def _minus(delta: Delta, left: Float[Tensor, "in k"], right: Float[Tensor, "k in"]) -> Delta:
     """ΔW (1 - left right), in the same form."""
-
-    def apply(rows: Float[Tensor, "rows in"]) -> Float[Tensor, "rows in"]:
-        return (rows.double() - rows.double() @ left @ right).float()
-
-    return (
-        Delta(matrix=apply(delta.whole)) if delta.factors is None else Delta(delta.factors[0], apply(delta.factors[1]))
-    )
+    rows = (delta.whole if delta.factors is None else delta.factors[1]).double()
+    less = (rows - rows @ left @ right).float()
+    return Delta(matrix=less) if delta.factors is None else Delta(delta.factors[0], less)
 
 
 def _roots(moment: Float[Tensor, "in in"]) -> tuple[Float[Tensor, "in in"], Float[Tensor, "in in"]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -86,23 +87,22 @@ def _added(context: Context, terms: Sequence[tuple[Learned, Mergers | None]]) ->
     modules: dict[str, nn.Linear] = {}
     for part, _ in terms:
         modules |= linear_layers(context.denoiser, part)
-
-    def add(name: str) -> Callable[..., Tensor]:
-        own = [(part[name], None if m is None else m[name]) for part, m in terms if name in part]
-
-        def hook(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            for delta, m in own:
-                output = output + _through(delta, args[0] if m is None else args[0] * m)
-            return output
-
-        return hook
-
-    hooks = [module.register_forward_hook(add(name)) for name, module in modules.items()]
+    own = {n: [(part[n], None if m is None else m[n]) for part, m in terms if n in part] for n in modules}
+    hooks = [module.register_forward_hook(functools.partial(_add, own[name])) for name, module in modules.items()]
     try:
         yield
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def _add(
+    own: Sequence[tuple[Delta, nn.Parameter | None]], _: nn.Module, args: tuple[Tensor, ...], output: Tensor
+) -> Tensor:
+    """A layer's output with what these ΔW diag(m) add to it."""
+    for delta, m in own:
+        output = output + _through(delta, args[0] if m is None else args[0] * m)
+    return output
 
 
 def _through(delta: Delta, x: Float[Tensor, "*rows in"]) -> Float[Tensor, "*rows out"]:

@@ -1,0 +1,351 @@
+"""Merges: each by the property its paper claims, and how a schedule is drawn with."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from peft.utils import merge_utils
+from PIL import Image
+from torch import Tensor, nn
+
+from denoisers import build, predict
+from qrlora.errors import MismatchError
+from qrlora.evaluation.rivals.adapters import is_target
+from qrlora.evaluation.rivals.context import Context
+from qrlora.evaluation.rivals.deltas import Delta, Learned, applied, inner, total
+from qrlora.evaluation.rivals.merges import MERGES, KLora, Schedule, blocks_of, drawing
+from qrlora.evaluation.rivals.projections import project_out, weights_by_activation
+from qrlora.families import load_pipeline
+from qrlora.generation import one_batch
+from qrlora.training.recipe import Recipe
+
+NAMES = [f"transformer_blocks.{i}.attn.{part}" for i in range(6) for part in ("to_q", "to_k")]
+
+
+def drawn(seed: int, rank: int = 3, size: tuple[int, int] = (10, 14), dense: bool = False) -> Learned:
+    generator = torch.Generator().manual_seed(seed)
+    pairs = [
+        (torch.randn(size[0], rank, generator=generator), torch.randn(rank, size[1], generator=generator))
+        for _ in NAMES
+    ]
+    return {
+        n: Delta(matrix=up @ down) if dense else Delta(up, down) for n, (up, down) in zip(NAMES, pairs, strict=True)
+    }
+
+
+def dense(learned: Any) -> dict[str, Tensor]:
+    return {name: delta.dense() for name, delta in learned.items()}
+
+
+def close(one: Any, other: dict[str, Tensor], tolerance: float = 1e-5) -> bool:
+    return one.keys() == other.keys() and all(
+        torch.allclose(one[n].dense(), other[n], atol=tolerance, rtol=tolerance) for n in other
+    )
+
+
+@pytest.fixture(scope="module")
+def model(tiny_sd3: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Context, Learned, Learned]:
+    """A context on a tiny base model, and two ΔW of rank 2 on it."""
+    folder = tmp_path_factory.mktemp("pictures")
+    Image.radial_gradient("L").convert("RGB").save(folder / "mug.png")
+    Image.linear_gradient("L").convert("RGB").save(folder / "car.png")
+    recipes = [
+        Recipe(role="subject", images=folder / "mug.png", noun="mug"),
+        Recipe(role="style", images=folder / "car.png", noun="car"),
+    ]
+    pipe, family = load_pipeline(tiny_sd3, device="cpu")
+    parts = []
+    for seed in range(2):
+        generator = torch.Generator().manual_seed(seed)
+        linear = [(n, m) for n, m in pipe.transformer.named_modules() if isinstance(m, nn.Linear)]
+        sizes = {n: tuple(m.weight.shape) for n, m in linear if is_target(n, family.targets)}
+        draws = {
+            n: (torch.randn(o, 2, generator=generator), torch.randn(2, i, generator=generator))
+            for n, (o, i) in sizes.items()
+        }
+        parts.append({n: Delta(0.1 * up, 0.3 * down) for n, (up, down) in draws.items()})
+    return Context(pipe, family, recipes, batch_size=2, passes=2), parts[0], parts[1]
+
+
+@pytest.mark.parametrize("name", MERGES)
+def test_every_merge_covers_every_layer_and_leaves_the_model(
+    name: str, model: tuple[Context, Learned, Learned]
+) -> None:
+    context, subject, style = model
+    before = {n: t.clone() for n, t in context.denoiser.state_dict().items()}
+    options = {"steps": 2} if name == "ziplora" else {}
+    merged = MERGES[name](subject, style, context, **options)
+    assert isinstance(merged, Schedule) == (name == "klora")
+    shown = merged.at(0.3) if isinstance(merged, Schedule) else merged
+    assert list(shown) == list(subject) or set(shown) == set(subject)
+    assert all(shown[n].shape == subject[n].shape and bool(shown[n].dense().isfinite().all()) for n in subject)
+    assert all(torch.equal(before[n], t) for n, t in context.denoiser.state_dict().items())
+
+
+@pytest.mark.parametrize("name", [name for name, merge in MERGES.items() if merge.several])
+def test_merges_of_several_take_three(name: str, model: tuple[Context, Learned, Learned]) -> None:
+    context, subject, style = model
+    three = Context(context.pipe, context.family, [*context.recipes, context.recipes[0]], batch_size=2, passes=1)
+    options = {"steps": 1} if name == "ziplora" else {}
+    assert set(MERGES[name].of([subject, style, subject], three, **options)) == set(subject)
+
+
+@pytest.mark.parametrize("name", [name for name, merge in MERGES.items() if not merge.several])
+def test_merges_of_two_refuse_three(name: str) -> None:
+    with pytest.raises(MismatchError, match="two parts, subject and style"):
+        MERGES[name].of([drawn(0), drawn(1), drawn(2)])
+
+
+@pytest.mark.parametrize("name", [name for name, merge in MERGES.items() if merge.runs])
+def test_merges_that_run_the_model_say_so(name: str) -> None:
+    with pytest.raises(MismatchError, match="a context with pipe, family and one recipe"):
+        MERGES[name](drawn(0), drawn(1))
+
+
+def test_options_are_checked() -> None:
+    with pytest.raises(MismatchError, match="ties has no option alpha"):
+        MERGES["ties"](drawn(0), drawn(1), alpha=2)
+    for density in (0.0, 1.0):
+        with pytest.raises(MismatchError, match="above 0 and below 1"):
+            MERGES["dare"](drawn(0), drawn(1), density=density)
+
+
+def test_sum_is_exact_and_keeps_layers_of_one_alone() -> None:
+    parts = [drawn(seed) for seed in range(3)]
+    last = parts[2].pop(NAMES[-1])
+    merged = MERGES["sum"].of(parts)
+    assert close(merged, {n: sum(p[n].dense() for p in parts if n in p) for n in NAMES})  # type: ignore[misc]
+    alone = MERGES["sum"].of([{NAMES[0]: last}, {NAMES[1]: last}])
+    assert close(alone, {NAMES[0]: last.dense(), NAMES[1]: last.dense()})
+
+
+def test_ties_is_pefts_function() -> None:
+    parts = [drawn(seed) for seed in range(3)]
+    merged = MERGES["ties"].of(parts, density=0.3)
+    expected = {n: merge_utils.ties([p[n].dense() for p in parts], torch.ones(3), 0.3) for n in NAMES}
+    assert close(merged, expected, 0.0)
+    lone = MERGES["ties"].of([parts[0], parts[0]], density=0.3)
+    kept = {n: merge_utils.magnitude_based_pruning(parts[0][n].dense(), 0.3) for n in NAMES}
+    assert close(lone, kept)
+
+
+def test_dare_keeps_the_mean_and_follows_the_seed() -> None:
+    a, b = drawn(0), drawn(1)
+    runs = [MERGES["dare"](a, b, Context(seed=seed), density=0.5) for seed in range(300)]
+    again = MERGES["dare"](a, b, Context(seed=0), density=0.5)
+    assert close(runs[0], dense(again), 0.0) and not close(runs[0], dense(runs[1]))
+    mean = torch.stack([run[NAMES[0]].dense() for run in runs]).mean(0)  # type: ignore[index]
+    exact = a[NAMES[0]].dense() + b[NAMES[0]].dense()
+    assert float((mean - exact).norm() / exact.norm()) < 0.1
+    state = torch.get_rng_state()
+    MERGES["dare"](a, b)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("factored", [True, False])
+def test_nplora_leaves_nothing_of_the_subject_in_the_styles_rows(factored: bool) -> None:
+    subject, style = drawn(0, dense=not factored), drawn(1)
+    merged = dense(MERGES["nplora"](subject, style))
+    for name, delta in style.items():
+        v = torch.linalg.svd(delta.dense())[2][:3].T
+        assert torch.allclose((merged[name] - delta.dense()) @ v, torch.zeros(10, 3), atol=1e-4)
+        assert torch.allclose(merged[name] @ v, delta.dense() @ v, atol=1e-4)
+
+
+def test_soft_projection_takes_its_share_of_the_dominant_directions() -> None:
+    subject, style = drawn(0), drawn(1)
+    softly = project_out(subject, style, rank=1, soft=3.0)
+    for name, delta in softly.items():
+        v = torch.linalg.svd(style[name].dense())[2].T
+        assert torch.allclose(delta.dense() @ v[:, :1], subject[name].dense() @ v[:, :1] / 4, atol=1e-4)
+        assert torch.allclose(delta.dense() @ v[:, 1:], subject[name].dense() @ v[:, 1:], atol=1e-4)
+    assert close(project_out(subject, style, soft=0.0), dense(subject))
+
+
+@pytest.mark.parametrize("name", ["nplora", "project_style", "project_both"])
+def test_disjoint_row_spaces_survive_projection(name: str) -> None:
+    subject, style = (
+        {n: Delta(torch.randn(10, 3), torch.eye(14)[rows]) for n in NAMES} for rows in ([0, 1, 2], [5, 6, 7])
+    )
+    assert close(MERGES[name](subject, style, soft=math.inf), dense(MERGES["sum"](subject, style)))
+
+
+def test_projection_in_a_metric_is_orthogonal_there() -> None:
+    subject, style, root = drawn(0), drawn(1), torch.randn(14, 14, dtype=torch.float64)
+    moments = {name: root @ root.T + torch.eye(14) for name in NAMES}
+    projected = project_out(subject, style, moments=moments)
+    for name, delta in projected.items():
+        crossed = delta.dense().double() @ moments[name] @ style[name].dense().double().T
+        before = subject[name].dense().double() @ moments[name] @ style[name].dense().double().T
+        assert float(crossed.norm()) < 2e-3 * float(before.norm())
+    plain = project_out(subject, style, moments={name: torch.eye(14).double() for name in NAMES})
+    assert close(plain, dense(project_out(subject, style)), 1e-4)
+
+
+def test_klora_takes_the_subject_early_and_the_style_late() -> None:
+    merged = MERGES["klora"](drawn(0), drawn(0))  # equal: the ratio is 1, reached at a third
+    assert isinstance(merged, KLora) and list(merged.ratios.values()) == pytest.approx([1.0] * len(NAMES))
+    assert merged.at(0.3) == merged.subject and merged.at(0.4) == merged.style
+
+
+def test_klora_chooses_by_the_largest_entries_and_balances_the_sums() -> None:
+    """Spread evenly or in one entry: sums alike over all layers, so γ is 1; the peak wins where it is."""
+    even, peak = torch.full((4, 4), 1.0), torch.zeros(4, 4)
+    peak[0, 0] = 16.0
+    subject = {"a": Delta(matrix=peak), "b": Delta(matrix=even)}
+    style = {"a": Delta(matrix=even), "b": Delta(matrix=peak)}
+    for strength in (1.0, 5.0):  # γ takes out how strong the two are
+        louder = {name: delta.scaled(strength) for name, delta in style.items()}
+        merged = MERGES["klora"](subject, louder, k=1)
+        assert isinstance(merged, KLora) and merged.ratios == pytest.approx({"a": 16.0, "b": 1 / 16})
+        assert all(merged.at(t)["a"] is subject["a"] and merged.at(t)["b"] is louder["b"] for t in (0.0, 0.5, 1.0))
+    default = MERGES["klora"](drawn(0, rank=1), drawn(1, rank=2))
+    assert isinstance(default, KLora)
+    largest = [float(p[NAMES[0]].dense().abs().flatten().topk(2).values.sum()) for p in (drawn(0, 1), drawn(1, 2))]
+    sums = [sum(float(d.dense().abs().sum()) for d in p.values()) for p in (drawn(0, 1), drawn(1, 2))]
+    assert default.ratios[NAMES[0]] == pytest.approx(largest[0] / largest[1] * sums[1] / sums[0])
+
+
+def test_blocks_are_shared_out_once() -> None:
+    subject, style = drawn(0), drawn(1)
+    merged = MERGES["blora"](subject, style)
+    assert isinstance(merged, dict) and set(merged) == set(NAMES)
+    own = {n: "subject" if merged[n] is subject[n] else "style" for n in NAMES}
+    assert [own[f"transformer_blocks.{i}.attn.to_q"] for i in range(6)] == ["subject"] * 3 + ["style"] * 3
+    routed = MERGES["blora"](subject, style, style_blocks=[0, 4])
+    assert isinstance(routed, dict) and {blocks_of(subject)[n] for n in NAMES if routed[n] is style[n]} == {0, 4}
+    some = MERGES["blora"](subject, style, style_blocks=[0], subject_blocks=[5])
+    assert isinstance(some, dict) and {blocks_of(subject)[n] for n in some} == {0, 5}
+    for wrong in ({"style_blocks": [6]}, {"style_blocks": [1], "subject_blocks": [1]}):
+        with pytest.raises(MismatchError, match="blocks 0 to 5"):
+            MERGES["blora"](subject, style, **wrong)
+
+
+def test_blocks_of_two_kinds_are_numbered_through() -> None:
+    names = ["transformer_blocks.0.a", "transformer_blocks.1.a", "single_transformer_blocks.0.a", "head"]
+    assert list(blocks_of(dict.fromkeys(names, drawn(0)[NAMES[0]])).values()) == [0, 1, 2, 3]
+
+
+def test_moments_are_those_of_the_layers_inputs(model: tuple[Context, Learned, Learned]) -> None:
+    context, subject, _ = model
+    name, seen = "transformer_blocks.1.attn.to_q", []
+    module = context.denoiser.get_submodule(name)
+    hook = module.register_forward_pre_hook(lambda _, args: seen.append(args[0].flatten(0, 1)))
+    with torch.no_grad(), applied(context.denoiser, subject):
+        for number in range(context.passes):
+            context.run(context.call(0, number))
+    hook.remove()
+    x = torch.cat(seen).double()
+    assert torch.allclose(context.moments(0, subject)[name], x.T @ x / len(x), rtol=1e-6)
+    assert not torch.allclose(context.moments(1, subject)[name], x.T @ x / len(x), rtol=1e-3)
+
+
+def test_weights_by_activation_are_the_least_squares(model: tuple[Context, Learned, Learned]) -> None:
+    context, subject, style = model
+    name = "transformer_blocks.0.ff.net.0.proj"
+    seen = [context.moments(i, part)[name] for i, part in enumerate((subject, style))]
+
+    def error(first: float, second: float) -> float:
+        mixed = total([subject[name].scaled(first), style[name].scaled(second)])
+        off = [(mixed.dense() - part[name].dense()).double() for part in (subject, style)]
+        return sum(float((d @ moment * d).sum()) for d, moment in zip(off, seen, strict=True))
+
+    best = weights_by_activation([subject, style], context)[name]
+    assert all(
+        error(*best) <= error(best[0] + a, best[1] + b) + 1e-9 for a in (-0.05, 0, 0.05) for b in (-0.05, 0, 0.05)
+    )
+    assert weights_by_activation([subject, subject], context)[name] == pytest.approx([0.5, 0.5], abs=1e-4)
+
+
+def test_regmean_is_the_least_squares_of_all_matrices(model: tuple[Context, Learned, Learned]) -> None:
+    context, subject, style = model
+    name = "transformer_blocks.0.attn.to_q"
+    merged = MERGES["regmean"](subject, style, context, off_diagonal=1.0)
+    assert isinstance(merged, dict)
+    seen = [context.moments(i, part)[name] for i, part in enumerate((subject, style))]
+    best = merged[name].dense().double()
+    gradient = sum((best - p[name].dense().double()) @ g for p, g in zip((subject, style), seen, strict=True))
+    assert float(torch.as_tensor(gradient).norm()) < 1e-2 * float((subject[name].dense().double() @ seen[0]).norm())
+    same = MERGES["regmean"](subject, subject, Context(context.pipe, context.family, [context.recipes[0]] * 2))
+    assert isinstance(same, dict)
+    off = (same[name].dense() - subject[name].dense()).double()  # on inputs that occur, that is
+    assert float((off @ seen[0] * off).sum()) < 1e-4 * inner(subject[name].seen_through(seen[0].float()), subject[name])
+
+
+def test_ziploras_error_and_overlap_fall(model: tuple[Context, Learned, Learned]) -> None:
+    context, subject, style = model
+    seen: list[tuple[int, float, float]] = []
+    learnt = {"steps": 12, "learning_rate": 0.1, "report": lambda *step: seen.append(step)}
+    merged = MERGES["ziplora"](subject, style, context, penalty=0.0, **learnt)
+    assert sum(e for _, e, _ in seen[-4:]) < 0.9 * sum(e for _, e, _ in seen[:4])
+    assert isinstance(merged, dict) and not close(merged, dense(MERGES["sum"](subject, style)), 1e-3)
+    MERGES["ziplora"](subject, style, context, penalty=10.0, **learnt)
+    assert seen[12][2] == pytest.approx(1) and seen[-1][2] < 0.2
+
+
+def test_ziplora_scales_columns(model: tuple[Context, Learned, Learned]) -> None:
+    """Each part's share is ΔW diag(m): the other part has no rows or columns in common here."""
+    context, subject, _ = model
+    name = "transformer_blocks.0.attn.to_q"
+    rows = torch.eye(32)
+    one, other = Delta(rows[:, :2], rows[:2]), Delta(rows[:, 2:4], rows[2:4])
+    merged = MERGES["ziplora"]({name: one}, {name: other}, context, steps=5, penalty=1.0)
+    assert isinstance(merged, dict)
+    diagonal = merged[name].dense().diagonal()
+    assert torch.equal(merged[name].dense(), torch.diag(diagonal)) and bool((diagonal[:4] < 1).all())
+    assert not diagonal[4:].any() and subject
+
+
+class Halves:
+    """A schedule of two ΔW."""
+
+    def __init__(self, first: Learned, second: Learned):
+        self.first, self.second, self.asked = first, second, list[float]()
+
+    def at(self, progress: float) -> Learned:
+        self.asked.append(progress)
+        return self.first if progress < 0.5 else self.second
+
+
+def test_a_schedule_changes_weights_between_steps(model: tuple[Context, Learned, Learned]) -> None:
+    context, subject, style = model
+    assert context.family is not None
+    before = {n: t.clone() for n, t in context.denoiser.state_dict().items()}
+    jobs, halves = [("a mug", 0), ("a car", 1)], Halves(subject, style)
+
+    def pictures(merged: Learned | Schedule) -> np.ndarray:
+        with drawing(context.denoiser, merged) as on_step:
+            made = [one_batch(context.pipe, context.family, jobs, 4, 2.0, on_step=on_step) for _ in range(2)]
+        assert all(torch.equal(before[n], t) for n, t in context.denoiser.state_dict().items())
+        first, second = (np.stack([np.asarray(image) for image in images]) for images in made)
+        assert (first == second).all()  # the next batch begins with the first ΔW again
+        return first
+
+    switched = pictures(halves)
+    assert halves.asked == [0.0, 0.25, 0.5, 0.75, 0.0, 0.25, 0.5, 0.75, 0.0]
+    assert (pictures(Halves(subject, subject)) == pictures(subject)).all()
+    assert (switched != pictures(subject)).any() and (switched != pictures(style)).any()
+
+
+def test_drawing_with_a_schedule_rewrites_what_changed() -> None:
+    """K-LoRA on a bare denoiser: the weights are base + the chosen part at every step."""
+    model, inputs, _ = build("sd3")
+    layers = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and "attn" in n]
+    parts = [{n: Delta(matrix=torch.randn_like(model.get_submodule(n).weight)) for n in layers} for _ in range(2)]
+    merged = MERGES["klora"](parts[0], parts[1])
+    assert isinstance(merged, KLora)
+    base = predict(model, inputs)
+    original = {n: model.get_submodule(n).weight.detach().clone() for n in layers}
+    with drawing(model, merged) as on_step:
+        for done in range(5):
+            expected = merged.at(done / 5)
+            assert all(torch.equal(model.get_submodule(n).weight, original[n] + expected[n].dense()) for n in layers)
+            on_step(done + 1, 5)
+    assert torch.equal(predict(model, inputs), base)
+    assert {len({id(merged.at(t)[n]) for t in (0.0, 1.0)}) for n in layers} == {2}
+    assert inner(parts[0][layers[0]], parts[0][layers[0]]) > 0
