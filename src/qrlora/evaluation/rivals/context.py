@@ -99,6 +99,10 @@ class Context:
             hook.remove()
         return found[-1]
 
+    def loss(self, call: Call) -> float:
+        """The training loss of the denoiser on these inputs, as it stands."""
+        return float(self._family.loss(self.denoiser, self._scheduler, *call))
+
     @torch.no_grad()
     def moments(self, part: int, learned: Learned) -> Moments:
         """E x xᵀ of the inputs of every layer of `learned`, while it is applied, on what this part was taught."""

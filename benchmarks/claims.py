@@ -1,0 +1,218 @@
+"""The published claims of QR-LoRA, measured on pico: ``python benchmarks/claims.py``.
+
+    parameters    half the trainable parameters of LoRA: counted, on public models too
+    core          the SVD core before QR against QR of the weight itself
+    nearest       whether QR gives the nearest orthonormal matrix
+    tasks         what is alike across tasks: R, A, Q, ΔR, ΔW, and what a shared start and chance would give
+    convergence   loss at the same step for ΔR alone, Q and R trained, and LoRA, at several learning rates
+    stability     spread over seeds of the loss, and how alike ΔW of two seeds are, from one picture
+
+Tasks are lessons of the demo: subjects and styles of pico's world, each learned from one picture; the last two look at
+the first and the last of them only. Runs at one step see the same noise whatever trains, so their losses are paired.
+The rest of the claims (less crosstalk) is the bench's, which looks at pictures.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from common import machine
+
+from qrlora.basis import Basis
+from qrlora.demo.plan import Budget, Lesson, lesson, recipe_fields
+from qrlora.errors import QrloraError
+from qrlora.evaluation.rivals import claims
+from qrlora.evaluation.rivals.adapters import taught
+from qrlora.evaluation.rivals.context import Context
+from qrlora.evaluation.rivals.file_measures import between
+from qrlora.families import load_pipeline
+from qrlora.files import write_atomically
+from qrlora.pico import world
+from qrlora.training.loop import train
+from qrlora.training.recipe import Recipe
+
+TASKS = ("teapot", "rocket", "chalk", "mosaic")
+METHODS = ("qrlora", "qrlora_trained", "lora")
+PUBLISHED_RANK = 64
+Found = dict[str, Any]
+
+
+@dataclass
+class Bench:
+    """pico, the lessons, and how long each is taught."""
+
+    pipe: Any
+    family: Any
+    lessons: Sequence[Lesson]
+    options: argparse.Namespace
+
+    @property
+    def ends(self) -> list[Lesson]:
+        """The first and the last of the lessons."""
+        return list({id(task): task for task in (self.lessons[0], self.lessons[-1])}.values())
+
+    def recipe(self, task: Lesson, **fields: Any) -> Recipe:
+        budget = Budget(rank=self.options.rank, steps=self.options.steps)
+        return Recipe.of({"model": "pico", **recipe_fields(task, budget, 0, "qrlora_published"), **fields})
+
+    def teach(self, method: str, task: Lesson, **fields: Any) -> tuple[Any, float]:
+        """What was learned, and its loss under new noise."""
+        recipe = self.recipe(task, **fields)
+        found = taught(method, recipe, pipe=self.pipe, family=self.family)
+        context = Context(self.pipe, self.family, [recipe])
+        return found, claims.held_out_loss(context, 0, found.learned)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default=",".join(CLAIMS), help="some of them, separated by commas")
+    parser.add_argument("--tasks", default=",".join(TASKS), help=f"names of pico's world (default: {','.join(TASKS)})")
+    parser.add_argument("--steps", type=int, default=120, help="training steps of each adapter (default: 120)")
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--rates", default="3e-4,1e-3,3e-3", help="learning rates of `convergence`")
+    parser.add_argument("--seeds", type=int, default=3, help="of `stability` (default: 3)")
+    parser.add_argument("--json", type=Path, default=Path(__file__).with_suffix(".json"))
+    options = parser.parse_args()
+    wanted = options.only.split(",")
+    if unknown := [name for name in wanted if name not in CLAIMS]:
+        parser.error(f"no claim {unknown[0]!r}; there are {', '.join(CLAIMS)}")
+    if unknown := [name for name in options.tasks.split(",") if name not in {*world.SUBJECTS, *world.STYLES}]:
+        parser.error(f"no subject or style {unknown[0]!r} in pico's world")
+    try:
+        results = measure(options, wanted)
+    except QrloraError as error:
+        parser.error(str(error))
+    kept = json.loads(options.json.read_text()) if options.json.exists() else {}
+    report = kept | {name: {"options": _plain(options), "found": found} for name, found in results.items()}
+    report["machine"] = machine("cpu")
+    write_atomically(options.json, (json.dumps(report, indent=1, allow_nan=False) + "\n").encode())
+
+
+def measure(options: argparse.Namespace, wanted: Sequence[str]) -> dict[str, Found]:
+    """Every claim wanted, printed as it is found."""
+    pipe, family = load_pipeline("pico", device="cpu")
+    results = {}
+    with tempfile.TemporaryDirectory() as folder:
+        lessons = []
+        for name in options.tasks.split(","):
+            place = Path(folder) / name
+            place.mkdir()
+            lessons.append(lesson("subject" if name in world.SUBJECTS else "style", name, place, 0, world.SIZE))
+        bench = Bench(pipe, family, lessons, options)
+        for name in wanted:
+            results[name] = CLAIMS[name](bench)
+            print(f"\n{name}\n{_table(results[name])}", flush=True)
+    return results
+
+
+def parameters(bench: Bench) -> Found:
+    sizes = {"pico": claims.sizes_of(bench.family.denoiser_of(bench.pipe), bench.family), **claims.public_sizes()}
+    ranks = {name: bench.options.rank if name == "pico" else PUBLISHED_RANK for name in sizes}
+    return {f"{name}, rank {ranks[name]}": claims.half_the_parameters(own, ranks[name]) for name, own in sizes.items()}
+
+
+def _weights(bench: Bench) -> dict[str, Any]:
+    denoiser = bench.family.denoiser_of(bench.pipe)
+    return {name: denoiser.get_submodule(name).weight for name in claims.sizes_of(denoiser, bench.family)}
+
+
+def core(bench: Bench) -> Found:
+    return {f"rank {bench.options.rank}": claims.core_before_qr(_weights(bench), bench.options.rank)}
+
+
+def nearest(bench: Bench) -> Found:
+    return {f"rank {bench.options.rank}": claims.nearest_orthonormal(_weights(bench), bench.options.rank)}
+
+
+def tasks(bench: Bench) -> Found:
+    """All pairs of tasks; LoRA once from one start (one seed), and once from a start of its own for each task."""
+    made = {
+        "qrlora": [{"method": "qrlora"}] * len(bench.lessons),
+        "qrlora, Q and R trained": [{"method": "qrlora", "train_basis": True}] * len(bench.lessons),
+        "lora, one seed": [{"method": "lora"}] * len(bench.lessons),
+        "lora, a seed each": [{"method": "lora", "seed": seed} for seed in range(len(bench.lessons))],
+    }
+    basis, found = Basis.of(_weights(bench), bench.options.rank), {}
+    for name, fields in made.items():
+        recipes = [bench.recipe(task, **own) for task, own in zip(bench.lessons, fields, strict=True)]
+        adapters = [train(recipe, pipe=bench.pipe, family=bench.family) for recipe in recipes]
+        trained = name.endswith("trained")
+        found[name] = claims.alike_trained(adapters) if trained else claims.alike(adapters, basis)
+    return found
+
+
+def convergence(bench: Bench) -> Found:
+    """Mean training losses of the steps up to a quarter, a half and all of them, without cooldown, mean over the tasks.
+
+    Every mean is over a sixth of the steps; the held-out loss is that after the last.
+    """
+    steps = bench.options.steps
+    window = max(1, steps // 6)
+    found = {}
+    for rate, method in itertools.product(map(float, bench.options.rates.split(",")), METHODS):
+        runs = [bench.teach(method, task, learning_rate=rate, cooldown_steps=0) for task in bench.ends]
+        row: dict[str, float] = {"trained": runs[0][0].trained}
+        for mark in sorted({max(window, steps // 4), max(window, steps // 2), steps}):
+            row[f"to step {mark}"] = fmean(fmean(run.losses[mark - window : mark]) for run, _ in runs)
+        found[f"{method}, rate {rate:g}"] = row | {"held_out": fmean(loss for _, loss in runs)}
+    return found
+
+
+def stability(bench: Bench) -> Found:
+    """Of each task alone, over seeds of start and noise; then the mean over the tasks."""
+    found = {}
+    for method in METHODS:
+        spreads, cosines, energies = [], [], []
+        for task in bench.ends:
+            runs = [bench.teach(method, task, seed=seed) for seed in range(bench.options.seeds)]
+            spreads.append(claims.Spread.of([loss for _, loss in runs]))
+            pairs = [between(a.learned, b.learned) for (a, _), (b, _) in itertools.combinations(runs, 2)]
+            cosines += [pair["cosine"] for pair in pairs]
+            energies.append(claims.Spread.of([between(run.learned, run.learned)["energy_a"] for run, _ in runs]))
+        found[method] = {
+            "loss": fmean(one.mean for one in spreads),
+            "loss_deviation": fmean(one.deviation for one in spreads),
+            "relative_deviation": fmean(one.deviation / one.mean for one in spreads),
+            "cosine_of_seeds": fmean(cosines) if cosines else 1.0,
+            "size_deviation": fmean(one.deviation / one.mean for one in energies),
+        }
+    return found
+
+
+CLAIMS: dict[str, Callable[[Bench], Found]] = {
+    "parameters": parameters,
+    "core": core,
+    "nearest": nearest,
+    "tasks": tasks,
+    "convergence": convergence,
+    "stability": stability,
+}
+
+
+def _plain(options: argparse.Namespace) -> dict[str, Any]:
+    return {name: value for name, value in vars(options).items() if name not in ("json", "only")}
+
+
+def _table(rows: Found) -> str:
+    """A line for each row, its numbers by name."""
+    width = max(map(len, rows))
+    lines = [
+        f"  {name:<{width}}  " + "  ".join(f"{k} {_number(v)}" for k, v in row.items()) for name, row in rows.items()
+    ]
+    return "\n".join(lines)
+
+
+def _number(value: float) -> str:
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
+
+
+if __name__ == "__main__":
+    main()
