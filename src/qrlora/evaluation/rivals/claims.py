@@ -120,7 +120,7 @@ def polar_factor(matrix: Float[Tensor, "out rank"]) -> Float[Tensor, "out rank"]
 
 
 def nearest_orthonormal(weights: Mapping[str, Tensor], rank: int) -> dict[str, float]:
-    """ "Orthonormalising by QR gives the nearest orthonormal matrix in Frobenius norm": ‖A - X‖ / ‖A‖, mean over layers.
+    """ "Orthonormalising by QR gives the nearest orthonormal matrix in Frobenius norm": mean ‖A - X‖ / ‖A‖ of layers.
 
     A has three forms: the first r columns of W; those of the rank-r core U S Vᵀ; and U S, whose columns are orthogonal,
     which makes QR and polar factor one. X is the polar factor or the Q of A's QR with positive pivots.
