@@ -223,9 +223,21 @@ def trapezoid(progress: float, warm: float = 0.02, cool: float = 0.3) -> float:
 
 
 def reconstruction_loss(got: Float[Tensor, "b 3 h w"], want: Float[Tensor, "b 3 h w"]) -> Float[Tensor, ""]:
-    """L1 on pixels, on their horizontal and vertical differences, and on a 4x smaller copy."""
+    """L1 on pixels, on their horizontal and vertical differences, on a 4x smaller copy, and on local contrast.
+
+    Of grain that the latents do not tell, the first three would have nothing left: its mean is flat. The last asks for
+    as much of it as there was, wherever its bright and dark points come to lie.
+    """
     edges = (got.diff(dim=-1) - want.diff(dim=-1)).abs().mean() + (got.diff(dim=-2) - want.diff(dim=-2)).abs().mean()
-    return (got - want).abs().mean() + 0.5 * edges + (F.avg_pool2d(got, 4) - F.avg_pool2d(want, 4)).abs().mean()
+    small = (F.avg_pool2d(got, 4) - F.avg_pool2d(want, 4)).abs().mean()
+    grain = sum((local_contrast(got, side) - local_contrast(want, side)).abs().mean() for side in (4, 8))
+    return (got - want).abs().mean() + 0.5 * edges + small + grain
+
+
+def local_contrast(x: Float[Tensor, "b 3 h w"], side: int) -> Float[Tensor, "b 3 _ _"]:
+    """Standard deviation within windows of ``side`` pixels that overlap by half."""
+    mean, square = (F.avg_pool2d(part, side, side // 2) for part in (x, x.square()))
+    return (square - mean.square()).clamp(min=1e-4).sqrt()
 
 
 def autoencoder_stage(work: Path, plan: Plan) -> None:
@@ -385,13 +397,16 @@ def denoiser_stage(work: Path, plan: Plan) -> None:
 
 
 def export_stage(work: Path, plan: Plan, target: Path) -> None:
-    """Put the trained parts together and write the pipeline directory."""
-    pipe = model.build(words(work, plan), plan.seed)
-    for name in ("autoencoder", "decoder", "denoiser"):
+    """Put the trained parts together and write the pipeline directory. Without a denoiser trained here, all but the
+    decoder is the start's."""
+    alone = bool(plan.start) and not (work / "denoiser.pt").exists()
+    pipe = model.load(Path(plan.start)) if alone else model.build(words(work, plan), plan.seed)
+    for name in ("decoder",) if alone else ("autoencoder", "decoder", "denoiser"):
         if name != "decoder" or (work / "decoder.pt").exists():
             _trained(work, name, pipe)
-    pipe.vae.register_to_config(**json.loads((work / "latents.json").read_text()))
-    model.tell_words_apart(pipe, all_captions())
+    if not alone:
+        pipe.vae.register_to_config(**json.loads((work / "latents.json").read_text()))
+        model.tell_words_apart(pipe, all_captions())
     model.save(pipe, target)
     log(work, "export", path=target.name, plan=asdict(plan))
 
