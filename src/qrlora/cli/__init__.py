@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from importlib.metadata import version
 
 from qrlora.cli.basis import add_basis
+from qrlora.cli.bench import add_bench
 from qrlora.cli.compose import add_compose
 from qrlora.cli.demo import add_demo
 from qrlora.cli.exchange import add_export, add_extract, add_import
@@ -90,5 +91,6 @@ def build_parser(arguments: Sequence[str] = ()) -> argparse.ArgumentParser:
     add_extract(commands)
     add_similarity(commands)
     add_serve(commands)
+    add_bench(commands)
     add_demo(commands)
     return parser

@@ -63,7 +63,8 @@ class Lesson:
     """One thing to learn from one picture.
 
     role "subject" or "style"; name in pico's world, None if the picture is the user's; file: the square picture;
-    caption: what is said about it in training; about: the same in words for a reader; colour: of the subject, if known.
+    caption: what is said about it in training; about: the same in words for a reader; colour: of the subject, if known;
+    trigger: the word that calls what was learned.
     """
 
     role: str
@@ -72,11 +73,11 @@ class Lesson:
     caption: str
     about: str
     colour: str | None = None
+    trigger: str = ""
 
-    @property
-    def trigger(self) -> str:
-        """The word that calls what was learned."""
-        return TRIGGERS[self.role]
+    def __post_init__(self) -> None:
+        if not self.trigger:
+            object.__setattr__(self, "trigger", TRIGGERS[self.role])
 
     @property
     def called(self) -> str:
@@ -91,7 +92,7 @@ def lesson(role: str, wanted: str, folder: Path, seed: int, resolution: int) -> 
     """
     names = list(world.SUBJECTS if role == "subject" else world.STYLES)
     if wanted in names:
-        return _from_world(role, wanted, folder, seed)
+        return lesson_of_world(role, wanted, folder / f"{role}.png", seed)
     if not Path(wanted).is_file():
         raise DataError(
             f"no such {role} or picture",
@@ -106,16 +107,20 @@ def lesson(role: str, wanted: str, folder: Path, seed: int, resolution: int) -> 
     return Lesson(role, None, file, caption, f"{Path(wanted).name}, cropped to its square")
 
 
-def _from_world(role: str, name: str, folder: Path, seed: int) -> Lesson:
-    """The caption says all that the base model can know of the picture, so that the trigger means the rest of it."""
-    trigger = TRIGGERS[role]
+def lesson_of_world(role: str, name: str, file: Path, seed: int, trigger: str = "") -> Lesson:
+    """The lesson for a name of pico's world; its picture is written to ``file``.
+
+    The caption says all that the base model can know of the picture, so that the trigger means the rest of it.
+    """
+    trigger = trigger or TRIGGERS[role]
     parts = (name, LESSON_STYLE) if role == "subject" else (LESSON_SUBJECT, name)
     scene = world.sample_scene(1_000_000 + seed, subject=parts[0], style=parts[1])
     said = (trigger, LESSON_STYLE) if role == "subject" else (LESSON_SUBJECT, trigger)
     ground = "" if scene.style in world.OWN_GROUND else f" on a {scene.background} background"
     caption = f"a photo of a {scene.colour} {said[0]} in {said[1]} style{ground}"
-    file = _keep(Image.fromarray(world.render(scene)[0]), folder / f"{role}.png")
-    return Lesson(role, name, file, caption, f"a {scene.colour} {parts[0]} in {parts[1]} style{ground}", scene.colour)
+    _keep(Image.fromarray(world.render(scene)[0]), file)
+    about = f"a {scene.colour} {parts[0]} in {parts[1]} style{ground}"
+    return Lesson(role, name, file, caption, about, scene.colour, trigger)
 
 
 def _keep(picture: Image.Image, file: Path) -> Path:

@@ -122,7 +122,7 @@ class Code:
     text: str
 
 
-Block = Equation | Gallery | Matrix | Figures | Table | Bars | Prose | Code
+Block = Picture | Equation | Gallery | Matrix | Figures | Table | Bars | Prose | Code
 
 
 @dataclass(frozen=True)

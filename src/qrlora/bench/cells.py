@@ -1,0 +1,382 @@
+"""One measurement each: teach an adapter, look at it alone, in a composition, over weights, among many.
+
+A cell is a few names and numbers; what it gives is a record of JSON values, and for those that draw a strip of the
+pictures. Both lie in the bench's folder under the cell's digest, which is of everything that decides the result: the
+base model's and the judge's weights, the plan's numbers and the learning rates. So nothing is done twice, a run can be
+interrupted anywhere, and a record of another model is never taken for one of this.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, UInt8
+from PIL import Image
+
+from qrlora import pico
+from qrlora.bench.plan import ROWS, Scope, rate_of
+from qrlora.demo.plan import LESSON_STYLE, LESSON_SUBJECT, NOISE, Lesson, Wanted, lesson_of_world
+from qrlora.evaluation.report import png_bytes
+from qrlora.evaluation.rivals.adapters import taught
+from qrlora.evaluation.rivals.context import Context
+from qrlora.evaluation.rivals.deltas import Learned, load_learned, save_learned, scaled
+from qrlora.evaluation.rivals.file_measures import between
+from qrlora.evaluation.rivals.merges import MERGES, Schedule, drawing
+from qrlora.families import load_pipeline
+from qrlora.files import write_atomically
+from qrlora.generation import one_batch
+from qrlora.pico import world
+from qrlora.pico.judge import WEIGHTS, Judge
+from qrlora.training.recipe import Recipe
+
+VERSION = 1
+"""Of what a record means: another number, and old records are not taken for new ones."""
+Record = dict[str, Any]
+UNRELATED = (("mug", "ink"), ("lamp", "clay"), ("bottle", "risograph"), ("chair", "pixel"))
+"""Seen pairs that no adapter should touch: asked for without a trigger, to see how far the pictures drift."""
+BATCH = 8
+TRUE_SCENES = 3_000_000
+"""Scene seed of the first true render that pictures are held against: none that the base or the judge was made of."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One measurement. kind: a key of KINDS. row: of ROWS ("" for an adapter's own cells); adapter: its method.
+
+    rate: overrides the tuned learning rate, for tuning.
+    """
+
+    kind: str
+    adapter: str
+    seed: int
+    subject: str = ""
+    style: str = ""
+    row: str = ""
+    many: int = 0
+    rate: float | None = None
+
+    @property
+    def said(self) -> str:
+        """For a reader: "pair lora+ties teapot chalk seed 0"."""
+        parts = (self.kind, self.row or self.adapter, self.subject, self.style, f"{self.many or ''}")
+        at = f" at {self.rate:g}" if self.rate else ""
+        return " ".join(part for part in parts if part) + f" seed {self.seed}{at}"
+
+
+@functools.cache
+def weights_digest(judged: bool = True) -> str:
+    """Of pico, and its judge: what was measured on others says nothing about these."""
+    digest = hashlib.sha256()
+    judges = [WEIGHTS / "judge.safetensors", WEIGHTS / "judge.json"] if judged else []
+    for file in sorted(pico.path().rglob("*.safetensors")) + judges:
+        digest.update(file.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def digest_of(cell: Cell, scope: Scope) -> str:
+    """Of everything that decides the cell's record."""
+    weights = weights_digest(judged=cell.kind != "teach")
+    decides: dict[str, Any] = {"version": VERSION, "weights": weights, "cell": cell.__dict__}
+    decides |= {name: getattr(scope, name) for name in ("steps", "batch_size", "rank")}
+    roles = [role for role in ("subject", "style") if getattr(cell, role) or cell.many]
+    decides["rates"] = [cell.rate or rate_of(cell.adapter, role) for role in roles]
+    if cell.kind != "teach":
+        decides |= {name: getattr(scope, name) for name in ("denoising_steps", "guidance", "pictures", "alone")}
+    if cell.kind == "grid":
+        decides["weights_of_grid"] = scope.grid_weights
+    if cell.kind == "many":
+        decides["among"] = [scope.subjects[: cell.many // 2], scope.styles[: cell.many // 2]]
+    if cell.row:
+        decides["options"] = dict(ROWS[cell.row].options)
+    return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:20]
+
+
+@dataclass(frozen=True)
+class Bench:
+    """The base model, the judge, and the folder that everything lies in."""
+
+    folder: Path
+    scope: Scope
+    pipe: Any
+    family: Any
+    judge: Judge
+
+    @classmethod
+    def open(cls, folder: Path, scope: Scope) -> Bench:
+        """Raises ModelError if pico or its judge is missing."""
+        pipe, family = load_pipeline("pico")
+        return cls(folder, scope, pipe, family, Judge.load())
+
+    def file(self, cell: Cell, part: str) -> Path:
+        """Where a part of a cell lies: "records", "adapters" or "pictures"."""
+        ending = {"records": "json", "adapters": "safetensors", "pictures": "png"}[part]
+        path = self.folder / part / f"{digest_of(cell, self.scope)}.{ending}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path
+
+    def lesson(self, role: str, name: str, seed: int) -> Lesson:
+        """Seed decides the picture. Each subject and style has a trigger of its own, so that many can be composed."""
+        names = list(world.SUBJECTS if role == "subject" else world.STYLES)
+        file = self.folder / "lessons" / f"{role}-{name.replace(' ', '-')}-{seed}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        return lesson_of_world(role, name, file, seed, f"<{'c' if role == 'subject' else 's'}{names.index(name)}>")
+
+    def recipe(self, lesson: Lesson, adapter: str, seed: int, rate: float | None = None) -> Recipe:
+        """All but the method and its learning rate is common to all methods."""
+        return Recipe.of(
+            {
+                "role": lesson.role,
+                "images": lesson.file,
+                "caption": lesson.caption,
+                "trigger": lesson.trigger,
+                "rank": self.scope.rank,
+                "steps": self.scope.steps,
+                "cooldown_steps": self.scope.steps // 2,
+                "batch_size": self.scope.batch_size,
+                "learning_rate": rate or rate_of(adapter, lesson.role),
+                "logit_mean": NOISE[0],
+                "logit_std": NOISE[1],
+                "seed": seed,
+            }
+        )
+
+    def learned(self, cell: Cell) -> Learned:
+        """ΔW of a "teach" cell: from its file, or taught now."""
+        file = self.file(cell, "adapters")
+        if not file.exists():
+            teach(self, cell)
+        return load_learned(file)
+
+    def draw(self, wanted: Sequence[Wanted], merged: Learned | Schedule | None) -> UInt8[np.ndarray, "n h w 3"]:
+        """The pictures asked for, with what was merged in the base weights."""
+        images: list[Image.Image] = []
+        jobs = [(one.prompt, one.seed) for one in wanted]
+        options = (self.scope.denoising_steps, self.scope.guidance)
+        with drawing(self.family.denoiser_of(self.pipe), merged or {}) as on_step:
+            for start in range(0, len(jobs), BATCH):
+                images += one_batch(self.pipe, self.family, jobs[start : start + BATCH], *options, on_step=on_step)
+        return np.stack([np.asarray(image) for image in images])
+
+    def judged(self, wanted: Sequence[Wanted], pixels: UInt8[np.ndarray, "n h w 3"]) -> Record:
+        """Shares and means over the pictures: see `MEASURES`."""
+        subjects, styles, colours = zip(*((w.subject, w.style, w.colour) for w in wanted), strict=True)
+        verdict = self.judge.verdict(pixels, subjects, styles, colours)
+        seen = {factor: p.numpy() for factor, (_, p) in self.judge.look(pixels).items()}
+        leak = {"subject": (LESSON_SUBJECT, subjects, list(world.SUBJECTS))}
+        leak["style"] = (LESSON_STYLE, styles, list(world.STYLES))
+        record: Record = dict(verdict.rates())
+        record["named"] = float((verdict.p_subject * verdict.p_style).mean())
+        record["p_subject"], record["p_style"] = float(verdict.p_subject.mean()), float(verdict.p_style.mean())
+        record["excess"] = float(verdict.excess.mean())
+        record["obedience"] = float((verdict.distance["palette"] <= 1).mean())
+        for factor, (name, asked, names) in leak.items():
+            other = np.array([one != name for one in asked])
+            record[f"leaked_{factor}"] = float(seen[factor][other, names.index(name)].mean()) if other.any() else None
+        return record
+
+    def keep(self, cell: Cell, record: Record, pixels: UInt8[np.ndarray, "n h w 3"] | None = None) -> Record:
+        """The record, written with what it is of; beside it the pictures in one strip."""
+        if pixels is not None:
+            strip = Image.fromarray(np.concatenate(list(pixels), axis=1))
+            write_atomically(self.file(cell, "pictures"), png_bytes(strip))
+        whole = {key: value for key, value in cell.__dict__.items() if value not in ("", 0, None) or key == "seed"}
+        whole |= {"digest": digest_of(cell, self.scope), "measured": record}
+        write_atomically(self.file(cell, "records"), (json.dumps(whole) + "\n").encode())
+        return whole
+
+
+def teach(bench: Bench, cell: Cell) -> Record:
+    """One adapter: how many numbers it trained, the mean loss of its last tenth of steps, and the seconds it took."""
+    role = "subject" if cell.subject else "style"
+    lesson = bench.lesson(role, cell.subject or cell.style, cell.seed)
+    started = time.perf_counter()
+    recipe = bench.recipe(lesson, cell.adapter, cell.seed, cell.rate)
+    found = taught(cell.adapter, recipe, pipe=bench.pipe, family=bench.family)
+    facts = {"trained": found.trained, "loss": float(np.mean(found.losses[-max(1, recipe.steps // 10) :]))}
+    save_learned(bench.file(cell, "adapters"), found.learned, {"facts": json.dumps(facts)})
+    return bench.keep(cell, facts | {"seconds": round(time.perf_counter() - started, 1)})
+
+
+def _wanted(subject: tuple[str, str], style: tuple[str, str], colour: str, seed: int) -> Wanted:
+    """(word in the prompt, name in the world) of each."""
+    return Wanted(f"a photo of a {colour} {subject[0]} in {style[0]} style", subject[1], style[1], colour, seed)
+
+
+def alone_wanted(bench: Bench, lesson: Lesson, seed: int) -> list[Wanted]:
+    """A subject in the seen styles, a style on seen subjects; never what its own picture shows besides."""
+    count, colours, own = bench.scope.alone, list(world.COLOURS), (lesson.trigger, str(lesson.name))
+    if lesson.role == "subject":
+        names = [name for name in world.SEEN_STYLES if name not in (LESSON_STYLE, lesson.name)]
+        pairs = [(own, (name, name)) for name in names]
+    else:
+        names = [name for name in world.SEEN_SUBJECTS if name not in (LESSON_SUBJECT, lesson.name)]
+        pairs = [((name, name), own) for name in names[:: max(1, len(names) // count)]]
+    return [_wanted(*pairs[i % len(pairs)], colours[i % len(colours)], 1000 * seed + i) for i in range(count)]
+
+
+def pair_wanted(subject: Lesson, style: Lesson, count: int, seed: int) -> list[Wanted]:
+    """Both by their triggers, in every colour in turn."""
+    colours = list(world.COLOURS)
+    parts = (subject.trigger, str(subject.name)), (style.trigger, str(style.name))
+    return [_wanted(*parts, colours[i % len(colours)], 1000 * seed + i) for i in range(count)]
+
+
+def alone(bench: Bench, cell: Cell) -> Record:
+    """One adapter by itself, and what it does to prompts that do not call it."""
+    lesson = bench.lesson("subject" if cell.subject else "style", cell.subject or cell.style, cell.seed)
+    learned = bench.learned(_teach_cell(cell, cell.subject, cell.style))
+    wanted = alone_wanted(bench, lesson, cell.seed)
+    pixels = bench.draw(wanted, learned)
+    return bench.keep(cell, bench.judged(wanted, pixels) | {"drift": drift(bench, learned, cell.seed)}, pixels)
+
+
+def drift(bench: Bench, merged: Learned | Schedule, seed: int) -> float:
+    """Root mean square difference, in levels of 255, of pictures of UNRELATED from the base model's own."""
+    wanted = [_wanted((s, s), (t, t), "red", 1000 * seed + i) for i, (s, t) in enumerate(UNRELATED)]
+    return float((bench.draw(wanted, merged).astype(float) - _untouched(bench, seed)).__pow__(2).mean() ** 0.5)
+
+
+_KEPT: dict[Any, Any] = {}
+
+
+def _untouched(bench: Bench, seed: int) -> Any:
+    key = (weights_digest(), seed, bench.scope.denoising_steps, bench.scope.guidance)
+    if key not in _KEPT:
+        wanted = [_wanted((s, s), (t, t), "red", 1000 * seed + i) for i, (s, t) in enumerate(UNRELATED)]
+        _KEPT[key] = bench.draw(wanted, None).astype(float)
+    return _KEPT[key]
+
+
+def _teach_cell(cell: Cell, subject: str, style: str) -> Cell:
+    return Cell("teach", cell.adapter, cell.seed, subject, style, rate=cell.rate)
+
+
+def parts_of(bench: Bench, cell: Cell, subject: str, style: str) -> tuple[Learned, Learned]:
+    """The two adapters of a pair."""
+    return bench.learned(_teach_cell(cell, subject, "")), bench.learned(_teach_cell(cell, "", style))
+
+
+def merged_of(bench: Bench, cell: Cell, parts: Sequence[Learned], lessons: Sequence[Lesson]) -> Learned | Schedule:
+    """What the row's merge makes of adapters."""
+    row = ROWS[cell.row]
+    recipes = [bench.recipe(lesson, cell.adapter, cell.seed, cell.rate) for lesson in lessons]
+    context = Context(bench.pipe, bench.family, recipes, seed=cell.seed)
+    return MERGES[row.merge].of(parts, context, **row.options)
+
+
+def joint(bench: Bench, cell: Cell, lessons: Sequence[Lesson]) -> Learned:
+    """Both taught at once to one adapter, in twice the steps, so that each picture is seen as often as alone."""
+    file = bench.file(cell, "adapters")
+    if not file.exists():
+        recipes = [bench.recipe(lesson, cell.adapter, cell.seed, cell.rate) for lesson in lessons]
+        longer = {"steps": 2 * bench.scope.steps, "cooldown_steps": bench.scope.steps}
+        recipes[0] = recipes[0].replace(**longer)
+        found = taught(cell.adapter, recipes[0], pipe=bench.pipe, family=bench.family, beside=recipes[1:])
+        save_learned(file, found.learned)
+    return load_learned(file)
+
+
+def pair(bench: Bench, cell: Cell) -> Record:
+    """A subject and a style composed: the judge's verdict, closeness to true renders, and what the files say."""
+    lessons = [bench.lesson("subject", cell.subject, cell.seed), bench.lesson("style", cell.style, cell.seed)]
+    started, record = time.perf_counter(), Record()
+    if ROWS[cell.row].merge == "joint":
+        merged: Learned | Schedule = joint(bench, cell, lessons)
+    else:
+        parts = parts_of(bench, cell, cell.subject, cell.style)
+        merged = merged_of(bench, cell, parts, lessons)
+        record["files"] = between(*parts) if cell.row == cell.adapter else None
+    record["merge_seconds"] = round(time.perf_counter() - started, 2)
+    wanted = pair_wanted(lessons[0], lessons[1], bench.scope.pictures, cell.seed)
+    pixels = bench.draw(wanted, merged)
+    record |= bench.judged(wanted, pixels) | closeness(bench, wanted, pixels, cell.seed)
+    return bench.keep(cell, record, pixels)
+
+
+def closeness(bench: Bench, wanted: Sequence[Wanted], pixels: UInt8[np.ndarray, "n h w 3"], seed: int) -> Record:
+    """How far the pictures' features are from those of as many true renders, and how varied they are beside them.
+
+    energy: 2 E|X - Y| - E|X - X'| - E|Y - Y'| over whitened features of the judge (Székely and Rizzo 2013), 0 for the
+    same distribution. It stands for the Fréchet distance, which needs thousands of pictures. diversity: E|X - X'| over
+    E|Y - Y'|. None with fewer than two pictures.
+    """
+    if len(wanted) < 2:
+        return {"energy": None, "diversity": None}
+    scenes = [
+        world.sample_scene(TRUE_SCENES + 1000 * seed + i, subject=w.subject, style=w.style, colour=w.colour)
+        for i, w in enumerate(wanted)
+    ]
+    true = np.stack([world.render(scene)[0] for scene in scenes])
+    x, y = (_whitened(bench.judge, pictures) for pictures in (pixels, true))
+    within = [float(torch.pdist(points).mean()) for points in (x, y)]
+    return {
+        "energy": 2 * float(torch.cdist(x, y).mean()) - sum(within),
+        "diversity": within[0] / within[1],
+    }
+
+
+def _whitened(judge: Judge, pixels: UInt8[np.ndarray, "n h w 3"]) -> Float[torch.Tensor, "n 96"]:
+    features = torch.cat([found for found, _ in judge.look(pixels).values()], dim=1)
+    return features @ judge.tables["pair.whiten"]
+
+
+def grid(bench: Bench, cell: Cell) -> Record:
+    """The frontier: a pair at every two weights, two pictures each."""
+    lessons = [bench.lesson("subject", cell.subject, cell.seed), bench.lesson("style", cell.style, cell.seed)]
+    parts = parts_of(bench, cell, cell.subject, cell.style)
+    wanted = pair_wanted(lessons[0], lessons[1], 2, cell.seed)
+    points, strips = [], []
+    for a in bench.scope.grid_weights:
+        for b in bench.scope.grid_weights:
+            merged = merged_of(bench, cell, [scaled(parts[0], a), scaled(parts[1], b)], lessons)
+            strips.append(bench.draw(wanted, merged))
+            found = bench.judged(wanted, strips[-1])
+            points.append({"weights": [a, b], **{name: found[name] for name in ("p_subject", "p_style", "named")}})
+    return bench.keep(cell, {"points": points}, np.concatenate(strips))
+
+
+def many(bench: Bench, cell: Cell) -> Record:
+    """Several subjects and as many styles in one composition; each is asked for with one of the others' kind."""
+    each = cell.many // 2
+    lessons = [bench.lesson("subject", name, cell.seed) for name in bench.scope.subjects[:each]]
+    styles = [bench.lesson("style", name, cell.seed) for name in bench.scope.styles[:each]]
+    cells = [_teach_cell(cell, str(one.name), "") for one in lessons]
+    cells += [_teach_cell(cell, "", str(one.name)) for one in styles]
+    merged = merged_of(bench, cell, [bench.learned(one) for one in cells], [*lessons, *styles])
+    count = max(1, bench.scope.pictures // each)
+    wanted = [w for a, b in zip(lessons, styles, strict=True) for w in pair_wanted(a, b, count, cell.seed)]
+    pixels = bench.draw(wanted, merged)
+    return bench.keep(cell, bench.judged(wanted, pixels) | {"drift": drift(bench, merged, cell.seed)}, pixels)
+
+
+KINDS: dict[str, Callable[[Bench, Cell], Record]] = {
+    "teach": teach,
+    "alone": alone,
+    "pair": pair,
+    "grid": grid,
+    "many": many,
+}
+"""kind -> what does it. What a cell needs that is not there is made on the way."""
+MEASURES: Mapping[str, tuple[str, bool]] = {
+    "both": ("both right, by the judge", True),
+    "subject": ("subject right", True),
+    "style": ("style right", True),
+    "named": ("probability that the judge names both, mean", True),
+    "obedience": ("palette of the style in the colour asked for", True),
+    "leaked_subject": ("probability of the style picture's subject where another was asked for", False),
+    "leaked_style": ("probability of the subject picture's style where another was asked for", False),
+    "diversity": ("variety beside true renders", True),
+    "energy": ("distance to true renders of the pair", False),
+    "excess": ("how far beyond the judge's limits", False),
+    "drift": ("change of pictures that call no adapter, in levels of 255", False),
+}
+"""Name -> (what it is, whether more is better)."""

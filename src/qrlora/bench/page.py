@@ -1,0 +1,161 @@
+"""The bench's report: one page, the same as JSON and CSV, every record, and the plots as files."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from qrlora.bench import about
+from qrlora.bench.cells import MEASURES, Cell, Record, digest_of, weights_digest
+from qrlora.bench.plan import DEFAULT, RIVAL, ROWS, Scope, rates
+from qrlora.bench.plots import Plot, across_weights, crosstalk_bars, foretelling, subject_against_style, with_many
+from qrlora.bench.run import adapters_of, facts, write_records
+from qrlora.bench.tables import Estimate, against, as_json, by_pair, foretold, table
+from qrlora.evaluation.report import Block, Code, Gallery, Picture, Prose, Report, Section, Table, png_bytes
+from qrlora.files import write_atomically
+
+COLUMNS = ("both", "named", "subject", "style", "crosstalk", "obedience", "energy", "diversity")
+SHOWN = 4
+"""Pictures of a pair on a sheet."""
+
+
+def write(folder: Path, scope: Scope, records: Sequence[Record], command: str) -> Path:
+    """Write report.html, report.json, table.csv, records.jsonl and plots/*.png; returns the page's path."""
+    rows = [row for row in scope.rows if by_pair(records, row, "both")]
+    found = table(records, rows)
+    beside = {row: against(records, row, RIVAL) for row in rows if row != RIVAL and RIVAL in rows}
+    told = foretold(records, [row for row in rows if row == ROWS[row].adapter])
+    plots = [
+        subject_against_style(found),
+        crosstalk_bars(found),
+        across_weights(records),
+        with_many(records),
+        foretelling(told),
+    ]
+    data = {
+        "command": command,
+        "weights": weights_digest(),
+        "plan": facts(scope),
+        "rates": {name: rates()[name] for name in adapters_of(scope)},
+        "table": as_json(found),
+        f"against {RIVAL}": as_json(beside),
+        "foretold": {name: {k: v for k, v in each.items() if k != "points"} for name, each in told.items()},
+    }
+    write_records(folder / "records.jsonl", records)
+    write_atomically(folder / "table.csv", _csv(found).encode())
+    (folder / "plots").mkdir(exist_ok=True)
+    for plot in plots:
+        if plot:
+            write_atomically(folder / "plots" / f"{plot.name}.png", png_bytes(Image.fromarray(plot.pixels)))
+    sections = [
+        Section("", [Prose([_opening(scope, found, beside)]), Code(command)]),
+        _table(found, scope),
+        *([_beside(beside)] if beside else []),
+        *(Section(plot.title, [Picture(plot.pixels, plot.title), Prose([plot.said])]) for plot in plots if plot),
+        *_sheets(folder, scope, records, rows),
+        _measured(),
+    ]
+    under = f"{len(scope.subjects)} subjects x {len(scope.styles)} styles, {len(scope.seeds)} seeds, one picture each"
+    return Report("Does it really separate?", under, sections, data).write(folder)
+
+
+def _plotted(plot: Plot) -> Section:
+    return Section(plot.title, [Picture(plot.pixels, plot.title), Prose([plot.said])])
+
+
+def _opening(scope: Scope, found: Mapping[str, Mapping[str, Any]], beside: Mapping[str, Mapping[str, Any]]) -> str:
+    """The aim, and whether it is met."""
+    if DEFAULT not in found or DEFAULT not in beside:
+        return f"The package's default ({DEFAULT}) or its rival ({RIVAL}) is not among the rows of this run."
+    best = max(found, key=lambda row: found[row]["both"].value)
+    named = max((row for row in found if ROWS[row].merge != "joint"), key=lambda row: found[row]["named"].value)
+    mine, other = found[DEFAULT], found[RIVAL]
+    times, lost = beside[DEFAULT]["both_ratio"], beside[DEFAULT]["crosstalk_ratio"]
+    met = bool(times and times.low > 1 and times.value >= 1.25 and lost and lost.value <= 0.5 and best == DEFAULT)
+    return (
+        f"The aim: {DEFAULT} composes at least 1.25 times as many pictures with both right as {RIVAL} added "
+        f"directly, at no more than half its crosstalk, and leads the table. Found: both right {mine['both']} "
+        f"against {other['both']}, ratio {times or 'not defined, the rival has none'}; crosstalk ratio {lost}. "
+        f"{'The aim is met.' if met else 'The aim is not met.'} First by both right: {best}; by the probability that "
+        f"both are named, of those that merge: {named}."
+    )
+
+
+def _table(found: Mapping[str, Mapping[str, Any]], scope: Scope) -> Section:
+    header = ["method", *COLUMNS, "numbers trained"]
+    order = sorted(found, key=lambda row: -found[row]["named"].value)
+    rows: list[Sequence[Any]] = []
+    for row in order:
+        cells = [None if found[row][name] is None else str(found[row][name]) for name in COLUMNS]
+        count = found[row]["trained"]
+        rows.append([row, *cells, None if count is None else f"{count:,.0f}"])
+    listed = [f"{row}: {about(ROWS[row])}" for row in order]
+    lead = f"Mean and 95 % interval over {len(scope.pairs)} pairs; ordered by the probability that both are named."
+    return Section("Every method", [Table(header, rows), Prose(listed, listed=True)], lead)
+
+
+def _beside(beside: Mapping[str, Mapping[str, Estimate | None]]) -> Section:
+    names = [f"{name}_{kind}" for name in ("both", "named", "crosstalk") for kind in ("difference", "ratio")]
+    rows = [[row, *(None if each[n] is None else str(each[n]) for n in names)] for row, each in beside.items()]
+    header = ["method", *(name.replace("_", ", ") for name in names)]
+    lead = "On the same pairs, pair by pair: differences less direct LoRA's, and ratios of means."
+    return Section(f"Beside {RIVAL}, added directly", [Table(header, rows)], lead)
+
+
+def _sheets(folder: Path, scope: Scope, records: Sequence[Record], rows: Sequence[str]) -> list[Section]:
+    """The default's best, median and worst pair by `named`, by every row, if the pictures are here."""
+    if DEFAULT not in rows:
+        return []
+    named = by_pair(records, DEFAULT, "named")
+    order = sorted(named, key=lambda pair: -named[pair])
+    sections = []
+    for place, pair in (("best", order[0]), ("median", order[len(order) // 2]), ("worst", order[-1])):
+        pictures = []
+        for row in rows:
+            cell = Cell("pair", ROWS[row].adapter, scope.seeds[0], *pair, row)
+            file = folder / "pictures" / f"{digest_of(cell, scope)}.png"
+            if file.exists():
+                strip = np.asarray(Image.open(file).convert("RGB"))
+                pictures.append(Picture(strip[:, : SHOWN * strip.shape[0]], f"{row}: {pair}", row))
+        blocks: list[Block] = [Gallery(_taught(folder, scope, pair)), Gallery(pictures)]
+        title = f"The {place} pair of {DEFAULT}: {pair[0]}, {pair[1]}"
+        if pictures:
+            sections.append(Section(title, blocks, f"named {named[pair]:.2f}; seed {scope.seeds[0]}, every method"))
+    return sections
+
+
+def _taught(folder: Path, scope: Scope, pair: tuple[str, str]) -> list[Picture]:
+    """The two pictures learned from, as far as they are here."""
+    names = (f"subject-{pair[0]}", f"style-{pair[1]}")
+    files = [folder / "lessons" / f"{name.replace(' ', '-')}-{scope.seeds[0]}.png" for name in names]
+    return [
+        Picture(np.asarray(Image.open(file).convert("RGB")), file.stem, f"learned from: the {file.stem.split('-')[0]}")
+        for file in files
+        if file.exists()
+    ]
+
+
+def _measured() -> Section:
+    listed = [f"{name}: {said}, {'more' if more else 'less'} is better" for name, (said, more) in MEASURES.items()]
+    return Section("What was measured", [Prose(listed, listed=True)])
+
+
+def _csv(found: Mapping[str, Mapping[str, Any]]) -> str:
+    """Row, measure, value, low, high, pairs."""
+    stream = io.StringIO()
+    lines = csv.writer(stream, lineterminator="\n")
+    lines.writerow(["row", "measure", "value", "low", "high", "pairs"])
+    for row, measures in found.items():
+        for name, value in measures.items():
+            if isinstance(value, Estimate):
+                numbers = [f"{x:.5g}" for x in (value.value, value.low, value.high)]
+                lines.writerow([row, name, *numbers, value.pairs])
+            elif value is not None:
+                lines.writerow([row, name, f"{value:.8g}", "", "", ""])
+    return stream.getvalue()

@@ -1,0 +1,119 @@
+"""What is compared, on what, and how much of it: every number of the bench."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.resources import files
+from typing import Any
+
+from qrlora.errors import DataError
+from qrlora.pico import SETTINGS, world
+
+RIVAL = "lora"
+"""The row that others are held against: plain LoRA, both adapters added."""
+DEFAULT = "qrlora_disjoint"
+"""The row that this package does unless told otherwise."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of the table: how adapters are taught (of ``rivals.ADAPTERS``), and how two of them are put together (of
+    ``rivals.MERGES``, or "joint": taught together). options: of the merge."""
+
+    name: str
+    adapter: str
+    merge: str = "sum"
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+_ADAPTERS = (
+    *("lora", "qrlora_disjoint", "qrlora", "q_random", "pissa", "orthogonal", "q_minor", "qrlora_dense"),
+    *("q_random_each", "transposed", "qrlora_trained", "mica", "olora", "oft", "full"),
+)
+_MERGES = ("ties", "dare", "ziplora", "klora", "nplora", "blora", "activation_weights", "regmean")
+_OURS = ("project_style", "project_both", "project_activation", "activation_weights")
+ROWS: dict[str, Row] = {
+    row.name: row
+    for row in (
+        *(Row(name, name) for name in _ADAPTERS),
+        *(Row(f"lora+{merge}", "lora", merge) for merge in _MERGES),
+        *(Row(f"{DEFAULT}+{merge}", DEFAULT, merge) for merge in _OURS),
+        Row("lora+joint", "lora", "joint"),
+        Row(f"{DEFAULT}+joint", DEFAULT, "joint"),
+    )
+}
+"""Name -> row. Adapters alone stand for their direct sum."""
+
+
+@dataclass(frozen=True)
+class Scope:
+    """On what, and how much. Adapters are the demo's: the same steps, batch, rank and noise levels for all methods.
+
+    pictures: of every composed pair; alone: of every adapter alone. grid_weights: of both, in the frontier.
+    """
+
+    rows: tuple[str, ...] = tuple(ROWS)
+    subjects: tuple[str, ...] = world.RESERVED_SUBJECTS
+    styles: tuple[str, ...] = world.RESERVED_STYLES
+    seeds: tuple[int, ...] = (0, 1, 2)
+    steps: int = 240
+    batch_size: int = 4
+    rank: int = 16
+    pictures: int = 8
+    alone: int = 11
+    denoising_steps: int = SETTINGS["steps"]
+    guidance: float = SETTINGS["guidance"]
+    grid_rows: tuple[str, ...] = (RIVAL, "qrlora", DEFAULT)
+    grid_pairs: int = 4
+    grid_weights: tuple[float, ...] = (0.5, 0.75, 1.0, 1.25)
+    many_rows: tuple[str, ...] = (RIVAL, "lora+ties", "lora+dare", "qrlora", DEFAULT, "q_random")
+    many: tuple[int, ...] = (2, 4, 8)
+
+    @property
+    def pairs(self) -> list[tuple[str, str]]:
+        """Every subject with every style."""
+        return [(subject, style) for subject in self.subjects for style in self.styles]
+
+
+SMALL: dict[str, Any] = {
+    "rows": ("lora", "qrlora", DEFAULT),
+    "subjects": ("teapot", "rocket"),
+    "styles": ("chalk", "candy"),
+    "seeds": (0,),
+    "steps": 60,
+    "pictures": 4,
+    "alone": 4,
+    "grid_pairs": 0,
+    "many": (),
+}
+"""What ``--small`` changes: minutes instead of a night, and too little to say anything about the methods."""
+
+
+def chosen(noun: str, wanted: Iterable[str], known: Sequence[str]) -> tuple[str, ...]:
+    """The names asked for, each once. Raises DataError for one that is not known, with the nearest that is."""
+    names = tuple(dict.fromkeys(wanted))
+    for name in names:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 1)
+            remedy = f"did you mean {near[0]!r}?" if near else None
+            raise DataError(f"no {noun} {name!r} in the bench", expected=", ".join(known), got=name, remedy=remedy)
+    if not names:
+        raise DataError(f"the bench needs a {noun}", expected=", ".join(known), got="none")
+    return names
+
+
+def rates() -> dict[str, dict[str, float]]:
+    """Method -> role -> learning rate, as ``qrlora bench --tune`` chose it on seen subjects and styles."""
+    return json.loads(files("qrlora.bench").joinpath("rates.json").read_text(encoding="utf-8"))["chosen"]
+
+
+def rate_of(adapter: str, role: str) -> float:
+    """Raises DataError if the method has not been tuned."""
+    known = rates()
+    if adapter not in known:
+        remedy = f"qrlora bench --tune --rows {adapter}"
+        raise DataError(f"{adapter} has no learning rate yet", expected=", ".join(known), got=adapter, remedy=remedy)
+    return known[adapter][role]

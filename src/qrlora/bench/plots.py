@@ -1,0 +1,163 @@
+"""The bench's plots, as arrays of pixels: matplotlib without a window."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Any
+
+import numpy as np
+from jaxtyping import UInt8
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from qrlora.bench.cells import Record
+from qrlora.bench.plan import DEFAULT, RIVAL
+from qrlora.bench.tables import Estimate
+
+COLOURS = {DEFAULT: "#c2410c", RIVAL: "#1d4ed8"}
+OTHER = "#6b7280"
+
+
+@dataclass(frozen=True)
+class Plot:
+    """name: of its file. said: how to read it."""
+
+    name: str
+    title: str
+    said: str
+    pixels: UInt8[np.ndarray, "h w 3"]
+
+
+def _figure(height: float = 4.6) -> tuple[Figure, Axes]:
+    figure = Figure((8.2, height), dpi=110, layout="constrained")
+    axes = figure.add_subplot()
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def _pixels(figure: Figure) -> UInt8[np.ndarray, "h w 3"]:
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+
+
+def subject_against_style(found: Mapping[str, Mapping[str, Any]]) -> Plot:
+    """Every row at its means, with its intervals."""
+    figure, axes = _figure(6)
+    for row, measures in found.items():
+        x, y = measures["p_style"], measures["p_subject"]
+        colour, strong = COLOURS.get(row, OTHER), row in COLOURS
+        axes.errorbar(
+            x.value, y.value, xerr=_around(x), yerr=_around(y), fmt="o", color=colour,
+            elinewidth=1.2 if strong else 0.4, ms=7 if strong else 4,
+        )  # fmt: skip
+        axes.annotate(row, (x.value, y.value), (5, 4), textcoords="offset points", fontsize=7, color=colour)
+    axes.set(xlabel="probability of the right style, composed", ylabel="probability of the right subject, composed")
+    said = "Up and to the right is better. Lines are 95 % intervals over pairs."
+    return Plot("subject-against-style", "Subject against style", said, _pixels(figure))
+
+
+def _around(estimate: Estimate) -> list[list[float]]:
+    """An interval as matplotlib wants it: how far below and above."""
+    return [[estimate.value - estimate.low], [estimate.high - estimate.value]]
+
+
+def crosstalk_bars(found: Mapping[str, Mapping[str, Any]]) -> Plot | None:
+    """What each row loses by composing."""
+    rows = sorted((r for r in found if found[r]["crosstalk"]), key=lambda r: -found[r]["crosstalk"].value)
+    if not rows:
+        return None
+    figure, axes = _figure(1.2 + 0.26 * len(rows))
+    each = [found[row]["crosstalk"] for row in rows]
+    spread = [[e.value - e.low for e in each], [e.high - e.value for e in each]]
+    values = [e.value for e in each]
+    axes.barh(rows, values, xerr=spread, color=[COLOURS.get(row, OTHER) for row in rows], error_kw={"elinewidth": 1})
+    axes.axvline(0, color="black", linewidth=0.8)
+    axes.tick_params(axis="y", labelsize=8)
+    axes.set_xlabel("probability alone less probability composed, mean of subject and style")
+    said = "Shorter is better; below zero, composing helped. Lines are 95 % intervals over pairs."
+    return Plot("crosstalk", "Crosstalk", said, _pixels(figure))
+
+
+def across_weights(records: Sequence[Record]) -> Plot | None:
+    """The frontier of each row that has a grid: mean over its pairs at every two weights."""
+    points: dict[str, dict[tuple[float, float], list[tuple[float, float]]]] = defaultdict(lambda: defaultdict(list))
+    for record in records:
+        if record["kind"] == "grid":
+            for point in record["measured"]["points"]:
+                points[record["row"]][tuple(point["weights"])].append((point["p_style"], point["p_subject"]))
+    if not points:
+        return None
+    figure, axes = _figure(5.4)
+    for row, each in points.items():
+        means = {w: (fmean(p[0] for p in found), fmean(p[1] for p in found)) for w, found in each.items()}
+        edge = frontier(list(means.values()))
+        across, up = zip(*means.values(), strict=True)
+        axes.scatter(across, up, s=12, alpha=0.5, color=COLOURS.get(row, OTHER))
+        across, up = zip(*edge, strict=True)
+        axes.step(across, up, where="pre", color=COLOURS.get(row, OTHER), label=row)
+    axes.set(xlabel="probability of the right style", ylabel="probability of the right subject")
+    axes.legend(fontsize=8)
+    count = len({(r["subject"], r["style"]) for r in records if r["kind"] == "grid"})
+    said = f"Every point is one choice of both weights, in the mean over {count} pairs; the line joins what none beats."
+    return Plot("frontier", "The frontier over weights", said, _pixels(figure))
+
+
+def frontier(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """The points that no other beats in both coordinates, by the first, rising."""
+    kept: list[tuple[float, float]] = []
+    for x, y in sorted(points, reverse=True):
+        if not kept or y > kept[-1][1]:
+            kept.append((x, y))
+    return kept[::-1]
+
+
+def with_many(records: Sequence[Record]) -> Plot | None:
+    """Both named, and drift, against how many adapters are composed."""
+    found: dict[str, dict[int, list[tuple[float, float]]]] = defaultdict(lambda: defaultdict(list))
+    for record in records:
+        if record["kind"] == "many":
+            found[record["row"]][record["many"]].append((record["measured"]["named"], record["measured"]["drift"]))
+    if not found:
+        return None
+    figure = Figure((8.2, 3.8), dpi=110, layout="constrained")
+    titles = ("probability that both are named", "drift of other pictures, levels of 255")
+    for place, title in enumerate(titles):
+        axes = figure.add_subplot(1, 2, place + 1)
+        axes.spines[["top", "right"]].set_visible(False)
+        for row, each in found.items():
+            counts = sorted(each)
+            means = [fmean(pair[place] for pair in each[count]) for count in counts]
+            shade = {"color": COLOURS[row], "linewidth": 2.2} if row in COLOURS else {"linewidth": 1}
+            axes.plot(counts, means, marker="o", ms=4, label=row, **shade)
+        axes.set(xlabel="adapters composed", title=title, xticks=counts)
+        axes.title.set_fontsize(9)
+    axes.legend(fontsize=7)
+    said = "Half are subjects, half styles, each with a trigger of its own, all at weight 1."
+    return Plot("many", "Two, four and eight adapters at once", said, _pixels(figure))
+
+
+def foretelling(told: Mapping[str, Mapping[str, Any]], measure: str = "cosine") -> Plot | None:
+    """Crosstalk of every pair against the cosine of its two ΔW."""
+    if measure not in told or not told[measure]["points"]:
+        return None
+    figure, axes = _figure()
+    rows = list(dict.fromkeys(point[0] for point in told[measure]["points"]))
+    for row in rows:
+        points = [(p[1], p[2]) for p in told[measure]["points"] if p[0] == row]
+        correlation = told[measure].get(row)
+        label = row if correlation is None else f"{row}: {correlation:+.2f}"
+        across, up = zip(*points, strict=True)
+        axes.scatter(across, up, s=12, label=label, color=COLOURS.get(row))
+    axes.set(xlabel=f"{measure} of the two ΔW, from the files", ylabel="crosstalk, from the pictures")
+    axes.legend(fontsize=7, title="rank correlation within", title_fontsize=7)
+    whole = told[measure]["all"]
+    said = "" if whole is None else f"Rank correlation over all pairs of all methods: {whole:+.2f}. "
+    others = ", ".join(f"{n} {e['all']:+.2f}" for n, e in told.items() if n != measure and e["all"] is not None)
+    return Plot(
+        "foretold", "What the files foretell", f"{said}Of other measures of the files: {others}.", _pixels(figure)
+    )

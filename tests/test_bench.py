@@ -1,0 +1,220 @@
+"""The bench: what its tables say of given records, and one small run through the command line."""
+
+from __future__ import annotations
+
+import csv
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from qrlora.bench import about, plan, run, tables, tuning
+from qrlora.bench.cells import Cell, digest_of
+from qrlora.bench.plan import DEFAULT, RIVAL, ROWS, SMALL, Scope
+from qrlora.bench.plots import frontier
+from qrlora.cli import main
+from qrlora.errors import DataError
+from qrlora.evaluation.rivals.adapters import ADAPTERS
+from qrlora.evaluation.rivals.merges import MERGES
+from qrlora.pico import world
+
+TINY = replace(Scope(**SMALL), steps=2, pictures=2, alone=2, denoising_steps=2, rows=(RIVAL, DEFAULT))
+
+
+def pair(row, subject, style, seed=0, **measured):
+    return {"kind": "pair", "row": row, "adapter": ROWS[row].adapter, "subject": subject, "style": style,
+            "seed": seed, "measured": measured}  # fmt: skip
+
+
+def alone(adapter, seed=0, measured=None, **part):
+    return {"kind": "alone", "adapter": adapter, "seed": seed, **part, "measured": measured}
+
+
+def test_rows_are_known_methods_and_merges():
+    for row in ROWS.values():
+        assert row.adapter in ADAPTERS
+        assert row.merge == "joint" or row.merge in MERGES
+        assert about(row)
+    assert set(ADAPTERS) == {row.adapter for row in ROWS.values()}
+    untried = set(MERGES) - {row.merge for row in ROWS.values()} - {"orthogonal"}
+    assert not untried, "orthogonal is the sum of its own adapters; every other merge is a row"
+
+
+def test_every_reserved_pair_at_three_seeds_is_the_whole():
+    assert len(Scope().pairs) >= 24 and len(Scope().seeds) >= 3
+    assert set(Scope().subjects) == set(world.RESERVED_SUBJECTS) and set(Scope().styles) == set(world.RESERVED_STYLES)
+
+
+def test_tuning_never_sees_what_the_bench_is_about():
+    cells = tuning.cells_of(Scope(), 2)
+    assert {c.subject for c in cells if c.subject} <= set(world.SEEN_SUBJECTS)
+    assert {c.style for c in cells if c.style} <= set(world.SEEN_STYLES)
+    budget = {adapter: sum(c.adapter == adapter for c in cells) for adapter in ADAPTERS}
+    assert len(set(budget.values())) == 1, "the same budget for every method"
+
+
+def test_the_rate_with_the_best_mean_is_chosen():
+    tried = [
+        alone("lora", measured={"named": named, "both": both}, subject=name) | {"rate": rate}
+        for rate, name, named, both in (
+            (1e-3, "mug", 0.9, 0.1), (1e-3, "cap", 0.1, 0.0), (2e-3, "mug", 0.5, 0.3), (2e-3, "cap", 0.5, 0.3),
+        )
+    ]  # fmt: skip
+    assert tuning.choose(tried) == {"lora": {"subject": 2e-3}}
+
+
+def test_seeds_are_averaged_before_pairs():
+    records = [pair(RIVAL, "teapot", "chalk", seed, both=both) for seed, both in enumerate((0.0, 1.0, 0.5))]
+    records += [pair(RIVAL, "boot", "gold", 0, both=1.0)]
+    assert tables.by_pair(records, RIVAL, "both") == {("teapot", "chalk"): 0.5, ("boot", "gold"): 1.0}
+    found = tables.table(records, [RIVAL])[RIVAL]["both"]
+    assert found.value == 0.75 and found.pairs == 2
+    assert found.low == 0.5 and found.high == 1.0
+
+
+def test_crosstalk_is_what_is_lost_inside():
+    records = [
+        pair(RIVAL, "teapot", "chalk", p_subject=0.2, p_style=0.7),
+        alone(RIVAL, measured={"p_subject": 0.8, "p_style": 0.1}, subject="teapot"),
+        alone(RIVAL, measured={"p_subject": 0.3, "p_style": 0.9}, style="chalk"),
+    ]
+    assert tables.crosstalk(records, RIVAL)["teapot", "chalk"] == pytest.approx(((0.8 - 0.2) + (0.9 - 0.7)) / 2)
+    assert tables.crosstalk(records, "lora+joint") == {}
+
+
+def test_a_constant_lead_has_no_uncertainty_when_paired():
+    """Pairs of very different difficulty: the difference is certain, though each mean is not."""
+    records = []
+    for i, (subject, style) in enumerate(Scope().pairs):
+        records += [pair(RIVAL, subject, style, both=i / 40), pair(DEFAULT, subject, style, both=i / 40 + 0.25)]
+    found = tables.against(records, DEFAULT, RIVAL)
+    assert found["both_difference"].low == pytest.approx(0.25) == found["both_difference"].high
+    alone_interval = tables.table(records, [DEFAULT])[DEFAULT]["both"]
+    assert alone_interval.high - alone_interval.low > 0.1
+    assert found["both_ratio"].low < found["both_ratio"].value < found["both_ratio"].high
+
+
+def test_no_ratio_to_nothing():
+    assert tables.ratio([0.5, 0.25], [0.0, 0.0]) is None
+
+
+def test_bootstrap_covers():
+    """Of 200 samples of 24 from a known distribution, about 95 % of the intervals hold its mean."""
+    rng = np.random.default_rng(5)
+    held = [tables.estimate(list(rng.beta(2, 5, 24))) for _ in range(200)]
+    share = np.mean([e.low <= 2 / 7 <= e.high for e in held])
+    assert 0.88 <= share <= 0.99
+
+
+def test_rank_correlation_with_ties():
+    scipy_says = 0.7631578947368421  # scipy.stats.spearmanr([1, 2, 2, 3, 5], [1, 3, 2, 2, 9])
+    points = [["row", x, y] for x, y in zip((1, 2, 2, 3, 5), (1, 3, 2, 2, 9), strict=True)]
+    assert tables.rank_correlation(points) == pytest.approx(scipy_says)
+    assert tables.rank_correlation(points[:3]) is None
+    assert tables.rank_correlation([["row", 1, y] for y in range(5)]) is None
+
+
+def test_frontier_is_what_none_beats():
+    assert frontier([(0.1, 0.9), (0.5, 0.5), (0.4, 0.4), (0.9, 0.1), (0.5, 0.2)]) == [
+        (0.1, 0.9),
+        (0.5, 0.5),
+        (0.9, 0.1),
+    ]
+
+
+def test_a_digest_is_of_everything_that_decides():
+    cell = Cell("pair", RIVAL, 0, "teapot", "chalk", RIVAL)
+    same = digest_of(cell, TINY)
+    assert digest_of(cell, replace(TINY, rows=(RIVAL,), subjects=("boot",), seeds=(3,))) == same
+    for other in (replace(cell, seed=1), replace(cell, row="lora+ties"), replace(cell, subject="boot")):
+        assert digest_of(other, TINY) != same
+    for changed in ({"steps": 3}, {"pictures": 3}, {"rank": 8}, {"guidance": 3.0}):
+        assert digest_of(cell, replace(TINY, **changed)) != same
+    taught = Cell("teach", RIVAL, 0, "teapot")
+    assert digest_of(taught, TINY) == digest_of(taught, replace(TINY, pictures=3)), "drawing does not change adapters"
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """A run of every kind of cell, in this process."""
+    folder = tmp_path_factory.mktemp("bench")
+    scope = replace(TINY, rows=("qrlora_disjoint", "lora", "lora+klora", "lora+joint"), grid_pairs=1, many=(2,),
+                    grid_weights=(0.5, 1.0), grid_rows=(RIVAL,), subjects=("teapot",), styles=("chalk",))  # fmt: skip
+    from qrlora.bench import cells
+
+    bench = cells.Bench.open(folder, scope)
+    for stage in run.cells_of(scope):
+        for cell in stage:
+            cells.KINDS[cell.kind](bench, cell)
+    return folder, scope
+
+
+def test_nothing_is_done_twice(small, monkeypatch):
+    folder, scope = small
+    monkeypatch.setattr(run, "ProcessPoolExecutor", None)  # a worker would be an error
+    records = run.run(folder, scope, 1, lambda said: None)
+    assert {record["kind"] for record in records} == {"teach", "alone", "pair", "grid", "many"}
+    assert all(record["measured"] for record in records)
+
+
+def test_records_of_an_earlier_run_stand_in(small, tmp_path, monkeypatch):
+    folder, scope = small
+    monkeypatch.setattr(run, "ProcessPoolExecutor", None)
+    records = run.run(folder, scope, 1, lambda said: None)
+    run.write_records(tmp_path / "records.jsonl", records)
+    given = run.read_records(tmp_path / "records.jsonl")
+    assert run.run(tmp_path / "elsewhere", scope, 1, lambda said: None, given) == given
+
+
+def test_the_report_says_what_the_records_say(small):
+    from qrlora.bench import page
+
+    folder, scope = small
+    records = run.run(folder, scope, 1, lambda said: None)
+    html = page.write(folder, scope, records, "qrlora bench").read_text()
+    data = json.loads((folder / "report.json").read_text())
+    assert set(data["table"]) == set(scope.rows)
+    drawn = next(r for r in records if r["kind"] == "pair" and r["row"] == "lora")
+    assert data["table"]["lora"]["energy"][0] == pytest.approx(drawn["measured"]["energy"], abs=1e-3)
+    rows = list(csv.DictReader((folder / "table.csv").open()))
+    assert {row["row"] for row in rows} == set(scope.rows)
+    assert "The aim is not met" in html, "two steps teach nothing"
+    assert {file.stem for file in (folder / "plots").iterdir()} >= {"subject-against-style", "crosstalk", "many"}
+
+
+def test_half_the_numbers_are_trained(small):
+    folder, scope = small
+    records = run.run(folder, scope, 1, lambda said: None)
+    share = tables.trained(records, DEFAULT) / tables.trained(records, RIVAL)
+    assert 0.4 < share < 0.5
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--rows", "lora,qrlora_disjiont"], "did you mean 'qrlora_disjoint'"),
+        (["--subjects", "mug"], "no subject 'mug' in the bench"),
+        (["--records", "missing.jsonl"], "holds no records"),
+        (["--seeds", "1,x"], "--seeds"),
+    ],
+)
+def test_what_it_cannot_do_it_says(arguments, said, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    try:
+        code = main(["bench", "--small", *arguments])
+    except SystemExit as exit:
+        code = exit.code
+    assert code == 2
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_method_without_a_rate_is_refused():
+    with pytest.raises(DataError, match="has no learning rate yet"):
+        plan.rate_of("no such method", "subject")
+
+
+def test_list(capsys):
+    assert main(["bench", "--list"]) == 0
+    assert capsys.readouterr().out.count("\n") == len(ROWS)
