@@ -18,13 +18,13 @@ from jaxtyping import Bool, UInt8
 
 from qrlora.adapter import Adapter, save_adapter
 from qrlora.basis import Basis
-from qrlora.composition import Composition, similarity
+from qrlora.composition import Composition, Live, similarity
 from qrlora.demo.plan import DEFAULT, METHODS, Budget, Lesson, Wanted, lesson, questions, recipe_fields
 from qrlora.evaluation import Share
 from qrlora.evaluation.report import png_bytes
 from qrlora.families import ModelFamily, load_pipeline
 from qrlora.files import write_atomically
-from qrlora.generation import generate_jobs
+from qrlora.generation import Request, generate_jobs, generate_mixed
 from qrlora.pico import world
 from qrlora.pico.judge import Judge
 from qrlora.training.loop import train
@@ -242,10 +242,16 @@ def _generate_all(
 
 def _grid(setting: Setting, lessons: Sequence[Lesson], pair: tuple[Adapter, Adapter]) -> list[list[Answer]]:
     """One prompt and seed at every pair of weights: the subject's down the rows, the style's along the columns."""
-    weights = setting.budget.weights
-    first = questions(lessons[0], lessons[1], setting.budget, setting.seed)["composed"][:1]
+    weights, budget = setting.budget.weights, setting.budget
+    first = questions(lessons[0], lessons[1], budget, setting.seed)["composed"][0]
+    requests = [Request(first.prompt, first.seed, {"subject": a, "style": b}) for a in weights for b in weights]
+    options = {"steps": budget.denoising_steps, "guidance": budget.guidance}
     with setting.stage("generate", f"{len(weights)} x {len(weights)} weights"):
-        return [[setting.draw(first, [(pair[0], a), (pair[1], b)]) for b in weights] for a in weights]
+        denoiser = setting.family.denoiser_of(setting.pipe)
+        with Live(denoiser, {"subject": pair[0], "style": pair[1]}) as live:
+            images = generate_mixed(setting.pipe, setting.family, requests, live, **options)  # type: ignore[arg-type]
+    answers = [Answer([first], np.asarray(image)[None]) for image in images]
+    return [answers[start : start + len(weights)] for start in range(0, len(answers), len(weights))]
 
 
 def _save(setting: Setting, out: Path, learned: dict[str, tuple[Adapter, Adapter]]) -> dict[str, int]:
