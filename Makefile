@@ -29,8 +29,9 @@ test: $(VENV)/.tools  ## lint, types, tests
 	$(BIN)/python -m pytest -q
 
 bench: $(VENV)/.ready  ## fast basis against the full decomposition, a large weight and pico's; adapters at inference
-	$(BIN)/python benchmarks/basis.py
-	$(BIN)/python benchmarks/basis.py --rank 16 --summary \
+	mkdir -p out/benchmarks
+	$(BIN)/python benchmarks/basis.py --json out/benchmarks/basis.json
+	$(BIN)/python benchmarks/basis.py --rank 16 --summary --json out/benchmarks/basis-pico.json \
 		--weights src/qrlora/pico/weights/pipeline/transformer/diffusion_pytorch_model.safetensors
 	$(BIN)/python benchmarks/inference.py --quick
 

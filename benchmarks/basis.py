@@ -2,25 +2,31 @@
 
 python benchmarks/basis.py                                 one random 3072x3072 weight, against full SVD + QR
 python benchmarks/basis.py --shapes flux.1 --peft          the shapes of a model, against PEFT's initialisations too
+python benchmarks/basis.py --whole flux.1                  `fast` alone, on as many random weights as that model has
 python benchmarks/basis.py --weights model.safetensors     every matrix of a real file, energy and total times
 
-Every round times every way on the same weight in turn; a ratio is that of one round.
+Every round times every way on the same weight in turn; a ratio is that of one round. "two products" is W X and Wᵀ Y
+with as many columns as the rank: no way to a weight's leading columns can do with less.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import resource
 import statistics
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
+from common import machine
 from peft import LoraConfig, get_peft_model
 from safetensors import safe_open
 from torch import Tensor, nn
 
 from qrlora.basis import layer_basis
+from qrlora.files import write_atomically
 
 SHAPES = {
     "flux.1": [(3072, 3072), (12288, 3072), (3072, 12288)],
@@ -28,6 +34,15 @@ SHAPES = {
     "sdxl": [(640, 640), (640, 2048), (1280, 1280), (1280, 2048)],
 }
 """The shapes (out, in) of the weights that are adapted by default."""
+WHOLE = {
+    "flux.1": {
+        (3072, 3072): 19 * 8 + 38 * 3,
+        (12288, 3072): 19 * 2 + 38,
+        (3072, 12288): 19 * 2,
+        (3072, 15360): 38,
+    },
+}
+"""All attention and feed-forward matrices of a model: 418 of FLUX.1-dev's."""
 
 Way = Callable[[Tensor, int], Tensor]
 """(weight, rank) -> columns that span what the way found."""
@@ -45,15 +60,31 @@ def main() -> None:
         help="columns are scaled by 1, 2^-decay, 3^-decay, ...; 0 is white noise, the hardest case",
     )
     parser.add_argument("--weights", type=Path, help="a .safetensors file to use instead of a random weight")
-    parser.add_argument("--peft", action="store_true", help="also PEFT's pissa, pissa_niter_16 and olora")
+    parser.add_argument("--peft", action="store_true", help="also PEFT's pissa, pissa_niter_16, olora and mica")
+    parser.add_argument("--whole", choices=WHOLE, help="time `fast` on random weights of all of a model's layers")
+    parser.add_argument("--json", type=Path, help="write what was measured, with machine facts")
     parser.add_argument("--rounds", type=int, default=1, help="how often each weight is timed")
     parser.add_argument("--summary", action="store_true", help="the last lines only")
     arguments = parser.parse_args()
-    ways = WAYS | (PEFT if arguments.peft else {})
     print(f"rank {arguments.rank}, {torch.get_num_threads()} threads, torch {torch.__version__}")
+    warm_up()
+    found = whole(arguments) if arguments.whole else compare(arguments)
+    if arguments.json:
+        asked = {name: str(value) for name, value in vars(arguments).items() if value and name != "json"}
+        report = {"machine": machine("cpu"), "options": asked, "results": found}
+        write_atomically(arguments.json, (json.dumps(report, indent=1) + "\n").encode())
+
+
+def warm_up() -> None:
+    """The first call starts threads, which is nobody's time."""
     small = torch.randn(256, 256, generator=torch.Generator().manual_seed(1))
-    for way in ways.values():
-        way(small, 16)  # the first call starts threads, which is nobody's time
+    for way in WAYS.values():
+        way(small, 16)
+
+
+def compare(arguments: argparse.Namespace) -> dict[str, dict[str, float]]:
+    """Every way on every weight, printed; way -> its time to `fast`'s, and the least energy, of all together."""
+    ways = WAYS | (PEFT if arguments.peft else {})
     totals, least, count = dict.fromkeys(ways, 0.0), dict.fromkeys(ways, 1.0), 0
     for name, weight in weights_of(arguments):
         count += 1
@@ -63,9 +94,36 @@ def main() -> None:
             totals[way], least[way] = totals[way] + sum(seconds[way]), min(least[way], kept)
             if not arguments.summary:
                 print(row(name, way, seconds, kept))
+    found = {}
     for way in ways:
         ratio = totals[way] / totals["fast"]
-        print(f"{count} weights, {way}: {ratio:.1f} times `fast`, least energy {least[way]:.6f} of the optimum")
+        found[way] = {"seconds": totals[way], "times_fast": ratio, "least_energy": least[way]}
+        energy_of = "" if way == BOUND else f", least energy {least[way]:.6f} of the optimum"
+        print(f"{count} weights, {way}: {ratio:.2f} times `fast`{energy_of}")
+    return found
+
+
+def whole(arguments: argparse.Namespace) -> dict[str, float]:
+    """Seconds of `fast` on random weights of all of a model's layers, made one at a time and not counted, and the most
+    memory that this process ever held beyond what it held before, in bytes, the weight included."""
+    before, seconds, count = peak(), 0.0, 0
+    for shape, number in WHOLE[arguments.whole].items():
+        weight, took = random_weight(shape, arguments.decay), 0.0
+        for _ in range(number):
+            weight.mul_(1.0001)  # another weight each time, at no cost to speak of
+            start = time.perf_counter()
+            layer_basis(weight, arguments.rank)
+            took += time.perf_counter() - start
+        seconds, count = seconds + took, count + number
+        print(f"{number} of {shape[0]}x{shape[1]}: {took:.1f} s", flush=True)
+    found = {"layers": count, "seconds": seconds, "bytes_beyond": peak() - before}
+    print(f"{count} layers: {seconds:.0f} s, {found['bytes_beyond'] / 1e9:.2f} GB beyond what was held before")
+    return found
+
+
+def peak() -> int:
+    """The most bytes this process has held."""
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def weights_of(arguments: argparse.Namespace) -> Iterator[tuple[str, Tensor]]:
@@ -108,6 +166,13 @@ def compared(
     return seconds, energies
 
 
+def two_products(weight: Tensor, rank: int) -> Tensor:
+    """W X and Wᵀ Y, of random columns: the least that reading a weight from both sides takes."""
+    y = weight @ torch.randn(weight.shape[1], rank, generator=torch.Generator().manual_seed(2))
+    weight.T @ y
+    return y
+
+
 def energy(columns: Tensor, weight: Tensor) -> float:
     held = torch.linalg.qr(columns).Q.T @ weight
     parts = [torch.linalg.vector_norm(part, dim=1).double().square().sum() for part in (held, weight)]
@@ -147,8 +212,9 @@ def peft_way(initialisation: str) -> Way:
     return initialised
 
 
-WAYS: dict[str, Way] = {"fast": fast, "full SVD + QR": full}
-PEFT: dict[str, Way] = {name: peft_way(name) for name in ("pissa", "pissa_niter_16", "olora")}
+BOUND = "two products"
+WAYS: dict[str, Way] = {"fast": fast, "full SVD + QR": full, BOUND: two_products}
+PEFT: dict[str, Way] = {name: peft_way(name) for name in ("pissa", "pissa_niter_16", "olora", "mica")}
 
 
 if __name__ == "__main__":
