@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -149,28 +150,29 @@ def _do(cell: Cell) -> float:
 
 def write_records(file: Path, records: Sequence[Record]) -> None:
     """One record a line, numbers rounded to what they can bear."""
-    lines = "".join(json.dumps(_rounded(record)) + "\n" for record in records)
+    lines = "".join(json.dumps(rounded(record)) + "\n" for record in records)
     write_atomically(file, lines.encode())
 
 
 @functools.singledispatch
-def _rounded(value: object) -> object:
+def rounded(value: Any) -> Any:
+    """JSON values with five digits of every float."""
     return value
 
 
-@_rounded.register
-def _(value: float) -> object:
+@rounded.register
+def _(value: float) -> Any:
     return float(f"{value:.5g}")
 
 
-@_rounded.register
-def _(value: dict) -> object:
-    return {key: _rounded(part) for key, part in value.items()}
+@rounded.register
+def _(value: dict) -> Any:
+    return {key: rounded(part) for key, part in value.items()}
 
 
-@_rounded.register
-def _(value: list) -> object:
-    return [_rounded(part) for part in value]
+@rounded.register
+def _(value: list) -> Any:
+    return [rounded(part) for part in value]
 
 
 def facts(scope: Scope) -> Record:

@@ -18,7 +18,7 @@ from typing import Any
 
 from qrlora.bench.cells import Cell, digest_of, weights_digest
 from qrlora.bench.plan import Scope
-from qrlora.bench.run import Say, adapters_of, known_records, run_stages
+from qrlora.bench.run import Say, adapters_of, known_records, rounded, run_stages
 from qrlora.files import write_atomically
 
 LADDER = (5e-4, 1.5e-3, 5e-3)
@@ -62,7 +62,7 @@ def tune(folder: Path, scope: Scope, workers: int, say: Say, command: str, lesso
         if old.get("weights") == found["weights"]:
             others = [one for one in old["tried"] if one["adapter"] not in found["chosen"]]
             found["tried"], found["chosen"] = others + tried, old["chosen"] | found["chosen"]
-    write_atomically(RATES, (json.dumps(found, indent=None).replace('{"kind"', '\n{"kind"') + "\n").encode())
+    write_atomically(RATES, (json.dumps(rounded(found)).replace('{"kind"', '\n{"kind"') + "\n").encode())
     return found["chosen"]
 
 

@@ -6,8 +6,9 @@ import platform
 from importlib.metadata import version
 from typing import Any
 
+from qrlora.bench.plan import rates
 from qrlora.demo.flow import PARTS, Answer, Outcome
-from qrlora.demo.plan import AIM, DEFAULT, METHODS, RATES, Lesson
+from qrlora.demo.plan import AIM, DEFAULT, METHODS, TUNED, Lesson
 
 AIMS = {
     "composed": "composed: pictures that show both subject and style",
@@ -29,7 +30,7 @@ def data(outcome: Outcome) -> dict[str, Any]:
         "subject": _lesson(outcome.subject),
         "style": _lesson(outcome.style),
         "budget": {**vars(budget), "weights": list(budget.weights)},
-        "methods": {name: {**fields, "learning_rates": RATES[name]} for name, fields in METHODS.items()},
+        "methods": {name: {**fields, "learning_rates": rates()[TUNED[name]]} for name, fields in METHODS.items()},
         "parameters": {**parameters, "ratio": parameters[DEFAULT] / parameters["lora"]},
         "file_bytes": {**sizes, "ratio": sizes["compact"] / sizes["plain_lora"]},
         "scores": {

@@ -7,9 +7,10 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image
 
+from qrlora.bench.plan import rate_of
 from qrlora.demo.flow import PARTS, SETS, Answer, Outcome
 from qrlora.demo.numbers import AIMS, crosstalk, data, versions
-from qrlora.demo.plan import AIM, DEFAULT, LESSON_STYLE, LESSON_SUBJECT, METHODS, RATES, Lesson
+from qrlora.demo.plan import AIM, DEFAULT, LESSON_STYLE, LESSON_SUBJECT, METHODS, TUNED, Lesson
 from qrlora.evaluation import (
     Bars,
     Code,
@@ -291,7 +292,7 @@ def _costs(outcome: Outcome) -> Section:
             NAMES[method],
             f"{parameters[method]:,}",
             f"{parameters[method] / parameters['lora']:.4f}",
-            ", ".join(f"{rate:g}" for rate in RATES[method].values()),
+            ", ".join(f"{rate_of(TUNED[method], role):g}" for role in ("subject", "style")),
             f"{seconds[f'train {method}']:.1f} s",
         ]
         for method in METHODS

@@ -9,6 +9,7 @@ from typing import Any
 
 from PIL import Image
 
+from qrlora.bench.plan import rate_of
 from qrlora.errors import DataError
 from qrlora.evaluation.report import png_bytes
 from qrlora.files import write_atomically
@@ -22,14 +23,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "lora": {"method": "lora"},
 }
 """Name in the report -> what distinguishes its recipe."""
-RATES: dict[str, dict[str, float]] = {
-    "qrlora": {"subject": 1e-3, "style": 3e-3},
-    "qrlora_published": {"subject": 1e-3, "style": 3e-3},
-    "lora": {"subject": 3e-4, "style": 1e-3},
-}
-"""Method -> role -> learning rate: on two seen pairs the best of two for each role, by ``python benchmarks/tune_demo.py
---methods qrlora,qrlora_published --learning-rates 1e-3,3e-3`` and the same with ``lora`` and ``3e-4,1e-3``;
-tune_demo.json has all runs."""
+TUNED = {"qrlora": "qrlora_disjoint", "qrlora_published": "qrlora", "lora": "lora"}
+"""Name in the report -> name in the bench, whose learning rates the demo takes: `qrlora bench --tune` chose them."""
 DEFAULT = "qrlora"
 """The project's default: subject and style own disjoint columns of one basis, which is what their roles ask for."""
 
@@ -177,10 +172,10 @@ def _with_seeds(rows: list[Wanted], pictures: int, first: int) -> list[Wanted]:
 
 
 def recipe_fields(lesson: Lesson, budget: Budget, seed: int, method: str) -> dict[str, Any]:
-    """The recipe of one method for one lesson; all but METHODS and RATES is common to all methods."""
+    """The recipe of one method for one lesson; all but METHODS and the learning rate is common to all methods."""
     return {
         **METHODS[method],
-        "learning_rate": RATES[method][lesson.role],
+        "learning_rate": rate_of(TUNED[method], lesson.role),
         "role": lesson.role,
         "images": lesson.file,
         "caption": lesson.caption,
