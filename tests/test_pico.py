@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 from diffusers import StableDiffusion3Pipeline
 
 from qrlora import pico
@@ -80,3 +81,30 @@ def test_the_tokenizer_of_a_run_is_fitted_once(tmp_path, monkeypatch):
     shipped = load_pipeline("pico")[0].tokenizer
     assert started.get_vocab() == shipped.get_vocab()
     assert [started(c).input_ids for c in captions] == [shipped(c).input_ids for c in captions]
+
+
+def test_a_flat_guess_at_grain_costs_more_than_grain_elsewhere():
+    """Where bright and dark points lie cannot be known from the latents; that there are some can."""
+    generator = torch.Generator().manual_seed(0)
+    grain, other = (0.2 * torch.randn(2, 3, 64, 64, generator=generator) for _ in range(2))
+    flat = torch.zeros_like(grain)
+    assert train.local_contrast(flat, 8).max() == pytest.approx(0.01)
+    assert train.local_contrast(grain, 8).mean() == pytest.approx(0.2, rel=0.05)
+    assert train.reconstruction_loss(other, grain) < train.reconstruction_loss(flat, grain)
+    without = (flat - grain).abs().mean() < (other - grain).abs().mean()
+    assert without, "L1 alone prefers the flat guess"
+
+
+def test_a_decoder_trained_alone_leaves_the_rest_as_it_was(pipe, tmp_path):
+    plan = train.Plan(start=str(pico.path()))
+    train.autoencoder_stage(tmp_path, plan)
+    state = torch.load(tmp_path / "autoencoder.pt", weights_only=True)["modules"]["vae"]
+    state["decoder.conv_out.conv.bias"] += 0.5
+    torch.save({"modules": {"vae": state}}, tmp_path / "decoder.pt")
+    train.export_stage(tmp_path, plan, tmp_path / "pipeline")
+    (original, _), (found, _) = pipe, load_pipeline(str(tmp_path / "pipeline"))
+    for part in ("transformer", "text_encoder", "text_encoder_2"):
+        for name, weight in getattr(original, part).state_dict().items():
+            assert torch.equal(getattr(found, part).state_dict()[name], weight), name
+    moved = found.vae.decoder.conv_out.conv.bias - original.vae.decoder.conv_out.conv.bias
+    assert moved.detach().numpy() == pytest.approx(0.5, abs=1e-2)
