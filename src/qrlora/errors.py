@@ -8,6 +8,7 @@
     ├── ModelError          a base model that cannot be found, read or recognised
     ├── RecipeError         a training recipe with unknown, missing or contradictory fields
     ├── DataError           a picture, caption or folder that cannot be used
+    ├── BrandError          a brand sheet with unknown, missing or contradictory fields
     ├── TrainingError       a training run that broke down
     └── RequestError        an HTTP request that the server does not fulfil
 
@@ -57,6 +58,10 @@ class RecipeError(QrloraError):
 
 class DataError(QrloraError):
     """A picture, caption or folder that cannot be used."""
+
+
+class BrandError(QrloraError):
+    """A brand sheet with unknown, missing or contradictory fields."""
 
 
 class TrainingError(QrloraError):

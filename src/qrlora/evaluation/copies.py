@@ -57,12 +57,15 @@ def _placements(ours: Grey, theirs: Grey) -> Iterator[Warp]:
     for start in starts:
         warp = start
         with contextlib.suppress(cv2.error):  # it did not converge: the start may do
-            _, warp = cv2.findTransformECC(ours, theirs, start.copy(), cv2.MOTION_AFFINE, (3, 80, 1e-4), None, 5)
+            steps = (cv2.TERM_CRITERIA_COUNT | cv2.TERM_CRITERIA_EPS, 80, 1e-4)
+            everywhere, blur = np.full_like(ours, 255), 5
+            _, found = cv2.findTransformECC(ours, theirs, start.copy(), cv2.MOTION_AFFINE, steps, everywhere, blur)
+            warp = np.asarray(found, np.float32)
         yield warp if _plausible(warp) else start
 
 
 def _by_keypoints(ours: Grey, theirs: Grey) -> Warp | None:
-    finder = cv2.SIFT_create(contrastThreshold=0.02)
+    finder = cv2.SIFT_create(contrastThreshold=0.02)  # type: ignore[attr-defined]  # missing in its stubs
     (points, features), (others, other_features) = (finder.detectAndCompute(grey, None) for grey in (ours, theirs))
     if features is None or other_features is None:
         return None
@@ -86,10 +89,10 @@ def _agreement(ours: Grey, theirs: Grey, warp: Warp) -> float:
     laid = cv2.warpAffine(theirs, warp, size, flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP)
     inside = np.ones_like(theirs)
     there = cv2.warpAffine(inside, warp, size, flags=cv2.INTER_NEAREST | cv2.WARP_INVERSE_MAP)
-    there = cv2.erode(there, np.ones((7, 7), np.uint8), borderValue=1) > 0  # its border is no edge
-    if there.mean() < LEAST_OVERLAP:
+    inner = cv2.erode(there, np.ones((7, 7), np.uint8), borderValue=1) > 0  # its border is no edge
+    if inner.mean() < LEAST_OVERLAP:
         return 0.0
-    return edge_agreement(edges_of(ours) & there, edges_of(laid) & there, TOLERANCE)
+    return edge_agreement(edges_of(ours) & inner, edges_of(laid) & inner, TOLERANCE)
 
 
 def edges_of(grey: Grey) -> Bool[np.ndarray, "h w"]:

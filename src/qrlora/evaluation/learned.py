@@ -154,7 +154,7 @@ def _csd(source: str, device: torch.device) -> Network:
         return network(pixel_values=pixels).pooler_output @ head
 
     side = tower.config.image_size
-    sizes = {"size": {"shortest_edge": side}, "crop_size": {"height": side, "width": side}}
+    sizes: dict[str, Any] = {"size": {"shortest_edge": side}, "crop_size": {"height": side, "width": side}}
     return Network(tower, CLIPImageProcessor(**sizes), device, style)
 
 
