@@ -15,6 +15,7 @@ from qrlora.cli.basis import add_basis
 from qrlora.cli.bench import add_bench
 from qrlora.cli.compose import add_compose
 from qrlora.cli.demo import add_demo
+from qrlora.cli.evaluate import add_evaluate
 from qrlora.cli.exchange import add_export, add_extract, add_import
 from qrlora.cli.generate import add_generate
 from qrlora.cli.inspect import add_inspect
@@ -28,7 +29,8 @@ LESS = "lower --batch-size or --resolution, load the model with --dtype bfloat16
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code: 0 done, 2 wrong input (said on stderr), 130 interrupted."""
+    """Run one command; returns the exit code: 0 done, 1 done and found wanting (where a command says so), 2 wrong input
+    (said on stderr), 130 interrupted."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     # Libraries announce missing optional parts on import; the user can still ask for that.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -40,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if unknown:
         _refuse(parser, options.command, unknown)
     try:
-        options.run(options)
+        return options.run(options) or 0
     except QrloraError as error:
         print(f"qrlora {options.command}: {error}", file=sys.stderr)
         return 2
@@ -58,7 +60,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         if getattr(interrupt, "checkpoint", None):
             print("continue with the same command and --resume", file=sys.stderr)
         return 130
-    return 0
 
 
 def _refuse(parser: argparse.ArgumentParser, command: str, unknown: Sequence[str]) -> None:
@@ -92,5 +93,6 @@ def build_parser(arguments: Sequence[str] = ()) -> argparse.ArgumentParser:
     add_similarity(commands)
     add_serve(commands)
     add_bench(commands)
+    add_evaluate(commands)
     add_demo(commands)
     return parser

@@ -5,23 +5,22 @@ from __future__ import annotations
 import argparse
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from qrlora.cli.shared import (
     ADAPTER_HELP,
-    MODEL_HELP,
     OVERWRITE_HELP,
     Bar,
     Parsers,
+    add_sampling,
+    add_seeds,
     check_png,
     command,
-    count,
     load_weighted,
-    number,
     refuse_to_replace,
-    seed,
+    seeds_of,
     weighted_path,
     weights,
 )
@@ -38,8 +37,7 @@ def add_generate(commands: Parsers) -> None:
         "Each keeps its prompt, seed and adapters in its metadata. " + OVERWRITE_HELP,
     )
     parser.add_argument("--prompt", action="append", required=True, help="may be given several times")
-    parser.add_argument("--seed", action="append", type=seed, help="may be given several times (default: 0)")
-    parser.add_argument("--seeds", type=count, metavar="COUNT", help="that many seeds, from --seed on")
+    add_seeds(parser)
     parser.add_argument(
         "--adapter", action="append", default=[], type=weighted_path, metavar="FILE[:WEIGHT]", help=ADAPTER_HELP
     )
@@ -50,12 +48,7 @@ def add_generate(commands: Parsers) -> None:
         help="with two adapters: one labelled picture of all pairs of these weights, the first adapter's down the rows "
         "(if the first is negative: --grid=-0.5,0,0.5)",
     )
-    parser.add_argument("--model", default="pico", help=MODEL_HELP + " (default: pico)")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of the weights")
-    parser.add_argument("--steps", type=count, help="denoising steps (default: the family's)")
-    parser.add_argument("--guidance", type=number, help="classifier-free guidance scale (default: the family's)")
-    parser.add_argument("--resolution", type=count, help="side of the pictures in pixels (default: the model's)")
-    parser.add_argument("--batch-size", type=count, default=8, help="pictures made at once (default: 8)")
+    add_sampling(parser)
     parser.add_argument(
         "-o", "--output", type=Path, help="folder, or .png for one picture or a grid (default: pictures/ or grid.png)"
     )
@@ -63,9 +56,7 @@ def add_generate(commands: Parsers) -> None:
 
 def run_generate(options: argparse.Namespace) -> None:
     """Make the pictures and print where they are."""
-    seeds = options.seed or [0]
-    if options.seeds:
-        seeds = list(range(seeds[0], seeds[0] + options.seeds))
+    seeds = seeds_of(options)
     if options.grid and (len(options.adapter) != 2 or len(options.prompt) != 1 or len(seeds) != 1):
         raise QrloraError(
             "a grid shows two adapters, one prompt and one seed",
@@ -97,8 +88,9 @@ def run_generate(options: argparse.Namespace) -> None:
     else:
         common |= {"adapters": adapters, "batch_size": options.batch_size}
         images = generate(pipe, family, options.prompt, seeds, **common)
+    made = {key: value for key, value in vars(options).items() if key not in ("run", "output", "command")}
     for path, image in zip(paths, images, strict=True):
-        _save_picture(path, image, options)
+        save_picture(path, image, made)
         print(path)
 
 
@@ -119,9 +111,7 @@ def _picture_paths(options: argparse.Namespace, seeds: Sequence[int]) -> list[Pa
     else:
         folder = options.output or Path("pictures")
         paths = [
-            folder / f"{index:02d}-{re.sub(r'[^a-z0-9]+', '-', prompt.lower()).strip('-')[:60]}-seed{seed}.png"
-            for index, prompt in enumerate(options.prompt)
-            for seed in seeds
+            picture_file(folder, index, prompt, seed) for index, prompt in enumerate(options.prompt) for seed in seeds
         ]
     for path in paths:
         if options.output is None:
@@ -130,7 +120,12 @@ def _picture_paths(options: argparse.Namespace, seeds: Sequence[int]) -> list[Pa
     return paths
 
 
-def _save_picture(path: Path, image: Any, options: argparse.Namespace) -> None:
+def picture_file(folder: Path, index: int, prompt: str, seed: int) -> Path:
+    """Where the picture of the prompt of this number goes."""
+    return folder / f"{index:02d}-{re.sub(r'[^a-z0-9]+', '-', prompt.lower()).strip('-')[:60]}-seed{seed}.png"
+
+
+def save_picture(path: Path, image: Any, made: Mapping[str, Any]) -> None:
     """A PNG that says how it was made, written whole or not at all."""
     from io import BytesIO
 
@@ -138,7 +133,6 @@ def _save_picture(path: Path, image: Any, options: argparse.Namespace) -> None:
 
     from qrlora.files import write_atomically
 
-    made = {key: value for key, value in vars(options).items() if key not in ("run", "output", "command")}
     info = PngInfo()
     info.add_itxt("qrlora", json.dumps(made, default=str, ensure_ascii=False))
     stream = BytesIO()

@@ -24,11 +24,33 @@ Parsers = Any  # argparse's subparsers action, which has no public type
 
 
 def command(
-    commands: Parsers, name: str, run: Callable[[argparse.Namespace], None], text: str, epilog: str = ""
+    commands: Parsers, name: str, run: Callable[[argparse.Namespace], int | None], text: str, epilog: str = ""
 ) -> Any:
     parser = commands.add_parser(name, help=text, description=text + ".", epilog=epilog)
     parser.set_defaults(run=run)
     return parser
+
+
+def add_seeds(parser: Any) -> None:
+    """The options that `seeds_of` reads."""
+    parser.add_argument("--seed", action="append", type=seed, help="may be given several times (default: 0)")
+    parser.add_argument("--seeds", type=count, metavar="COUNT", help="that many seeds, from --seed on")
+
+
+def seeds_of(options: argparse.Namespace) -> list[int]:
+    """The seeds asked for."""
+    seeds = options.seed or [0]
+    return list(range(seeds[0], seeds[0] + options.seeds)) if options.seeds else seeds
+
+
+def add_sampling(parser: Any) -> None:
+    """What makes pictures, and how."""
+    parser.add_argument("--model", default="pico", help=MODEL_HELP + " (default: pico)")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of the weights")
+    parser.add_argument("--steps", type=count, help="denoising steps (default: the family's)")
+    parser.add_argument("--guidance", type=number, help="classifier-free guidance scale (default: the family's)")
+    parser.add_argument("--resolution", type=count, help="side of the pictures in pixels (default: the model's)")
+    parser.add_argument("--batch-size", type=count, default=8, help="pictures made at once (default: 8)")
 
 
 class Bar:

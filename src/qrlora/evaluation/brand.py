@@ -314,7 +314,7 @@ def _score(name: str, limit: float, value: float | None) -> Check:
         return Check(name, None, False, f"{name} could not be measured: the picture has no mask or prompt for it")
     bound, holds = ("at least", value >= limit) if measure.better == "higher" else ("at most", value <= limit)
     unit = f" {measure.unit}" if measure.unit else ""
-    return Check(name, value, holds, f"{name} is {value:.3g}{unit}; {bound} {limit:g} is asked for ({measure.about})")
+    return Check(name, value, holds, f"{name} is {value:.3g}{unit}; {bound} {limit:g} is asked for")
 
 
 def _explain(item: Any) -> str:

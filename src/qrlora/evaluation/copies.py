@@ -21,7 +21,7 @@ SCALES = (0.7, 1.4)
 LEAST_OVERLAP = 0.6
 LEAST_EDGE = 20  # pixels of edge; a picture without edges is like every other one
 
-Grey = UInt8[np.ndarray, "h w"]
+Grey = UInt8[np.ndarray, "_ _"]
 Warp = Float[np.ndarray, "2 3"]
 
 
@@ -40,7 +40,7 @@ def likeness(picture: UInt8[np.ndarray, "h w 3"], other: UInt8[np.ndarray, "h2 w
     return best
 
 
-def _grey(pixels: UInt8[np.ndarray, "h w 3"]) -> Grey:
+def _grey(pixels: UInt8[np.ndarray, "h0 w0 3"]) -> Grey:
     height, width = pixels.shape[:2]
     scale = SIDE / min(height, width)
     size = max(SIDE, round(width * scale)), max(SIDE, round(height * scale))
