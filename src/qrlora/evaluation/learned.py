@@ -125,8 +125,12 @@ def _clip(source: str, device: torch.device) -> Network:
 
 def _pretrained(name: str, kind: Any, source: str, **options: Any) -> Any:
     """What transformers has under that name on this machine, or ModelError."""
+    from huggingface_hub import snapshot_download
+
     try:
-        return kind.from_pretrained(source, local_files_only=True, **options)
+        # The folder, because AutoModel asks the hub for adapters of a name in spite of local_files_only.
+        folder = source if Path(source).is_dir() else snapshot_download(source, local_files_only=True)
+        return kind.from_pretrained(folder, local_files_only=True, **options)
     except (OSError, ValueError) as error:
         where = f"--weights {name}=FOLDER"
         raise ModelError(
