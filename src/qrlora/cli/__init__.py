@@ -22,6 +22,7 @@ from qrlora.cli.inspect import add_inspect
 from qrlora.cli.plan import add_plan
 from qrlora.cli.serve import add_serve
 from qrlora.cli.similarity import add_similarity
+from qrlora.cli.study import add_study
 from qrlora.cli.train import add_train
 from qrlora.errors import QrloraError
 
@@ -94,5 +95,6 @@ def build_parser(arguments: Sequence[str] = ()) -> argparse.ArgumentParser:
     add_serve(commands)
     add_bench(commands)
     add_evaluate(commands)
+    add_study(commands)
     add_demo(commands)
     return parser
