@@ -19,7 +19,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from qrlora.adapter import Adapter, attach, remove_adapters
 from qrlora.composition import Composition, Live
-from qrlora.composition.parts import basis_difference, check_weights
+from qrlora.composition.parts import check_weights, on_one_basis
 from qrlora.errors import DataError, MismatchError
 from qrlora.families import ModelFamily, size_unit
 
@@ -196,10 +196,8 @@ def attached(pipe: Any, family: ModelFamily, adapters: Sequence[WeightedAdapter]
 def _as_one(adapters: Sequence[WeightedAdapter]) -> list[WeightedAdapter]:
     """Adapters of one basis as their composition; others (plain LoRA, other bases) side by side, the same sum at the
     cost of each."""
-    on_one_basis = all(
-        adapter.metadata.on_basis and basis_difference(adapters[0][0], adapter) == ({}, {}) for adapter, _ in adapters
-    )
-    return [(Composition(adapters).adapter(), 1.0)] if len(adapters) > 1 and on_one_basis else list(adapters)
+    together = len(adapters) > 1 and on_one_basis([adapter for adapter, _ in adapters])
+    return [(Composition(adapters).adapter(), 1.0)] if together else list(adapters)
 
 
 def one_batch(

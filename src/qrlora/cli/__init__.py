@@ -24,6 +24,7 @@ from qrlora.cli.serve import add_serve
 from qrlora.cli.similarity import add_similarity
 from qrlora.cli.study import add_study
 from qrlora.cli.train import add_train
+from qrlora.cli.tune import add_tune
 from qrlora.errors import QrloraError
 
 LESS = "lower --batch-size or --resolution, load the model with --dtype bfloat16, or use a smaller one"
@@ -96,5 +97,6 @@ def build_parser(arguments: Sequence[str] = ()) -> argparse.ArgumentParser:
     add_bench(commands)
     add_evaluate(commands)
     add_study(commands)
+    add_tune(commands)
     add_demo(commands)
     return parser

@@ -47,6 +47,11 @@ def basis_difference(first: Adapter, second: Adapter) -> tuple[dict[str, Any], d
     return ours, theirs
 
 
+def on_one_basis(adapters: Sequence[Adapter]) -> bool:
+    """Whether all are ΔR on one basis, so that their weighted sum is exact."""
+    return all(one.metadata.on_basis and basis_difference(adapters[0], one) == ({}, {}) for one in adapters)
+
+
 def scaled_down(adapter: Adapter, layer: str) -> Float[Tensor, "rank in"]:
     """s · ΔR, float64 on the CPU."""
     return adapter.scaling * adapter.deltas[layer].detach().cpu().double()
