@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -110,6 +111,12 @@ def _aim(options: argparse.Namespace, side: str) -> tuple[str, Any]:
         if listed:
             raise QrloraError(f"{wanted[0]} is for pico's judge", expected=f"no --{side}-measures", got=listed)
         return f"pico's judge, asked for {wanted[0]}", by_judge(side, wanted[0])
+    strange = [text for text in wanted if not Path(text).exists()]
+    if strange:
+        near = difflib.get_close_matches(strange[0], names, 1)
+        expected = f"a picture, a folder of pictures, or one of {', '.join(names)}"
+        remedy = f"did you mean {near[0]}?" if near else "check the path or the spelling"
+        raise QrloraError(f"no such {side}", expected=expected, got=", ".join(strange), remedy=remedy)
     pictures = gather(Path(path) for path in wanted)
     given = References(subject=pictures) if side == "subject" else References(style=pictures)
     measures = chosen([part.strip() for part in (listed or DEFAULTS[side]).split(",")], pictures, given)

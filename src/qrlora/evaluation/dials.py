@@ -99,12 +99,14 @@ def painting(
 
             yield mixed
         return
-    with attached(pipe, family, [(adapter, 1.0) for adapter in dials.values()]) as names:
+    # Those on a basis first: a QR-LoRA layer cannot be put around a plain LoRA.
+    order = sorted(range(len(dials)), key=lambda place: not list(dials.values())[place].metadata.on_basis)
+    with attached(pipe, family, [(list(dials.values())[place], 1.0) for place in order]) as names:
 
         def alone(jobs: Jobs) -> list[Image.Image]:
             images = []
             for weights, prompt, seed in jobs:
-                denoiser.set_adapters(names, list(weights))
+                denoiser.set_adapters(names, [weights[place] for place in order])
                 images += one_batch(pipe, family, [(prompt, seed)], **sampling)
             return images
 

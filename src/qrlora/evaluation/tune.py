@@ -74,10 +74,10 @@ class Found:
 
     @property
     def balanced(self) -> Tried:
-        """The one of the frontier nearest to having the best of both, each score in parts of its confirmed range."""
+        """The one of the frontier whose worse score is best, each score in parts of its range over all confirmed."""
         means = np.array([one.mean for one in self.confirmed])
-        best, range_ = means.max(0), np.maximum(np.ptp(means, axis=0), 1e-12)
-        return min(self.frontier, key=lambda one: float(np.hypot(*((best - one.mean) / range_))))
+        least, span = means.min(0), np.maximum(np.ptp(means, axis=0), 1e-12)
+        return max(self.frontier, key=lambda one: float(((one.mean - least) / span).min()))
 
 
 def search(
