@@ -28,7 +28,7 @@ from qrlora.training import loop
 
 COMMANDS = (
     "train", "plan", "basis", "compose", "generate", "inspect", "export", "import", "extract", "similarity", "serve",
-    "demo",
+    "evaluate", "study", "tune", "demo",
 )  # fmt: skip
 
 

@@ -168,7 +168,8 @@ def _prompt(path: Path) -> str:
     with Image.open(path) as opened:
         made = opened.info.get("qrlora", "")
     prompts = json.loads(made).get("prompt", []) if made else []
+    if len(prompts) == 1:
+        return prompts[0]
     # The record is of the whole run; the file's number says which of its prompts the picture is of.
     number = re.match(r"(\d+)-.*-seed\d+$", path.stem)
-    place = int(number[1]) if number else 0
-    return prompts[place] if len(prompts) == 1 or (number and place < len(prompts)) else ""
+    return prompts[int(number[1])] if number and int(number[1]) < len(prompts) else ""

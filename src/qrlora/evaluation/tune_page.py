@@ -89,7 +89,7 @@ def report(tuning: Tuning) -> Report:
             str(len(found.frontier)), "points on the frontier", f"of {len(found.confirmed)} that were looked at twice"
         ),
         Figure(str(len(found.tried)), "points tried", f"each with {FIRST} pictures at first"),
-        Figure(str(data["pictures"]), "pictures", f"{tuning.made} made in this run, the others were there already"),
+        Figure(str(data["pictures"]), "pictures", f"{tuning.made} of them made in this run"),
     ]
     explained = (
         f"Subject: {tuning.aims[0]}. Style: {tuning.aims[1]}. More is better in both. No point of the frontier is "
