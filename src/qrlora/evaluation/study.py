@@ -75,14 +75,17 @@ def make(
     data = {"pictures": board.shown(), "references": shown, "trials": board.trials, "question": question}
     # Of all that is shown, so that no two studies pass for one another.
     data["id"] = hashlib.sha256(json.dumps(data).encode()).hexdigest()[:16]
-    template = files("qrlora.evaluation").joinpath("study.template.html").read_text(encoding="utf-8")
-    # "</script>" in a value would end the script: JSON may spell "<" otherwise.
-    page = string.Template(template).substitute(
-        question=escape(question), data=json.dumps(data).replace("<", "\\u003c")
-    )
     known = {token: {"arm": arm, "picture": name} for token, (arm, name) in board.known.items()}
     key = {"study": data["id"], "question": question, "seed": seed, "arms": list(arms)}
-    return page, key | {"pictures": known, "trials": board.kinds}
+    return _page(question, data), key | {"pictures": known, "trials": board.kinds}
+
+
+def _page(question: str, data: Mapping[str, Any]) -> str:
+    template = files("qrlora.evaluation").joinpath("study.template.html").read_text(encoding="utf-8")
+    # "</script>" in a value would end the script: JSON may spell "<" otherwise.
+    return string.Template(template).substitute(
+        question=escape(question), data=json.dumps(data).replace("<", "\\u003c")
+    )
 
 
 Side = tuple[str | None, Exhibit]
