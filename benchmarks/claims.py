@@ -75,7 +75,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default=",".join(CLAIMS), help="some of them, separated by commas")
     parser.add_argument("--tasks", default=",".join(TASKS), help=f"names of pico's world (default: {','.join(TASKS)})")
-    parser.add_argument("--steps", type=int, default=120, help="training steps of each adapter (default: 120)")
+    parser.add_argument("--steps", type=int, default=100, help="training steps of each adapter (default: 100)")
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--rates", default="3e-4,1e-3,3e-3", help="learning rates of `convergence`")
     parser.add_argument("--seeds", type=int, default=3, help="of `stability` (default: 3)")
