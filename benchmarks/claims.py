@@ -75,7 +75,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default=",".join(CLAIMS), help="some of them, separated by commas")
     parser.add_argument("--tasks", default=",".join(TASKS), help=f"names of pico's world (default: {','.join(TASKS)})")
-    parser.add_argument("--steps", type=int, default=120, help="training steps of each adapter (default: 120)")
+    parser.add_argument("--steps", type=int, default=100, help="training steps of each adapter (default: 100)")
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--rates", default="3e-4,1e-3,3e-3", help="learning rates of `convergence`")
     parser.add_argument("--seeds", type=int, default=3, help="of `stability` (default: 3)")
@@ -87,19 +87,14 @@ def main() -> None:
     if unknown := [name for name in options.tasks.split(",") if name not in {*world.SUBJECTS, *world.STYLES}]:
         parser.error(f"no subject or style {unknown[0]!r} in pico's world")
     try:
-        results = measure(options, wanted)
+        measure(options, wanted)
     except QrloraError as error:
         parser.error(str(error))
-    kept = json.loads(options.json.read_text()) if options.json.exists() else {}
-    report = kept | {name: {"options": _plain(options), "found": found} for name, found in results.items()}
-    report["machine"] = machine("cpu")
-    write_atomically(options.json, (json.dumps(report, indent=1, allow_nan=False) + "\n").encode())
 
 
-def measure(options: argparse.Namespace, wanted: Sequence[str]) -> dict[str, Found]:
-    """Every claim wanted, printed as it is found."""
+def measure(options: argparse.Namespace, wanted: Sequence[str]) -> None:
+    """Every claim wanted, printed and written as it is found; what the file has of others stays."""
     pipe, family = load_pipeline("pico", device="cpu")
-    results = {}
     with tempfile.TemporaryDirectory() as folder:
         lessons = []
         for name in options.tasks.split(","):
@@ -108,9 +103,16 @@ def measure(options: argparse.Namespace, wanted: Sequence[str]) -> dict[str, Fou
             lessons.append(lesson("subject" if name in world.SUBJECTS else "style", name, place, 0, world.SIZE))
         bench = Bench(pipe, family, lessons, options)
         for name in wanted:
-            results[name] = CLAIMS[name](bench)
-            print(f"\n{name}\n{_table(results[name])}", flush=True)
-    return results
+            found = CLAIMS[name](bench)
+            print(f"\n{name}\n{_table(found)}", flush=True)
+            _keep(options, name, found)
+
+
+def _keep(options: argparse.Namespace, name: str, found: Found) -> None:
+    kept = json.loads(options.json.read_text()) if options.json.exists() else {}
+    plain = {key: value for key, value in vars(options).items() if key not in ("json", "only")}
+    kept[name] = {"machine": machine("cpu"), "options": plain, "found": found}
+    write_atomically(options.json, (json.dumps(kept, indent=1, allow_nan=False) + "\n").encode())
 
 
 def parameters(bench: Bench) -> Found:
@@ -195,10 +197,6 @@ CLAIMS: dict[str, Callable[[Bench], Found]] = {
     "convergence": convergence,
     "stability": stability,
 }
-
-
-def _plain(options: argparse.Namespace) -> dict[str, Any]:
-    return {name: value for name, value in vars(options).items() if name not in ("json", "only")}
 
 
 def _table(rows: Found) -> str:

@@ -13,6 +13,7 @@ from qrlora.errors import AdapterFileError, MismatchError
 from qrlora.evaluation.rivals.deltas import (
     Delta,
     Learned,
+    Overlay,
     applied,
     inner,
     load_learned,
@@ -116,6 +117,21 @@ def test_applied_within_applied_adds_up() -> None:
         assert torch.allclose(
             model.get_submodule(name).weight, before[f"{name}.weight"] + 3 * learned[name].dense(), atol=1e-5
         )
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_what_is_shown_next_takes_the_place_of_what_was() -> None:
+    model, _, _ = build("sd3")
+    learned, before = on(model), {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    names = list(learned)
+    overlay = Overlay(model)
+    for weight in (0.5, 1.0):
+        overlay.show(learned, weight)
+        overlay.show({names[0]: learned[names[0]]})
+        shown = model.state_dict()
+        assert torch.equal(shown[f"{names[0]}.weight"], before[f"{names[0]}.weight"] + learned[names[0]].dense())
+        assert all(torch.equal(shown[f"{name}.weight"], before[f"{name}.weight"]) for name in names[1:])
+    overlay.lift()
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
 
 

@@ -136,12 +136,12 @@ def test_ties_is_pefts_function() -> None:
 
 def test_dare_keeps_the_mean_and_follows_the_seed() -> None:
     a, b = drawn(0), drawn(1)
-    runs = [MERGES["dare"](a, b, Context(seed=seed), density=0.5) for seed in range(300)]
+    runs = [MERGES["dare"](a, b, Context(seed=seed), density=0.5) for seed in range(120)]
     again = MERGES["dare"](a, b, Context(seed=0), density=0.5)
     assert close(runs[0], dense(again), 0.0) and not close(runs[0], dense(runs[1]))
     mean = torch.stack([run[NAMES[0]].dense() for run in runs]).mean(0)  # type: ignore[index]
     exact = a[NAMES[0]].dense() + b[NAMES[0]].dense()
-    assert float((mean - exact).norm() / exact.norm()) < 0.1
+    assert float((mean - exact).norm() / exact.norm()) < 0.15
     state = torch.get_rng_state()
     MERGES["dare"](a, b)
     assert torch.equal(torch.get_rng_state(), state)

@@ -212,7 +212,7 @@ class Overlay:
     @torch.no_grad()
     def show(self, learned: Learned, weight: float = 1.0) -> None:
         """Base weights + weight · ΔW, summed in float32. A layer whose ΔW is the very one it shows is left alone."""
-        layers = base_weights(self._denoiser, list(self._shown | learned))
+        layers = base_weights(self._denoiser, list({**self._copies, **learned}))
         for name, parameter in layers.items():
             original = self._copies.setdefault(name, parameter.detach().clone())
             if name not in learned:
