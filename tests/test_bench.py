@@ -46,22 +46,29 @@ def test_every_reserved_pair_at_three_seeds_is_the_whole():
     assert set(Scope().subjects) == set(world.RESERVED_SUBJECTS) and set(Scope().styles) == set(world.RESERVED_STYLES)
 
 
-def test_tuning_never_sees_what_the_bench_is_about():
-    cells = tuning.cells_of(Scope(), 2)
-    assert {c.subject for c in cells if c.subject} <= set(world.SEEN_SUBJECTS)
-    assert {c.style for c in cells if c.style} <= set(world.SEEN_STYLES)
+def test_no_part_is_measured_at_a_rate_it_helped_to_choose():
+    for role, names in (("subject", world.RESERVED_SUBJECTS), ("style", world.RESERVED_STYLES)):
+        halves = {half: [name for name in names if plan.half_of(role, name) == half] for half in ("even", "odd")}
+        assert len(halves["even"]) == len(halves["odd"])
+        for half, lesson in tuning.LESSONS[role].items():
+            assert lesson not in halves[half]
+    cells = tuning.cells_of(Scope())
     budget = {adapter: sum(c.adapter == adapter for c in cells) for adapter in ADAPTERS}
     assert len(set(budget.values())) == 1, "the same budget for every method"
 
 
-def test_the_rate_with_the_best_mean_is_chosen():
-    tried = [
-        alone("lora", measured={"named": named, "both": both}, subject=name) | {"rate": rate}
-        for rate, name, named, both in (
-            (1e-3, "mug", 0.9, 0.1), (1e-3, "cap", 0.1, 0.0), (2e-3, "mug", 0.5, 0.3), (2e-3, "cap", 0.5, 0.3),
-        )
-    ]  # fmt: skip
-    assert tuning.choose(tried) == {"lora": {"subject": 2e-3}}
+def test_the_best_rate_on_the_other_half_is_chosen():
+    def found(name, rate, named, both):
+        role = "style" if name in world.STYLES else "subject"
+        return alone("lora", measured={"named": named, "both": both}, **{role: name}) | {"rate": rate}
+
+    tried = [found("sneaker", 1e-3, 0.5, 0.5), found("sneaker", 2e-3, 0.5, 0.5)]
+    tried += [found("gold", 1e-3, 0.9, 0.0), found("gold", 2e-3, 0.6, 0.4)]
+    tried += [found("candy", 1e-3, 0.2, 0.1), found("candy", 2e-3, 0.1, 0.1)]
+    chosen = tuning.choose(tried)["lora"]
+    assert chosen["subject"] == {"even": 1e-3, "odd": 1e-3}, "the lower of two equal ones"
+    assert chosen["style"] == {"even": 2e-3, "odd": 1e-3}
+    assert plan.half_of("style", "candy") == "even", "so candy, tuned on gold, takes gold's rate"
 
 
 def test_seeds_are_averaged_before_pairs():
@@ -177,7 +184,7 @@ def test_the_report_says_what_the_records_say(small):
     assert set(data["table"]) == set(scope.rows)
     drawn = next(r for r in records if r["kind"] == "pair" and r["row"] == "lora")
     assert data["table"]["lora"]["energy"][0] == pytest.approx(drawn["measured"]["energy"], abs=1e-3)
-    rows = list(csv.DictReader((folder / "table.csv").open()))
+    rows = list(csv.DictReader((folder / "table.csv").read_text().splitlines()))
     assert {row["row"] for row in rows} == set(scope.rows)
     assert "The aim is not met" in html, "two steps teach nothing"
     assert {file.stem for file in (folder / "plots").iterdir()} >= {"subject-against-style", "crosstalk", "many"}
@@ -212,7 +219,7 @@ def test_what_it_cannot_do_it_says(arguments, said, capsys, tmp_path, monkeypatc
 
 def test_a_method_without_a_rate_is_refused():
     with pytest.raises(DataError, match="has no learning rate yet"):
-        plan.rate_of("no such method", "subject")
+        plan.rate_of("no such method", "subject", "teapot")
 
 
 def test_list(capsys):

@@ -105,15 +105,21 @@ def chosen(noun: str, wanted: Iterable[str], known: Sequence[str]) -> tuple[str,
     return names
 
 
-def rates() -> dict[str, dict[str, float]]:
-    """Method -> role -> learning rate, as ``qrlora bench --tune`` chose it on seen subjects and styles."""
+def rates() -> dict[str, dict[str, dict[str, float]]]:
+    """Method -> role -> half of the parts -> learning rate; ``qrlora bench --tune`` chose it on none of that half."""
     return json.loads(files("qrlora.bench").joinpath("rates.json").read_text(encoding="utf-8"))["chosen"]
 
 
-def rate_of(adapter: str, role: str) -> float:
-    """Raises DataError if the method has not been tuned."""
+def half_of(role: str, name: str | None) -> str:
+    """Every second reserved part is in one half, "even", the others in the other, "odd"; any other name in "even"."""
+    names = world.RESERVED_SUBJECTS if role == "subject" else world.RESERVED_STYLES
+    return "odd" if name in names and names.index(name) % 2 else "even"
+
+
+def rate_of(adapter: str, role: str, name: str | None) -> float:
+    """For one part. Raises DataError if the method has not been tuned."""
     known = rates()
     if adapter not in known:
         remedy = f"qrlora bench --tune --rows {adapter}"
         raise DataError(f"{adapter} has no learning rate yet", expected=", ".join(known), got=adapter, remedy=remedy)
-    return known[adapter][role]
+    return known[adapter][role][half_of(role, name)]

@@ -1,9 +1,13 @@
-"""The learning rate of every method and role, on seen subjects and styles alone: ``qrlora bench --tune``.
+"""The learning rate of every method and role: ``qrlora bench --tune``.
 
-Reserved parts, which the bench is about, have no part in this. Every method gets as many rates, lessons, steps and
-pictures as every other; for each role the rate is taken at which its adapter alone has the best mean of `named` and
-`both`. Only the ladder's place differs where a method is known to want smaller steps: all weights at once, rotations,
-and starts from large singular values.
+Every method gets as many rates, lessons, steps and pictures as every other; the rate is taken at which its adapter
+alone has the best mean of `named` and `both`. No part is measured at a rate that it helped to choose. Subjects are
+tuned on a seen one. For styles that was found not to do: a style that pico knows has only to be called, at a rate at
+which a new one is not learned. So the reserved styles are halved, and the rate of each half comes from one of the other
+half.
+
+Only the ladder's place differs where a method is known to want smaller steps: all weights at once, rotations, and what
+starts from both factors or large singular values.
 """
 
 from __future__ import annotations
@@ -13,7 +17,6 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 from qrlora.bench.cells import Cell, digest_of, weights_digest
@@ -21,38 +24,40 @@ from qrlora.bench.plan import Scope
 from qrlora.bench.run import Say, adapters_of, known_records, rounded, run_stages
 from qrlora.files import write_atomically
 
-LADDER = (5e-4, 1.5e-3, 5e-3)
-LADDERS = {
-    "lora": (1.5e-4, 5e-4, 1.5e-3),
-    "pissa": (1.5e-4, 5e-4, 1.5e-3),
-    "olora": (1.5e-4, 5e-4, 1.5e-3),
-    "qrlora_trained": (1.5e-4, 5e-4, 1.5e-3),
-    "oft": (1.5e-4, 5e-4, 1.5e-3),
-    "full": (5e-5, 1.5e-4, 5e-4),
+LADDER = {"subject": (5e-4, 1.5e-3, 5e-3), "style": (1.5e-3, 5e-3)}
+SLOWER = {"lora": 0.3, "pissa": 0.3, "olora": 0.3, "qrlora_trained": 0.3, "oft": 0.3, "full": 0.1}
+"""Method -> what its ladder is multiplied with."""
+LESSONS = {
+    "subject": {"even": "sneaker", "odd": "sneaker"},
+    "style": {"even": "gold", "odd": "candy"},
 }
-SEEN = {"subject": ("sneaker", "guitar"), "style": ("neon", "watercolour")}
-"""What is taught: seen in pretraining, called by a trigger that was not."""
+"""Role -> half of the reserved parts -> what is taught to choose its rate: nothing of that half."""
 RATES = Path(__file__).with_name("rates.json")
 
 
-def cells_of(scope: Scope, lessons: int) -> list[Cell]:
-    """Each adapter alone, at each of its rates, of the first ``lessons`` of SEEN of each role."""
+def cells_of(scope: Scope) -> list[Cell]:
+    """Each adapter alone, at each of its rates."""
     return [
         Cell("alone", adapter, 0, *((name, "") if role == "subject" else ("", name)), rate=rate)
         for adapter in adapters_of(scope)
-        for role, names in SEEN.items()
-        for name in names[:lessons]
-        for rate in LADDERS.get(adapter, LADDER)
+        for role, halves in LESSONS.items()
+        for name in dict.fromkeys(halves.values())
+        for rate in ladder(adapter, role)
     ]
 
 
-def tune(folder: Path, scope: Scope, workers: int, say: Say, command: str, lessons: int = 1) -> dict[str, Any]:
+def ladder(adapter: str, role: str) -> list[float]:
+    """The rates tried."""
+    return [float(f"{rate * SLOWER.get(adapter, 1):.2g}") for rate in LADDER[role]]
+
+
+def tune(folder: Path, scope: Scope, workers: int, say: Say, command: str) -> dict[str, Any]:
     """Choose, and write RATES: what was chosen, for those adapters that the rows need, beside what was there.
 
     What is there of another base model or judge is dropped.
     """
     scope = replace(scope, seeds=(0,))
-    cells = cells_of(scope, lessons)
+    cells = cells_of(scope)
     run_stages(folder, scope, [cells], workers, say)
     known = known_records(folder, scope, cells)
     tried = [known[digest_of(cell, scope)] for cell in cells]
@@ -66,14 +71,18 @@ def tune(folder: Path, scope: Scope, workers: int, say: Say, command: str, lesso
     return found["chosen"]
 
 
-def choose(tried: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]:
-    """Method -> role -> the rate with the best score, in the mean over lessons; the lower of two equal ones."""
-    scores: dict[tuple[str, str], dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
+def choose(tried: Sequence[dict[str, Any]]) -> dict[str, dict[str, dict[str, float]]]:
+    """Method -> role -> half -> the rate with the best score on that half's lesson; the lower of two equal ones."""
+    scores: dict[tuple[str, str], dict[float, float]] = defaultdict(dict)
     for record in tried:
-        role = "subject" if record.get("subject") else "style"
         measured = record["measured"]
-        scores[record["adapter"], role][record["rate"]].append((measured["named"] + measured["both"]) / 2)
-    chosen: dict[str, dict[str, float]] = defaultdict(dict)
-    for (adapter, role), rates in scores.items():
-        chosen[adapter][role] = max(sorted(rates), key=lambda rate: fmean(rates[rate]))
-    return dict(chosen)
+        name = record.get("subject") or record["style"]
+        scores[record["adapter"], name][record["rate"]] = (measured["named"] + measured["both"]) / 2
+    adapters = dict.fromkeys(adapter for adapter, _ in scores)
+    best = {key: max(sorted(rates), key=lambda rate: rates[rate]) for key, rates in scores.items()}
+    return {
+        adapter: {
+            role: {half: best[adapter, name] for half, name in halves.items()} for role, halves in LESSONS.items()
+        }
+        for adapter in adapters
+    }

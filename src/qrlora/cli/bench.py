@@ -60,7 +60,8 @@ def run_bench(options: argparse.Namespace) -> None:
     said = shlex.join(["qrlora", "bench", *_asked(options)])
     if options.tune:
         for adapter, found in tuning.tune(options.out, scope, options.workers, _say, said).items():
-            print(f"{adapter:20} subject {found['subject']:g}  style {found['style']:g}")
+            each = [f"{role} {' or '.join(f'{rate:g}' for rate in halves.values())}" for role, halves in found.items()]
+            print(f"{adapter:20} {', '.join(each)}")
         return
     given = run.read_records(options.records) if options.records else []
     records = run.run(options.out, scope, options.workers, _say, given)

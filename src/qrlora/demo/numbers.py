@@ -6,7 +6,7 @@ import platform
 from importlib.metadata import version
 from typing import Any
 
-from qrlora.bench.plan import rates
+from qrlora.bench.plan import rate_of
 from qrlora.demo.flow import PARTS, Answer, Outcome
 from qrlora.demo.plan import AIM, DEFAULT, METHODS, TUNED, Lesson
 
@@ -30,7 +30,7 @@ def data(outcome: Outcome) -> dict[str, Any]:
         "subject": _lesson(outcome.subject),
         "style": _lesson(outcome.style),
         "budget": {**vars(budget), "weights": list(budget.weights)},
-        "methods": {name: {**fields, "learning_rates": rates()[TUNED[name]]} for name, fields in METHODS.items()},
+        "methods": {name: {**fields, "learning_rates": _rates(outcome, name)} for name, fields in METHODS.items()},
         "parameters": {**parameters, "ratio": parameters[DEFAULT] / parameters["lora"]},
         "file_bytes": {**sizes, "ratio": sizes["compact"] / sizes["plain_lora"]},
         "scores": {
@@ -66,6 +66,10 @@ def _less(alone: float | None, composed: float | None) -> float | None:
 def _value(answer: Answer, part: str) -> float | None:
     share = answer.share(part)
     return None if share is None else share.value
+
+
+def _rates(outcome: Outcome, method: str) -> dict[str, float]:
+    return {one.role: rate_of(TUNED[method], one.role, one.name) for one in (outcome.subject, outcome.style)}
 
 
 def _lesson(lesson: Lesson) -> dict[str, Any]:

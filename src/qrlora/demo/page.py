@@ -292,7 +292,7 @@ def _costs(outcome: Outcome) -> Section:
             NAMES[method],
             f"{parameters[method]:,}",
             f"{parameters[method] / parameters['lora']:.4f}",
-            ", ".join(f"{rate_of(TUNED[method], role):g}" for role in ("subject", "style")),
+            ", ".join(f"{rate_of(TUNED[method], one.role, one.name):g}" for one in (outcome.subject, outcome.style)),
             f"{seconds[f'train {method}']:.1f} s",
         ]
         for method in METHODS

@@ -175,7 +175,7 @@ def recipe_fields(lesson: Lesson, budget: Budget, seed: int, method: str) -> dic
     """The recipe of one method for one lesson; all but METHODS and the learning rate is common to all methods."""
     return {
         **METHODS[method],
-        "learning_rate": rate_of(TUNED[method], lesson.role),
+        "learning_rate": rate_of(TUNED[method], lesson.role, lesson.name),
         "role": lesson.role,
         "images": lesson.file,
         "caption": lesson.caption,
