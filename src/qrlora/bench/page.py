@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jaxtyping import UInt8
 from PIL import Image
 
 from qrlora.bench import about
@@ -17,8 +18,9 @@ from qrlora.bench.plan import DEFAULT, RIVAL, ROWS, Scope, rates
 from qrlora.bench.plots import Plot, across_weights, crosstalk_bars, foretelling, subject_against_style, with_many
 from qrlora.bench.run import adapters_of, facts, write_records
 from qrlora.bench.tables import Estimate, against, as_json, by_pair, foretold, table
-from qrlora.evaluation.report import Block, Code, Gallery, Picture, Prose, Report, Section, Table, png_bytes
+from qrlora.evaluation.report import Code, Picture, Prose, Report, Section, Table, png_bytes
 from qrlora.files import write_atomically
+from qrlora.generation import labelled_grid
 
 COLUMNS = ("both", "named", "subject", "style", "crosstalk", "obedience", "energy", "diversity")
 SHOWN = 4
@@ -26,7 +28,7 @@ SHOWN = 4
 
 
 def write(folder: Path, scope: Scope, records: Sequence[Record], command: str) -> Path:
-    """Write report.html, report.json, table.csv, records.jsonl and plots/*.png; returns the page's path."""
+    """Write report.html, report.json, table.csv and .md, records.jsonl and plots/*.png; returns the page's path."""
     rows = [row for row in scope.rows if by_pair(records, row, "both")]
     found = table(records, rows)
     beside = {row: against(records, row, RIVAL) for row in rows if row != RIVAL and RIVAL in rows}
@@ -37,6 +39,7 @@ def write(folder: Path, scope: Scope, records: Sequence[Record], command: str) -
         across_weights(records),
         with_many(records),
         foretelling(told),
+        *sheets(folder, scope, records, rows),
     ]
     data = {
         "command": command,
@@ -49,16 +52,18 @@ def write(folder: Path, scope: Scope, records: Sequence[Record], command: str) -
     }
     write_records(folder / "records.jsonl", records)
     write_atomically(folder / "table.csv", _csv(found).encode())
+    write_atomically(folder / "table.md", _markdown(found).encode())
     (folder / "plots").mkdir(exist_ok=True)
     for plot in plots:
         if plot:
-            write_atomically(folder / "plots" / f"{plot.name}.png", png_bytes(Image.fromarray(plot.pixels)))
+            write_atomically(
+                folder / "plots" / f"{plot.name}.png", png_bytes(Image.fromarray(plot.pixels).quantize(256))
+            )
     sections = [
         Section("", [Prose([_opening(scope, found, beside)]), Code(command)]),
         _table(found, scope),
         *([_beside(beside)] if beside else []),
         *(Section(plot.title, [Picture(plot.pixels, plot.title), Prose([plot.said])]) for plot in plots if plot),
-        *_sheets(folder, scope, records, rows),
         _measured(),
     ]
     under = f"{len(scope.subjects)} subjects x {len(scope.styles)} styles, {len(scope.seeds)} seeds, one picture each"
@@ -89,7 +94,7 @@ def _opening(scope: Scope, found: Mapping[str, Mapping[str, Any]], beside: Mappi
 
 def _table(found: Mapping[str, Mapping[str, Any]], scope: Scope) -> Section:
     header = ["method", *COLUMNS, "numbers trained"]
-    order = sorted(found, key=lambda row: -found[row]["named"].value)
+    order = _order(found)
     rows: list[Sequence[Any]] = []
     for row in order:
         cells = [None if found[row][name] is None else str(found[row][name]) for name in COLUMNS]
@@ -108,42 +113,62 @@ def _beside(beside: Mapping[str, Mapping[str, Estimate | None]]) -> Section:
     return Section(f"Beside {RIVAL}, added directly", [Table(header, rows)], lead)
 
 
-def _sheets(folder: Path, scope: Scope, records: Sequence[Record], rows: Sequence[str]) -> list[Section]:
-    """The default's best, median and worst pair by `named`, by every row, if the pictures are here."""
+def sheets(folder: Path, scope: Scope, records: Sequence[Record], rows: Sequence[str]) -> list[Plot]:
+    """The default's best, median and worst pair by `named`, as every row drew it; if the pictures are here."""
     if DEFAULT not in rows:
         return []
     named = by_pair(records, DEFAULT, "named")
     order = sorted(named, key=lambda pair: -named[pair])
-    sections = []
+    found = []
     for place, pair in (("best", order[0]), ("median", order[len(order) // 2]), ("worst", order[-1])):
-        pictures = []
-        for row in rows:
-            cell = Cell("pair", ROWS[row].adapter, scope.seeds[0], *pair, row)
-            file = folder / "pictures" / f"{digest_of(cell, scope)}.png"
-            if file.exists():
-                strip = np.asarray(Image.open(file).convert("RGB"))
-                pictures.append(Picture(strip[:, : SHOWN * strip.shape[0]], f"{row}: {pair}", row))
-        blocks: list[Block] = [Gallery(_taught(folder, scope, pair)), Gallery(pictures)]
-        title = f"The {place} pair of {DEFAULT}: {pair[0]}, {pair[1]}"
-        if pictures:
-            sections.append(Section(title, blocks, f"named {named[pair]:.2f}; seed {scope.seeds[0]}, every method"))
-    return sections
+        drawn = {row: folder / "pictures" / f"{digest_of(_pair(scope, row, pair), scope)}.png" for row in rows}
+        drawn = {row: file for row, file in drawn.items() if file.exists()}
+        if drawn:
+            title = f"The {place} pair of {DEFAULT}: {pair[0]}, {pair[1]}"
+            said = f"Named {named[pair]:.2f} by {DEFAULT}; seed {scope.seeds[0]}, as every method drew it."
+            found.append(Plot(f"sheet-{place}", title, said, _sheet(_taught(folder, scope, pair), drawn)))
+    return found
 
 
-def _taught(folder: Path, scope: Scope, pair: tuple[str, str]) -> list[Picture]:
+def _pair(scope: Scope, row: str, pair: tuple[str, str]) -> Cell:
+    return Cell("pair", ROWS[row].adapter, scope.seeds[0], *pair, row)
+
+
+def _sheet(taught: Sequence[Image.Image], drawn: Mapping[str, Path]) -> UInt8[np.ndarray, "h w 3"]:
+    """What was learned from in the first row, then a row for every method."""
+    strips = {row: Image.open(file).convert("RGB") for row, file in drawn.items()}
+    side = next(iter(strips.values())).height
+    count = min(SHOWN, next(iter(strips.values())).width // side)
+    cells = [[strip.crop((i * side, 0, (i + 1) * side, side)) for i in range(count)] for strip in strips.values()]
+    blank = Image.new("RGB", (side, side), "white")
+    first = [[*taught, *[blank] * count][:count]] if taught else []
+    labels = [*(["learned from"] if taught else []), *strips]
+    return np.asarray(labelled_grid([*first, *cells], labels, [""] * count))
+
+
+def _taught(folder: Path, scope: Scope, pair: tuple[str, str]) -> list[Image.Image]:
     """The two pictures learned from, as far as they are here."""
     names = (f"subject-{pair[0]}", f"style-{pair[1]}")
     files = [folder / "lessons" / f"{name.replace(' ', '-')}-{scope.seeds[0]}.png" for name in names]
-    return [
-        Picture(np.asarray(Image.open(file).convert("RGB")), file.stem, f"learned from: the {file.stem.split('-')[0]}")
-        for file in files
-        if file.exists()
-    ]
+    return [Image.open(file).convert("RGB") for file in files if file.exists()]
 
 
 def _measured() -> Section:
     listed = [f"{name}: {said}, {'more' if more else 'less'} is better" for name, (said, more) in MEASURES.items()]
     return Section("What was measured", [Prose(listed, listed=True)])
+
+
+def _markdown(found: Mapping[str, Mapping[str, Any]]) -> str:
+    """The page's table, for other pages."""
+    lines = ["| method | " + " | ".join(COLUMNS) + " |", "|---" * (1 + len(COLUMNS)) + "|"]
+    for row in _order(found):
+        cells = ["–" if found[row][name] is None else str(found[row][name]) for name in COLUMNS]
+        lines.append(f"| {row} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _order(found: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    return sorted(found, key=lambda row: -found[row]["named"].value)
 
 
 def _csv(found: Mapping[str, Mapping[str, Any]]) -> str:
