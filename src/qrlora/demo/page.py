@@ -244,7 +244,7 @@ def _methods(outcome: Outcome) -> Section:
     columns = [wanted[i].colour or f"seed {wanted[i].seed}" for i in shown]
     lead = (
         "Composed at weights 1 and 1. Same rank, steps and pictures for all; each at its own learning rates, the best "
-        "of the same few on seen subjects and styles. Last row: the base model, told the names in plain words."
+        "of a few on other subjects and styles. Last row: the base model, told the names in plain words."
     )
     return Section("Three methods, the same prompts and seeds", [Matrix(list(rows), columns, cells)], lead)
 
