@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from qrlora.bench import about, plan, run, tables, tuning
+from qrlora.bench import about, page, plan, run, tables, tuning
 from qrlora.bench.cells import Cell, digest_of
 from qrlora.bench.plan import DEFAULT, RIVAL, ROWS, SMALL, Scope
 from qrlora.bench.plots import frontier
@@ -172,11 +172,10 @@ def test_records_of_an_earlier_run_stand_in(small, tmp_path, monkeypatch):
     run.write_records(tmp_path / "records.jsonl", records)
     given = run.read_records(tmp_path / "records.jsonl")
     assert run.run(tmp_path / "elsewhere", scope, 1, lambda said: None, given) == given
+    assert page.write(tmp_path / "elsewhere", scope, given, "qrlora bench").exists(), "without pictures, too"
 
 
 def test_the_report_says_what_the_records_say(small):
-    from qrlora.bench import page
-
     folder, scope = small
     records = run.run(folder, scope, 1, lambda said: None)
     html = page.write(folder, scope, records, "qrlora bench").read_text()
@@ -220,6 +219,28 @@ def test_what_it_cannot_do_it_says(arguments, said, capsys, tmp_path, monkeypatc
 def test_a_method_without_a_rate_is_refused():
     with pytest.raises(DataError, match="has no learning rate yet"):
         plan.rate_of("no such method", "subject", "teapot")
+
+
+def test_rates_of_the_folder_win_and_missing_ones_are_chosen_first(tmp_path, monkeypatch):
+    halves = {"even": 7e-3, "odd": 8e-3}
+    kept = {"weights": tuning.weights_digest(), "chosen": {"lora": {"subject": halves, "style": halves}}, "tried": []}
+    (tmp_path / tuning.FILE).write_text(json.dumps(kept))
+    asked = []
+
+    def tune(folder, scope, *_):
+        asked.append(scope.rows)
+        return {"oft": kept["chosen"]["lora"]}
+
+    monkeypatch.setattr(tuning, "tune", tune)
+    scope = tuning.tuned(tmp_path, replace(TINY, rows=("lora", "lora+ties", "oft")), 1, lambda said: None, "")
+    assert asked == [("oft",)], "only what neither has"
+    assert plan.rate_of("lora", "subject", "teapot", scope.rates) == 7e-3
+    assert plan.rate_of("lora", "subject", "rocket", scope.rates) == 8e-3
+    assert "oft" in scope.rates and "qrlora_disjoint" in scope.rates
+    kept["weights"] = "another base model"
+    (tmp_path / tuning.FILE).write_text(json.dumps(kept))
+    scope = tuning.tuned(tmp_path, replace(TINY, rows=("lora",)), 1, lambda said: None, "")
+    assert plan.rate_of("lora", "subject", "teapot", scope.rates) == plan.rate_of("lora", "subject", "teapot")
 
 
 def test_list(capsys):

@@ -135,7 +135,7 @@ def test_a_composition_is_made_first_and_kept(tiny_sd3: Path, capsys: pytest.Cap
     [
         ([], "nothing to evaluate"),
         (["mugs"], "nothing to hold the pictures against"),
-        (["nowhere", "--style", "neon"], "no picture: nowhere"),
+        (["nowhere", "--style", "neon"], "no such picture or folder: nowhere"),
         (["mugs", "--style", "missing.png"], "no such picture: missing.png"),
         (["mugs", "--style", "brand.toml"], "no picture: brand.toml"),
         (["mugs", "--style", "neon", "--measures", "colors"], "did you mean colours?"),

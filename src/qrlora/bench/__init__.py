@@ -5,7 +5,7 @@ cells.py    one measurement: teach an adapter; look at it alone, in a compositio
 run.py      all cells of a plan, over processes, each kept under a digest of everything that decides it
 tables.py   means, intervals over pairs, paired differences, and what the files foretell
 page.py     the report: HTML, JSON, CSV, plots
-tuning.py   the learning rates of every method, on seen subjects and styles alone
+tuning.py   the learning rates of every method, on none of the parts that they are for
 """
 
 from __future__ import annotations

@@ -90,7 +90,7 @@ def digest_of(cell: Cell, scope: Scope) -> str:
     each = cell.many // 2
     parts = {"subject": scope.subjects[:each], "style": scope.styles[:each]}
     names = [(role, name) for role in parts for name in (parts[role] if each else [getattr(cell, role)]) if name]
-    decides["rates"] = [cell.rate or rate_of(cell.adapter, role, name) for role, name in names]
+    decides["rates"] = [cell.rate or rate_of(cell.adapter, role, name, scope.rates) for role, name in names]
     if cell.kind != "teach":
         count = {"alone": "alone", "grid": "grid_weights"}.get(cell.kind, "pictures")
         decides |= {name: getattr(scope, name) for name in ("denoising_steps", "guidance", count)}
@@ -147,7 +147,7 @@ class Bench:
                 "steps": self.scope.steps,
                 "cooldown_steps": self.scope.steps // 2,
                 "batch_size": self.scope.batch_size,
-                "learning_rate": rate or rate_of(adapter, lesson.role, lesson.name),
+                "learning_rate": rate or rate_of(adapter, lesson.role, lesson.name, self.scope.rates),
                 "logit_mean": NOISE[0],
                 "logit_std": NOISE[1],
                 "seed": 2 * seed + (lesson.role == "style"),

@@ -14,7 +14,7 @@ from PIL import Image
 
 from qrlora.bench import about
 from qrlora.bench.cells import MEASURES, Cell, Record, digest_of, weights_digest
-from qrlora.bench.plan import DEFAULT, RIVAL, ROWS, Scope, rates
+from qrlora.bench.plan import DEFAULT, RIVAL, ROWS, Scope
 from qrlora.bench.plots import Plot, across_weights, crosstalk_bars, foretelling, subject_against_style, with_many
 from qrlora.bench.run import adapters_of, facts, write_records
 from qrlora.bench.tables import Estimate, against, as_json, by_pair, foretold, table
@@ -44,16 +44,16 @@ def write(folder: Path, scope: Scope, records: Sequence[Record], command: str) -
     data = {
         "command": command,
         "weights": weights_digest(),
-        "plan": facts(scope),
-        "rates": {name: rates()[name] for name in adapters_of(scope)},
+        "plan": {name: value for name, value in facts(scope).items() if name != "rates"},
+        "rates": {name: scope.rates[name] for name in adapters_of(scope)},
         "table": as_json(found),
         f"against {RIVAL}": as_json(beside),
         "foretold": {name: {k: v for k, v in each.items() if k != "points"} for name, each in told.items()},
     }
+    (folder / "plots").mkdir(parents=True, exist_ok=True)
     write_records(folder / "records.jsonl", records)
     write_atomically(folder / "table.csv", _csv(found).encode())
     write_atomically(folder / "table.md", _markdown(found).encode())
-    (folder / "plots").mkdir(exist_ok=True)
     for plot in plots:
         if plot:
             write_atomically(

@@ -48,11 +48,16 @@ ROWS: dict[str, Row] = {
 """Name -> row. Adapters alone stand for their direct sum."""
 
 
+Rates = dict[str, dict[str, dict[str, float]]]
+"""Method -> role -> half of the parts -> learning rate."""
+
+
 @dataclass(frozen=True)
 class Scope:
     """On what, and how much. Adapters are the demo's: the same steps, batch, rank and noise levels for all methods.
 
-    pictures: of every composed pair; alone: of every adapter alone. grid_weights: of both, in the frontier.
+    pictures: of every composed pair; alone: of every adapter alone. grid_weights: of both, in the frontier. rates: as
+    `rates` has them.
     """
 
     rows: tuple[str, ...] = tuple(ROWS)
@@ -71,6 +76,7 @@ class Scope:
     grid_weights: tuple[float, ...] = (0.5, 0.75, 1.0, 1.25)
     many_rows: tuple[str, ...] = (RIVAL, "lora+ties", "lora+dare", "qrlora", DEFAULT, "q_random")
     many: tuple[int, ...] = (2, 4, 8)
+    rates: Rates = field(default_factory=lambda: rates())
 
     @property
     def pairs(self) -> list[tuple[str, str]]:
@@ -105,8 +111,8 @@ def chosen(noun: str, wanted: Iterable[str], known: Sequence[str]) -> tuple[str,
     return names
 
 
-def rates() -> dict[str, dict[str, dict[str, float]]]:
-    """Method -> role -> half of the parts -> learning rate; ``qrlora bench --tune`` chose it on none of that half."""
+def rates() -> Rates:
+    """Those that the package has; ``qrlora bench --tune`` chose them on none of the half that they are for."""
     return json.loads(files("qrlora.bench").joinpath("rates.json").read_text(encoding="utf-8"))["chosen"]
 
 
@@ -116,9 +122,9 @@ def half_of(role: str, name: str | None) -> str:
     return "odd" if name in names and names.index(name) % 2 else "even"
 
 
-def rate_of(adapter: str, role: str, name: str | None) -> float:
-    """For one part. Raises DataError if the method has not been tuned."""
-    known = rates()
+def rate_of(adapter: str, role: str, name: str | None, known: Rates | None = None) -> float:
+    """For one part, of the rates given or the package's. Raises DataError if the method has not been tuned."""
+    known = rates() if known is None else known
     if adapter not in known:
         remedy = f"qrlora bench --tune --rows {adapter}"
         raise DataError(f"{adapter} has no learning rate yet", expected=", ".join(known), got=adapter, remedy=remedy)

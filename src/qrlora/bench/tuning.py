@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from qrlora.bench.cells import Cell, digest_of, weights_digest
-from qrlora.bench.plan import Scope
+from qrlora.bench.plan import ROWS, Rates, Scope
 from qrlora.bench.run import Say, adapters_of, known_records, rounded, run_stages
 from qrlora.files import write_atomically
 
@@ -32,7 +32,7 @@ LESSONS = {
     "style": {"even": "gold", "odd": "candy"},
 }
 """Role -> half of the reserved parts -> what is taught to choose its rate: nothing of that half."""
-RATES = Path(__file__).with_name("rates.json")
+FILE = "rates.json"
 
 
 def cells_of(scope: Scope) -> list[Cell]:
@@ -51,8 +51,20 @@ def ladder(adapter: str, role: str) -> list[float]:
     return [float(f"{rate * SLOWER.get(adapter, 1):.2g}") for rate in LADDER[role]]
 
 
-def tune(folder: Path, scope: Scope, workers: int, say: Say, command: str) -> dict[str, Any]:
-    """Choose, and write RATES: what was chosen, for those adapters that the rows need, beside what was there.
+def tuned(folder: Path, scope: Scope, workers: int, say: Say, command: str) -> Scope:
+    """The plan with rates for all its methods: the folder's before the package's, and those that neither has chosen
+    now."""
+    scope = replace(scope, rates=scope.rates | _kept(folder)["chosen"])
+    missing = [adapter for adapter in adapters_of(scope) if adapter not in scope.rates]
+    if not missing:
+        return scope
+    say(f"no learning rates yet for {', '.join(missing)}: chosen first")
+    rows = tuple(row for row in ROWS if row in missing)
+    return replace(scope, rates=scope.rates | tune(folder, replace(scope, rows=rows), workers, say, command))
+
+
+def tune(folder: Path, scope: Scope, workers: int, say: Say, command: str) -> Rates:
+    """Choose, and keep in the folder's FILE what was tried and chosen for the rows' methods, beside what was there.
 
     What is there of another base model or judge is dropped.
     """
@@ -61,17 +73,25 @@ def tune(folder: Path, scope: Scope, workers: int, say: Say, command: str) -> di
     run_stages(folder, scope, [cells], workers, say)
     known = known_records(folder, scope, cells)
     tried = [known[digest_of(cell, scope)] for cell in cells]
-    found: dict[str, Any] = {"weights": weights_digest(), "command": command, "chosen": choose(tried), "tried": tried}
-    if RATES.exists():
-        old = json.loads(RATES.read_text())
-        if old.get("weights") == found["weights"]:
-            others = [one for one in old["tried"] if one["adapter"] not in found["chosen"]]
-            found["tried"], found["chosen"] = others + tried, old["chosen"] | found["chosen"]
-    write_atomically(RATES, (json.dumps(rounded(found)).replace('{"kind"', '\n{"kind"') + "\n").encode())
-    return found["chosen"]
+    chosen, old = choose(tried), _kept(folder)
+    found = {
+        "weights": weights_digest(),
+        "command": command,
+        "chosen": old["chosen"] | chosen,
+        "tried": [one for one in old["tried"] if one["adapter"] not in chosen] + tried,
+    }
+    write_atomically(folder / FILE, (json.dumps(rounded(found)).replace('{"kind"', '\n{"kind"') + "\n").encode())
+    return chosen
 
 
-def choose(tried: Sequence[dict[str, Any]]) -> dict[str, dict[str, dict[str, float]]]:
+def _kept(folder: Path) -> dict[str, Any]:
+    """What an earlier run chose in this folder, of this base model and judge."""
+    file = folder / FILE
+    old = json.loads(file.read_text()) if file.exists() else {}
+    return old if old.get("weights") == weights_digest() else {"chosen": {}, "tried": []}
+
+
+def choose(tried: Sequence[dict[str, Any]]) -> Rates:
     """Method -> role -> half -> the rate with the best score on that half's lesson; the lower of two equal ones."""
     scores: dict[tuple[str, str], dict[float, float]] = defaultdict(dict)
     for record in tried:

@@ -36,7 +36,11 @@ def add_bench(commands: Parsers) -> None:
     parser.add_argument(
         "--records", type=Path, help="records.jsonl of an earlier run, whose measurements are taken as they are"
     )
-    parser.add_argument("--tune", action="store_true", help="choose the rows' learning rates on seen parts, and stop")
+    parser.add_argument(
+        "--tune",
+        action="store_true",
+        help="choose the rows' learning rates anew, write them to the folder's rates.json, and stop",
+    )
     parser.add_argument("--list", action="store_true", help="print the rows, and stop")
 
 
@@ -54,7 +58,7 @@ def run_bench(options: argparse.Namespace) -> None:
     from qrlora.bench import page, plan, run, tuning
 
     if options.list:
-        print("\n".join(f"{row.name:36} {bench.about(row)}" for row in plan.ROWS.values()))
+        sys.stdout.write("".join(f"{row.name:36} {bench.about(row)}\n" for row in plan.ROWS.values()))
         return
     scope = scope_of(options)
     said = shlex.join(["qrlora", "bench", *_asked(options)])
@@ -64,6 +68,7 @@ def run_bench(options: argparse.Namespace) -> None:
             print(f"{adapter:20} {', '.join(each)}")
         return
     given = run.read_records(options.records) if options.records else []
+    scope = tuning.tuned(options.out, scope, options.workers, _say, said)
     records = run.run(options.out, scope, options.workers, _say, given)
     print(page.write(options.out, scope, records, said))
 

@@ -132,8 +132,9 @@ def picture_files(paths: Iterable[Path]) -> list[Path]:
     for path in paths:
         if not path.is_dir():
             if path.suffix.lower() not in SUFFIXES:
+                what = "no picture" if path.exists() else "no such picture or folder"
                 remedy = "name a picture or a folder of pictures"
-                raise DataError(f"no picture: {path}", expected=sorted(SUFFIXES), got=path.suffix, remedy=remedy)
+                raise DataError(f"{what}: {path}", expected=sorted(SUFFIXES), got=path.suffix or None, remedy=remedy)
             files.append(path)
             continue
         inside = sorted(f for f in path.iterdir() if f.suffix.lower() in SUFFIXES and not f.name.startswith("."))
