@@ -156,11 +156,11 @@ def test_a_file_that_is_none_is_refused(tmp_path: Path) -> None:
 
 
 def test_the_sheet_that_ships_keeps_to_its_schema() -> None:
-    sheet = Sheet.load(ROOT / "recipes/brand.toml")
+    sheet = Sheet.load(ROOT / "brands/brand.toml")
     assert sheet.palette and sheet.forbidden and sheet.scores
-    schema = json.loads((ROOT / "recipes/brand.schema.json").read_text())
+    schema = json.loads((ROOT / "brands/brand.schema.json").read_text())
     assert schema == json.loads(json.dumps(Sheet.file_schema()))
-    jsonschema.validate(tomllib.loads((ROOT / "recipes/brand.toml").read_text()), schema)
+    jsonschema.validate(tomllib.loads((ROOT / "brands/brand.toml").read_text()), schema)
     with pytest.raises(jsonschema.ValidationError):
         jsonschema.validate({"scores": {"dinos": 1}}, schema)
     with pytest.raises(jsonschema.ValidationError):

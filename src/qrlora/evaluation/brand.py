@@ -211,7 +211,7 @@ class Sheet(_Part):
             got, remedy = error.strerror, "check the path"
             raise BrandError(f"cannot read the brand sheet {path}", got=got, remedy=remedy) from error
         except ValueError as error:
-            raise BrandError(f"{path} is not TOML", got=error, remedy="see recipes/brand.toml") from error
+            raise BrandError(f"{path} is not TOML", got=error, remedy="see brands/brand.toml") from error
         for logo in fields.get("logo", []) if isinstance(fields.get("logo"), list) else []:
             if isinstance(logo, dict) and isinstance(logo.get("picture"), str):
                 logo["picture"] = path.parent / logo["picture"]
