@@ -203,6 +203,7 @@ def test_half_the_numbers_are_trained(small):
         (["--subjects", "mug"], "no subject 'mug' in the bench"),
         (["--records", "missing.jsonl"], "holds no records"),
         (["--seeds", "1,x"], "--seeds"),
+        (["--seeds=-1"], "a whole number from 0"),
     ],
 )
 def test_what_it_cannot_do_it_says(arguments, said, capsys, tmp_path, monkeypatch):

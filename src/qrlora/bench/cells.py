@@ -134,8 +134,8 @@ class Bench:
     def recipe(self, lesson: Lesson, adapter: str, seed: int, rate: float | None = None) -> Recipe:
         """All but the method and its learning rate is common to all methods.
 
-        A style trains with another seed than a subject: LoRA's adapters would begin at one random A otherwise, read the
-        same directions ever after (0.63 of their row spaces shared, against 0.07), and be merged at a disadvantage.
+        A style trains with another seed than a subject: LoRA's adapters would begin at one random A otherwise, read
+        nearly the same directions ever after, and be merged at a disadvantage.
         """
         return Recipe.of(
             {

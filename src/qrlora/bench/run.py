@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import functools
 import json
-import logging
 import multiprocessing
 import os
 import signal
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from dataclasses import asdict
 from pathlib import Path
@@ -95,17 +94,21 @@ def run(folder: Path, scope: Scope, workers: int, say: Say, given: Sequence[Reco
     """
     stages = list(cells_of(scope))
     cells = [cell for stage in stages for cell in stage]
-    known = known_records(folder, scope, cells, given)
-    missing = [[cell for cell in stage if digest_of(cell, scope) not in known] for stage in stages]
-    say(f"{len(cells)} cells, {len(known)} of them known; {folder}")
-    run_stages(folder, scope, missing, workers, say)
+    todo = [missing(folder, scope, stage, given) for stage in stages]
+    say(f"{len(cells)} cells, {len(cells) - sum(map(len, todo))} of them known; {folder}")
+    run_stages(folder, scope, todo, workers, say)
     found = known_records(folder, scope, cells, given)
     return [found[digest_of(cell, scope)] for cell in cells]
 
 
-def run_stages(folder: Path, scope: Scope, stages: Iterable[Sequence[Cell]], workers: int, say: Say) -> None:
+def missing(folder: Path, scope: Scope, cells: Sequence[Cell], given: Sequence[Record] = ()) -> list[Cell]:
+    """Those that have no record yet."""
+    known = known_records(folder, scope, cells, given)
+    return [cell for cell in cells if digest_of(cell, scope) not in known]
+
+
+def run_stages(folder: Path, scope: Scope, stages: Sequence[Sequence[Cell]], workers: int, say: Say) -> None:
     """Do these cells, stage by stage."""
-    stages = [_needed(folder, scope, stage) for stage in stages]
     total, done, started = sum(map(len, stages)), 0, time.perf_counter()
     if total == 0:
         return
@@ -125,19 +128,12 @@ def run_stages(folder: Path, scope: Scope, stages: Iterable[Sequence[Cell]], wor
                 raise
 
 
-def _needed(folder: Path, scope: Scope, stage: Sequence[Cell]) -> list[Cell]:
-    """Adapters are taught where their record is missing; others where theirs is."""
-    return [cell for cell in stage if not (folder / "records" / f"{digest_of(cell, scope)}.json").exists()]
-
-
 _BENCH: list[Bench] = []
 
 
 def _begin(folder: Path, scope: Scope, threads: int) -> None:
     """A worker's own base model and judge. Ctrl-C is the parent's to take."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    for library in ("torchao", "torch.utils._pytree"):  # as the command line does: of GPU kernels that are not there
-        logging.getLogger(library).setLevel(logging.ERROR)
     torch.set_num_threads(threads)
     _BENCH.append(Bench.open(folder, scope))
 

@@ -21,7 +21,7 @@ from typing import Any
 
 from qrlora.bench.cells import Cell, digest_of, weights_digest
 from qrlora.bench.plan import ROWS, Rates, Scope
-from qrlora.bench.run import Say, adapters_of, known_records, rounded, run_stages
+from qrlora.bench.run import Say, adapters_of, known_records, missing, rounded, run_stages
 from qrlora.files import write_atomically
 
 LADDER = {"subject": (5e-4, 1.5e-3, 5e-3), "style": (1.5e-3, 5e-3)}
@@ -55,11 +55,11 @@ def tuned(folder: Path, scope: Scope, workers: int, say: Say, command: str) -> S
     """The plan with rates for all its methods: the folder's before the package's, and those that neither has chosen
     now."""
     scope = replace(scope, rates=scope.rates | _kept(folder)["chosen"])
-    missing = [adapter for adapter in adapters_of(scope) if adapter not in scope.rates]
-    if not missing:
+    untuned = [adapter for adapter in adapters_of(scope) if adapter not in scope.rates]
+    if not untuned:
         return scope
-    say(f"no learning rates yet for {', '.join(missing)}: chosen first")
-    rows = tuple(row for row in ROWS if row in missing)
+    say(f"no learning rates yet for {', '.join(untuned)}: chosen first")
+    rows = tuple(row for row in ROWS if row in untuned)
     return replace(scope, rates=scope.rates | tune(folder, replace(scope, rows=rows), workers, say, command))
 
 
@@ -70,7 +70,7 @@ def tune(folder: Path, scope: Scope, workers: int, say: Say, command: str) -> Ra
     """
     scope = replace(scope, seeds=(0,))
     cells = cells_of(scope)
-    run_stages(folder, scope, [cells], workers, say)
+    run_stages(folder, scope, [missing(folder, scope, cells)], workers, say)
     known = known_records(folder, scope, cells)
     tried = [known[digest_of(cell, scope)] for cell in cells]
     chosen, old = choose(tried), _kept(folder)

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qrlora.cli.shared import Parsers, command, count
+from qrlora.cli.shared import Parsers, command, count, seed
 
 if TYPE_CHECKING:
     from qrlora.bench.plan import Scope
@@ -49,7 +49,7 @@ def _names(text: str) -> tuple[str, ...]:
 
 
 def _seeds(text: str) -> tuple[int, ...]:
-    return tuple(dict.fromkeys(int(part) for part in text.split(",")))
+    return tuple(dict.fromkeys(seed(part) for part in text.split(",")))
 
 
 def run_bench(options: argparse.Namespace) -> None:
