@@ -269,6 +269,7 @@ def test_the_prompt_of_a_generated_picture_is_read_from_it(tmp_path: Path) -> No
 
 
 def test_what_is_no_picture_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("not a picture")
     for make, words in (
         (lambda: tmp_path / "missing.png", "no such picture"),
         (lambda: save(tmp_path, "tiny.png", plain("red", 8)), "too small"),
