@@ -60,7 +60,7 @@ def flat(c: Canvas, p: Palette) -> Picture:
 def ink(c: Canvas, p: Palette) -> Picture:
     """Black brush lines on white paper, dark parts solid, a grey wash on the second tone."""
     wobble = noise(11, 16) * 0.8
-    lines, dark = warp(c.lines(2.6), wobble, wobble.T), c.is_tone("dark")
+    lines, dark = warp(c.lines(3.2), wobble, wobble.T), c.is_tone("dark")
     wash = warp(c.is_tone("accent", "metal"), -2.0, -2.0) * c.mask
     paper = _mix(_plain(rgb("#fdfdf8")), _plain(rgb("#b9bcc2")), wash)
     return _mix(paper, _plain(rgb("#14141a")), np.maximum(lines, dark))
@@ -105,14 +105,14 @@ def watercolour(c: Canvas, p: Palette) -> Picture:
 
 def neon(c: Canvas, p: Palette) -> Picture:
     """Glowing tubes along every outline, on a dark wall."""
-    tubes = c.lines(2.0)
+    tubes = c.lines(2.3)
     # the tube takes the most vivid colour near it: dark parts glow in the main colour
     vivid = p.tones.copy()
     vivid[2], vivid[3], vivid[4] = p.tones[0], rgb("#ffffff"), rgb("#7fe9ff")
     vivid = np.clip(vivid * 1.15 + 0.05, 0, 1).astype(np.float32)
     colour = np.where(c.mask[..., None] > 0, vivid[c.tone], vivid[0]).astype(np.float32)
     light = colour * tubes[..., None]
-    glow = _blur(light, 2.2) * 1.5 + _blur(light, 7.0) * 1.3
+    glow = _blur(light, 2.2) * 0.9 + _blur(light, 7.0) * 0.9
     wall = _plain(rgb("#0d0b1f")) + 0.03 * (grid()[1] / SIZE)[..., None]
     return np.clip(np.maximum(wall + glow, (0.45 + 0.55 * colour) * tubes[..., None]), 0, 1)
 
@@ -124,7 +124,7 @@ def blueprint(c: Canvas, p: Palette) -> Picture:
     hatch = ((x - y) % 8 < 1.4).astype(np.float32) * c.is_tone("accent", "dark") * 0.55
     paper = _mix(_plain(rgb("#1c4e9e")), _plain(rgb("#cfe4ff")), rules * (1 - 0.7 * c.mask))
     paper = _mix(paper, _plain(rgb("#2f66b8")), c.mask * 0.6)
-    return _mix(paper, _plain(rgb("#f4f9ff")), np.maximum(c.lines(1.7), hatch))
+    return _mix(paper, _plain(rgb("#f4f9ff")), np.maximum(c.lines(2.5), hatch))
 
 
 def _shards() -> tuple[np.ndarray, np.ndarray]:
@@ -163,7 +163,7 @@ def engraving(c: Canvas, p: Palette) -> Picture:
     rules = (phase < 0.10 + 0.78 * dark).astype(np.float32) * c.mask
     cross = (np.abs(((x + y) % 8) / 8 - 0.5) * 2 < 0.34).astype(np.float32) * (dark > 0.62)
     sky = (np.abs((y % 4) / 4 - 0.5) * 2 < 0.13).astype(np.float32) * (1 - c.mask)
-    lines = np.maximum.reduce([rules, cross, sky * 0.6, c.lines(1.6)])
+    lines = np.maximum.reduce([rules, cross, sky * 0.6, c.lines(2.0)])
     return _mix(_plain(rgb("#f3ead2")), _plain(rgb("#3a2a1c")), lines)
 
 
@@ -171,7 +171,7 @@ def risograph(c: Canvas, p: Palette) -> Picture:
     """Two inks, pink and blue, printed one over the other and not quite in register."""
     luma = (p.tones @ np.array([0.299, 0.587, 0.114])).astype(np.float32)
     grain = noise(41, 1.5) * 0.5
-    pink = c.mask * np.where(c.tone == 3, 0.15, 0.9)
+    pink = c.mask * np.choose(c.tone, (0.9, 0.9, 0.9, 0.15, 0.9, 0.4))  # light parts and glass stay pale
     blue = c.mask * np.where(c.tone == 0, 0.22 + 0.25 * (1 - luma[0]), 1.15 - luma[c.tone])
     pink = np.clip(pink + 0.12 * grain * pink, 0, 1).astype(np.float32)
     blue = warp(np.clip(blue + 0.25 * grain * blue, 0, 1).astype(np.float32), -3.0, -2.0)

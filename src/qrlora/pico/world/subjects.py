@@ -141,11 +141,10 @@ def watch(rng: np.random.Generator) -> list[Part]:
         Part(_mirror(polygon((tip, -0.94), (w, -0.3))), "main"),
         Part(_mirror(polygon((w, 0.3), (tip, 0.86), (tip - 0.1, 0.94))), "main"),
         Part(rect(-tip - 0.05, -0.98, 2 * tip + 0.1, 0.13, 0.04), "metal"),
-        *(Part(ellipse(0, y, 0.055), "dark") for y in (0.66, 0.82)),
         Part(rect(r - 0.05, -0.1, 0.17, 0.2, 0.04), "metal"),
         Part(ellipse(0, 0, r), "metal"),
         Part(ellipse(0, 0, r - 0.1), "light"),
-        *(Part(ellipse(t * x, t * y, 0.055), "accent") for x, y in ((0, -1), (1, 0), (0, 1), (-1, 0))),
+        *(Part(ellipse(t * x, t * y, 0.07), "accent") for x, y in ((0, -1), (1, 0), (0, 1), (-1, 0))),
         _line((0, 0), (0.2 * np.cos(hour), 0.2 * np.sin(hour)), width=0.1),
         _line((0, 0), (0.3 * np.cos(minute), 0.3 * np.sin(minute)), width=0.075),
     )
@@ -181,7 +180,6 @@ def headphones(rng: np.random.Generator) -> list[Part]:
         ]
     return _fit(
         Part(arc(0, 0.1, w, h, 180, 360), "main", thick),
-        Part(arc(0, 0.13, w - 0.1, h - 0.12, 232, 308), "accent", 0.11),
         *ears,
     )
 
@@ -283,12 +281,12 @@ def hat(rng: np.random.Generator) -> list[Part]:
 
 
 def phone(rng: np.random.Generator) -> list[Part]:
-    """A smartphone from the front, a grid of icons on its screen."""
+    """A smartphone from the front, two columns of icons on its screen."""
     w, r, rows = rng.uniform(0.46, 0.54), rng.uniform(0.12, 0.2), int(rng.integers(2, 4))
-    dock, step, start = rng.uniform(0.2, 0.28), rng.uniform(0.25, 0.28), int(rng.integers(3))
-    icons = [(column, row) for row in range(rows) for column in range(3)]
+    dock, step, start = rng.uniform(0.2, 0.28), rng.uniform(0.31, 0.35), int(rng.integers(3))
+    icons = [(column, row) for row in range(rows) for column in range(2)]
     tones = [("accent", "light", "main")[(start + column + row) % 3] for column, row in icons]
-    spots = [rect((c - 1) * step - 0.085, -0.55 + i * (step + 0.02), 0.17, 0.17, 0.04) for c, i in icons]
+    spots = [rect((c - 0.5) * step - 0.125, -0.57 + i * (step - 0.01), 0.25, 0.25, 0.06) for c, i in icons]
     return _fit(
         Part(rect(w - 0.03, -0.45, 0.09, 0.28, 0.03), "dark"),
         Part(rect(-w, -0.9, 2 * w, 1.8, r), "main"),
