@@ -45,7 +45,7 @@ FREED = 4
 """Columns of Q that `q_free_4` frees."""
 PRIOR = (
     "a photo of a green car in ink style",
-    "a photo of a blue house in flat style",
+    "a photo of a blue sofa in flat style",
     "a photo of a yellow mug in clay style",
     "a photo of a red chair in neon style",
 )
@@ -194,7 +194,7 @@ def _triangular(width: int = 1) -> Config:
     """The published form on the first r of `width` · r columns of a basis."""
 
     def config(recipe: Recipe, common: dict[str, Any]) -> PeftConfig:
-        wide = {"columns": "first", "basis_rank": width * recipe.rank}
+        wide: dict[str, Any] = {"columns": "first", "basis_rank": width * recipe.rank}
         return QRLoraConfig(r=recipe.rank, lora_alpha=recipe.alpha, triangular=True, **wide, **common)
 
     return config
@@ -343,7 +343,8 @@ class RotatedColumns(BasisColumns):
         skew = torch.zeros_like(one)
         skew[rank:, :rank], skew[:rank, rank:] = half, -half.T
         turned = torch.linalg.solve(one - skew, (one + skew)[:, :rank])
-        wide = self.basis.q[:, : 2 * rank].to(half.dtype)
+        every: Any = self.basis.q
+        wide = every[:, : 2 * rank].to(half.dtype)
         return torch.cat([wide[:, :rank], wide @ (turned - one[:, :rank])], dim=1)
 
 
