@@ -4,25 +4,35 @@ python benchmarks/basis.py                                 one random 3072x3072 
 python benchmarks/basis.py --shapes flux.1 --peft          the shapes of a model, against PEFT's initialisations too
 python benchmarks/basis.py --whole flux.1                  `fast` alone, on as many random weights as that model has
 python benchmarks/basis.py --weights model.safetensors     every matrix of a real file, energy and total times
+python benchmarks/basis.py --reproduce                     how far Q turns with threads, processor kernels and devices
 
 Every round times every way on the same weight in turn; a ratio is that of one round. "two products" is W X and Wᵀ Y
-with as many columns as the rank: no way to a weight's leading columns can do with less.
+with as many columns as the rank: no way to a weight's leading columns can do with less. "needed products" are those of
+the fewest steps of a block Krylov iteration, blocks as wide as `fast` has, whose space holds 0.999 of the best energy:
+no such iteration can do with less.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
+import os
 import resource
 import statistics
+import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from common import machine
 from peft import LoraConfig, get_peft_model
 from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from qrlora.basis import layer_basis
@@ -62,13 +72,16 @@ def main() -> None:
     parser.add_argument("--weights", type=Path, help="a .safetensors file to use instead of a random weight")
     parser.add_argument("--peft", action="store_true", help="also PEFT's pissa, pissa_niter_16, olora and mica")
     parser.add_argument("--whole", choices=WHOLE, help="time `fast` on random weights of all of a model's layers")
+    parser.add_argument(
+        "--reproduce", action="store_true", help="compute Q in other ways that differ by rounding alone"
+    )
     parser.add_argument("--json", type=Path, help="write what was measured, with machine facts")
     parser.add_argument("--rounds", type=int, default=1, help="how often each weight is timed")
     parser.add_argument("--summary", action="store_true", help="the last lines only")
     arguments = parser.parse_args()
     print(f"rank {arguments.rank}, {torch.get_num_threads()} threads, torch {torch.__version__}")
     warm_up()
-    found = whole(arguments) if arguments.whole else compare(arguments)
+    found: dict[str, Any] = (reproduce if arguments.reproduce else whole if arguments.whole else compare)(arguments)
     if arguments.json:
         asked = {name: str(value) for name, value in vars(arguments).items() if value and name != "json"}
         report = {"machine": machine("cpu"), "options": asked, "results": found}
@@ -85,20 +98,22 @@ def warm_up() -> None:
 def compare(arguments: argparse.Namespace) -> dict[str, dict[str, float]]:
     """Every way on every weight, printed; way -> its time to `fast`'s, and the least energy, of all together."""
     ways = WAYS | (PEFT if arguments.peft else {})
-    totals, least, count = dict.fromkeys(ways, 0.0), dict.fromkeys(ways, 1.0), 0
+    bounds = (BOUND, NEEDED)
+    totals, least, count = dict.fromkeys([*ways, NEEDED], 0.0), dict.fromkeys([*ways, NEEDED], 1.0), 0
     for name, weight in weights_of(arguments):
         count += 1
+        ways[NEEDED] = functools.partial(products, steps=steps_needed(weight, arguments.rank))
         seconds, energies = compared(ways, weight, arguments.rank, arguments.rounds)
         for way in ways:
             kept = energies[way] / energies["full SVD + QR"]
             totals[way], least[way] = totals[way] + sum(seconds[way]), min(least[way], kept)
-            if not arguments.summary:
+            if not arguments.summary and way not in bounds:
                 print(row(name, way, seconds, kept))
     found = {}
     for way in ways:
         ratio = totals[way] / totals["fast"]
         found[way] = {"seconds": totals[way], "times_fast": ratio, "least_energy": least[way]}
-        energy_of = "" if way == BOUND else f", least energy {least[way]:.6f} of the optimum"
+        energy_of = "" if way in bounds else f", least energy {least[way]:.6f} of the optimum"
         print(f"{count} weights, {way}: {ratio:.2f} times `fast`{energy_of}")
     return found
 
@@ -173,6 +188,79 @@ def two_products(weight: Tensor, rank: int) -> Tensor:
     return y
 
 
+def steps_needed(weight: Tensor, rank: int) -> int:
+    """Of how many steps (a product from either side) the Krylov space first holds 0.999 of the best energy."""
+    best, block = layer_basis(weight, rank).energy * float(weight.double().square().sum()), _block(rank)
+    x = torch.randn(weight.shape[1], block, generator=torch.Generator().manual_seed(2))
+    left = torch.linalg.qr(weight @ x).Q
+    held = left.T @ weight
+    while float(torch.linalg.svdvals(held)[:rank].double().square().sum()) < 0.999 * best:
+        new = weight @ held[-block:].T
+        for _ in range(2):
+            new = torch.linalg.qr(new - left @ (left.T @ new)).Q
+        left, held = torch.cat([left, new], 1), torch.cat([held, new.T @ weight])
+    return len(held) // block
+
+
+def products(weight: Tensor, rank: int, steps: int) -> Tensor:
+    """W X and Yᵀ W of blocks of random columns, so many times over."""
+    x = torch.randn(weight.shape[1], _block(rank), generator=torch.Generator().manual_seed(2))
+    for _ in range(steps):
+        y = weight @ x
+        y.T @ weight
+    return y
+
+
+def _block(rank: int) -> int:
+    return rank + max(8, rank // 4)
+
+
+def reproduce(arguments: argparse.Namespace) -> dict[str, dict[str, float]]:
+    """||Q - Q'||_F / sqrt(rank) for weights of several spectra, Q' computed in a process with other rounding."""
+    found: dict[str, dict[str, float]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        computed = {}
+        for name, (variables, device) in VARIANTS.items():
+            if device == "cuda" and not torch.cuda.is_available():
+                continue
+            path = Path(folder) / "q.safetensors"
+            subprocess.run(
+                [sys.executable, "-c", OTHERWISE, str(arguments.rank), device, str(path)],
+                env=os.environ | variables, cwd=Path(__file__).parent, check=True,
+            )  # fmt: skip
+            computed[name] = load_file(path)
+    first = next(iter(computed))
+    for name in list(computed)[1:]:
+        found[name] = {}
+        for weight, q in computed[name].items():
+            found[name][weight] = float((q - computed[first][weight]).norm()) / arguments.rank**0.5
+        shown = ", ".join(f"{weight} {angle:.1e}" for weight, angle in found[name].items())
+        print(f"{name} against {first}: {shown}")
+    return found
+
+
+VARIANTS = {
+    "one thread": ({"OMP_NUM_THREADS": "1"}, "cpu"),
+    "two threads": ({"OMP_NUM_THREADS": "2"}, "cpu"),
+    "other kernels of the BLAS": ({"OMP_NUM_THREADS": "1", "MKL_CBWR": "COMPATIBLE"}, "cpu"),
+    "a GPU": ({}, "cuda"),
+}
+"""What to set for a process that computes the same in another order, and where it computes."""
+OTHERWISE = """
+import sys
+import torch
+from safetensors.torch import save_file
+from basis import random_weight
+from qrlora.basis import layer_basis
+rank, device, path = sys.argv[1:]
+found = {}
+for decay in (1.0, 0.5, 0.25, 0.1, 0.0):
+    weight = random_weight((1024, 1536), decay).to(device)
+    found[f"i^-{decay}"] = layer_basis(weight, int(rank)).q.cpu().contiguous()
+save_file(found, path)
+"""
+
+
 def energy(columns: Tensor, weight: Tensor) -> float:
     held = torch.linalg.qr(columns).Q.T @ weight
     parts = [torch.linalg.vector_norm(part, dim=1).double().square().sum() for part in (held, weight)]
@@ -212,7 +300,7 @@ def peft_way(initialisation: str) -> Way:
     return initialised
 
 
-BOUND = "two products"
+BOUND, NEEDED = "two products", "needed products"
 WAYS: dict[str, Way] = {"fast": fast, "full SVD + QR": full, BOUND: two_products}
 PEFT: dict[str, Way] = {name: peft_way(name) for name in ("pissa", "pissa_niter_16", "olora", "mica")}
 

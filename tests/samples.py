@@ -10,7 +10,7 @@ import torch
 
 from qrlora.adapter import Adapter, AdapterMetadata
 from qrlora.adapter.record import triangular_mask
-from qrlora.basis import Basis
+from qrlora.basis import Basis, marks
 
 SHAPES = {"blocks.0.attn.to_q": (24, 16), "blocks.0.ff": (16, 40), "conv": (12, 4, 3, 3)}
 
@@ -53,7 +53,8 @@ def make_adapter(
         basis_fingerprint=basis.fingerprint,
         **{"family": "sd3", "base_model": "tiny", **fields},
     )
-    return Adapter(metadata, deltas, dict(shapes), {name: basis.digests[name] for name in shapes})
+    known = {name: marks(basis[name].q) for name in shapes}
+    return Adapter(metadata, deltas, dict(shapes), {name: basis.digests[name] for name in shapes}, marks=known)
 
 
 def make_lora(rank: int = 3, *, seed: int = 2, alpha: float | None = None, **fields: Any) -> Adapter:

@@ -26,7 +26,7 @@ from qrlora.adapter import Adapter, adapter_from_model, attach, load_adapter, sa
 from qrlora.adapter.file import pack, unpack
 from qrlora.adapter.model import base_weights
 from qrlora.adapter.record import triangular_mask
-from qrlora.basis import VERSIONS, Basis, fingerprint
+from qrlora.basis import TURNED, VERSIONS, Basis, fingerprint, marks, turned
 from qrlora.cli.inspect import describe
 from qrlora.composition import Composition, similarity
 from qrlora.errors import AdapterFileError, MismatchError, TunerError
@@ -44,6 +44,7 @@ def assert_equal(one: Adapter, two: Adapter) -> None:
     """Bit for bit the same adapter, names aside."""
     assert one.metadata == two.metadata
     assert (one.shapes, one.digests, set(one.deltas)) == (two.shapes, two.digests, set(two.deltas))
+    assert one.marks == two.marks
     assert all(torch.equal(one.deltas[name], two.deltas[name]) for name in one.deltas)
     assert (one.ups is None) == (two.ups is None)
     assert all(torch.equal(one.ups[name], two.ups[name]) for name in one.ups or {})
@@ -104,6 +105,48 @@ def test_a_basis_of_another_rank_or_weight_does_not_fit(basis, tmp_path):
             adapter.check_basis(make_basis(tmp_path, **options))
     with pytest.raises(MismatchError, match="Q of its whole basis"):
         adapter.delta_weight("conv")
+
+
+def test_a_q_that_came_out_otherwise_is_refused(basis):
+    """As from nearly equal singular values on other hardware, or from a cache that was tampered with."""
+    adapter = make_adapter(basis)
+    turning = torch.linalg.matrix_exp(torch.tensor([[0.0, -0.1], [0.1, 0.0]]))  # of two columns, by 0.1 radians
+    for angle, refused in ((1.0, True), (0.02, False)):
+        layers = {}
+        for name, layer in basis.items():
+            q = layer.q.clone()
+            q[:, :2] = layer.q[:, :2] @ (torch.eye(2) + angle * (turning - torch.eye(2)))
+            layers[name] = dataclasses.replace(layer, q=q)
+        moved = Basis(layers, basis.digests, basis.rank, basis.algorithm, basis.seed)
+        assert moved.fingerprint == basis.fingerprint
+        other = make_adapter(moved)
+        if refused:
+            with pytest.raises(MismatchError, match="another Q than it was trained on"):
+                adapter.check_basis(moved)
+            with pytest.raises(MismatchError, match="marks_of_q"):
+                Composition([(adapter, 1.0), (other, 1.0)])
+        else:
+            adapter.check_basis(moved)
+            Composition([(adapter, 1.0), (other, 1.0)])
+
+
+def test_marks_estimate_how_far_columns_turned():
+    generator = torch.Generator().manual_seed(0)
+    q = torch.linalg.qr(torch.randn(200, 16, generator=generator)).Q
+    for size in (1e-3, 1e-2, 0.3):
+        found = []
+        for _ in range(64):
+            moved = torch.linalg.qr(q + size * torch.randn(200, 16, generator=generator) / 200**0.5).Q
+            moved *= torch.where((moved * q).sum(0) < 0, -1.0, 1.0)
+            found.append(turned(marks(q), marks(moved)) / float((q - moved).norm() / 4))
+        assert 0.7 < sum(found) / len(found) < 1.2  # of three numbers: their mean square is what is unbiased
+    assert marks(q) == marks(q.double()) and turned(marks(q), marks(q.bfloat16())) < TURNED / 3
+
+
+def test_an_adapter_file_without_marks_is_still_read(basis, tmp_path):
+    adapter = dataclasses.replace(make_adapter(basis), marks={})
+    save_adapter(adapter, tmp_path / "a.safetensors")
+    assert load_adapter(tmp_path / "a.safetensors").marks == {}
 
 
 # Files
@@ -450,6 +493,25 @@ def test_another_base_model_is_refused_and_left_untouched():
     assert adapter.metadata.basis_fingerprint in message and "the-one" in message
     assert f"1 of {len(adapter.deltas)} weights differ, first transformer_blocks.1.attn.to_k" in message
     assert not hasattr(other, "peft_config") and type(other.transformer_blocks[0].attn.to_q) is torch.nn.Linear
+
+
+def test_a_denoiser_whose_q_came_out_otherwise_is_refused_and_left_untouched():
+    model, inputs, targets = build("sd3")
+    model.add_adapter(QRLoraConfig(r=4, target_modules=targets, init_lora_weights=False), "a")
+    adapter = adapter_from_model(model, "a")
+    assert set(adapter.marks) == set(adapter.deltas)
+    first = next(iter(adapter.marks))
+    strange = dataclasses.replace(adapter, marks={**adapter.marks, first: (1.0, 2.0, 3.0)})
+    config = QRLoraConfig(r=2, target_modules=targets)
+    bare, wrapped = build("sd3")[0], get_peft_model(build("sd3")[0], config, "other")
+    for fresh in (bare, wrapped):
+        before, names = predict(fresh, inputs), [name for name, _ in fresh.named_parameters()]
+        with pytest.raises(MismatchError, match="another Q than it was trained on"):
+            attach(fresh, strange)
+        assert [name for name, _ in fresh.named_parameters()] == names
+        assert torch.equal(predict(fresh, inputs), before)
+        attach(fresh, adapter)
+        torch.testing.assert_close(predict(fresh, inputs), predict(model, inputs))
 
 
 def test_an_adapter_of_an_older_version_of_the_basis_is_refused_everywhere(tmp_path):

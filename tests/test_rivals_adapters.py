@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from qrlora.basis import cached_layer_basis, weight_digest
 from qrlora.errors import RecipeError
 from qrlora.evaluation.rivals.adapters import ADAPTERS, is_target, orthonormal, taught, teach, teach_joint
 from qrlora.evaluation.rivals.deltas import Delta, Learned, applied, inner
@@ -119,6 +120,10 @@ def test_trained_parameters_are_counted(pipe: Any, recipe: Recipe) -> None:
     assert counted["full"] == whole
     assert counted["qrlora"] == inputs_only - len(sizes)  # one zero under the diagonal of each
     assert counted["qrlora_trained"] == both - len(sizes)
+    assert counted["q_free_4"] == counted["qrlora_trained"]  # there are no more than two columns here
+    assert counted["q_cayley"] == inputs_only - len(sizes) + RANK**2 * len(sizes)
+    for other in ("qrlora_disjoint_preserve", "qrlora_disjoint_contrast"):
+        assert counted[other] == counted["qrlora_disjoint"]
     assert counted["qrlora_disjoint"] == inputs_only - 2 * len(sizes)  # columns 0 and 2 of four
     assert counted["oft"] == sum((2 * RANK - 1) * i // 2 for _, i in sizes.values())
 
@@ -232,3 +237,49 @@ def test_delta_is_read_as_float32_on_the_cpu(pipe: Any, recipe: Recipe) -> None:
     learned = teach("qrlora_trained", recipe, pipe=pipe[0], family=pipe[1])
     assert all(isinstance(delta, Delta) and delta.rank == 2 * RANK for delta in learned.values())
     assert {f.dtype for delta in learned.values() for f in delta.factors or ()} == {torch.float32}
+
+
+def test_only_freed_columns_move(pipe: Any, recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Q ΔR + ΔQ (R + ΔR)[:k]: what lies outside span(Q) has rank k, and is read through the first k rows alone."""
+    monkeypatch.setattr("qrlora.evaluation.rivals.adapters.FREED", 1)
+    learned = teach("q_free_4", recipe, pipe=pipe[0], family=pipe[1])
+    for name in ("transformer_blocks.0.attn.to_q", "transformer_blocks.1.ff.net.0.proj"):
+        basis = _basis(pipe, name, RANK)
+        outside = _outside(learned[name].dense(), basis.q)
+        size = torch.linalg.svdvals(outside)
+        assert size[0] > 1e-4 and size[1] < 1e-4 * size[0]
+        up, down = learned[name].factors or ()
+        assert torch.equal(up[:, :RANK], basis.q) and down.shape[0] == RANK + 1
+        assert torch.allclose(down[RANK] - down[0], 3 / RANK * basis.r[0], atol=1e-5)
+
+
+def test_turned_columns_stay_orthonormal_and_leave_their_span(pipe: Any, recipe: Recipe) -> None:
+    learned = teach("q_cayley", recipe, pipe=pipe[0], family=pipe[1])
+    for name in ("transformer_blocks.0.attn.to_q", "transformer_blocks.1.ff.net.0.proj"):
+        basis = _basis(pipe, name, 2 * RANK)
+        up, down = learned[name].factors or ()
+        turned = up[:, :RANK] + up[:, RANK:]
+        assert torch.allclose(turned.T @ turned, torch.eye(RANK), atol=1e-5)
+        assert torch.equal(up[:, :RANK], basis.q[:, :RANK])
+        assert not within(turned, basis.q[:, :RANK]) and within(turned, basis.q)
+        assert torch.allclose(down[RANK:] - down[:RANK], 3 / RANK * basis.r[:RANK], atol=1e-5)
+
+
+def _basis(pipe: Any, name: str, rank: int) -> Any:
+    weight = pipe[0].transformer.get_submodule(name).weight.detach()
+    return cached_layer_basis(weight, weight_digest(weight), rank, name=name)
+
+
+def _outside(matrix: Tensor, q: Tensor) -> Tensor:
+    return matrix - q @ (q.T @ matrix)
+
+
+def test_lessons_against_leakage_ask_for_what_the_base_does(pipe: Any, recipe: Recipe) -> None:
+    """Their prompts never call the adapter, and an adapter that is pulled back to the base with might learns less."""
+    loose = teach("qrlora_disjoint", recipe.replace(steps=12), pipe=pipe[0], family=pipe[1])
+    for method in ("qrlora_disjoint_preserve", "qrlora_disjoint_contrast"):
+        lesson = ADAPTERS[method].lesson(recipe)
+        assert lesson.preserve and not any(recipe.trigger in prompt for prompt in lesson.preserve)
+        held = teach(method, recipe.replace(preserve_weight=1e4, steps=12), pipe=pipe[0], family=pipe[1])
+        assert energy(held) < 0.8 * energy(loose)
+    assert ADAPTERS["qrlora_disjoint_contrast"].lesson(recipe).preserve != (recipe.text,)

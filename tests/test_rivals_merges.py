@@ -80,7 +80,7 @@ def test_every_merge_covers_every_layer_and_leaves_the_model(
     before = {n: t.clone() for n, t in context.denoiser.state_dict().items()}
     options = {"steps": 2} if name == "ziplora" else {}
     merged = MERGES[name](subject, style, context, **options)
-    assert isinstance(merged, Schedule) == (name == "klora")
+    assert isinstance(merged, Schedule) == (name in ("klora", "route_steps"))
     shown = merged.at(0.3) if isinstance(merged, Schedule) else merged
     assert list(shown) == list(subject) or set(shown) == set(subject)
     assert all(shown[n].shape == subject[n].shape and bool(shown[n].dense().isfinite().all()) for n in subject)
@@ -349,3 +349,15 @@ def test_drawing_with_a_schedule_rewrites_what_changed() -> None:
     assert torch.equal(predict(model, inputs), base)
     assert {len({id(merged.at(t)[n]) for t in (0.0, 1.0)}) for n in layers} == {2}
     assert inner(parts[0][layers[0]], parts[0][layers[0]]) > 0
+
+
+def test_routing_by_step_shows_one_part_at_a_time() -> None:
+    subject, style = drawn(0), drawn(1)
+    for options, early, late in (({}, subject, style), ({"first": "style"}, style, subject)):
+        route = MERGES["route_steps"](subject, style, switch=0.25, **options)
+        assert isinstance(route, Schedule)
+        assert all(close(route.at(progress), dense(early)) for progress in (0.0, 0.24))
+        assert all(close(route.at(progress), dense(late)) for progress in (0.25, 0.9))
+    for wrong in ({"first": "both"}, {"switch": 1.5}):
+        with pytest.raises(MismatchError, match="expected"):
+            MERGES["route_steps"](subject, style, **wrong)

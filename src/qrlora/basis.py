@@ -14,7 +14,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,6 +37,7 @@ _GAIN = 2e-3  # stop when the leading squared singular values could grow by this
 _LEFT_OVER = 1e-4  # what may be left of one space in another and still be orthonormal to the square of it
 _CACHED = 1e-4  # what a sound cached Q may be off orthonormal by, and QᵀW off triangular, with room
 _ORTHONORMAL = 1e-5  # what a computed Q may be off orthonormal by
+TURNED = 0.03  # how far Q may be from the one an adapter was trained on, as the root mean square over its columns
 _WITHIN_REACH = 1e-3  # what share of its energy a power iteration may still add to a computed Q
 
 
@@ -99,6 +100,26 @@ def version_of(found: str, digests: Mapping[str, str], rank: int, algorithm: str
     """The version of the algorithm whose basis has the fingerprint ``found``; None if none up to this package's has."""
     versions = range(VERSIONS.get(algorithm, 0), 0, -1)
     return next((v for v in versions if fingerprint(digests, rank, algorithm, seed, v) == found), None)
+
+
+def marks(q: Float[Tensor, "out rank"]) -> tuple[float, float, float]:
+    """Three numbers by which Q is known again where it was computed anew: zᵀ Q w / sqrt(rank), z and w seeded noise.
+
+    Those of Q and of Q' differ by as much as a column does (:func:`turned`), and not by signs of zero or last digits:
+    a digest of Q would. So an adapter can carry them, and its basis need not.
+    """
+    generator = torch.Generator().manual_seed(0)
+    z, w = (torch.randn(3, size, generator=generator) for size in q.shape)
+    found = ((z.to(q.device) @ q.detach().float()) * w.to(q.device)).sum(1) / q.shape[1] ** 0.5
+    return tuple(round(float(mark), 5) for mark in found)  # type: ignore[return-value]
+
+
+def turned(first: Sequence[float], second: Sequence[float]) -> float:
+    """Estimate of ||Q - Q'||_F / sqrt(rank) from the :func:`marks` of both: 0 is the same Q, sqrt(2) an unrelated one.
+
+    ΔW on Q' is off by that share of itself. Above ``TURNED`` an adapter is refused.
+    """
+    return math.sqrt(sum((a - b) ** 2 for a, b in zip(first, second, strict=True)) / len(first))
 
 
 def default_cache_dir() -> Path:

@@ -10,8 +10,9 @@ Kohya spelling: the same pairs under the names of another ecosystem, `<name>.lor
 and `<name>.alpha` = rank. Which name stands for which layer is in the metadata, `qrlora.names` (JSON: layer -> name).
 
 The metadata of all three describes the tensors of that very file, every field as a string under `qrlora.<field>`; plus
-`qrlora.format` (the spelling), `qrlora.layers` (JSON: layer -> [shape of the base weight, its digest]) and
-`qrlora.recipe_digest`. Notes for other programs (`NOTES`: modelspec.*, ss_*) may stand beside them and are not read.
+`qrlora.format` (the spelling), `qrlora.layers` (JSON: layer -> [shape of the base weight, its digest, marks of Q], in
+older files without the marks) and `qrlora.recipe_digest`. Notes for other programs (`NOTES`: modelspec.*, ss_*) may
+stand beside them and are not read.
 A reader MUST refuse a file with any other key, a missing key, or a tensor that these do not call for.
 """
 
@@ -211,6 +212,7 @@ class _Plan:
     metadata: AdapterMetadata
     shapes: dict[str, tuple[int, ...]]
     digests: dict[str, str]
+    marks: dict[str, tuple[float, ...]]
     names: Mapping[str, str] | None = None
 
     def check_header(self, header: Mapping[str, Any]) -> None:
@@ -241,7 +243,7 @@ class _Plan:
         if meta.on_basis:
             for layer, up in ups.items():
                 _check_orthonormal(layer, up)
-        return Adapter(meta, deltas, self.shapes, self.digests, None if meta.on_basis else ups, name)
+        return Adapter(meta, deltas, self.shapes, self.digests, None if meta.on_basis else ups, name, self.marks)
 
 
 def _plan_ours(raw: Mapping[str, str]) -> _Plan:
@@ -249,7 +251,7 @@ def _plan_ours(raw: Mapping[str, str]) -> _Plan:
     meta = decode_metadata(raw)
     spelling = raw["qrlora.format"]
     require(spelling in SPELLINGS, "unknown qrlora.format", expected=" or ".join(SPELLINGS), got=spelling)
-    shapes, digests = decode_layers(raw["qrlora.layers"])
+    shapes, digests, marks = decode_layers(raw["qrlora.layers"])
     if spelling != "compact":
         require(meta.alpha == meta.rank, "alpha is not rank", expected=f"alpha {meta.rank}", got=meta.alpha)
     else:
@@ -259,7 +261,7 @@ def _plan_ours(raw: Mapping[str, str]) -> _Plan:
         fits = meta.basis_rank <= smallest
         require(fits, "basis larger than a weight", expected=f"rank at most {smallest}", got=meta.basis_rank)
     names = decode_names(raw["qrlora.names"], shapes) if spelling == "kohya" else None
-    return _Plan(spelling, meta, shapes, digests, names)
+    return _Plan(spelling, meta, shapes, digests, marks, names)
 
 
 def _plan_foreign(raw: Mapping[str, str], header: Mapping[str, Any]) -> _Plan:
@@ -286,7 +288,7 @@ def _plan_foreign(raw: Mapping[str, str], header: Mapping[str, Any]) -> _Plan:
     require(len(ranks) == 1, "layers of different rank", expected="one rank", got=sorted(ranks))
     rank = ranks.pop()
     meta = AdapterMetadata("lora", rank, _foreign_alpha(raw, denoisers[0], rank), denoiser=denoisers[0])
-    return _Plan("lora", meta, shapes, {})
+    return _Plan("lora", meta, shapes, {}, {})
 
 
 def _foreign_alpha(raw: Mapping[str, str], denoiser: str, rank: int) -> float:

@@ -44,7 +44,11 @@ def _to_json(value: Any) -> str:
 def encode_metadata(adapter: Adapter, spelling: str, names: Mapping[str, str] | None = None) -> dict[str, str]:
     """The metadata of `adapter` as safetensors wants it, text for text; `names` for the kohya spelling."""
     meta = adapter.metadata
-    layers = {name: [list(shape), adapter.digests.get(name, "")] for name, shape in adapter.shapes.items()}
+    layers: dict[str, list[Any]] = {
+        name: [list(s), adapter.digests.get(name, "")] for name, s in adapter.shapes.items()
+    }
+    for name in adapter.marks:
+        layers[name].append(list(adapter.marks[name]))
     encoded = {"qrlora.format": spelling, "qrlora.layers": _to_json(layers), "qrlora.recipe_digest": meta.recipe_digest}
     for key, kind in _FIELDS.items():
         value = getattr(meta, key.removeprefix("qrlora."))
@@ -83,22 +87,29 @@ def decode_metadata(raw: Mapping[str, str]) -> AdapterMetadata:
     return meta
 
 
-def decode_layers(text: str) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
-    """Shapes and digests by layer out of the text under `qrlora.layers`."""
+def decode_layers(text: str) -> tuple[dict[str, tuple[int, ...]], dict[str, str], dict[str, tuple[float, ...]]]:
+    """Shapes, digests and marks by layer out of the text under `qrlora.layers`."""
     layers = parse_json(text, "qrlora.layers")
     require(isinstance(layers, dict) and len(layers) > 0, "qrlora.layers names no layers", expected="a JSON object")
     shapes: dict[str, tuple[int, ...]] = {}
     digests: dict[str, str] = {}
+    marks: dict[str, tuple[float, ...]] = {}
     for name, entry in layers.items():
         require(
-            isinstance(entry, list) and len(entry) == 2 and _is_shape(entry[0]) and isinstance(entry[1], str),
+            isinstance(entry, list)
+            and len(entry) in (2, 3)
+            and _is_shape(entry[0])
+            and isinstance(entry[1], str)
+            and all(isinstance(three, list) and len(three) == 3 and all(map(is_number, three)) for three in entry[2:]),
             f"qrlora.layers: {name} is malformed",
-            expected="[[out, in, *kernel], digest]",
+            expected="[[out, in, *kernel], digest, [three numbers]]",
             got=entry,
         )
         shapes[name] = tuple(entry[0])
         digests |= {name: entry[1]} if entry[1] else {}
-    return shapes, digests
+        if len(entry) == 3:
+            marks[name] = tuple(map(float, entry[2]))
+    return shapes, digests, marks
 
 
 def decode_names(text: str, layers: Mapping[str, Any]) -> dict[str, str]:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from qrlora.adapter.record import Adapter, AdapterMetadata
 from qrlora.basis import fingerprint, weight_digest
 from qrlora.errors import MismatchError, TunerError
-from qrlora.tuner import QRLoraConfig, QRLoraLayer, adapter_fingerprint, basis_digests
+from qrlora.tuner import QRLoraConfig, QRLoraLayer, adapter_fingerprint, basis_digests, basis_marks
 from qrlora.tuner.layer import readable_weight
 
 
@@ -49,6 +49,7 @@ def adapter_from_model(
     config = _config_of(model, adapter_name)
     deltas, ups, described = _tensors(model, layers, adapter_name, config)
     digests = basis_digests(model, adapter_name) if ups is None else {}
+    marks = basis_marks(model, adapter_name) if ups is None else {}
     rank = next(iter(deltas.values())).shape[0]
     metadata = AdapterMetadata(
         rank=rank,
@@ -64,7 +65,7 @@ def adapter_from_model(
         provenance=provenance or {},
         **described,
     )
-    return Adapter(metadata, deltas, _base_shapes(layers, adapter_name), digests, ups)
+    return Adapter(metadata, deltas, _base_shapes(layers, adapter_name), digests, ups, marks=marks)
 
 
 def attach(model: nn.Module, adapter: Adapter, adapter_name: str = "default") -> None:
@@ -74,7 +75,8 @@ def attach(model: nn.Module, adapter: Adapter, adapter_name: str = "default") ->
     A model that does not fit is left untouched.
 
     Raises:
-        MismatchError: the model lacks a layer, or a weight is not the one that the basis was made of.
+        MismatchError: the model lacks a layer, a weight is not the one that the basis was made of, or the Q computed
+            from it is not the one that ΔR was trained on.
         TunerError: the name is taken, or a layer carries a stock LoRA already.
         BasisError: a weight has no basis.
     """
@@ -85,6 +87,12 @@ def attach(model: nn.Module, adapter: Adapter, adapter_name: str = "default") ->
     check_fits(model, adapter)
     config = _config_for(adapter)
     _inject(model, config, adapter_name)
+    if adapter.marks:
+        try:
+            adapter.check_marks(basis_marks(model, adapter_name))
+        except MismatchError:
+            _take_off(model, adapter_name)
+            raise
     for name, layer in adapted_layers(model, adapter_name).items():
         _write(layer.lora_A[adapter_name].weight, adapter.deltas[name])
         if adapter.ups is not None:
@@ -101,6 +109,20 @@ def remove_adapters(denoiser: Any, names: Sequence[str]) -> None:
         denoiser.delete_adapters(there)
     if not getattr(denoiser, "peft_config", None):
         denoiser.unload_lora()
+
+
+def _take_off(model: Any, name: str) -> None:
+    if isinstance(model, PeftModel):
+        with warnings.catch_warnings():
+            # PEFT warns that another adapter becomes the active one.
+            warnings.filterwarnings("ignore", message="Adapter .* was active which is now deleted")
+            model.delete_adapter(name)
+    elif hasattr(model, "delete_adapters"):
+        remove_adapters(model, [name])
+    else:
+        for layer in adapted_layers(model, name).values():
+            layer.delete_adapter(name)
+        model.peft_config.pop(name, None)
 
 
 @torch.no_grad()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from qrlora.basis import VERSIONS, Basis, fingerprint, version_of
+from qrlora.basis import TURNED, VERSIONS, Basis, fingerprint, marks, turned, version_of
 from qrlora.errors import AdapterFileError, MismatchError
 
 FORMAT_VERSION = 1
@@ -133,6 +133,7 @@ class Adapter:
     digests  layer name -> digest of the base weight the basis was made of; empty for plain LoRA
     ups      layer name -> (out, rank) if the adapter carries its own left factor (plain LoRA, train_basis); else None
     name     what to call it in tables: the file's stem when loaded
+    marks    layer name -> marks of the Q it was trained on (see qrlora.basis); older files have none
 
     Raises AdapterFileError if the parts do not fit the metadata.
     """
@@ -143,6 +144,7 @@ class Adapter:
     digests: Mapping[str, str] = field(default_factory=dict)
     ups: Mapping[str, Tensor] | None = None
     name: str = ""
+    marks: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         require(len(self.deltas) > 0, "adapter without layers", expected="at least one layer", got="none")
@@ -253,6 +255,23 @@ class Adapter:
                 "qrlora that trained it",
             )
 
+    def check_marks(self, found: Mapping[str, Sequence[float]]) -> None:
+        """Raise MismatchError if a Q, given by its marks, is not the one that ΔR was trained on, to ``TURNED``.
+
+        The same weight gives another Q where nearly equal singular values lie on both sides of the rank and other
+        hardware rounds otherwise, and where the cache was tampered with. Layers without marks are not compared.
+        """
+        both = {name: turned(self.marks[name], found[name]) for name in self.marks if name in found}
+        far = {name: round(angle, 3) for name, angle in both.items() if not angle <= TURNED}
+        if far:
+            raise MismatchError(
+                f"{self.name or 'the adapter'}: {len(far)} of {len(both)} layers have another Q than it was trained on",
+                expected=f"columns within {TURNED} of the trained ones, as root mean square",
+                got=far,
+                remedy="export it as a LoRA, which carries its Q, where it was trained; if the basis cache came from "
+                "elsewhere, delete it",
+            )
+
     def check_basis(self, basis: Basis) -> None:
         """Raise MismatchError unless `basis` holds the very Q this adapter was trained on, for each of its layers."""
         self.check_version()
@@ -269,6 +288,7 @@ class Adapter:
                 got={name: basis.digests.get(name, "no such layer") for name in differ},
                 remedy=f"use the base model it was trained on ({self.metadata.base_model or 'not recorded'})",
             )
+        self.check_marks({name: marks(basis[name].q) for name in self.marks})
 
 
 def _same_layers(what: str, deltas: Mapping[str, Any], others: Mapping[str, Any]) -> None:

@@ -32,15 +32,17 @@ class Row:
 _ADAPTERS = (
     *("lora", "qrlora_disjoint", "qrlora", "q_random", "pissa", "orthogonal", "q_minor", "qrlora_dense"),
     *("q_random_each", "transposed", "qrlora_trained", "mica", "olora", "oft", "full"),
+    *("q_free_4", "q_cayley", f"{DEFAULT}_preserve", f"{DEFAULT}_contrast"),
 )
 _MERGES = ("ties", "dare", "ziplora", "klora", "nplora", "blora", "activation_weights", "regmean")
-_OURS = ("project_style", "project_both", "project_activation", "activation_weights")
+_OURS = ("project_style", "project_both", "project_activation", "activation_weights", "route_steps")
 ROWS: dict[str, Row] = {
     row.name: row
     for row in (
         *(Row(name, name) for name in _ADAPTERS),
         *(Row(f"lora+{merge}", "lora", merge) for merge in _MERGES),
         *(Row(f"{DEFAULT}+{merge}", DEFAULT, merge) for merge in _OURS),
+        Row(f"{DEFAULT}+route_steps_reversed", DEFAULT, "route_steps", {"first": "style"}),
         Row("lora+joint", "lora", "joint"),
         Row(f"{DEFAULT}+joint", DEFAULT, "joint"),
     )

@@ -26,6 +26,7 @@ from qrlora.files import write_atomically
 
 LADDER = {"subject": (5e-4, 1.5e-3, 5e-3), "style": (1.5e-3, 5e-3)}
 SLOWER = {"lora": 0.3, "pissa": 0.3, "olora": 0.3, "qrlora_trained": 0.3, "oft": 0.3, "full": 0.1}
+SLOWER |= {"q_free_4": 0.3, "q_cayley": 0.3}
 """Method -> what its ladder is multiplied with."""
 LESSONS = {
     "subject": {"even": "sneaker", "odd": "sneaker"},

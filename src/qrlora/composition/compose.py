@@ -88,7 +88,8 @@ class Composition:
             **collected(self.parts),
         )
         deltas = {name: delta(name, columns, math.prod(shape[1:])) for name, shape in shapes.items()}
-        return Adapter(metadata, deltas, shapes, digests, name=joined((a.name for a, _ in self.parts), "+"))
+        name, marks = joined((a.name for a, _ in self.parts), "+"), union(adapter.marks for adapter, _ in self.parts)
+        return Adapter(metadata, deltas, shapes, digests, name=name, marks=marks)
 
     def _sum(self, layer: str, columns: tuple[int, ...], width: int) -> Float[Tensor, "rank in"]:
         # float64, so that the order of the parts is lost in the rounding to float32.

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from qrlora.adapter.record import Adapter
-from qrlora.basis import Basis
+from qrlora.basis import TURNED, Basis, turned
 from qrlora.errors import MismatchError
 
 
@@ -30,7 +30,8 @@ def check_weights(parts: Sequence[tuple[Adapter, float]]) -> None:
 def basis_difference(first: Adapter, second: Adapter) -> tuple[dict[str, Any], dict[str, Any]]:
     """What two adapters say of their bases if these differ, else ({}, {}).
 
-    One basis: equal family, rank, algorithm, version of it, and seed, and equal base weights in the layers both adapt.
+    One basis: equal family, rank, algorithm, version of it, and seed, and in the layers both adapt equal base weights
+    and, as far as the marks of both are known, the same Q.
     So adapters of different layers of one model may still share it, though their fingerprints differ.
     """
     one, two = first.metadata, second.metadata
@@ -38,12 +39,15 @@ def basis_difference(first: Adapter, second: Adapter) -> tuple[dict[str, Any], d
     ours, theirs = ({name: getattr(meta, name) for name in names} for meta in (one, two))
     ours["version"], theirs["version"] = first.basis_version, second.basis_version
     differing = [n for n in first.digests if n in second.digests and first.digests[n] != second.digests[n]]
-    if ours == theirs and not differing:
+    shared = [n for n in first.marks if n in second.marks and n not in differing]
+    moved = [n for n in shared if not turned(first.marks[n], second.marks[n]) <= TURNED]
+    if ours == theirs and not differing and not moved:
         return {}, {}
     for side, adapter in ((ours, first), (theirs, second)):
         side["fingerprint"] = adapter.metadata.basis_fingerprint
         side["base_model"] = adapter.metadata.base_model
         side["base_weights"] = {name: adapter.digests[name] for name in differing}
+        side |= {"marks_of_q": {name: adapter.marks[name] for name in moved}} if moved else {}
     return ours, theirs
 
 

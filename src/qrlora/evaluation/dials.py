@@ -77,6 +77,7 @@ def _only(adapter: Adapter, layers: Sequence[str]) -> Adapter:
         deltas={name: adapter.deltas[name] for name in layers},
         shapes={name: adapter.shapes[name] for name in layers},
         digests=digests,
+        marks={name: mark for name, mark in adapter.marks.items() if name in digests},
     )
 
 

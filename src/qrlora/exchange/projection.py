@@ -14,7 +14,7 @@ from torch import Tensor
 
 from qrlora.adapter import Adapter, AdapterMetadata
 from qrlora.adapter.record import triangular_mask
-from qrlora.basis import Basis, fingerprint
+from qrlora.basis import Basis, fingerprint, marks
 from qrlora.composition.parts import called, known_up, scaled_down
 from qrlora.errors import MismatchError
 
@@ -118,7 +118,8 @@ def on_columns(
         basis_fingerprint=fingerprint(digests, basis.rank, basis.algorithm, basis.seed),
         **described,
     )
-    return Adapter(metadata, deltas, dict(shapes), digests), EnergyKept.of(kept, whole)
+    known = {layer: marks(basis[layer].q) for layer in deltas}
+    return Adapter(metadata, deltas, dict(shapes), digests, marks=known), EnergyKept.of(kept, whole)
 
 
 def _check_layers(adapter: Adapter, basis: Basis) -> None:

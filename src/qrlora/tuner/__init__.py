@@ -8,7 +8,7 @@ from peft.utils.hotswap import CONFIG_KEYS_TO_CHECK
 
 from qrlora.tuner.config import NAMED_COLUMNS, QRLoraConfig, resolve_columns
 from qrlora.tuner.layer import QRLoraLayer
-from qrlora.tuner.model import QRLoraModel, adapter_fingerprint, basis_digests
+from qrlora.tuner.model import QRLoraModel, adapter_fingerprint, basis_digests, basis_marks
 
 __all__ = [
     "NAMED_COLUMNS",
@@ -17,6 +17,7 @@ __all__ = [
     "QRLoraModel",
     "adapter_fingerprint",
     "basis_digests",
+    "basis_marks",
     "resolve_columns",
 ]
 

@@ -135,7 +135,7 @@ class DeltaR(nn.Module):
     several = 1
     weight: Tensor
     outside: Tensor | None  # (rank, last basis column + 1) bool: entries that must be zero; None for a dense ΔR
-    r: Tensor | None  # (rank, in): rows of R, only where the basis trains too
+    r: Tensor | None  # (freed, in): first rows of R, of as many columns as train too; None if no column does
 
     def prepare(self, columns: tuple[int, ...], triangular: bool) -> None:
         """Say which basis columns the rows belong to; :meth:`fill` follows once the basis is known."""
@@ -187,9 +187,9 @@ class DeltaR(nn.Module):
         return matrix
 
     def down(self) -> Float[Tensor, "inner in"]:
-        """Right factor of ΔW: ΔR, followed by R + ΔR where the basis trains too."""
+        """Right factor of ΔW: ΔR, followed by R + ΔR of the columns that train too."""
         delta = self.delta_r()
-        return delta if self.r is None else torch.cat([delta, self.r.to(delta.dtype) + delta])
+        return delta if self.r is None else torch.cat([delta, self.r.to(delta.dtype) + delta[: len(self.r)]])
 
     def _down_weight(self) -> Tensor:
         return self.down().reshape(-1, *self.weight.shape[1:])

@@ -14,7 +14,7 @@ from peft.utils.error import NoMatchingPeftModuleError
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from qrlora.basis import fingerprint
+from qrlora.basis import fingerprint, marks
 from qrlora.errors import TunerError
 from qrlora.tuner.config import QRLoraConfig, resolve_columns
 from qrlora.tuner.layer import BasisColumns, QRLoraConv1d, QRLoraConv2d, QRLoraConv3d, QRLoraLayer, QRLoraLinear
@@ -139,6 +139,15 @@ def basis_digests(model: nn.Module, adapter_name: str) -> dict[str, str]:
             columns.q  # noqa: B018  raises the error that says the base has no values
         digests[name] = str(columns.basis.digest)
     return digests
+
+
+def basis_marks(model: nn.Module, adapter_name: str) -> dict[str, tuple[float, ...]]:
+    """:func:`qrlora.basis.marks` of Q of every layer an adapter sits on, by layer name. Errors: as `basis_digests`."""
+    found: dict[str, tuple[float, ...]] = {}
+    for name, columns in _columns_of(model, adapter_name):
+        columns.q  # noqa: B018  raises the error that says the base has no values
+        found[name] = marks(columns.basis.q)  # type: ignore[arg-type]
+    return found
 
 
 def adapter_fingerprint(model: nn.Module, adapter_name: str) -> str:

@@ -35,21 +35,40 @@ from qrlora.training.dataset import find_pictures
 from qrlora.training.loop import ADAPTER_NAME, Attached, Progress, adapter_on, peft_config, train_attached
 from qrlora.training.recipe import Recipe
 from qrlora.tuner import QRLoraConfig, QRLoraLayer, resolve_columns
+from qrlora.tuner.layer import BasisColumns, TrainedColumns
 
 Attach = Callable[[Any, ModelFamily, Recipe], AbstractContextManager[Attached[Learned]]]
 Config = Callable[[Recipe, dict[str, Any]], PeftConfig]
 Prepare = Callable[[Mapping[str, Any], Recipe], None]
 """Given the adapter layers by name, and the recipe: changes them before the first step."""
+FREED = 4
+"""Columns of Q that `q_free_4` frees."""
+PRIOR = (
+    "a photo of a green car in ink style",
+    "a photo of a blue sofa in flat style",
+    "a photo of a yellow mug in clay style",
+    "a photo of a red chair in neon style",
+)
+"""What `qrlora_disjoint_preserve` should leave as the base draws it: none of what the bench measures drift by."""
+
+
+def as_it_is(recipe: Recipe) -> Recipe:
+    """The recipe of a method that is taught like all others."""
+    return recipe
 
 
 @dataclass(frozen=True)
 class AdapterMethod:
-    """One row of the comparison: what it is called, what it does, where it comes from, how it goes on a denoiser."""
+    """One row of the comparison: what it is called, what it does, where it comes from, how it goes on a denoiser.
+
+    lesson: what the method changes of how it is taught.
+    """
 
     name: str
     about: str
     source: str
     attach: Attach
+    lesson: Callable[[Recipe], Recipe] = as_it_is
 
 
 @dataclass(frozen=True)
@@ -105,6 +124,7 @@ def taught(
         if progress:
             progress(done)
 
+    recipe = ADAPTERS[method].lesson(recipe)
     recipe = recipe.replace(output=None, sample_every=0, checkpoint_every=0, log_with="none")
     learned = train_attached(attach, recipe, pipe=pipe, family=family, beside=beside, progress=note)
     return Taught(learned, counted[0], tuple(losses))
@@ -126,14 +146,14 @@ def _by_peft(config: Config, prepare: Prepare | None = None) -> Attach:
         common: dict[str, Any] = {"target_modules": targets if isinstance(targets, str) else list(targets)}
         before = {name: tensor.detach().clone() for name, tensor in denoiser.named_parameters()}
         try:
-            with adapter_on(denoiser, family, recipe, config=config(recipe, common)) as parameters:
+            with adapter_on(denoiser, family, recipe, config=config(recipe, common)):
                 layers = {n: m for n, m in denoiser.named_modules() if isinstance(m, BaseTunerLayer)}
                 if prepare:
                     prepare(layers, recipe)
                 for name, parameter in denoiser.named_parameters():
                     if ".lora_" in name:  # a frozen factor has to have the dtype of the one that trains
                         parameter.data = parameter.data.float()
-                moving = {name: parameter for name, parameter in parameters.items() if parameter.requires_grad}
+                moving = {name: parameter for name, parameter in denoiser.named_parameters() if parameter.requires_grad}
                 start = {n: _factors(m) for n, m in layers.items() if _begins_in_the_base(m)}
                 yield Attached(moving, functools.partial(_read, layers, start))
         finally:
@@ -168,6 +188,16 @@ def _oft(recipe: Recipe, common: dict[str, Any]) -> PeftConfig:
 
 def _dense(recipe: Recipe, common: dict[str, Any]) -> PeftConfig:
     return QRLoraConfig(r=recipe.rank, lora_alpha=recipe.alpha, triangular=False, **common)
+
+
+def _triangular(width: int = 1) -> Config:
+    """The published form on the first r of `width` · r columns of a basis."""
+
+    def config(recipe: Recipe, common: dict[str, Any]) -> PeftConfig:
+        wide: dict[str, Any] = {"columns": "first", "basis_rank": width * recipe.rank}
+        return QRLoraConfig(r=recipe.rank, lora_alpha=recipe.alpha, triangular=True, **wide, **common)
+
+    return config
 
 
 @contextlib.contextmanager
@@ -293,6 +323,64 @@ def _hold_down(layer: Any, rows: Float[Tensor, "rank in"]) -> None:
     down.requires_grad_(False)
 
 
+class RotatedColumns(BasisColumns):
+    """Q turned out of its own span: Q' = [Q P] C with P the next r columns of the basis, `turn` (r, r) trained.
+
+    C is the first r columns of the Cayley transform (1 - A)⁻¹ (1 + A) of A = [[0, -Kᵀ], [K, 0]] with K = turn / 2, so
+    Q'ᵀQ' = 1 whatever trains. A rotation Q' = Q C within the span would be none: Q C (R + ΔR) is Q (R + ΔR') for a
+    dense ΔR' = C (R + ΔR) - R, which ΔR reaches alone. This A has no such part to first order. ΔW = Q ΔR + (Q' - Q)
+    (R + ΔR), exactly zero at the start.
+    """
+
+    def __init__(self, basis: Any, columns: tuple[int, ...], kernel_dims: int, turn: Float[Tensor, "rank rank"]):
+        super().__init__(basis, columns, kernel_dims)
+        self.turn = nn.Parameter(turn)
+
+    def up(self) -> Float[Tensor, "out inner"]:
+        """Left factor of ΔW: Q beside Q' - Q."""
+        half, rank = self.turn / 2, len(self.turn)
+        one = torch.eye(2 * rank, dtype=half.dtype, device=half.device)
+        skew = torch.zeros_like(one)
+        skew[rank:, :rank], skew[:rank, rank:] = half, -half.T
+        turned = torch.linalg.solve(one - skew, (one + skew)[:, :rank])
+        every: Any = self.basis.q
+        wide = every[:, : 2 * rank].to(half.dtype)
+        return torch.cat([wide[:, :rank], wide @ (turned - one[:, :rank])], dim=1)
+
+
+def _free(layers: Mapping[str, Any], recipe: Recipe) -> None:
+    """The first FREED columns train too, with nothing that keeps them orthonormal: ΔW = Q ΔR + ΔQ (R + ΔR)[:FREED]."""
+    for layer in layers.values():
+        count = min(FREED, recipe.rank)
+        _let_move(layer, TrainedColumns, count, torch.zeros(len(_base(layer)), count))
+
+
+def _rotate(layers: Mapping[str, Any], recipe: Recipe) -> None:
+    for layer in layers.values():
+        _let_move(layer, RotatedColumns, recipe.rank, torch.zeros(recipe.rank, recipe.rank))
+
+
+def _let_move(layer: Any, kind: type[BasisColumns], count: int, start: Tensor) -> None:
+    """Put columns that train, of a subclass of BasisColumns, where the adapter's are; ΔR gets R of the first count."""
+    columns, delta = layer.lora_B[ADAPTER_NAME], layer.lora_A[ADAPTER_NAME]
+    basis = columns.basis.fill(layer._base_weight())
+    device = delta.weight.device
+    delta.r = basis.r[list(columns.columns[:count])].to(device)
+    make: Callable[..., BasisColumns] = kind
+    layer.lora_B[ADAPTER_NAME] = make(columns.basis, columns.columns, columns._kernel_dims, start.to(device))
+
+
+def _prior(recipe: Recipe) -> Recipe:
+    return recipe.replace(preserve=PRIOR)
+
+
+def _contrast(recipe: Recipe) -> Recipe:
+    """The lesson's own caption without its trigger, to be answered as the base answers it on its way to a picture."""
+    trigger = recipe.trigger or ""
+    plain = recipe.text.replace("[trigger]", trigger).replace(trigger, " ")
+    return recipe.replace(preserve=(" ".join(plain.split()),))
+
+
 def _row_space(layers: Mapping[str, Any], recipe: Recipe) -> None:
     """P: the basis of Wᵀ, so that P Pᵀ = 1 and its rows span the first right singular vectors of W."""
     for name, layer in layers.items():
@@ -353,6 +441,32 @@ _ROWS = (
         "subjects and styles own different columns of a basis twice as wide",
         "this package's default",
         _by_recipe(method="qrlora", triangular=True, train_basis=False),
+    ),
+    AdapterMethod(
+        "q_free_4",
+        f"the published form with {FREED} of the r columns of Q trained too",
+        "between qrlora and qrlora_trained",
+        _by_peft(_triangular(), _free),
+    ),
+    AdapterMethod(
+        "q_cayley",
+        "Q turned towards the next r columns of the basis by a trained rotation, ΔR triangular",
+        "ours, Cayley transform as in arXiv 2306.07280",
+        _by_peft(_triangular(2), _rotate),
+    ),
+    AdapterMethod(
+        "qrlora_disjoint_preserve",
+        "the default, taught to leave pictures of other things as the base draws them",
+        "prior preservation, Ruiz et al. 2023, arXiv 2208.12242",
+        _by_recipe(method="qrlora", triangular=True, train_basis=False),
+        _prior,
+    ),
+    AdapterMethod(
+        "qrlora_disjoint_contrast",
+        "the default, taught to leave its caption without the trigger as the base draws it",
+        "ours",
+        _by_recipe(method="qrlora", triangular=True, train_basis=False),
+        _contrast,
     ),
     AdapterMethod(
         "q_minor",

@@ -173,6 +173,35 @@ def _largest(delta: Delta, k: int) -> float:
     return float(entries.topk(min(k, entries.numel())).values.sum())
 
 
+@dataclass(frozen=True)
+class StepRoute:
+    """One ΔW until a share of the denoising steps is done, the other from there on."""
+
+    early: Learned
+    late: Learned
+    switch: float
+
+    def at(self, progress: float) -> Learned:
+        """As `Schedule`."""
+        return self.early if progress < self.switch else self.late
+
+
+def route_steps(
+    parts: Sequence[Learned], context: Context | None = None, *, first: str = "subject", switch: float = 0.5
+) -> Schedule:
+    """The part named `first` ("subject" or "style") in the steps before `switch` of them are done, the other after.
+
+    Coarse shape is decided near noise alone and texture late, so that each could have the steps that carry it. Never
+    both at once. Raises MismatchError for another name, or a switch outside 0 to 1.
+    """
+    if first not in ("subject", "style"):
+        raise MismatchError("no such part to begin with", expected="subject or style", got=first)
+    if not 0 <= switch <= 1:
+        raise MismatchError("no such share of the steps", expected="switch from 0 to 1", got=switch)
+    early, late = parts if first == "subject" else reversed(parts)
+    return StepRoute(early, late, switch)
+
+
 def blora(
     parts: Sequence[Learned],
     context: Context | None = None,
@@ -226,6 +255,7 @@ _ROWS = (
         options=("penalty", "learning_rate", "steps", "report"),
     ),
     Merge("klora", "one of the two, by layer and step", "arXiv 2502.18461", klora, options=("k", "alpha", "beta")),
+    Merge("route_steps", "one of the two, by step", "ours", route_steps, options=("first", "switch")),
     Merge("nplora", "the subject outside the style's rows", "arXiv 2511.11051", nplora, options=("rank", "soft")),
     Merge(
         "orthogonal",
