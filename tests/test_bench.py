@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from dataclasses import replace
+from importlib.resources import files
 
 import numpy as np
 import pytest
 
-from qrlora.bench import about, page, plan, run, tables, tuning
-from qrlora.bench.cells import Cell, digest_of
+from qrlora.bench import about, cells, page, plan, run, tables, tuning
+from qrlora.bench.cells import UNRELATED, Cell, digest_of
 from qrlora.bench.plan import DEFAULT, RIVAL, ROWS, SMALL, Scope
 from qrlora.bench.plots import frontier
 from qrlora.cli import main
 from qrlora.errors import DataError
-from qrlora.evaluation.rivals.adapters import ADAPTERS
+from qrlora.evaluation.rivals.adapters import ADAPTERS, PRIOR
 from qrlora.evaluation.rivals.merges import MERGES
 from qrlora.pico import world
 
@@ -142,14 +144,40 @@ def test_a_digest_is_of_everything_that_decides():
     assert digest_of(taught, TINY) == digest_of(taught, replace(TINY, pictures=3)), "drawing does not change adapters"
 
 
+def test_a_changed_method_has_digests_of_its_own(monkeypatch):
+    """And one that has not keeps those from before methods had versions."""
+    halves = {"even": 1e-3, "odd": 2e-3}
+    names = ("lora", "qrlora_disjoint_contrast")
+    scope = replace(TINY, rates={name: {"subject": halves, "style": halves} for name in names}, steps=3, guidance=2.0)
+    monkeypatch.setattr(cells, "weights_digest", lambda judged=True: "w")
+    taught, merged = Cell("teach", "lora", 0, "teapot"), Cell("pair", "lora", 0, "teapot", "chalk", "lora+ties")
+    changed = Cell("teach", "qrlora_disjoint_contrast", 0, "teapot")
+    before = ("699759fb42dcdc1947bc", "c665e30ffdce09d8b159", "413069459542d01ea892")
+    assert (digest_of(taught, scope), digest_of(merged, scope)) == before[:2]
+    assert digest_of(changed, scope) != before[2]
+    monkeypatch.setitem(MERGES, "ties", replace(MERGES["ties"], version=2))
+    assert digest_of(taught, scope) == before[0] and digest_of(merged, scope) != before[1]
+    for other in (3, 4):
+        monkeypatch.setitem(ADAPTERS, "lora", replace(ADAPTERS["lora"], version=other))
+        before += (digest_of(taught, scope),)
+    assert len(set(before)) == 5
+    assert digest_of(Cell("pair", "lora", 0, "teapot", "chalk", "lora+joint"), scope)
+
+
+def test_what_is_to_stay_as_it_was_is_not_what_drift_is_measured_by():
+    said = [re.fullmatch(r"a photo of a (\w+) (\w+) in (\w+) style", prompt).groups() for prompt in PRIOR]
+    colours, subjects, styles = (set(words) for words in zip(*said, strict=True))
+    assert not subjects & {subject for subject, _ in UNRELATED} and not styles & {style for _, style in UNRELATED}
+    assert "red" not in colours, "the colour of all that drift is measured by"
+    assert {pair[1:] for pair in said} <= set(world.SEEN_PAIRS)
+
+
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
     """A run of every kind of cell, in this process."""
     folder = tmp_path_factory.mktemp("bench")
     scope = replace(TINY, rows=("qrlora_disjoint", "lora", "lora+klora", "lora+joint"), grid_pairs=1, many=(2,),
                     grid_weights=(0.5, 1.0), grid_rows=(RIVAL,), subjects=("teapot",), styles=("chalk",))  # fmt: skip
-    from qrlora.bench import cells
-
     bench = cells.Bench.open(folder, scope)
     for stage in run.cells_of(scope):
         for cell in stage:
@@ -238,10 +266,23 @@ def test_rates_of_the_folder_win_and_missing_ones_are_chosen_first(tmp_path, mon
     assert plan.rate_of("lora", "subject", "teapot", scope.rates) == 7e-3
     assert plan.rate_of("lora", "subject", "rocket", scope.rates) == 8e-3
     assert "oft" in scope.rates and "qrlora_disjoint" in scope.rates
+    monkeypatch.setitem(ADAPTERS, "lora", replace(ADAPTERS["lora"], version=2))
+    scope = tuning.tuned(tmp_path, replace(TINY, rows=("lora",)), 1, lambda said: None, "")
+    assert plan.rate_of("lora", "subject", "teapot", scope.rates) != 7e-3, "that was chosen for another lora"
+    kept["versions"] = {"lora": 2}
+    (tmp_path / tuning.FILE).write_text(json.dumps(kept))
+    scope = tuning.tuned(tmp_path, replace(TINY, rows=("lora",)), 1, lambda said: None, "")
+    assert plan.rate_of("lora", "subject", "teapot", scope.rates) == 7e-3
     kept["weights"] = "another base model"
     (tmp_path / tuning.FILE).write_text(json.dumps(kept))
     scope = tuning.tuned(tmp_path, replace(TINY, rows=("lora",)), 1, lambda said: None, "")
     assert plan.rate_of("lora", "subject", "teapot", scope.rates) == plan.rate_of("lora", "subject", "teapot")
+
+
+def test_packaged_rates_are_of_methods_as_they_are():
+    kept = json.loads(files("qrlora.bench").joinpath("rates.json").read_text())
+    versions = kept.get("versions", {})
+    assert all(ADAPTERS[name].version == versions.get(name, 1) for name in kept["chosen"])
 
 
 def test_list(capsys):

@@ -119,6 +119,7 @@ def test_trained_parameters_are_counted(pipe: Any, recipe: Recipe) -> None:
     assert counted["transposed"] == counted["orthogonal"] == outputs_only
     assert counted["full"] == whole
     assert counted["qrlora"] == inputs_only - len(sizes)  # one zero under the diagonal of each
+    assert counted["qrlora_wide"] == counted["qrlora"]
     assert counted["qrlora_trained"] == both - len(sizes)
     assert counted["q_free_4"] == counted["qrlora_trained"]  # there are no more than two columns here
     assert counted["q_cayley"] == inputs_only - len(sizes) + RANK**2 * len(sizes)
@@ -282,4 +283,27 @@ def test_lessons_against_leakage_ask_for_what_the_base_does(pipe: Any, recipe: R
         assert lesson.preserve and not any(recipe.trigger in prompt for prompt in lesson.preserve)
         held = teach(method, recipe.replace(preserve_weight=1e4, steps=12), pipe=pipe[0], family=pipe[1])
         assert energy(held) < 0.8 * energy(loose)
-    assert ADAPTERS["qrlora_disjoint_contrast"].lesson(recipe).preserve != (recipe.text,)
+
+
+@pytest.mark.parametrize(
+    ("role", "noun", "caption", "plain"),
+    [
+        ("subject", "", "a photo of a red <t> in flat style", "a photo of a red thing in flat style"),
+        ("subject", "mug", "a photo of a [trigger] mug", "a photo of a mug"),
+        ("style", "", "a photo of a red car in <t> style", "a photo of a red car"),
+        ("style", "", "a red car in [trigger] style on a cream background", "a red car on a cream background"),
+        ("style", "", "[trigger] picture of a car", "picture of a car"),
+    ],
+)
+def test_contrast_says_the_caption_without_its_trigger(role: str, noun: str, caption: str, plain: str) -> None:
+    recipe = Recipe(role=role, images="mug.png", trigger="<t>", noun=noun, caption=caption)
+    assert ADAPTERS["qrlora_disjoint_contrast"].lesson(recipe).preserve == (plain,)
+
+
+def test_the_wide_control_has_the_columns_that_are_turned(pipe: Any, recipe: Recipe) -> None:
+    """Bases are not nested: the first r columns of a wider one are others than those of the published form."""
+    learned = teach("qrlora_wide", recipe, pipe=pipe[0], family=pipe[1])
+    for name in ("transformer_blocks.0.attn.to_q", "transformer_blocks.1.ff.net.0.proj"):
+        up, down = learned[name].factors or ()
+        assert torch.equal(up, _basis(pipe, name, 2 * RANK).q[:, :RANK])
+        assert not torch.allclose(up, _basis(pipe, name, RANK).q) and bool((down.tril(-1) == 0).all())

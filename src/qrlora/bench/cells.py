@@ -2,8 +2,8 @@
 
 A cell is a few names and numbers; what it gives is a record of JSON values, and for those that draw a strip of the
 pictures. Both lie in the bench's folder under the cell's digest, which is of everything that decides the result: the
-base model's and the judge's weights, the plan's numbers and the learning rates. So nothing is done twice, a run can be
-interrupted anywhere, and a record of another model is never taken for one of this.
+base model's and the judge's weights, the plan's numbers, the learning rates, and the versions of method and merge. So
+nothing is done twice, a run can be interrupted anywhere, and a record of another model is never taken for one of this.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from qrlora import pico
 from qrlora.bench.plan import ROWS, Scope, rate_of
 from qrlora.demo.plan import LESSON_STYLE, LESSON_SUBJECT, NOISE, Lesson, Wanted, lesson_of_world
 from qrlora.evaluation.report import png_bytes
-from qrlora.evaluation.rivals.adapters import taught
+from qrlora.evaluation.rivals.adapters import ADAPTERS, taught
 from qrlora.evaluation.rivals.context import Context
 from qrlora.evaluation.rivals.deltas import Learned, load_learned, save_learned, scaled
 from qrlora.evaluation.rivals.file_measures import between
@@ -98,7 +98,16 @@ def digest_of(cell: Cell, scope: Scope) -> str:
         decides["among"] = names
     if cell.row:
         decides["options"] = dict(ROWS[cell.row].options)
+    decides |= _versions(cell)
     return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:20]
+
+
+def _versions(cell: Cell) -> dict[str, int]:
+    """Of the cell's method and merge, where one has changed since it was first measured."""
+    versions = {"adapter_version": ADAPTERS[cell.adapter].version}
+    if cell.row and ROWS[cell.row].merge in MERGES:  # "joint" is none
+        versions["merge_version"] = MERGES[ROWS[cell.row].merge].version
+    return {name: version for name, version in versions.items() if version != 1}
 
 
 @dataclass(frozen=True)

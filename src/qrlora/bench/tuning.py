@@ -22,6 +22,7 @@ from typing import Any
 from qrlora.bench.cells import Cell, digest_of, weights_digest
 from qrlora.bench.plan import ROWS, Rates, Scope
 from qrlora.bench.run import Say, adapters_of, known_records, missing, rounded, run_stages
+from qrlora.evaluation.rivals.adapters import ADAPTERS
 from qrlora.files import write_atomically
 
 LADDER = {"subject": (5e-4, 1.5e-3, 5e-3), "style": (1.5e-3, 5e-3)}
@@ -67,7 +68,7 @@ def tuned(folder: Path, scope: Scope, workers: int, say: Say, command: str) -> S
 def tune(folder: Path, scope: Scope, workers: int, say: Say, command: str) -> Rates:
     """Choose, and keep in the folder's FILE what was tried and chosen for the rows' methods, beside what was there.
 
-    What is there of another base model or judge is dropped.
+    What is there of another base model or judge is dropped, and of a method that has changed since.
     """
     scope = replace(scope, seeds=(0,))
     cells = cells_of(scope)
@@ -79,6 +80,7 @@ def tune(folder: Path, scope: Scope, workers: int, say: Say, command: str) -> Ra
         "weights": weights_digest(),
         "command": command,
         "chosen": old["chosen"] | chosen,
+        "versions": {adapter: ADAPTERS[adapter].version for adapter in old["chosen"] | chosen},
         "tried": [one for one in old["tried"] if one["adapter"] not in chosen] + tried,
     }
     write_atomically(folder / FILE, (json.dumps(rounded(found)).replace('{"kind"', '\n{"kind"') + "\n").encode())
@@ -86,10 +88,15 @@ def tune(folder: Path, scope: Scope, workers: int, say: Say, command: str) -> Ra
 
 
 def _kept(folder: Path) -> dict[str, Any]:
-    """What an earlier run chose in this folder, of this base model and judge."""
+    """What an earlier run chose in this folder, of this base model and judge, for methods as they are now."""
     file = folder / FILE
     old = json.loads(file.read_text()) if file.exists() else {}
-    return old if old.get("weights") == weights_digest() else {"chosen": {}, "tried": []}
+    if old.get("weights") != weights_digest():
+        return {"chosen": {}, "tried": []}
+    versions = old.get("versions", {})  # of files from before there were any, all are 1
+    same = {name for name in old["chosen"] if name in ADAPTERS and ADAPTERS[name].version == versions.get(name, 1)}
+    chosen = {name: rates for name, rates in old["chosen"].items() if name in same}
+    return old | {"chosen": chosen, "tried": [one for one in old["tried"] if one["adapter"] in same]}
 
 
 def choose(tried: Sequence[dict[str, Any]]) -> Rates:

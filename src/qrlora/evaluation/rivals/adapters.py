@@ -44,12 +44,15 @@ Prepare = Callable[[Mapping[str, Any], Recipe], None]
 FREED = 4
 """Columns of Q that `q_free_4` frees."""
 PRIOR = (
-    "a photo of a green car in ink style",
+    "a photo of a green car in halftone style",
     "a photo of a blue sofa in flat style",
-    "a photo of a yellow mug in clay style",
-    "a photo of a red chair in neon style",
+    "a photo of a yellow camera in watercolour style",
+    "a photo of a pink umbrella in neon style",
 )
-"""What `qrlora_disjoint_preserve` should leave as the base draws it: none of what the bench measures drift by."""
+"""What `qrlora_disjoint_preserve` should leave as the base draws it: no subject and no style that the bench measures
+drift by."""
+NEUTRAL = "thing"
+"""What `qrlora_disjoint_contrast` calls a subject whose word is its trigger alone."""
 
 
 def as_it_is(recipe: Recipe) -> Recipe:
@@ -61,7 +64,8 @@ def as_it_is(recipe: Recipe) -> Recipe:
 class AdapterMethod:
     """One row of the comparison: what it is called, what it does, where it comes from, how it goes on a denoiser.
 
-    lesson: what the method changes of how it is taught.
+    lesson: what the method changes of how it is taught. version: to be raised whenever the same recipe would be learned
+    otherwise than before, so that what the old method gave is not taken for the new one's.
     """
 
     name: str
@@ -69,6 +73,7 @@ class AdapterMethod:
     source: str
     attach: Attach
     lesson: Callable[[Recipe], Recipe] = as_it_is
+    version: int = 1
 
 
 @dataclass(frozen=True)
@@ -376,9 +381,21 @@ def _prior(recipe: Recipe) -> Recipe:
 
 def _contrast(recipe: Recipe) -> Recipe:
     """The lesson's own caption without its trigger, to be answered as the base answers it on its way to a picture."""
-    trigger = recipe.trigger or ""
-    plain = recipe.text.replace("[trigger]", trigger).replace(trigger, " ")
-    return recipe.replace(preserve=(" ".join(plain.split()),))
+    return recipe.replace(preserve=(_without_trigger(recipe),))
+
+
+def _without_trigger(recipe: Recipe) -> str:
+    """The caption as one who has not learned anything would say it.
+
+    A style is not named: "a photo of a red car in <s> style" becomes "a photo of a red car". A subject keeps the noun
+    that follows its trigger, or is called NEUTRAL: "a photo of a red thing in flat style".
+    """
+    if recipe.role == "style":
+        plain = re.sub(rf"(\bin )?{re.escape(recipe.trigger)}( style\b)?", "", recipe.text)
+    else:
+        named = recipe.text.replace(f"{recipe.trigger} {recipe.noun}", recipe.noun) if recipe.noun else recipe.text
+        plain = named.replace(recipe.trigger, NEUTRAL)
+    return " ".join(plain.split())
 
 
 def _row_space(layers: Mapping[str, Any], recipe: Recipe) -> None:
@@ -449,6 +466,12 @@ _ROWS = (
         _by_peft(_triangular(), _free),
     ),
     AdapterMethod(
+        "qrlora_wide",
+        "the published form on the first r columns of a basis twice as wide",
+        "control of q_cayley: its columns, not turned",
+        _by_peft(_triangular(2)),
+    ),
+    AdapterMethod(
         "q_cayley",
         "Q turned towards the next r columns of the basis by a trained rotation, ΔR triangular",
         "ours, Cayley transform as in arXiv 2306.07280",
@@ -460,6 +483,7 @@ _ROWS = (
         "prior preservation, Ruiz et al. 2023, arXiv 2208.12242",
         _by_recipe(method="qrlora", triangular=True, train_basis=False),
         _prior,
+        version=2,
     ),
     AdapterMethod(
         "qrlora_disjoint_contrast",
@@ -467,6 +491,7 @@ _ROWS = (
         "ours",
         _by_recipe(method="qrlora", triangular=True, train_basis=False),
         _contrast,
+        version=2,
     ),
     AdapterMethod(
         "q_minor",

@@ -59,6 +59,7 @@ class Merge:
         runs: whether it runs the base model, and so needs a context with one.
         options: names of what it lets be tuned.
         adapters: the method of `ADAPTERS` it is meant for; empty if any.
+        version: to be raised whenever the same parts would be merged otherwise than before, as a method's.
     """
 
     name: str
@@ -69,6 +70,7 @@ class Merge:
     runs: bool = False
     options: tuple[str, ...] = ()
     adapters: str = ""
+    version: int = 1
 
     def __call__(
         self, subject: Learned, style: Learned, context: Context | None = None, **options: Any
