@@ -17,12 +17,13 @@ from qrlora.basis import cached_layer_basis, weight_digest
 from qrlora.errors import RecipeError
 from qrlora.evaluation.rivals.adapters import ADAPTERS, is_target, orthonormal, taught, teach, teach_joint
 from qrlora.evaluation.rivals.deltas import Delta, Learned, applied, inner
+from qrlora.evaluation.rivals.directions import PASSES
 from qrlora.families import load_pipeline
 from qrlora.training.loop import Attached, train, train_attached
 from qrlora.training.recipe import Recipe
 
 RANK = 2
-FROZEN_UP = ("mica", "qrlora_dense", "q_minor", "q_random", "q_random_each")
+FROZEN_UP = ("mica", "qrlora_dense", "q_minor", "q_random", "q_random_each", "q_activation", "q_gradient")
 
 
 @pytest.fixture(scope="module")
@@ -69,14 +70,20 @@ def predicted(denoiser: Any) -> Tensor:
 @pytest.mark.parametrize("method", ADAPTERS)
 def test_delta_weights_are_zero_before_the_first_step(pipe: Any, recipe: Recipe, method: str) -> None:
     before = state(pipe)
-    base = predicted(pipe[0].transformer)
-    with ADAPTERS[method].attach(pipe[0].transformer, pipe[1], recipe) as attached:
-        begun = attached.read()
-        assert torch.allclose(predicted(pipe[0].transformer), base, atol=1e-5)
+    base, begun = predicted(pipe[0].transformer), list[Learned]()
+
+    @contextmanager
+    def attach(denoiser: Any, *run: Any) -> Iterator[Attached[Learned]]:
+        with ADAPTERS[method].attach(denoiser, *run) as attached:
+            begun.append(attached.read())
+            assert torch.allclose(predicted(denoiser), base, atol=1e-5)
+            yield attached
+
+    train_attached(attach, recipe.replace(steps=1), pipe=pipe[0], family=pipe[1])
     assert unchanged(pipe, before)
     # PiSSA and OLoRA take their start away again, which leaves what rounding leaves
     room = 1e-5 if method in ("pissa", "olora") else 0.0
-    assert all(float(delta.dense().abs().max()) <= room for delta in begun.values())
+    assert all(float(delta.dense().abs().max()) <= room for delta in begun[0].values())
 
 
 @pytest.mark.parametrize("method", ADAPTERS)
@@ -85,8 +92,8 @@ def test_delta_weights_do_what_the_attached_layers_did(pipe: Any, recipe: Recipe
     before, seen = state(pipe), []
 
     @contextmanager
-    def attach(denoiser: Any, family: Any, recipe: Recipe) -> Iterator[Attached[Learned]]:
-        with ADAPTERS[method].attach(denoiser, family, recipe) as attached:
+    def attach(denoiser: Any, *run: Any) -> Iterator[Attached[Learned]]:
+        with ADAPTERS[method].attach(denoiser, *run) as attached:
             yield attached
             seen.append(predicted(denoiser))
 
@@ -153,6 +160,57 @@ def within(matrix: Tensor, columns: Tensor) -> bool:
     return bool((matrix - columns @ (columns.T @ matrix)).norm() < 1e-3 * matrix.norm())
 
 
+def test_directions_are_those_that_the_lesson_speaks_for(pipe: Any, recipe: Recipe) -> None:
+    """Against W C^½ and G of the bare denoiser, made from the same losses."""
+    names = ["transformer_blocks.0.attn.to_q", "transformer_blocks.1.ff.net.0.proj"]
+    layers = {name: pipe[0].transformer.get_submodule(name) for name in names}
+    moments, gradients, seen = dict.fromkeys(names, 0.0), dict.fromkeys(names, 0.0), []
+
+    @contextmanager
+    def attach(denoiser: Any, family: Any, recipe: Recipe, losses: Any) -> Iterator[Attached[Learned]]:
+        def note(name: str, x: Tensor) -> None:
+            rows = x.flatten(0, -2).double()
+            moments[name] = moments[name] + rows.T @ rows
+
+        hooks = [m.register_forward_pre_hook(lambda _, args, n=n: note(n, args[0].detach())) for n, m in layers.items()]
+        weights = [layer.weight.requires_grad_(True) for layer in layers.values()]
+        for loss in losses(PASSES):
+            seen.append(loss.item())
+            for name, part in zip(names, torch.autograd.grad(loss, weights), strict=True):
+                gradients[name] = gradients[name] + part
+        for hook in hooks:
+            hook.remove()
+        denoiser.requires_grad_(False)
+        assert [float(loss) for loss in losses(PASSES)] == seen, "the same at every call"
+        with ADAPTERS["lora"].attach(denoiser, family, recipe, losses) as attached:
+            yield attached
+
+    train_attached(attach, recipe, pipe=pipe[0], family=pipe[1])
+    learned = {m: taught(m, recipe, pipe=pipe[0], family=pipe[1]) for m in ("q_activation", "q_gradient")}
+    for name, layer in layers.items():
+        values, vectors = torch.linalg.eigh(moments[name])
+        root = vectors * values.clamp(min=0).sqrt() @ vectors.T
+        wanted = {"q_activation": layer.weight.detach().double() @ root, "q_gradient": gradients[name]}
+        for method, matrix in wanted.items():
+            found = learned[method].learned[name]
+            q = torch.linalg.svd(matrix)[0][:, :RANK].float()
+            assert within(found.dense(), q) and not within(found.dense(), _basis(pipe, name, RANK).q)
+            up, _ = found.factors or ()
+            assert torch.allclose(up.T @ up, torch.eye(RANK), atol=1e-5)
+            assert torch.allclose((up.T @ layer.weight.detach()).tril(-1), torch.zeros(()), atol=1e-5)
+    assert learned["q_gradient"].losses[0] == pytest.approx(seen[0]), "those that training begins with"
+
+
+def test_a_layer_without_influence_keeps_the_columns_of_the_basis(pipe: Any, recipe: Recipe) -> None:
+    """The last block's text goes nowhere, so no gradient says what its queries should write."""
+    learned = teach("q_gradient", recipe, pipe=pipe[0], family=pipe[1])
+    last = len(pipe[0].transformer.transformer_blocks) - 1
+    for block, kept in ((0, False), (last, True)):
+        name = f"transformer_blocks.{block}.attn.add_q_proj"
+        up, _ = learned[name].factors or ()
+        assert torch.equal(up, _basis(pipe, name, RANK).q) == kept
+
+
 def test_roles_own_what_no_other_owns(pipe: Any, recipe: Recipe) -> None:
     style = Recipe.of(recipe.model_dump() | {"role": "style", "trigger": None, "caption": None, "columns": None})
     for method in ("qrlora_disjoint", "orthogonal"):
@@ -188,8 +246,8 @@ def test_joint_training_sees_both_pictures(pipe: Any, recipe: Recipe, tmp_path: 
     seen: list[set[str]] = []
 
     @contextmanager
-    def attach(denoiser: Any, family: Any, recipe: Recipe) -> Iterator[Attached[Learned]]:
-        with ADAPTERS["lora"].attach(denoiser, family, recipe) as attached:
+    def attach(denoiser: Any, *run: Any) -> Iterator[Attached[Learned]]:
+        with ADAPTERS["lora"].attach(denoiser, *run) as attached:
             hook = denoiser.register_forward_pre_hook(
                 lambda _, args, kwargs: seen.append({str(row.sum().item()) for row in kwargs["pooled_projections"]}),
                 with_kwargs=True,

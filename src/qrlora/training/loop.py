@@ -12,6 +12,8 @@ no gradient reaches (the text stream of Qwen-Image's last block, whose result is
 from __future__ import annotations
 
 import contextlib
+import functools
+import itertools
 import math
 import re
 import signal
@@ -164,6 +166,11 @@ def train(
     return adapter
 
 
+Losses = Callable[[int], Iterator[Tensor]]
+"""The losses of so many forward passes, differentiable, on the denoiser as it stands: those that training begins with,
+at every call the same."""
+
+
 @dataclass(frozen=True)
 class Attached(Generic[T]):
     """What trains on a denoiser, in float32, by name; and what reads off it what it has become."""
@@ -173,7 +180,7 @@ class Attached(Generic[T]):
 
 
 def train_attached(
-    attach: Callable[[Any, ModelFamily, Recipe], AbstractContextManager[Attached[T]]],
+    attach: Callable[[Any, ModelFamily, Recipe, Losses], AbstractContextManager[Attached[T]]],
     recipe: Recipe,
     *,
     pipe: Any,
@@ -184,7 +191,8 @@ def train_attached(
     """The run of `train` with anything in the adapter's place, so that other methods differ from it in nothing else.
 
     Args:
-        attach: puts what trains on the denoiser for the duration of a context, and takes it off again.
+        attach: puts what trains on the denoiser for the duration of a context, and takes it off again. The last of its
+            arguments lets it look at the lesson first.
         recipe: what to do, but for its method; nothing is written.
         pipe, family: as `train`.
         beside: recipes whose pictures and captions are learned from too.
@@ -194,7 +202,7 @@ def train_attached(
     """
     accelerator = processes_here()
     ready = _prepare(recipe, pipe, family, accelerator, None, beside)
-    with attach(ready.denoiser, ready.family, recipe) as attached:
+    with attach(ready.denoiser, ready.family, recipe, functools.partial(_losses, recipe, ready)) as attached:
         run = _run(recipe, ready, accelerator, attached.parameters, None)
         _run_steps(run, progress)
         with evaluated(run.optimizer):
@@ -419,7 +427,8 @@ def _gradients(run: Run) -> tuple[float, float]:
     recipe, accelerator = run.recipe, run.accelerator
     options, total = family_options(recipe, run.family)[0], 0.0
     generator = torch.Generator().manual_seed(_mix(-1 - recipe.seed, run.step))
-    for micro, (latents, noise, timesteps, conditions, mask) in enumerate(draw(run)):
+    drawn = draw(recipe, run.family, run.scheduler, run.data, run.step)
+    for micro, (latents, noise, timesteps, conditions, mask) in enumerate(drawn):
         call = run.kept.draw(generator) if run.kept else None
         rows = share(recipe, micro, accelerator.process_index, accelerator.num_processes)
         if rows.start == rows.stop:
@@ -450,17 +459,26 @@ def pace(recipe: Recipe, step: int) -> float:
     return min(1.0, rising, falling)
 
 
-def draw(run: Run) -> Iterator[tuple[Tensor, Tensor, Tensor, dict[str, Tensor], Tensor | None]]:
-    """Latents, noise, timesteps, conditions and mask of every forward pass of the current step."""
-    recipe, data = run.recipe, run.data
-    generator = torch.Generator().manual_seed(_mix(recipe.seed, run.step))
-    options, buckets = family_options(recipe, run.family)[1], data.buckets
+def _losses(recipe: Recipe, ready: Prepared, count: int) -> Iterator[Tensor]:
+    """As `Losses`."""
+    options, most = family_options(recipe, ready.family)[0], math.ceil(count / recipe.accumulation)
+    steps = (draw(recipe, ready.family, ready.scheduler, ready.data, step) for step in range(most))
+    for drawn in itertools.islice(itertools.chain.from_iterable(steps), count):
+        yield ready.family.loss(ready.denoiser, ready.scheduler, *drawn, **options)
+
+
+def draw(
+    recipe: Recipe, family: ModelFamily, scheduler: Any, data: EncodedDataset, step: int
+) -> Iterator[tuple[Tensor, Tensor, Tensor, dict[str, Tensor], Tensor | None]]:
+    """Latents, noise, timesteps, conditions and mask of every forward pass of a step, counted from 0."""
+    generator = torch.Generator().manual_seed(_mix(recipe.seed, step))
+    options, buckets = family_options(recipe, family)[1], data.buckets
     for micro in range(recipe.accumulation):
-        number = run.step * recipe.accumulation + micro
+        number = step * recipe.accumulation + micro
         examples = data.epoch[order(recipe.seed, buckets, recipe.batch_size, number)]
         latents, conditions = data.batch(examples)
         noise = torch.randn(latents.shape, generator=generator)
-        timesteps = run.family.sample_timesteps(run.scheduler, len(latents), generator, **options)
+        timesteps = family.sample_timesteps(scheduler, len(latents), generator, **options)
         yield latents, noise.to(data.device), timesteps.to(data.device), conditions, data.mask(examples)
 
 

@@ -30,14 +30,15 @@ from torch import Tensor, nn
 from qrlora.basis import cached_layer_basis, weight_digest
 from qrlora.errors import RecipeError
 from qrlora.evaluation.rivals.deltas import Delta, Learned
+from qrlora.evaluation.rivals.directions import Directions, activation, base_of, gradient, minor
 from qrlora.families import ModelFamily
 from qrlora.training.dataset import find_pictures
-from qrlora.training.loop import ADAPTER_NAME, Attached, Progress, adapter_on, peft_config, train_attached
+from qrlora.training.loop import ADAPTER_NAME, Attached, Losses, Progress, adapter_on, peft_config, train_attached
 from qrlora.training.recipe import Recipe
 from qrlora.tuner import QRLoraConfig, QRLoraLayer, resolve_columns
 from qrlora.tuner.layer import BasisColumns, TrainedColumns
 
-Attach = Callable[[Any, ModelFamily, Recipe], AbstractContextManager[Attached[Learned]]]
+Attach = Callable[[Any, ModelFamily, Recipe, Losses], AbstractContextManager[Attached[Learned]]]
 Config = Callable[[Recipe, dict[str, Any]], PeftConfig]
 Prepare = Callable[[Mapping[str, Any], Recipe], None]
 """Given the adapter layers by name, and the recipe: changes them before the first step."""
@@ -119,8 +120,8 @@ def taught(
     counted: list[int] = []
 
     @contextlib.contextmanager
-    def attach(denoiser: Any, family: ModelFamily, recipe: Recipe) -> Iterator[Attached[Learned]]:
-        with ADAPTERS[method].attach(denoiser, family, recipe) as attached:
+    def attach(denoiser: Any, family: ModelFamily, recipe: Recipe, losses: Losses) -> Iterator[Attached[Learned]]:
+        with ADAPTERS[method].attach(denoiser, family, recipe, losses) as attached:
             counted.append(_trained(denoiser, attached.parameters))
             yield attached
 
@@ -146,7 +147,7 @@ def _by_peft(config: Config, prepare: Prepare | None = None) -> Attach:
     """A method of PEFT or of this package: its configuration, and what is done to its layers before the first step."""
 
     @contextlib.contextmanager
-    def attach(denoiser: Any, family: ModelFamily, recipe: Recipe) -> Iterator[Attached[Learned]]:
+    def attach(denoiser: Any, family: ModelFamily, recipe: Recipe, _: Losses) -> Iterator[Attached[Learned]]:
         targets = family.targets if recipe.targets is None else recipe.targets
         common: dict[str, Any] = {"target_modules": targets if isinstance(targets, str) else list(targets)}
         before = {name: tensor.detach().clone() for name, tensor in denoiser.named_parameters()}
@@ -171,9 +172,24 @@ def _by_recipe(**fields: Any) -> Attach:
     """A method that a recipe can name."""
 
     @contextlib.contextmanager
-    def attach(denoiser: Any, family: ModelFamily, recipe: Recipe) -> Iterator[Attached[Learned]]:
+    def attach(denoiser: Any, family: ModelFamily, recipe: Recipe, losses: Losses) -> Iterator[Attached[Learned]]:
         by = recipe.replace(**fields)
-        with _by_peft(lambda *_: peft_config(by, family))(denoiser, family, by) as attached:
+        with _by_peft(lambda *_: peft_config(by, family))(denoiser, family, by, losses) as attached:
+            yield attached
+
+    return attach
+
+
+def _on_directions(directions: Directions) -> Attach:
+    """A dense ΔR on a frozen Q of other directions than the basis has. Layers that get none keep the basis's Q."""
+
+    @contextlib.contextmanager
+    def attach(denoiser: Any, family: ModelFamily, recipe: Recipe, losses: Losses) -> Iterator[Attached[Learned]]:
+        def put(layers: Mapping[str, Any], recipe: Recipe) -> None:
+            for name, q in directions(layers, recipe.rank, losses).items():
+                _set_columns(layers[name], q)
+
+        with _by_peft(_dense, put)(denoiser, family, recipe, losses) as attached:
             yield attached
 
     return attach
@@ -206,7 +222,7 @@ def _triangular(width: int = 1) -> Config:
 
 
 @contextlib.contextmanager
-def _full(denoiser: Any, family: ModelFamily, recipe: Recipe) -> Iterator[Attached[Learned]]:
+def _full(denoiser: Any, family: ModelFamily, recipe: Recipe, _: Losses) -> Iterator[Attached[Learned]]:
     """The target matrices themselves train; biases do not, since no adapter has any."""
     denoiser.requires_grad_(False)
     targets = family.targets if recipe.targets is None else recipe.targets
@@ -289,22 +305,9 @@ def _set_columns(layer: Any, q: Float[Tensor, "out rank"]) -> None:
     layer.lora_B[ADAPTER_NAME].basis.q.copy_(q)
 
 
-def _base(layer: Any) -> Float[Tensor, "out in"]:
-    return layer.get_base_layer().weight.detach().float().flatten(1)
-
-
-def _minor(layers: Mapping[str, Any], recipe: Recipe) -> None:
-    """Q of the smallest singular vectors, in the coordinates that the paper's QR would give them."""
-    for layer in layers.values():
-        weight = _base(layer).double().cpu()
-        u = torch.linalg.svd(weight, full_matrices=False)[0][:, -recipe.rank :]
-        o, r = torch.linalg.qr(u.T @ weight)
-        _set_columns(layer, (u @ (o * torch.where(r.diagonal() < 0, -1.0, 1.0).double())).float())
-
-
 def _random(layers: Mapping[str, Any], recipe: Recipe, of: str = "all") -> None:
     for name, layer in layers.items():
-        _set_columns(layer, orthonormal(len(_base(layer)), recipe.rank, f"{of} {name}"))
+        _set_columns(layer, orthonormal(len(base_of(layer)), recipe.rank, f"{of} {name}"))
 
 
 def _random_each(layers: Mapping[str, Any], recipe: Recipe) -> None:
@@ -357,7 +360,7 @@ def _free(layers: Mapping[str, Any], recipe: Recipe) -> None:
     """The first FREED columns train too, with nothing that keeps them orthonormal: ΔW = Q ΔR + ΔQ (R + ΔR)[:FREED]."""
     for layer in layers.values():
         count = min(FREED, recipe.rank)
-        _let_move(layer, TrainedColumns, count, torch.zeros(len(_base(layer)), count))
+        _let_move(layer, TrainedColumns, count, torch.zeros(len(base_of(layer)), count))
 
 
 def _rotate(layers: Mapping[str, Any], recipe: Recipe) -> None:
@@ -401,7 +404,7 @@ def _without_trigger(recipe: Recipe) -> str:
 def _row_space(layers: Mapping[str, Any], recipe: Recipe) -> None:
     """P: the basis of Wᵀ, so that P Pᵀ = 1 and its rows span the first right singular vectors of W."""
     for name, layer in layers.items():
-        transposed = _base(layer).T.contiguous()
+        transposed = base_of(layer).T.contiguous()
         basis = cached_layer_basis(transposed, weight_digest(transposed), recipe.rank, name=name)
         _hold_down(layer, basis.q.T)
 
@@ -410,7 +413,7 @@ def _own_rows(layers: Mapping[str, Any], recipe: Recipe) -> None:
     """The role's own columns of one random orthogonal matrix a layer, as `columns` of a basis are numbered."""
     columns = list(resolve_columns(recipe.columns, recipe.rank))
     for name, layer in layers.items():
-        width = _base(layer).shape[1]
+        width = base_of(layer).shape[1]
         if columns[-1] >= width:
             expected = f"columns below {width}, the inputs of {name}"
             raise RecipeError("no more directions to own", expected=expected, got=columns[-1], remedy="lower the rank")
@@ -497,7 +500,19 @@ _ROWS = (
         "q_minor",
         "frozen Q of the last singular vectors in QR coordinates, dense ΔR",
         "control: which directions",
-        _by_peft(_dense, _minor),
+        _on_directions(minor),
+    ),
+    AdapterMethod(
+        "q_activation",
+        "frozen Q of the directions in which a layer puts out most on the lesson, dense ΔR; each adapter has its own",
+        "after CorDA, arXiv 2406.05223, and EVA, arXiv 2410.07170: of outputs, for the side that writes",
+        _on_directions(activation),
+    ),
+    AdapterMethod(
+        "q_gradient",
+        "frozen Q of the first left singular vectors of the lesson's gradient, dense ΔR; each adapter has its own",
+        "after LoRA-GA, arXiv 2407.05000: the directions alone, frozen, and ΔR from zero",
+        _on_directions(gradient),
     ),
     AdapterMethod(
         "q_random", "one random Q for all adapters, dense ΔR", "control: which directions", _by_peft(_dense, _random)
