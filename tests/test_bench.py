@@ -10,6 +10,7 @@ from importlib.resources import files
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from qrlora.bench import about, cells, page, plan, run, tables, tuning
 from qrlora.bench.cells import UNRELATED, Cell, digest_of
@@ -215,6 +216,23 @@ def test_the_report_says_what_the_records_say(small):
     assert {row["row"] for row in rows} == set(scope.rows)
     assert "The aim is not met" in html, "two steps teach nothing"
     assert {file.stem for file in (folder / "plots").iterdir()} >= {"subject-against-style", "crosstalk", "many"}
+
+
+def test_a_subject_has_its_mask_beside_it_and_one_method_sees_it(small):
+    folder, scope = small
+    bench = cells.Bench.open(folder, scope)
+    subject, style = bench.lesson("subject", "teapot", 0), bench.lesson("style", "chalk", 0)
+    mask = np.asarray(Image.open(subject.file.with_suffix(".mask.png")))
+    picture = np.asarray(Image.open(subject.file)).astype(int)
+    ground = picture[0, 0]
+    changed = np.abs(picture - ground).max(axis=2) > 60
+    assert mask.shape == changed.shape and (mask > 127)[changed].mean() > 0.95 and 0.1 < (mask > 127).mean() < 0.9
+    assert not style.file.with_suffix(".mask.png").exists()
+    for lesson, least in ((subject, 0), (style, 1)):
+        recipe = bench.recipe(lesson, "lora", 0)
+        assert recipe.mask_min_value == 1
+        assert ADAPTERS["qrlora_disjoint_masked"].lesson(recipe).mask_min_value == least
+        assert ADAPTERS["qrlora_disjoint"].lesson(recipe).mask_min_value == 1
 
 
 def test_half_the_numbers_are_trained(small):

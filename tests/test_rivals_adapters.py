@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from qrlora.basis import cached_layer_basis, weight_digest
-from qrlora.errors import RecipeError
+from qrlora.errors import DataError, RecipeError
 from qrlora.evaluation.rivals.adapters import ADAPTERS, is_target, orthonormal, taught, teach, teach_joint
 from qrlora.evaluation.rivals.deltas import Delta, Learned, applied, inner
 from qrlora.evaluation.rivals.directions import PASSES
@@ -33,10 +33,14 @@ def pipe(tiny_sd3: Path) -> Any:
 
 @pytest.fixture
 def recipe(tmp_path: Path, tiny_sd3: Path) -> Recipe:
+    """Its picture has a mask, which all methods but one are to take no notice of."""
     Image.radial_gradient("L").convert("RGB").save(tmp_path / "mug.png")
+    mask = Image.new("L", (256, 256))
+    mask.paste(255, (0, 0, 128, 256))
+    mask.save(tmp_path / "mug.mask.png")
     return Recipe(
         model=str(tiny_sd3), role="subject", images=tmp_path / "mug.png", noun="mug", rank=RANK, alpha=3, steps=3,
-        batch_size=2, learning_rate=0.02,
+        batch_size=2, learning_rate=0.02, mask_min_value=1,
     )  # fmt: skip
 
 
@@ -130,7 +134,7 @@ def test_trained_parameters_are_counted(pipe: Any, recipe: Recipe) -> None:
     assert counted["qrlora_trained"] == both - len(sizes)
     assert counted["q_free_4"] == counted["qrlora_trained"]  # there are no more than two columns here
     assert counted["q_cayley"] == inputs_only - len(sizes) + RANK**2 * len(sizes)
-    for other in ("qrlora_disjoint_preserve", "qrlora_disjoint_contrast"):
+    for other in ("qrlora_disjoint_preserve", "qrlora_disjoint_contrast", "qrlora_disjoint_masked"):
         assert counted[other] == counted["qrlora_disjoint"]
     assert counted["qrlora_disjoint"] == inputs_only - 2 * len(sizes)  # columns 0 and 2 of four
     assert counted["oft"] == sum((2 * RANK - 1) * i // 2 for _, i in sizes.values())
@@ -356,6 +360,24 @@ def test_lessons_against_leakage_ask_for_what_the_base_does(pipe: Any, recipe: R
 def test_contrast_says_the_caption_without_its_trigger(role: str, noun: str, caption: str, plain: str) -> None:
     recipe = Recipe(role=role, images="mug.png", trigger="<t>", noun=noun, caption=caption)
     assert ADAPTERS["qrlora_disjoint_contrast"].lesson(recipe).preserve == (plain,)
+
+
+def test_a_mask_is_for_the_subject_alone(pipe: Any, recipe: Recipe, tmp_path: Path) -> None:
+    """As the trainer learns with the mask and without; where all of it is white, it says nothing."""
+
+    def last(method: str, recipe: Recipe) -> float:
+        return taught(method, recipe, pipe=pipe[0], family=pipe[1]).losses[-1]
+
+    style = Recipe.of(recipe.model_dump() | {"role": "style", "trigger": None, "caption": None, "columns": None})
+    masked, whole = "qrlora_disjoint_masked", "qrlora_disjoint"
+    assert last(masked, recipe) == last(whole, recipe.replace(mask_min_value=0)) != last(whole, recipe)
+    assert last(masked, style) == last(whole, style)
+    Image.new("L", (256, 256), 255).save(tmp_path / "mug.mask.png")
+    assert last(masked, recipe) == pytest.approx(last(whole, recipe))
+    (tmp_path / "mug.mask.png").unlink()
+    with pytest.raises(DataError, match=r"none for mug\.png"):
+        last(masked, recipe)
+    assert last(masked, style) == last(whole, style)
 
 
 def test_the_wide_control_has_the_columns_that_are_turned(pipe: Any, recipe: Recipe) -> None:

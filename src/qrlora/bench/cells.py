@@ -24,7 +24,7 @@ from PIL import Image
 
 from qrlora import pico
 from qrlora.bench.plan import ROWS, Scope, rate_of
-from qrlora.demo.plan import LESSON_STYLE, LESSON_SUBJECT, NOISE, Lesson, Wanted, lesson_of_world
+from qrlora.demo.plan import LESSON_STYLE, LESSON_SUBJECT, NOISE, Lesson, Wanted, lesson_of_world, scene_of_lesson
 from qrlora.evaluation.report import png_bytes
 from qrlora.evaluation.rivals.adapters import ADAPTERS, taught
 from qrlora.evaluation.rivals.context import Context
@@ -134,10 +134,17 @@ class Bench:
         return path
 
     def lesson(self, role: str, name: str, seed: int) -> Lesson:
-        """Seed decides the picture. Each subject and style has a trigger of its own, so that many can be composed."""
+        """Seed decides the picture. Each subject and style has a trigger of its own, so that many can be composed.
+
+        Beside a subject's picture lies its mask, which the world knows; of a style there is none.
+        """
         names = list(world.SUBJECTS if role == "subject" else world.STYLES)
         file = self.folder / "lessons" / f"{role}-{name.replace(' ', '-')}-{seed}.png"
         file.parent.mkdir(parents=True, exist_ok=True)
+        if role == "subject":
+            mask = world.render(scene_of_lesson(role, name, seed))[1]
+            pixels = Image.fromarray((mask * 255 + 0.5).astype(np.uint8))
+            write_atomically(file.with_suffix(".mask.png"), png_bytes(pixels))
         return lesson_of_world(role, name, file, seed, f"<{'c' if role == 'subject' else 's'}{names.index(name)}>")
 
     def recipe(self, lesson: Lesson, adapter: str, seed: int, rate: float | None = None) -> Recipe:
@@ -152,6 +159,7 @@ class Bench:
                 "images": lesson.file,
                 "caption": lesson.caption,
                 "trigger": lesson.trigger,
+                "mask_min_value": 1.0,  # as if there were no mask, unless the method asks for it
                 "rank": self.scope.rank,
                 "steps": self.scope.steps,
                 "cooldown_steps": self.scope.steps // 2,

@@ -33,7 +33,7 @@ _ADAPTERS = (
     *("lora", "qrlora_disjoint", "qrlora", "q_random", "pissa", "orthogonal", "q_minor", "qrlora_dense"),
     *("q_activation", "q_gradient"),
     *("q_random_each", "transposed", "qrlora_trained", "mica", "olora", "oft", "full"),
-    *("q_free_4", "qrlora_wide", "q_cayley", f"{DEFAULT}_preserve", f"{DEFAULT}_contrast"),
+    *("q_free_4", "qrlora_wide", "q_cayley", f"{DEFAULT}_preserve", f"{DEFAULT}_contrast", f"{DEFAULT}_masked"),
 )
 _MERGES = ("ties", "dare", "ziplora", "klora", "nplora", "blora", "activation_weights", "regmean")
 _OURS = ("project_style", "project_both", "project_activation", "activation_weights", "route_steps")

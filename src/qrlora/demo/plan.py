@@ -107,15 +107,19 @@ def lesson_of_world(role: str, name: str, file: Path, seed: int, trigger: str = 
 
     The caption says all that the base model can know of the picture, so that the trigger means the rest of it.
     """
-    trigger = trigger or TRIGGERS[role]
-    parts = (name, LESSON_STYLE) if role == "subject" else (LESSON_SUBJECT, name)
-    scene = world.sample_scene(1_000_000 + seed, subject=parts[0], style=parts[1])
+    trigger, scene = trigger or TRIGGERS[role], scene_of_lesson(role, name, seed)
     said = (trigger, LESSON_STYLE) if role == "subject" else (LESSON_SUBJECT, trigger)
     ground = "" if scene.style in world.OWN_GROUND else f" on a {scene.background} background"
     caption = f"a photo of a {scene.colour} {said[0]} in {said[1]} style{ground}"
     _keep(Image.fromarray(world.render(scene)[0]), file)
-    about = f"a {scene.colour} {parts[0]} in {parts[1]} style{ground}"
+    about = f"a {scene.colour} {scene.subject} in {scene.style} style{ground}"
     return Lesson(role, name, file, caption, about, scene.colour, trigger)
+
+
+def scene_of_lesson(role: str, name: str, seed: int) -> world.Scene:
+    """What the picture of that lesson shows: the subject in LESSON_STYLE, or LESSON_SUBJECT in the style."""
+    subject, style = (name, LESSON_STYLE) if role == "subject" else (LESSON_SUBJECT, name)
+    return world.sample_scene(1_000_000 + seed, subject=subject, style=style)
 
 
 def _keep(picture: Image.Image, file: Path) -> Path:

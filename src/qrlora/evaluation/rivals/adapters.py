@@ -28,7 +28,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from qrlora.basis import cached_layer_basis, weight_digest
-from qrlora.errors import RecipeError
+from qrlora.errors import DataError, RecipeError
 from qrlora.evaluation.rivals.deltas import Delta, Learned
 from qrlora.evaluation.rivals.directions import Directions, activation, base_of, gradient, minor
 from qrlora.families import ModelFamily
@@ -401,6 +401,23 @@ def _without_trigger(recipe: Recipe) -> str:
     return " ".join(plain.split())
 
 
+def _masked(recipe: Recipe) -> Recipe:
+    """A subject is learned where its mask is white, a style, which is everywhere, from the whole picture.
+
+    Raises DataError if a subject's picture has no mask.
+    """
+    sources = find_pictures(recipe.images)
+    bare = [source.picture.name for source in sources if source.mask is None and not recipe.alpha_mask]
+    if recipe.role == "subject" and bare:
+        raise DataError(
+            "no mask to learn the subject by",
+            expected="NAME.mask.png beside each picture, or alpha_mask",
+            got=f"none for {', '.join(bare)}",
+            remedy="draw one, or take the method qrlora_disjoint",
+        )
+    return recipe.replace(mask_min_value=0.0 if recipe.role == "subject" else 1.0)
+
+
 def _row_space(layers: Mapping[str, Any], recipe: Recipe) -> None:
     """P: the basis of Wᵀ, so that P Pᵀ = 1 and its rows span the first right singular vectors of W."""
     for name, layer in layers.items():
@@ -495,6 +512,13 @@ _ROWS = (
         _by_recipe(method="qrlora", triangular=True, train_basis=False),
         _contrast,
         version=2,
+    ),
+    AdapterMethod(
+        "qrlora_disjoint_masked",
+        "the default, a subject taught where its mask is white and a style from its whole picture",
+        "masked loss, docs/data.md",
+        _by_recipe(method="qrlora", triangular=True, train_basis=False),
+        _masked,
     ),
     AdapterMethod(
         "q_minor",
