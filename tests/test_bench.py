@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import csv
+import importlib
 import json
 import re
 from dataclasses import replace
 from importlib.resources import files
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from qrlora.bench import about, cells, page, plan, run, tables, tuning
@@ -19,6 +22,7 @@ from qrlora.bench.plots import frontier
 from qrlora.cli import main
 from qrlora.errors import DataError
 from qrlora.evaluation.rivals.adapters import ADAPTERS, PRIOR
+from qrlora.evaluation.rivals.deltas import Delta
 from qrlora.evaluation.rivals.merges import MERGES
 from qrlora.pico import world
 
@@ -240,6 +244,56 @@ def test_half_the_numbers_are_trained(small):
     records = run.run(folder, scope, 1, lambda said: None)
     share = tables.trained(records, DEFAULT) / tables.trained(records, RIVAL)
     assert 0.4 < share < 0.5
+
+
+@pytest.fixture
+def where(monkeypatch):
+    """benchmarks/where.py, which is no part of the package."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
+    return importlib.import_module("where")
+
+
+def test_parts_make_up_the_whole(where):
+    ends = ("attn.to_q", "attn.to_out.0", "attn.add_k_proj", "attn.to_add_out", "ff.net.2", "ff_context.net.0.proj")
+    learned = {f"transformer_blocks.{i}.{end}": Delta(matrix=torch.ones(1, 1)) for i in range(2) for end in ends}
+    for kind, count in (("blocks", 2), ("groups", 4)):
+        parts = list(where.KINDS[kind](learned))
+        assert len(parts) == count and sum(len(part.only) for part in parts) == len(learned)
+        assert all(part.only | part.without == learned and not part.only.keys() & part.without for part in parts)
+    found = {part.name: {name.split(".", 2)[2] for name in part.only} for part in where.groups(learned)}
+    assert found["attention, text"] == {"attn.add_k_proj", "attn.to_add_out"}
+    assert found["feed-forward, picture"] == {"ff.net.2"} and found["feed-forward, text"] == {"ff_context.net.0.proj"}
+    thirds = list(where.steps(learned))
+    for done in range(7):
+        inside = [bool(part.only.at(done / 7)) for part in thirds]
+        assert sum(inside) == 1 and inside.index(True) == 3 * done // 7
+        assert [bool(part.without.at(done / 7)) for part in thirds] == [not one for one in inside]
+
+
+def test_where_scores_every_part(where, tmp_path, monkeypatch, capsys):
+    asked = [
+        "--lessons",
+        "chalk",
+        "--pictures",
+        "1",
+        "--steps",
+        "2",
+        "--denoising-steps",
+        "3",
+        "--only",
+        "groups,steps",
+    ]
+    monkeypatch.setattr("sys.argv", ["where.py", *asked, "--only", "groups,steps", "--out", str(tmp_path)])
+    where.main()
+    data = json.loads((tmp_path / "where.json").read_text())
+    (found,) = data["found"]
+    names = [row["part"] for row in found["parts"]]
+    assert names[0] == "all of it" and len(names) == 1 + 4 + 3 and data["machine"]["torch"]
+    scores = [row[way][name] for row in found["parts"] for way in ("only", "without") for name in where.SCORES]
+    assert all(0 <= score <= 1 for score in scores) and len(set(scores)) > len(names)
+    assert min(np.asarray(Image.open(tmp_path / "where.png")).shape[:2]) > 200
+    said = capsys.readouterr().out
+    assert all(name in said for name in names) and f"{found['parts'][0]['only']['p_style']:.2f}" in said
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,194 @@
+"""Where in pico subject and style are: ``python benchmarks/where.py``.
+
+The default adapter of each lesson is taught as the bench teaches it. Then it is used in part, and the judge says how
+probable the right subject and the right style are in what the bench asks of an adapter alone:
+
+blocks   the layers of one block of the denoiser; and all but those
+groups   the attention or the feed-forward layers, of the pictures' tokens or of the texts'; and all but those
+steps    one third of the denoising steps, from noise alone to the picture; and the other two
+
+A part that carries what was learned is enough by itself, or is missed when it is left out; these need not be the same.
+Beside them stand all of the adapter and none of it. Adapters and lessons are kept in the folder, so that a second run
+only draws; where.json and where.png are written there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import re
+import shlex
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from common import machine
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from qrlora.bench.cells import Bench, Cell, alone_wanted, weights_digest
+from qrlora.bench.plan import DEFAULT, Scope
+from qrlora.errors import QrloraError
+from qrlora.evaluation.rivals.deltas import Learned
+from qrlora.evaluation.rivals.merges import Schedule, blocks_of
+from qrlora.files import write_atomically
+from qrlora.pico import world
+
+THIRDS = ("first third of the steps", "second third of the steps", "last third of the steps")
+SCORES = ("p_subject", "p_style", "named")
+QUICK = {"pictures": 2, "steps": 60, "denoising_steps": 9}
+"""What --quick changes: to see it work; too little to say anything."""
+Found = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of an adapter, and what is left of it without that part."""
+
+    kind: str
+    name: str
+    only: Learned | Schedule
+    without: Learned | Schedule
+
+
+@dataclass(frozen=True)
+class Window:
+    """An adapter in the steps that begin at a progress from `first` to before `last`, or outside of them alone."""
+
+    learned: Learned
+    first: float
+    last: float
+    inside: bool
+
+    def at(self, progress: float) -> Learned:
+        """As `Schedule`."""
+        return self.learned if (self.first <= progress < self.last) == self.inside else {}
+
+
+def group_of(layer: str) -> str:
+    """Which of the four groups a layer of a joint block belongs to."""
+    stream = "text" if re.search(r"add_|ff_context", layer) else "picture"
+    return f"{'feed-forward' if '.ff' in layer else 'attention'}, {stream}"
+
+
+def blocks(learned: Learned) -> Iterator[Part]:
+    yield from _divided("blocks", learned, {name: f"block {number}" for name, number in blocks_of(learned).items()})
+
+
+def groups(learned: Learned) -> Iterator[Part]:
+    yield from _divided("groups", learned, {name: group_of(name) for name in learned})
+
+
+def _divided(kind: str, learned: Learned, label: dict[str, str]) -> Iterator[Part]:
+    for part in dict.fromkeys(label.values()):
+        only = {name: delta for name, delta in learned.items() if label[name] == part}
+        yield Part(kind, part, only, {name: delta for name, delta in learned.items() if name not in only})
+
+
+def steps(learned: Learned) -> Iterator[Part]:
+    for number, name in enumerate(THIRDS):
+        both = (Window(learned, number / 3, (number + 1) / 3, inside) for inside in (True, False))
+        yield Part("steps", name, *both)
+
+
+KINDS: dict[str, Callable[[Learned], Iterator[Part]]] = {"blocks": blocks, "groups": groups, "steps": steps}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--lessons", default="teapot,chalk", help="names of pico's world (default: teapot,chalk)")
+    parser.add_argument("--only", default=",".join(KINDS), help="some of the kinds of parts, separated by commas")
+    parser.add_argument("--pictures", type=int, default=6, help="of each part (default: 6)")
+    parser.add_argument("--steps", type=int, default=Scope.steps, help="of training (default: the bench's)")
+    parser.add_argument("--denoising-steps", type=int, default=Scope.denoising_steps, help="default: the bench's")
+    parser.add_argument("--seed", type=int, default=0, help="of the lesson, the training and the pictures (default: 0)")
+    parser.add_argument("--quick", action="store_true", help="fewer pictures and steps, to see it work")
+    parser.add_argument("--out", type=Path, default=Path("out/where"), help="folder (default: out/where)")
+    options = parser.parse_args()
+    if options.quick:
+        vars(options).update(QUICK)
+    wanted, lessons = options.only.split(","), options.lessons.split(",")
+    if unknown := [name for name in wanted if name not in KINDS]:
+        parser.error(f"no kind of part {unknown[0]!r}; there are {', '.join(KINDS)}")
+    if unknown := [name for name in lessons if name not in {*world.SUBJECTS, *world.STYLES}]:
+        parser.error(f"no subject or style {unknown[0]!r} in pico's world")
+    if options.denoising_steps < len(THIRDS) or options.pictures < 1 or options.steps < 1:
+        parser.error(f"expected a picture, a step and {len(THIRDS)} denoising steps at least")
+    try:
+        measure(options, wanted, lessons)
+    except QrloraError as error:
+        parser.error(str(error))
+
+
+def measure(options: argparse.Namespace, wanted: Sequence[str], lessons: Sequence[str]) -> None:
+    """Teach, draw and judge; print a table of each lesson, and write where.json and where.png."""
+    started = time.perf_counter()
+    scope = Scope(steps=options.steps, alone=options.pictures, denoising_steps=options.denoising_steps)
+    bench = Bench.open(options.out, scope)
+    found = []
+    for name in lessons:
+        found.append(parts_scored(bench, name, options.seed, wanted))
+        print(table(found[-1]), flush=True)
+    plain = {key: value for key, value in vars(options).items() if key != "out"}
+    facts = {"command": shlex.join(["python", "benchmarks/where.py", *sys.argv[1:]]), "machine": machine("cpu")}
+    facts |= {"weights": weights_digest(), "adapter": DEFAULT, "options": plain, "found": found}
+    facts["seconds"] = round(time.perf_counter() - started)
+    write_atomically(options.out / "where.json", (json.dumps(facts, indent=1, allow_nan=False) + "\n").encode())
+    write_atomically(options.out / "where.png", heat_map(found))
+    print(f"{facts['seconds']} s; {options.out / 'where.json'}, {options.out / 'where.png'}")
+
+
+def parts_scored(bench: Bench, name: str, seed: int, wanted: Sequence[str]) -> Found:
+    """One lesson: its adapter in all its parts, judged."""
+    role = "subject" if name in world.SUBJECTS else "style"
+    taught = Cell("teach", DEFAULT, seed, **{role: name})
+    learned, asked = bench.learned(taught), alone_wanted(bench, bench.lesson(role, name, seed), seed)
+    parts = [Part("", "all of it", learned, {}), *(part for kind in wanted for part in KINDS[kind](learned))]
+    rows = []
+    for number, part in enumerate(parts, 1):
+        row: Found = {"kind": part.kind, "part": part.name}
+        for way, used in (("only", part.only), ("without", part.without)):
+            verdict = bench.judged(asked, bench.draw(asked, used))
+            row[way] = {score: round(verdict[score], 4) for score in SCORES}
+        rows.append(row)
+        print(f"{name}: {number} of {len(parts)} parts", file=sys.stderr, flush=True)
+    return {"lesson": name, "role": role, "parts": rows}
+
+
+def table(found: Found) -> str:
+    """Probabilities of the right subject and the right style, of each part alone and of all but it."""
+    width = max(len(row["part"]) for row in found["parts"])
+    lines = [f"\n{found['lesson']} ({found['role']}): probability of the right subject and style"]
+    lines.append(f"  {'':<{width}}  only this     all but this")
+    for row in found["parts"]:
+        cells = ["{p_subject:.2f} {p_style:.2f}".format(**row[way]) for way in ("only", "without")]
+        lines.append(f"  {row['part']:<{width}}  {cells[0]:<12}  {cells[1]}")
+    return "\n".join(lines)
+
+
+def heat_map(found: Sequence[Found]) -> bytes:
+    """A PNG: parts down, lessons across, each by the probability of what was to be learned."""
+    names = [row["part"] for row in found[0]["parts"]]
+    columns = [(one, way) for one in found for way in ("only", "without")]
+    values = [[one["parts"][i][way][f"p_{one['role']}"] for one, way in columns] for i in range(len(names))]
+    figure = Figure((3.4 + 1.3 * len(columns), 1.4 + 0.32 * len(names)), dpi=110, layout="constrained")
+    axes = figure.add_subplot()
+    shown = axes.imshow(values, cmap="viridis", vmin=0, vmax=1, aspect="auto")
+    says = {"only": "only this", "without": "all but this"}
+    axes.set_xticks(range(len(columns)), [f"{one['lesson']}\n{says[way]}" for one, way in columns], fontsize=8)
+    axes.set_yticks(range(len(names)), names, fontsize=8)
+    for i, row in enumerate(values):
+        for j, value in enumerate(row):
+            axes.text(j, i, f"{value:.2f}", ha="center", va="center", fontsize=7, color="w" if value < 0.6 else "k")
+    figure.colorbar(shown, label="probability of what was learned")
+    stream = io.BytesIO()
+    FigureCanvasAgg(figure).print_png(stream)
+    return stream.getvalue()
+
+
+if __name__ == "__main__":
+    main()
