@@ -357,6 +357,14 @@ def test_packaged_rates_are_of_methods_as_they_are():
     assert all(ADAPTERS[name].version == versions.get(name, 1) for name in kept["chosen"])
 
 
+def test_pages_count_what_there_is():
+    root = Path(__file__).parents[1]
+    pages = {name: (root / name).read_text() for name in ("README.md", "README.ja.md", "docs/bench.md")}
+    assert f"of {len(ROWS)} rows" in pages["README.md"] and f"of the {len(ROWS)} rows" in pages["docs/bench.md"]
+    assert f"{len(ROWS)} 行のうち" in pages["README.ja.md"] and f"{len(ADAPTERS)} の方法" in pages["README.ja.md"]
+    assert f" {len(MERGES)} の方法で合成" in pages["README.ja.md"]
+
+
 def test_list(capsys):
     assert main(["bench", "--list"]) == 0
     assert capsys.readouterr().out.count("\n") == len(ROWS)
