@@ -102,7 +102,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lessons", default="teapot,chalk", help="names of pico's world (default: teapot,chalk)")
     parser.add_argument("--only", default=",".join(KINDS), help="some of the kinds of parts, separated by commas")
-    parser.add_argument("--pictures", type=int, default=6, help="of each part (default: 6)")
+    parser.add_argument(
+        "--pictures", type=int, default=Scope.alone, help="of each part (default: the bench's of an adapter)"
+    )
     parser.add_argument("--steps", type=int, default=Scope.steps, help="of training (default: the bench's)")
     parser.add_argument("--denoising-steps", type=int, default=Scope.denoising_steps, help="default: the bench's")
     parser.add_argument("--seed", type=int, default=0, help="of the lesson, the training and the pictures (default: 0)")
