@@ -34,7 +34,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from qrlora.basis import layer_basis
+from qrlora.basis import block_width, layer_basis
 
 SHAPES = {
     "flux.1": [(3072, 3072), (12288, 3072), (3072, 12288)],
@@ -185,7 +185,7 @@ def two_products(weight: Tensor, rank: int) -> Tensor:
 
 def steps_needed(weight: Tensor, rank: int) -> int:
     """Of how many steps (a product from either side) the Krylov space first holds 0.999 of the best energy."""
-    best, block = layer_basis(weight, rank).energy * float(weight.double().square().sum()), _block(rank)
+    best, block = layer_basis(weight, rank).energy * float(weight.double().square().sum()), block_width(rank)
     x = torch.randn(weight.shape[1], block, generator=torch.Generator().manual_seed(2))
     left = torch.linalg.qr(weight @ x).Q
     held = left.T @ weight
@@ -199,15 +199,11 @@ def steps_needed(weight: Tensor, rank: int) -> int:
 
 def products(weight: Tensor, rank: int, steps: int) -> Tensor:
     """W X and Yᵀ W of blocks of random columns, so many times over."""
-    x = torch.randn(weight.shape[1], _block(rank), generator=torch.Generator().manual_seed(2))
+    x = torch.randn(weight.shape[1], block_width(rank), generator=torch.Generator().manual_seed(2))
     for _ in range(steps):
         y = weight @ x
         y.T @ weight
     return y
-
-
-def _block(rank: int) -> int:
-    return rank + max(8, rank // 4)
 
 
 def reproduce(arguments: argparse.Namespace) -> dict[str, dict[str, float]]:
