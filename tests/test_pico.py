@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import logging
+
+import diffusers
 import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusion3Pipeline
 
 from qrlora import pico
-from qrlora.families import load_pipeline
+from qrlora.families import load_pipeline, load_structure
 from qrlora.generation import generate_jobs
 from qrlora.pico import train, world
 
@@ -54,6 +57,25 @@ def test_stock_diffusers_loads_the_shipped_pipeline():
     stock = StableDiffusion3Pipeline.from_pretrained(pico.path(), text_encoder_3=None, tokenizer_3=None)
     assert stock.transformer.config.num_layers == 6
     assert sum(f.stat().st_size for f in pico.path().rglob("*") if f.is_file()) <= 30e6
+
+
+def test_loading_it_says_nothing_of_what_is_as_it_should_be():
+    said: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())
+    log, before = logging.getLogger("diffusers"), diffusers.utils.logging.get_verbosity()
+    log.addHandler(handler)
+    diffusers.utils.logging.set_verbosity_warning()
+    try:
+        load_pipeline("pico")
+        load_structure("pico")
+        assert said == []
+        StableDiffusion3Pipeline.from_pretrained(pico.path(), text_encoder_3=None, tokenizer_3=None)
+        assert any("Expected types for vae" in line for line in said)
+        assert any("were passed to AutoencoderDC" in line for line in said)
+    finally:
+        diffusers.utils.logging.set_verbosity(before)
+        log.removeHandler(handler)
 
 
 @pytest.mark.parametrize("text", ["a photo of a <c> in <s> style", "日本のティーポット", "¿qué? 🫖", ""])

@@ -21,6 +21,7 @@ from ray.serve.config import ProxyLocation
 from ray.serve.schema import LoggingConfig
 
 from qrlora.errors import ModelError
+from qrlora.quiet import hush
 from qrlora.serving.app import Limits, Service, create_app
 from qrlora.serving.protocol import Event, Facts, Picture, Settings
 
@@ -33,6 +34,7 @@ class EngineReplica:
     """An engine in a process of its own."""
 
     def __init__(self, *arguments: Any):
+        hush()
         from qrlora.serving.engine import Engine  # here, because the front does without torch
 
         self.engine = Engine(*arguments)
