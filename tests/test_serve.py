@@ -22,6 +22,7 @@ from typing import Any
 import httpx2
 import numpy as np
 import openai
+import psutil
 import pytest
 import torch
 import uvicorn
@@ -617,6 +618,9 @@ def test_kept_pictures_are_bounded_and_expire(monkeypatch: pytest.MonkeyPatch) -
         (["--adapters", ".", "--api-key-file", "empty"], "empty holds no key"),
         (["--adapters", ".", "--port", "99999"], "cannot listen"),
         (["--adapters", ".", "--host", "192.0.2.1"], "cannot listen"),
+        (["--adapters", ".", "--address", "127.0.0.1:1"], "no Ray cluster at 127.0.0.1:1"),
+        (["--adapters", ".", "--address", "127.0.0.1:99999"], "expected: HOST:PORT"),
+        (["--adapters", ".", "--address", "nowhere"], "expected: HOST:PORT"),
     ],
 )
 def test_what_cannot_be_served_is_said_at_once(
@@ -653,39 +657,94 @@ def free_port() -> int:
         return trial.getsockname()[1]
 
 
+def environment(tmp_path: Path) -> dict[str, str]:
+    source = str(Path(__file__).parents[1] / "src")
+    return {**os.environ, "PYTHONPATH": source, "QRLORA_CACHE": str(tmp_path / "cache"), "RAY_USAGE_STATS_ENABLED": "0"}
+
+
+def command(tiny_sd3: Path, shelf: Path, port: int, *place: str) -> list[str]:
+    what = ["--adapters", str(shelf), "--model", str(tiny_sd3), "--port", str(port), "--threads", "1"]
+    return [sys.executable, "-m", "qrlora.cli", "serve", *what, *place]
+
+
+@contextlib.contextmanager
+def started(arguments: list[str], ready: str, tmp_path: Path) -> Iterator[tuple[subprocess.Popen[str], list[str]]]:
+    """A program that has said a line that begins so, and what it said."""
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    with subprocess.Popen(arguments, env=environment(tmp_path), start_new_session=True, text=True, **pipes) as process:
+        try:
+            said: list[str] = []
+            for line in process.stdout:
+                said.append(line)
+                if line.startswith(ready):
+                    break
+            assert said[-1].startswith(ready), "".join(said)
+            yield process, said
+        finally:
+            process.kill()
+
+
 @pytest.mark.parametrize("place", [[], ["--address", "local"]], ids=["here", "ray"])
 def test_the_command_serves_and_ends_gracefully(
     tiny_sd3: Path, shelf: Path, loaded: Any, tmp_path: Path, place: list[str]
 ) -> None:
     """One process tree from start to end: served, asked, left by a client, told to end while it works."""
     port = free_port()
-    command = [sys.executable, "-m", "qrlora.cli", "serve", "--adapters", str(shelf), "--model", str(tiny_sd3)]
-    command += [
-        "--port",
-        str(port),
-        "--api-key-file",
-        str(tmp_path / "keys"),
-        "--threads",
-        "1",
-        "--max-steps",
-        "5000",
-        *place,
-    ]
     (tmp_path / "keys").write_text("secret\n")
-    source = str(Path(__file__).parents[1] / "src")
-    environment = {**os.environ, "PYTHONPATH": source, "QRLORA_CACHE": str(tmp_path / "cache")}
-    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    with subprocess.Popen(command, env=environment, start_new_session=True, **pipes) as process:
-        try:
-            said = []
-            for line in process.stdout:
-                said.append(line)
-                if line.startswith("ready at"):
-                    break
-            assert any("not served: broken" in line for line in said), "".join(said)
-            use_and_end(process, f"http://127.0.0.1:{port}", loaded, shelf)
-        finally:
-            process.kill()
+    more = ["--api-key-file", str(tmp_path / "keys"), "--max-steps", "5000", *place]
+    with started(command(tiny_sd3, shelf, port, *more), "ready at", tmp_path) as (process, said):
+        assert any("not served: broken" in line for line in said), "".join(said)
+        use_and_end(process, f"http://127.0.0.1:{port}", loaded, shelf)
+
+
+TWO_NODES = """
+import sys
+from ray.cluster_utils import Cluster
+cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+cluster.add_node(num_cpus=1)
+print("nodes", cluster.address, flush=True)
+sys.stdin.read()
+cluster.shutdown()
+"""
+
+
+def test_two_nodes_of_a_cluster_share_the_work_and_outlive_the_server(
+    tiny_sd3: Path, shelf: Path, loaded: Any, tmp_path: Path
+) -> None:
+    """An engine on each; nothing of the server is left on them when it ends, its port least of all."""
+    pytest.importorskip("ray")
+    wanted, port = [{"mug": 0.2 * i, "chalk": 0.5} for i in range(6)], free_port()
+    with started([sys.executable, "-c", TWO_NODES], "nodes", tmp_path) as (nodes, told):
+        place = ["--address", told[-1].split()[1], "--engines", "2"]
+        with started(command(tiny_sd3, shelf, port, *place), "ready at", tmp_path) as (server, _):
+            engines = parts(nodes, "EngineReplica")
+            assert len(engines) == 2 and len({engine.ppid() for engine in engines}) == 2
+            with ThreadPoolExecutor(6) as pool:
+                url = f"http://127.0.0.1:{port}"
+                sent = [pool.submit(ask, url, composition=weights, seed=i) for i, weights in enumerate(wanted)]
+                answers = [one.result().json()["data"][0]["b64_json"] for one in sent]
+            for i in (1, 5):
+                assert close(opened(answers[i]), alone(loaded, shelf, "a mug", i, wanted[i]))
+            second = command(tiny_sd3, shelf, free_port(), *place)
+            refused = subprocess.run(second, env=environment(tmp_path), capture_output=True, text=True)
+            assert refused.returncode == 2 and f"one on 127.0.0.1, port {port}" in refused.stderr
+            assert ask(url).status_code == 200
+            server.send_signal(signal.SIGTERM)
+            assert server.wait(timeout=120) == 0
+        until(lambda: not parts(nodes, "ray::Serve") and not parts(nodes, "ray::Proxy"), 30)
+        assert nodes.poll() is None and len(parts(nodes, "raylet/raylet")) == 2
+        with socket.create_server(("127.0.0.1", port)):
+            pass
+        nodes.communicate("", timeout=60)
+
+
+def parts(root: subprocess.Popen[str], name: str) -> list[psutil.Process]:
+    """The processes under this one whose command has this in it."""
+    found = []
+    for process in psutil.Process(root.pid).children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            found += [process] if name in " ".join(process.cmdline()) else []
+    return found
 
 
 def use_and_end(process: subprocess.Popen[str], url: str, loaded: Any, shelf: Path) -> None:
