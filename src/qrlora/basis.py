@@ -117,8 +117,9 @@ def marks(q: Float[Tensor, "out rank"]) -> tuple[float, float, float]:
 @functools.lru_cache(maxsize=64)
 def _noise_of_marks(out: int, rank: int) -> tuple[Float[Tensor, "3 out"], Float[Tensor, "3 rank"]]:
     """z and w. Files hold what :func:`marks` makes of them, so they stay what they are."""
-    generator, kind = torch.Generator().manual_seed(0), {"dtype": torch.float32, "device": "cpu"}
-    return torch.randn(3, out, generator=generator, **kind), torch.randn(3, rank, generator=generator, **kind)
+    generator = torch.Generator().manual_seed(0)
+    z, w = (torch.randn(3, n, generator=generator, dtype=torch.float32, device="cpu") for n in (out, rank))
+    return z, w
 
 
 def turned(first: Sequence[float], second: Sequence[float]) -> float:

@@ -261,15 +261,15 @@ def _quietly(model: str) -> Iterator[None]:
     """
     remarks = [logging.getLogger(name) for name in REMARKS] if model in EMBEDDED else []
     levels = [log.level for log in remarks]
-    for log in remarks:
-        log.setLevel(logging.ERROR)
+    for remark in remarks:
+        remark.setLevel(logging.ERROR)
     talkative = [log for log in (diffusers.utils.logging, transformers.utils.logging) if log.is_progress_bar_enabled()]
     for log in talkative:
         log.disable_progress_bar()
     try:
         yield
     finally:
-        for log, level in zip(remarks, levels, strict=True):
-            log.setLevel(level)
+        for remark, level in zip(remarks, levels, strict=True):
+            remark.setLevel(level)
         for log in talkative:
             log.enable_progress_bar()

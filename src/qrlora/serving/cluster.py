@@ -176,7 +176,8 @@ def _listen(place: Place) -> None:
     controller = {"runtime_env": {"env_vars": told}}
     serve.start(proxy_location=where, http_options=http, logging_config=QUIET, controller_options=controller)
     # A Serve that was there before keeps its own address, and says so in its log alone.
-    there, running = serve.context._get_global_client().http_config, list(serve.status().applications)
+    connected: Any = serve.context._get_global_client()
+    there, running = connected.http_config, list(serve.status().applications)
     if (there.host, there.port) != (place.host, place.port) or NAME in running:
         raise QrloraError(
             "the cluster serves already",
