@@ -28,12 +28,18 @@ test: $(VENV)/.tools  ## lint, types, tests
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q
 
-bench: $(VENV)/.ready  ## fast basis against the full decomposition, a large weight and pico's; adapters at inference
-	mkdir -p out/benchmarks
-	$(BIN)/python benchmarks/basis.py --json out/benchmarks/basis.json
-	$(BIN)/python benchmarks/basis.py --rank 16 --summary --json out/benchmarks/basis-pico.json \
-		--weights src/qrlora/pico/weights/pipeline/transformer/diffusion_pytorch_model.safetensors
-	$(BIN)/python benchmarks/inference.py --quick
+# All tables in minutes on two cores. QUICK= takes the sizes and rounds of docs/speed.md instead, and
+# SHAPES='--shapes flux.1' all layers of that model; each table as JSON is in out/benchmarks, with machine facts.
+QUICK ?= --quick
+SHAPES ?=
+PICO = src/qrlora/pico/weights/pipeline/transformer/diffusion_pytorch_model.safetensors
+
+bench: $(VENV)/.tools  ## a basis, a training step, adapters at inference, a server: each beside what else there is
+	$(BIN)/python benchmarks/basis.py --peft $(SHAPES) --json out/benchmarks/basis.json
+	$(BIN)/python benchmarks/basis.py --rank 16 --summary --weights $(PICO) --json out/benchmarks/basis-pico.json
+	$(BIN)/python benchmarks/training.py $(QUICK) --json out/benchmarks/training.json
+	$(BIN)/python benchmarks/inference.py $(QUICK) --json out/benchmarks/inference.json
+	$(BIN)/python benchmarks/serve.py $(QUICK) --json out/benchmarks/serve.json
 
 clean:
 	rm -rf $(VENV) out build

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import json
 import os
 import resource
 import statistics
@@ -29,14 +28,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import machine
+from common import OUT, report
 from peft import LoraConfig, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from qrlora.basis import layer_basis
-from qrlora.files import write_atomically
+from qrlora.basis import block_width, layer_basis
 
 SHAPES = {
     "flux.1": [(3072, 3072), (12288, 3072), (3072, 12288)],
@@ -75,17 +73,14 @@ def main() -> None:
     parser.add_argument(
         "--reproduce", action="store_true", help="compute Q in other ways that differ by rounding alone"
     )
-    parser.add_argument("--json", type=Path, help="write what was measured, with machine facts")
+    parser.add_argument("--json", type=Path, default=OUT / "basis.json", help="what was measured, with machine facts")
     parser.add_argument("--rounds", type=int, default=1, help="how often each weight is timed")
     parser.add_argument("--summary", action="store_true", help="the last lines only")
     arguments = parser.parse_args()
     print(f"rank {arguments.rank}, {torch.get_num_threads()} threads, torch {torch.__version__}")
     warm_up()
     found: dict[str, Any] = (reproduce if arguments.reproduce else whole if arguments.whole else compare)(arguments)
-    if arguments.json:
-        asked = {name: str(value) for name, value in vars(arguments).items() if value and name != "json"}
-        report = {"machine": machine("cpu"), "options": asked, "results": found}
-        write_atomically(arguments.json, (json.dumps(report, indent=1) + "\n").encode())
+    report(arguments, "cpu", results=found)
 
 
 def warm_up() -> None:
@@ -190,7 +185,7 @@ def two_products(weight: Tensor, rank: int) -> Tensor:
 
 def steps_needed(weight: Tensor, rank: int) -> int:
     """Of how many steps (a product from either side) the Krylov space first holds 0.999 of the best energy."""
-    best, block = layer_basis(weight, rank).energy * float(weight.double().square().sum()), _block(rank)
+    best, block = layer_basis(weight, rank).energy * float(weight.double().square().sum()), block_width(rank)
     x = torch.randn(weight.shape[1], block, generator=torch.Generator().manual_seed(2))
     left = torch.linalg.qr(weight @ x).Q
     held = left.T @ weight
@@ -204,15 +199,11 @@ def steps_needed(weight: Tensor, rank: int) -> int:
 
 def products(weight: Tensor, rank: int, steps: int) -> Tensor:
     """W X and Yᵀ W of blocks of random columns, so many times over."""
-    x = torch.randn(weight.shape[1], _block(rank), generator=torch.Generator().manual_seed(2))
+    x = torch.randn(weight.shape[1], block_width(rank), generator=torch.Generator().manual_seed(2))
     for _ in range(steps):
         y = weight @ x
         y.T @ weight
     return y
-
-
-def _block(rank: int) -> int:
-    return rank + max(8, rank // 4)
 
 
 def reproduce(arguments: argparse.Namespace) -> dict[str, dict[str, float]]:

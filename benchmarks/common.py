@@ -2,33 +2,59 @@
 
 from __future__ import annotations
 
+import argparse
+import json
+import os
 import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping
 from datetime import datetime, timezone
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from diffusers import FluxTransformer2DModel
 from torch import Tensor
 
+from qrlora.files import write_atomically
+
 TEXT_TOKENS, TEXT_WIDTH, POOLED_WIDTH, LATENT_CHANNELS, HEAD = 64, 1024, 768, 16, 128
 WARM_UP, FEWEST_ROUNDS = 2, 5
+OUT = Path("out/benchmarks")
+LOAD = psutil.getloadavg()[0]
+"""How many threads other work kept busy in the minute before."""
 
 Times = dict[str, list[tuple[float, float]]]
 """(wall, processor) seconds of every turn of every arm, round by round."""
 
 
 def machine(device: str) -> dict[str, Any]:
+    """What the figures are of."""
     names = [line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="minutes"),
         "device": torch.cuda.get_device_name() if device.startswith("cuda") else (names or [platform.processor()])[0],
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "cores": len(psutil.Process().cpu_affinity()) if hasattr(psutil.Process, "cpu_affinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
+        "load_before": LOAD,
+        "memory_gb": round(psutil.virtual_memory().total / 1e9, 1),
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        **{name: version(name) for name in ("torch", "peft", "diffusers", "qrlora")},
     }
+
+
+def report(options: argparse.Namespace, device: str, **found: Any) -> None:
+    """Write what was found where `--json` says, with what was asked for and the machine's facts."""
+    asked = {name: value for name, value in vars(options).items() if name != "json"}
+    content = {"machine": machine(device), "options": asked, **found}
+    options.json.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(options.json, (json.dumps(content, indent=1, default=str) + "\n").encode())
+    print(f"\nwritten: {options.json}")
 
 
 def _lines(path: str) -> list[str]:

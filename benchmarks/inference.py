@@ -19,7 +19,6 @@ from __future__ import annotations
 import argparse
 import copy
 import dataclasses
-import json
 import os
 import statistics
 import tempfile
@@ -29,7 +28,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import FEWEST_ROUNDS, HEAD, LATENT_CHANNELS, TEXT_TOKENS, Times, conditions, flux, machine, ratios, spread
+from common import (
+    FEWEST_ROUNDS,
+    HEAD,
+    LATENT_CHANNELS,
+    OUT,
+    TEXT_TOKENS,
+    Times,
+    conditions,
+    flux,
+    ratios,
+    report,
+    spread,
+)
 from common import take_turns as turns
 from peft import LoraConfig, get_peft_model, inject_adapter_in_model
 from torch import Tensor, nn
@@ -37,7 +48,6 @@ from torch import Tensor, nn
 from qrlora import Adapter, Live, QRLoraConfig, adapter_from_model
 from qrlora.adapter import remove_adapters
 from qrlora.families.flux import FLUX
-from qrlora.files import write_atomically
 
 ADAPTERS, PICTURES = (1, 2, 4, 8, 16), (2, 4, 8)
 CLOCKS = ("wall", "cpu")
@@ -56,7 +66,7 @@ def main() -> None:
     parser.add_argument("--only", default="composed,changing,mixed,layers,merging", help="some of these tables")
     parser.add_argument("--quick", action="store_true", help="a quarter of the width, few rounds: does it run?")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--json", type=Path, default=Path(__file__).with_suffix(".json"))
+    parser.add_argument("--json", type=Path, default=OUT / "inference.json")
     options = parser.parse_args()
     if options.quick:
         options.width, options.rounds, options.seconds = options.width // 4, FEWEST_ROUNDS, 0.0
@@ -66,8 +76,7 @@ def main() -> None:
         os.environ["QRLORA_CACHE"] = cache  # bases of random weights are nothing to keep
         bench = Bench(options)
         results = {name: tables[name](bench) for name in options.only.split(",")}
-    report = {"machine": machine(options.device), "options": vars(options) | {"json": None}, "results": results}
-    write_atomically(options.json, (json.dumps(report, indent=1) + "\n").encode())
+    report(options, options.device, results=results)
 
 
 class Bench:

@@ -15,7 +15,6 @@ import argparse
 import base64
 import contextlib
 import io
-import json
 import os
 import random
 import socket
@@ -36,13 +35,12 @@ import numpy as np
 import psutil
 import torch
 import transformers
-from common import machine
+from common import OUT, report
 from PIL import Image
 
 from qrlora import QRLoraConfig, adapter_from_model, load_adapter, load_pipeline, save_adapter
 from qrlora.adapter import remove_adapters
 from qrlora.cli.shared import basis_in
-from qrlora.files import write_atomically
 from qrlora.generation import generate, one_batch
 
 ROLES = {"teapot": "subject", "rocket": "subject", "chalk": "style", "neon": "style"}
@@ -61,19 +59,14 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20, help="denoising steps while throughput is measured")
     parser.add_argument("--batch-size", type=int, default=16, help="of the server")
     parser.add_argument("--requests", type=int, default=2000, help="while memory is watched, at 2 steps")
-    parser.add_argument("--quick", action="store_true", help="one round of one request each, 200 requests")
+    parser.add_argument("--quick", action="store_true", help="one round of one request each of 8 steps, 100 requests")
     parser.add_argument("--nodes", type=int, default=1, help="several: Ray nodes of this machine, an engine each")
-    parser.add_argument("--json", type=Path, default=Path(__file__).with_suffix(".json"))
+    parser.add_argument("--json", type=Path, default=OUT / "serve.json")
     options = parser.parse_args()
     if options.quick:
-        options.rounds, options.each, options.requests = 1, 1, 200
+        options.rounds, options.each, options.steps, options.requests = 1, 1, 8, 100
     with tempfile.TemporaryDirectory() as folder:
-        report = {
-            "machine": machine("cpu"),
-            "options": vars(options) | {"json": None},
-            **measure(options, Path(folder)),
-        }
-    write_atomically(options.json, (json.dumps(report, indent=1) + "\n").encode())
+        report(options, "cpu", **measure(options, Path(folder)))
 
 
 def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:

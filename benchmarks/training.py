@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import statistics
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import FEWEST_ROUNDS, HEAD, LATENT_CHANNELS, conditions, flux, machine, ratios, spread, take_turns
+from common import FEWEST_ROUNDS, HEAD, LATENT_CHANNELS, OUT, conditions, flux, ratios, report, spread, take_turns
 from diffusers import FlowMatchEulerDiscreteScheduler
 from peft import LoraConfig
 from torch import Tensor, nn
@@ -30,7 +29,6 @@ from torch import Tensor, nn
 from qrlora import QRLoraConfig
 from qrlora.basis import layer_basis
 from qrlora.families.flux import FLUX
-from qrlora.files import write_atomically
 
 METHODS: dict[str, Callable[..., Any] | None] = {
     "lora": LoraConfig,
@@ -56,12 +54,14 @@ def main() -> None:
     parser.add_argument("--methods", default=";".join(METHODS), help=f"separated by ';', of {'; '.join(METHODS)}")
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--seconds", type=float, default=150, help=f"a dtype; {FEWEST_ROUNDS} rounds are always taken")
+    parser.add_argument("--quick", action="store_true", help="a quarter of the width, few rounds: does it run?")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--json", type=Path, default=Path(__file__).with_suffix(".json"))
+    parser.add_argument("--json", type=Path, default=OUT / "training.json")
     options = parser.parse_args()
+    if options.quick:
+        options.width, options.rounds, options.seconds = options.width // 4, FEWEST_ROUNDS, 0.0
     results = {dtype: measure(options, getattr(torch, dtype)) for dtype in options.dtypes.split(",")}
-    report = {"machine": machine(options.device), "options": vars(options) | {"json": None}, "results": results}
-    write_atomically(options.json, (json.dumps(report, indent=1) + "\n").encode())
+    report(options, options.device, results=results)
 
 
 class PublishedLinear(nn.Module):

@@ -143,6 +143,20 @@ def test_marks_estimate_how_far_columns_turned():
     assert marks(q) == marks(q.double()) and turned(marks(q), marks(q.bfloat16())) < TURNED / 3
 
 
+@pytest.mark.parametrize(
+    ("shape", "frozen"),
+    [
+        ((6, 2), (-1.4836, -0.91507, -0.69497)),
+        ((40, 3), (-1.74839, -0.65718, -0.12713)),
+        ((3072, 64), (1.07202, -0.96892, -0.84795)),
+        ((6, 2), (-1.4836, -0.91507, -0.69497)),
+    ],
+)
+def test_marks_are_those_that_files_hold(shape, frozen):
+    """Columns of the identity, whose marks are sums that no library rounds differently."""
+    assert marks(torch.eye(*shape)) == frozen
+
+
 def test_an_adapter_file_without_marks_is_still_read(basis, tmp_path):
     adapter = dataclasses.replace(make_adapter(basis), marks={})
     save_adapter(adapter, tmp_path / "a.safetensors")

@@ -64,6 +64,27 @@ def test_help_is_quick_and_complete() -> None:
     assert not any(f"'{module}'" in said for module in ("torch", "diffusers", "peft", "pydantic", "numpy"))
 
 
+WITH_A_WORKER = """
+import multiprocessing, pkgutil, sys
+from qrlora.cli import main
+
+if __name__ == "__main__":
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        pool.apply(pkgutil.resolve_name, ("qrlora.bench.run:run_stages",))
+    sys.exit(main(["generate", "--prompt", "a mug", "--steps", "1", "-o", "mug.png"]))
+"""
+
+
+def test_a_command_and_its_workers_say_nothing_but_their_own() -> None:
+    """No library's announcements, whatever optional packages are or are not there."""
+    Path("command.py").write_text(WITH_A_WORKER)
+    silent = {name: value for name, value in os.environ.items() if not name.endswith("_VERBOSITY")}
+    source = {"PYTHONPATH": str(Path(qrlora.__file__).parents[1])}
+    done = subprocess.run([sys.executable, "command.py"], env=silent | source, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "mug.png\n")
+    assert [line.split("  ")[0] for line in done.stderr.splitlines()] == ["picture 1/1"]
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_of_every_command(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:

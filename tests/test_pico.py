@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import json
+import logging
+
+import diffusers
 import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusion3Pipeline
 
 from qrlora import pico
-from qrlora.families import load_pipeline
+from qrlora.families import load_pipeline, load_structure
 from qrlora.generation import generate_jobs
-from qrlora.pico import train, world
+from qrlora.pico import evaluate, train, world
+from qrlora.pico.judge import Verdict
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +61,25 @@ def test_stock_diffusers_loads_the_shipped_pipeline():
     assert sum(f.stat().st_size for f in pico.path().rglob("*") if f.is_file()) <= 30e6
 
 
+def test_loading_it_says_nothing_of_what_is_as_it_should_be():
+    said: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())
+    log, before = logging.getLogger("diffusers"), diffusers.utils.logging.get_verbosity()
+    log.addHandler(handler)
+    diffusers.utils.logging.set_verbosity_warning()
+    try:
+        load_pipeline("pico")
+        load_structure("pico")
+        assert said == []
+        StableDiffusion3Pipeline.from_pretrained(pico.path(), text_encoder_3=None, tokenizer_3=None)
+        assert any("Expected types for vae" in line for line in said)
+        assert any("were passed to AutoencoderDC" in line for line in said)
+    finally:
+        diffusers.utils.logging.set_verbosity(before)
+        log.removeHandler(handler)
+
+
 @pytest.mark.parametrize("text", ["a photo of a <c> in <s> style", "日本のティーポット", "¿qué? 🫖", ""])
 def test_any_string_can_be_tokenised(pipe, text):
     ids = pipe[0].tokenizer(text).input_ids
@@ -68,6 +92,34 @@ def test_prompt_decides_the_picture(pipe):
     neon, mug, hat = (np.asarray(p, dtype=float) for p in generate_jobs(*pipe, jobs, steps=10, guidance=4.0))
     assert neon.mean() < 80 < 180 < mug.mean()
     assert np.abs(mug - hat).mean() > 5
+
+
+def test_shares_come_by_pair_subject_and_style_worst_first(tmp_path, monkeypatch, capsys):
+    """On answers of a judge that are known: all in neon far from true renders, one of the mugs in another style."""
+    subjects, styles = ["mug", "mug", "car", "car", "mug"], ["chalk", "chalk", "chalk", "neon", "neon"]
+    scenes = [world.sample_scene(i, subject=s, style=t) for i, (s, t) in enumerate(zip(subjects, styles, strict=True))]
+    right, style = np.array([True] * 5), np.array([True, False, True, True, True])
+    near = {"pair": np.array([0.5, 0.5, 0.5, 2.0, 2.0]), "pair_palette": np.full(5, 0.5)}
+    verdict = Verdict(right, style, np.ones(5), np.ones(5), near)
+    found = evaluate.shares(verdict, scenes)
+    assert {part: found[part] for part in ("n", "subject", "style", "both")} == {
+        "n": 5, "subject": 1.0, "style": 0.8, "both": 0.4
+    }  # fmt: skip
+    assert {name: row["both"] for name, row in found["by"]["pair"].items()} == {
+        "car in neon": 0.0, "mug in neon": 0.0, "mug in chalk": 0.5, "car in chalk": 1.0
+    }  # fmt: skip
+    assert list(found["by"]["pair"])[:3] == ["car in neon", "mug in neon", "mug in chalk"]
+    assert list(found["by"]["subject"]) == ["mug", "car"] and list(found["by"]["style"]) == ["neon", "chalk"]
+    assert found["by"]["subject"]["mug"] == {"n": 3, "subject": 1.0, "style": 0.6667, "both": 0.3333}
+
+    monkeypatch.setattr(evaluate, "score", lambda *_: found)
+    monkeypatch.setattr(evaluate, "bounds", lambda _: {"true renders": found})
+    monkeypatch.setattr("sys.argv", ["evaluate", "--by", "style", "--out", str(tmp_path / "scores.json")])
+    evaluate.main()
+    said = capsys.readouterr().out
+    assert json.loads(said.split("\n\n")[0])["scores"]["seen pairs"] == {k: v for k, v in found.items() if k != "by"}
+    assert "seen pairs, by style\n   both   style subject       n\n  0.000   1.000   1.000       2  neon\n" in said
+    assert json.loads((tmp_path / "scores.json").read_text())["scores"]["seen pairs"] == found
 
 
 def test_the_tokenizer_of_a_run_is_fitted_once(tmp_path, monkeypatch):

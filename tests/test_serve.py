@@ -22,6 +22,7 @@ from typing import Any
 import httpx2
 import numpy as np
 import openai
+import psutil
 import pytest
 import torch
 import uvicorn
@@ -162,15 +163,18 @@ def close(one: np.ndarray, other: np.ndarray) -> bool:
         (f"{BASE}x", None, "no such model"),
         (f"{BASE}+", None, "no such model"),
         (f"{BASE}+mug:", None, "got:      ''"),
-        (f"{BASE}+mug:nan", None, "no number"),
+        (f"{BASE}+mug:nan", None, "from -100 to 100"),
+        (f"{BASE}+mug:100.5", None, "from -100 to 100"),
+        (f"{BASE}+mug:-1e30", None, "from -100 to 100"),
+        (f"{BASE}+mug:100+chalk:-100", None, {"mug": 100.0, "chalk": -100.0}),
         (f"{BASE}+mug:big", None, "got:      'big'"),
-        (f"{BASE}+mug:1:2", None, "no number"),
+        (f"{BASE}+mug:1:2", None, "out of bounds"),
         (f"{BASE}+mug+mug:2", None, "named twice"),
         (None, {"hat": 1.0}, "got:      'hat'"),
-        (None, {"mug": float("inf")}, "no number"),
-        (None, {"mug": 10**400}, "no number"),
-        (None, {"mug": "1"}, "no number"),
-        (None, {"mug": True}, "no number"),
+        (None, {"mug": float("inf")}, "out of bounds"),
+        (None, {"mug": 10**400}, "out of bounds"),
+        (None, {"mug": "1"}, "out of bounds"),
+        (None, {"mug": True}, "out of bounds"),
         (None, ["mug"], "no map"),
     ],
 )
@@ -225,11 +229,12 @@ def test_one_batch_holds_different_compositions_and_mixes_none_up(engine: Engine
     with serving(engine) as (url, service), ThreadPoolExecutor(len(wanted)) as pool:
         sent = [pool.submit(ask, url, composition=weights, seed=i) for i, weights in enumerate(wanted)]
         answers = [one.result().json() for one in sent]
+        # A batch is counted when it is over, which is after its last picture was sent.
+        until(lambda: value(service.metrics.text().decode(), "qrlora_batch_compositions_sum") == len(wanted))
         text = service.metrics.text().decode()
     for i, (weights, answer) in enumerate(zip(wanted, answers, strict=True)):
         assert close(opened(answer["data"][0]["b64_json"]), alone(loaded, shelf, "a mug", i, weights)), weights
     assert value(text, "qrlora_pictures_total") == len(wanted)
-    assert value(text, "qrlora_batch_compositions_sum") == len(wanted)
     assert value(text, "qrlora_batch_seconds_count") < len(wanted)
 
 
@@ -292,9 +297,12 @@ def test_files_that_come_change_and_go_are_served_as_they_are(tiny_sd3: Path, lo
     [
         ({"model": "dall-e-3"}, 404, "model", "adapters: chalk, mug"),
         ({"model": f"{BASE}+hat"}, 404, "model", "adapters: chalk, mug"),
-        ({"model": f"{BASE}+mug:nan"}, 400, "model", "expected a finite number"),
+        ({"model": f"{BASE}+mug:nan"}, 400, "model", "expected a number from -100 to 100"),
         ({"composition": {"hat": 1}}, 404, "composition", "got 'hat'"),
-        ({"composition": {"mug": "x"}}, 400, "composition", "expected a finite number"),
+        ({"composition": {"mug": "x"}}, 400, "composition", "expected a number from -100 to 100"),
+        ({"composition": {"mug": 1e30}}, 400, "composition", "got 1e+30"),
+        ({"model": BASE + "+mug" * 9000}, 400, "model", "named twice"),
+        ({"x" * 60_000: 1}, 400, "x" * 100, "got xxx"),
         ({"model": f"{BASE}+mug", "composition": {"mug": 1}}, 400, "composition", "leave `composition` out"),
         ({"n": 0}, 400, "n", "greater than or equal to 1"),
         ({"n": 11}, 400, "n", "expected from 1 to 10; got 11"),
@@ -336,15 +344,37 @@ def test_a_bad_request_is_told_why_in_openais_form(
         (b'"a mug"', "expected"),
         (b"\xff\xfe", "expected"),
         (b'{"prompt": "a", "guidance": NaN}', "finite number"),
-        (b'{"prompt": "a", "composition": {"mug": NaN}}', "finite number"),
+        (b'{"prompt": "a", "composition": {"mug": NaN}}', "from -100 to 100"),
         (b'{"model": "x"}', "got nothing"),
         (b"[" * 10_000, "expected"),
+        (b'{"prompt": "\\ud800"}', "expected"),
+        (b'{"prompt": "a", "n": ' + b"9" * 4_000 + b"}", "`n`"),
+        (b'{"prompt": "a", "n": ' + b"9" * 40_000 + b"}", "expected"),
+        (b'{"prompt": "a", "composition": {"mug": ' + b"9" * 4_000 + b"}}", "from -100 to 100"),
+        (b'{"prompt": "a", "composition": {"mug": ' + b"9" * 40_000 + b"}}", "expected"),
     ],
 )
 def test_a_body_that_is_no_request(server: str, content: bytes, message: str) -> None:
     answer = httpx2.post(f"{server}/v1/images/generations", content=content)
     assert answer.status_code == 400 and message in answer.json()["error"]["message"]
+    assert len(answer.content) < 2000
     assert ask(server).status_code == 200
+
+
+def test_a_body_that_does_not_come_is_waited_for_no_longer() -> None:
+    with serving(Slow(), body_seconds=0.2) as (url, service):
+        connection = hang_up(url, stream=False, announced=1000)
+        connection.settimeout(10)
+        said = b"".join(iter(lambda: connection.recv(65536), b""))  # until the server closes the connection
+        connection.close()
+        assert said.startswith(b"HTTP/1.1 408") and b"expected all of it within 0.2 s" in said
+        assert 'qrlora_requests_total{status="408"} 1.0' in service.metrics.text().decode()
+
+
+def test_more_pictures_than_the_queue_ever_holds_are_no_matter_of_waiting() -> None:
+    with serving(Slow(), queue_length=3) as (url, _):
+        answer = ask(url, n=4)
+        assert answer.status_code == 400 and "expected from 1 to 3" in answer.json()["error"]["message"]
 
 
 def test_a_body_without_an_announced_length_is_cut_off_too(server: str) -> None:
@@ -366,6 +396,7 @@ def test_unknown_paths_and_pictures(server: str) -> None:
     ):
         answer = httpx2.request(method, server + path)
         assert answer.status_code == status and answer.json()["error"]["message"], path
+        assert answer.headers.get("allow") == ("POST" if status == 405 else None)
 
 
 def test_only_bearers_of_a_key_are_served(engine: Engine) -> None:
@@ -498,11 +529,41 @@ def test_a_client_that_goes_is_forgotten_before_and_during_its_batch(stream: boo
         assert ask(url).status_code == 200 and len(slow.batches) == 2
 
 
-def hang_up(url: str, stream: bool) -> socket.socket:
+def test_a_client_that_goes_before_its_stream_begins_is_forgotten_too() -> None:
+    """Then nothing of the answer is ever begun, so nothing in it can say that it ended."""
+    slow = Slow()
+    service = Service(slow, Limits())
+    body = json.dumps({"prompt": "a mug", "stream": True}).encode()
+    told = iter([{"type": "http.request", "body": body}])
+    scope = {
+        "type": "http",
+        "asgi": {"version": "3.0", "spec_version": "2.3"},
+        "method": "POST",
+        "path": "/v1/images/generations",
+        "query_string": b"",
+        "headers": [],
+    }
+
+    async def receive() -> Any:
+        return next(told, {"type": "http.disconnect"})
+
+    async def send(_: Any) -> None:
+        pass
+
+    async def run() -> None:
+        await create_app(service)(scope, receive, send)
+        await service.dispatcher.drain(0.1)
+
+    asyncio.run(run())
+    assert slow.batches == []
+    assert value(service.metrics.text().decode(), "qrlora_withdrawn_total") == 1
+
+
+def hang_up(url: str, stream: bool, announced: int | None = None) -> socket.socket:
     """A connection with a request on it, to be closed before the answer."""
     host, port = url.removeprefix("http://").split(":")
     body = json.dumps({"prompt": "a mug", "stream": stream, **SHORT}).encode()
-    head = f"POST /v1/images/generations HTTP/1.1\r\nHost: {host}\r\nContent-Length: {len(body)}\r\n\r\n"
+    head = f"POST /v1/images/generations HTTP/1.1\r\nHost: {host}\r\nContent-Length: {announced or len(body)}\r\n\r\n"
     connection = socket.create_connection((host, int(port)))
     connection.sendall(head.encode() + body)
     return connection
@@ -617,6 +678,9 @@ def test_kept_pictures_are_bounded_and_expire(monkeypatch: pytest.MonkeyPatch) -
         (["--adapters", ".", "--api-key-file", "empty"], "empty holds no key"),
         (["--adapters", ".", "--port", "99999"], "cannot listen"),
         (["--adapters", ".", "--host", "192.0.2.1"], "cannot listen"),
+        (["--adapters", ".", "--address", "127.0.0.1:1"], "no Ray cluster at 127.0.0.1:1"),
+        (["--adapters", ".", "--address", "127.0.0.1:99999"], "expected: HOST:PORT"),
+        (["--adapters", ".", "--address", "nowhere"], "expected: HOST:PORT"),
     ],
 )
 def test_what_cannot_be_served_is_said_at_once(
@@ -653,39 +717,94 @@ def free_port() -> int:
         return trial.getsockname()[1]
 
 
+def environment(tmp_path: Path) -> dict[str, str]:
+    source = str(Path(__file__).parents[1] / "src")
+    return {**os.environ, "PYTHONPATH": source, "QRLORA_CACHE": str(tmp_path / "cache"), "RAY_USAGE_STATS_ENABLED": "0"}
+
+
+def command(tiny_sd3: Path, shelf: Path, port: int, *place: str) -> list[str]:
+    what = ["--adapters", str(shelf), "--model", str(tiny_sd3), "--port", str(port), "--threads", "1"]
+    return [sys.executable, "-m", "qrlora.cli", "serve", *what, *place]
+
+
+@contextlib.contextmanager
+def started(arguments: list[str], ready: str, tmp_path: Path) -> Iterator[tuple[subprocess.Popen[str], list[str]]]:
+    """A program that has said a line that begins so, and what it said."""
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    with subprocess.Popen(arguments, env=environment(tmp_path), start_new_session=True, text=True, **pipes) as process:
+        try:
+            said: list[str] = []
+            for line in process.stdout:
+                said.append(line)
+                if line.startswith(ready):
+                    break
+            assert said[-1].startswith(ready), "".join(said)
+            yield process, said
+        finally:
+            process.kill()
+
+
 @pytest.mark.parametrize("place", [[], ["--address", "local"]], ids=["here", "ray"])
 def test_the_command_serves_and_ends_gracefully(
     tiny_sd3: Path, shelf: Path, loaded: Any, tmp_path: Path, place: list[str]
 ) -> None:
     """One process tree from start to end: served, asked, left by a client, told to end while it works."""
     port = free_port()
-    command = [sys.executable, "-m", "qrlora.cli", "serve", "--adapters", str(shelf), "--model", str(tiny_sd3)]
-    command += [
-        "--port",
-        str(port),
-        "--api-key-file",
-        str(tmp_path / "keys"),
-        "--threads",
-        "1",
-        "--max-steps",
-        "5000",
-        *place,
-    ]
     (tmp_path / "keys").write_text("secret\n")
-    source = str(Path(__file__).parents[1] / "src")
-    environment = {**os.environ, "PYTHONPATH": source, "QRLORA_CACHE": str(tmp_path / "cache")}
-    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    with subprocess.Popen(command, env=environment, start_new_session=True, **pipes) as process:
-        try:
-            said = []
-            for line in process.stdout:
-                said.append(line)
-                if line.startswith("ready at"):
-                    break
-            assert any("not served: broken" in line for line in said), "".join(said)
-            use_and_end(process, f"http://127.0.0.1:{port}", loaded, shelf)
-        finally:
-            process.kill()
+    more = ["--api-key-file", str(tmp_path / "keys"), "--max-steps", "5000", *place]
+    with started(command(tiny_sd3, shelf, port, *more), "ready at", tmp_path) as (process, said):
+        assert any("not served: broken" in line for line in said), "".join(said)
+        use_and_end(process, f"http://127.0.0.1:{port}", loaded, shelf)
+
+
+TWO_NODES = """
+import sys
+from ray.cluster_utils import Cluster
+cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+cluster.add_node(num_cpus=1)
+print("nodes", cluster.address, flush=True)
+sys.stdin.read()
+cluster.shutdown()
+"""
+
+
+def test_two_nodes_of_a_cluster_share_the_work_and_outlive_the_server(
+    tiny_sd3: Path, shelf: Path, loaded: Any, tmp_path: Path
+) -> None:
+    """An engine on each; nothing of the server is left on them when it ends, its port least of all."""
+    pytest.importorskip("ray")
+    wanted, port = [{"mug": 0.2 * i, "chalk": 0.5} for i in range(6)], free_port()
+    with started([sys.executable, "-c", TWO_NODES], "nodes", tmp_path) as (nodes, told):
+        place = ["--address", told[-1].split()[1], "--engines", "2"]
+        with started(command(tiny_sd3, shelf, port, *place), "ready at", tmp_path) as (server, _):
+            engines = parts(nodes, "EngineReplica")
+            assert len(engines) == 2 and len({engine.ppid() for engine in engines}) == 2
+            with ThreadPoolExecutor(6) as pool:
+                url = f"http://127.0.0.1:{port}"
+                sent = [pool.submit(ask, url, composition=weights, seed=i) for i, weights in enumerate(wanted)]
+                answers = [one.result().json()["data"][0]["b64_json"] for one in sent]
+            for i in (1, 5):
+                assert close(opened(answers[i]), alone(loaded, shelf, "a mug", i, wanted[i]))
+            second = command(tiny_sd3, shelf, free_port(), *place)
+            refused = subprocess.run(second, env=environment(tmp_path), capture_output=True, text=True)
+            assert refused.returncode == 2 and f"one on 127.0.0.1, port {port}" in refused.stderr
+            assert ask(url).status_code == 200
+            server.send_signal(signal.SIGTERM)
+            assert server.wait(timeout=120) == 0
+        until(lambda: not parts(nodes, "ray::Serve") and not parts(nodes, "ray::Proxy"), 30)
+        assert nodes.poll() is None and len(parts(nodes, "raylet/raylet")) == 2
+        with socket.create_server(("127.0.0.1", port)):
+            pass
+        nodes.communicate("", timeout=60)
+
+
+def parts(root: subprocess.Popen[str], name: str) -> list[psutil.Process]:
+    """The processes under this one whose command has this in it."""
+    found = []
+    for process in psutil.Process(root.pid).children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            found += [process] if name in " ".join(process.cmdline()) else []
+    return found
 
 
 def use_and_end(process: subprocess.Popen[str], url: str, loaded: Any, shelf: Path) -> None:

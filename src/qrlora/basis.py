@@ -10,6 +10,7 @@ function of weight and seed: what one machine leaves undone every machine leaves
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import math
@@ -108,10 +109,17 @@ def marks(q: Float[Tensor, "out rank"]) -> tuple[float, float, float]:
     Those of Q and of Q' differ by as much as a column does (:func:`turned`), and not by signs of zero or last digits:
     a digest of Q would. So an adapter can carry them, and its basis need not.
     """
-    generator = torch.Generator().manual_seed(0)
-    z, w = (torch.randn(3, size, generator=generator) for size in q.shape)
+    z, w = _noise_of_marks(*q.shape)
     found = ((z.to(q.device) @ q.detach().float()) * w.to(q.device)).sum(1) / q.shape[1] ** 0.5
     return tuple(round(float(mark), 5) for mark in found)  # type: ignore[return-value]
+
+
+@functools.lru_cache(maxsize=64)
+def _noise_of_marks(out: int, rank: int) -> tuple[Float[Tensor, "3 out"], Float[Tensor, "3 rank"]]:
+    """z and w. Files hold what :func:`marks` makes of them, so they stay what they are."""
+    generator = torch.Generator().manual_seed(0)
+    z, w = (torch.randn(3, n, generator=generator, dtype=torch.float32, device="cpu") for n in (out, rank))
+    return z, w
 
 
 def turned(first: Sequence[float], second: Sequence[float]) -> float:
@@ -348,6 +356,11 @@ def _full_decomposition(
     return u[:, :rank], values[:rank]
 
 
+def block_width(rank: int) -> int:
+    """Columns of a Krylov block of ``fast``."""
+    return rank + max(8, rank // _OVERSAMPLING)
+
+
 def _block_krylov(
     matrix: Float[Tensor, "out in"], rank: int, seed: int
 ) -> tuple[Float[Tensor, "out rank"], Float[Tensor, " rank"]] | None:
@@ -360,7 +373,7 @@ def _block_krylov(
 
     None where the spaces would have to be as large as the matrix: then only the full decomposition will do.
     """
-    block = rank + max(8, rank // _OVERSAMPLING)
+    block = block_width(rank)
     limit = min(matrix.shape) // block * block
     if limit < _LEAST_BLOCKS * block:
         return None

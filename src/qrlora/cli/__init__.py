@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import argparse
 import difflib
-import logging
-import os
 import re
 import sys
 from collections.abc import Sequence
@@ -26,6 +24,9 @@ from qrlora.cli.study import add_study
 from qrlora.cli.train import add_train
 from qrlora.cli.tune import add_tune
 from qrlora.errors import QrloraError
+from qrlora.quiet import hush
+
+hush()  # here, not in `main`: the processes that a command starts import this before anything that is heavy
 
 LESS = "lower --batch-size or --resolution, load the model with --dtype bfloat16, or use a smaller one"
 
@@ -34,11 +35,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code: 0 done, 1 done and found wanting (where a command says so), 2 wrong input
     (said on stderr), 130 interrupted."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    # Libraries announce missing optional parts on import; the user can still ask for that.
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
-    for library in ("torchao", "torch.utils._pytree"):  # torchao: of its GPU kernels, on every machine without them
-        logging.getLogger(library).setLevel(logging.ERROR)
     parser = build_parser(arguments)
     options, unknown = parser.parse_known_args(arguments)
     if unknown:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import signal
 import socket
@@ -51,7 +52,10 @@ def add_serve(commands: Parsers) -> None:
     parser.add_argument("--threads", type=count, help="processor cores of an engine (default: all, in equal shares)")
     parser.add_argument("--engines", type=count, default=1, help="copies of the base model; several run on Ray Serve")
     parser.add_argument(
-        "--address", help="run on the Ray cluster there, or on one that ends with the server: local (default: no Ray)"
+        "--address",
+        metavar="HOST:PORT",
+        help="join the Ray cluster there (auto: this machine's), or start one that ends with the server: local "
+        "(default: no Ray)",
     )
 
 
@@ -63,6 +67,8 @@ def run_serve(options: argparse.Namespace) -> None:
         raise QrloraError(f"{options.adapters} is no folder", expected="a folder of adapters", got=got)
     if options.address in (None, "local"):
         _check_free(options.host, options.port)
+    elif options.address != "auto":
+        _check_there(options.address)
     on_ray = options.address or options.engines > 1
     try:
         from qrlora.serving.app import Limits
@@ -97,6 +103,8 @@ def _run_on_ray(options: argparse.Namespace, limits: Limits) -> None:
 
     place = cluster.Place(options.host, options.port, options.address or "local", options.engines, options.threads)
     told = threading.Event()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a cluster would go on with what was begun
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
     try:
         front = cluster.start(options.model, options.adapters, options.dtype, place, limits)
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -129,6 +137,20 @@ def _check_free(host: str, port: int) -> None:
         except (OSError, OverflowError) as error:
             what = f"cannot listen on {host}, port {port}"
             raise QrloraError(what, expected="a free port of this machine", got=error, remedy="--port") from error
+
+
+def _check_there(address: str) -> None:
+    """Said at once: Ray itself tries for minutes."""
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host, int(port)), timeout=10).close()
+    except (OSError, ValueError, OverflowError) as error:
+        raise QrloraError(
+            f"no Ray cluster at {address}",
+            expected="HOST:PORT of a cluster's head node, auto or local",
+            got=error,
+            remedy="start one there: ray start --head --port 6379",
+        ) from error
 
 
 def _say_ready(facts: Facts, options: argparse.Namespace, limits: Limits) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import json
+import logging
 import math
 import pkgutil
 from collections.abc import Callable, Iterator
@@ -59,6 +60,8 @@ EMBEDDED: dict[str, str] = {"pico": "qrlora.pico"}
 family, `SETTINGS`. Named in words rather than imported, because an embedded model is built on top of the families."""
 
 INDEX = "model_index.json"
+REMARKS = ("diffusers.configuration_utils", "diffusers.pipelines.pipeline_utils")
+"""Who remarks on what an embedded model is, at warning level."""
 
 
 def family_of(pipeline: Any) -> ModelFamily:
@@ -115,7 +118,7 @@ def load_structure(model: str | Path, dtype: torch.dtype = torch.float32) -> tup
     model = str(model)
     source, _, index, family = find_model(model)
     networks: dict[str, Any] = {}
-    with _unloadable(model, family), torch.device("meta"):
+    with _quietly(model), _unloadable(model, family), torch.device("meta"):
         for name, entry in index.items():
             kind: Any = _class_of(entry)
             if issubclass(kind, diffusers.ModelMixin):
@@ -140,7 +143,7 @@ def _assemble(model: str, source: str, family: ModelFamily, index: dict[str, Any
     """The pipeline of that folder, with these components and options given rather than read."""
     # What a pipeline was saved without (SD3's T5) has to be declined by name, or from_pretrained asks for it.
     absent = {name: None for name, value in index.items() if value == [None, None]}
-    with _quiet_progress(), _unloadable(model, family):
+    with _quietly(model), _unloadable(model, family):
         pipe = getattr(diffusers, family.pipeline_class).from_pretrained(source, **given, **absent)
     pipe.set_progress_bar_config(disable=True)
     return pipe
@@ -250,13 +253,23 @@ def from_hub(model: str, download: Callable[..., str], *arguments: Any, **option
 
 
 @contextlib.contextmanager
-def _quiet_progress() -> Iterator[None]:
-    """Loading prints one bar per component; the command line has its own progress."""
+def _quietly(model: str) -> Iterator[None]:
+    """Loading prints one bar per component; the command line has its own progress.
+
+    Of an embedded model diffusers also remarks that its autoencoder is not of the class that the pipeline names, and
+    that the autoencoder's config has two values which the class does not take: the pipeline asks for them.
+    """
+    remarks = [logging.getLogger(name) for name in REMARKS] if model in EMBEDDED else []
+    levels = [log.level for log in remarks]
+    for remark in remarks:
+        remark.setLevel(logging.ERROR)
     talkative = [log for log in (diffusers.utils.logging, transformers.utils.logging) if log.is_progress_bar_enabled()]
     for log in talkative:
         log.disable_progress_bar()
     try:
         yield
     finally:
+        for remark, level in zip(remarks, levels, strict=True):
+            remark.setLevel(level)
         for log in talkative:
             log.enable_progress_bar()

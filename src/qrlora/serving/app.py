@@ -25,6 +25,7 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
+from starlette.types import Receive, Scope, Send
 
 from qrlora.errors import RequestError
 from qrlora.serving.dispatch import Dispatcher, Job
@@ -42,7 +43,8 @@ class Limits:
 
     Attributes:
         api_keys: of which every request under /v1 has to bear one; none: all are served.
-        body_bytes, prompt_characters, pictures, steps: most of a request.
+        body_bytes, body_seconds: most of a request's body, and how long it may take to come.
+        prompt_characters, pictures, steps: most of a request; pictures are never more than the queue holds.
         side: longest side of a picture in pixels; twice the model's own if None.
         at_once, batch_size, queue_length: as `Dispatcher`.
         kept_bytes, kept_seconds: how many pictures asked for as urls are kept, and for how long.
@@ -51,6 +53,7 @@ class Limits:
 
     api_keys: Sequence[str] = ()
     body_bytes: int = 64 * 1024
+    body_seconds: float = 30
     prompt_characters: int = 4000
     pictures: int = 10
     steps: int = 100
@@ -170,10 +173,10 @@ class Service:
         if len(wanted.prompt) > limits.prompt_characters:
             raise _too_much("prompt", f"at most {limits.prompt_characters} characters", len(wanted.prompt))
         count, steps = wanted.n or 1, wanted.steps or facts.steps
-        if count > limits.pictures:
-            raise _too_much("n", f"from 1 to {limits.pictures}", count)
+        if count > (most := min(limits.pictures, limits.queue_length)):
+            raise _too_much("n", f"from 1 to {most}", count)
         if steps > max(limits.steps, facts.steps):
-            raise _too_much("steps", f"from 1 to {limits.steps}", steps)
+            raise _too_much("steps", f"from 1 to {max(limits.steps, facts.steps)}", steps)
         side = side_of(wanted.size, facts, limits.side)
         composition = await self.composition(wanted.model, wanted.composition)
         guidance = facts.guidance if wanted.guidance is None else wanted.guidance
@@ -195,31 +198,44 @@ def side_of(size: str | None, facts: Facts, limit: int | None) -> int:
     side = int(width) if width == height and width.isascii() and width.isdigit() and len(width) < 6 else 0
     if not 0 < side <= largest or side % facts.unit:
         expected = f"WIDTHxHEIGHT, square, a multiple of {facts.unit}, at most {largest}x{largest}"
-        raise _too_much("size", expected, repr(size)[:100], f"leave it out for {facts.side}x{facts.side}")
+        raise _too_much("size", expected, repr(size), f"leave it out for {facts.side}x{facts.side}")
     return side
 
 
 def _too_much(param: str, expected: str, got: object, remedy: str | None = None) -> RequestError:
-    said: dict[str, Any] = {"expected": expected, "got": got, "remedy": remedy}
+    said: dict[str, Any] = {"expected": expected, "got": str(got)[:100], "remedy": remedy}
     return RequestError(f"`{param}` out of bounds", param=param, code="invalid_value", **said)
 
 
-async def read_request(request: Request, most_bytes: int) -> ImageRequest:
-    """The body of a request, never more of it than this.
+async def read_request(request: Request, limits: Limits) -> ImageRequest:
+    """The body of a request.
 
     Raises:
-        RequestError: 413 for a larger one; 400 for what is no JSON, has other fields, or values that these cannot have.
+        RequestError: 413 for a larger one than may be, 408 for one that does not come; 400 for what is no JSON, has
+            other fields, or values that these cannot have.
     """
+    try:
+        body = await asyncio.wait_for(_body(request, limits.body_bytes), limits.body_seconds)
+    except asyncio.TimeoutError as error:
+        expected, remedy = f"all of it within {limits.body_seconds:g} s", "send it again"
+        raise RequestError(
+            "the body did not come", status=408, code="request_timeout", expected=expected, remedy=remedy
+        ) from error
+    try:
+        return ImageRequest.model_validate_json(body)
+    except ValidationError as error:
+        raise _as_request_error(error) from error
+
+
+async def _body(request: Request, most_bytes: int) -> bytes:
+    """Never more of it than this; RequestError (413) if there is."""
     body = bytearray()
     async for chunk in request.stream():
         body += chunk
         if len(body) > most_bytes:
             expected, got = f"at most {most_bytes} bytes", "more"
             raise RequestError("body too large", status=413, code="request_too_large", expected=expected, got=got)
-    try:
-        return ImageRequest.model_validate_json(bytes(body))
-    except ValidationError as error:
-        raise _as_request_error(error) from error
+    return bytes(body)
 
 
 def _as_request_error(error: ValidationError) -> RequestError:
@@ -228,8 +244,8 @@ def _as_request_error(error: ValidationError) -> RequestError:
     unknown = [str(one["loc"][0]) for one in found if one["type"] == "extra_forbidden"]
     if unknown:
         known = ", ".join(ImageRequest.model_fields)
-        said: dict[str, Any] = {"expected": f"some of {known}", "got": ", ".join(unknown)}
-        return RequestError("unknown fields", param=unknown[0], code="unknown_parameter", **said)
+        said: dict[str, Any] = {"expected": f"some of {known}", "got": ", ".join(unknown)[:200]}
+        return RequestError("unknown fields", param=unknown[0][:100], code="unknown_parameter", **said)
     first = found[0]
     if not first["loc"]:
         return RequestError("the body is no JSON object", code="invalid_json", expected="JSON", got=first["msg"])
@@ -252,6 +268,7 @@ def error_response(error: RequestError) -> JSONResponse:
     """The same with its status and headers."""
     headers = {"Retry-After": str(error.retry_after)} if error.retry_after else {}
     headers |= {"WWW-Authenticate": "Bearer"} if error.status == 401 else {}
+    headers |= {"Connection": "close"} if error.status in (408, 413) else {}  # what still comes is not read
     return JSONResponse(error_body(error), error.status, headers)
 
 
@@ -361,22 +378,24 @@ async def _fault(_: Request, error: Exception) -> JSONResponse:
 
 
 async def _not_here(request: Request, error: HTTPException) -> JSONResponse:
-    what = f"{request.method} {request.url.path}: {error.detail}"
-    return error_response(RequestError(what, status=error.status_code))
+    what = f"{request.method} {request.url.path[:200]}: {error.detail}"
+    response = error_response(RequestError(what, status=error.status_code))
+    response.headers.update(error.headers or {})  # 405 says what is allowed
+    return response
 
 
 async def _answer(service: Service, request: Request) -> Response:
     """The answer to a request for pictures. RequestError, ClientDisconnect."""
     started = time.perf_counter()
     authorise(request, service.limits.api_keys)
-    wanted = await read_request(request, service.limits.body_bytes)
+    wanted = await read_request(request, service.limits)
     if wanted.stream and wanted.response_format == "url":
         expected = "response_format b64_json"
         raise RequestError("a stream holds its pictures", param="response_format", expected=expected, got="url")
     job = await service.submit(wanted)
     if wanted.stream:
         headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
-        return StreamingResponse(_events(service, job, started), media_type="text/event-stream", headers=headers)
+        return _Stream(service, job, _events(service, job, started), media_type="text/event-stream", headers=headers)
     made = await _while_there(request, _pictures(job), service, job)
     service.metrics.request_seconds.observe(time.perf_counter() - started)
     data: list[dict[str, Any]] = []
@@ -426,6 +445,22 @@ async def _disconnected(request: Request) -> None:
         pass
 
 
+class _Stream(StreamingResponse):
+    """Withdraws its request when it ends: who goes before the first event begins no generator that could do it."""
+
+    def __init__(self, service: Service, job: Job, events: AsyncIterator[str], **options: Any):
+        super().__init__(events, **options)
+        self._service, self._job = service, job
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            if not self._job.ended:
+                self._service.metrics.withdrawn.inc()
+            self._service.dispatcher.withdraw(self._job)
+
+
 async def _events(service: Service, job: Job, started: float) -> AsyncIterator[str]:
     """Server-sent events in the shape of OpenAI's: progress, a type of ours, and each picture as it is made."""
     usage = {"input_tokens": 0, "output_tokens": 0, "total_tokens": 0, "input_tokens_details": {}}  # clients read it
@@ -440,11 +475,6 @@ async def _events(service: Service, job: Job, started: float) -> AsyncIterator[s
         service.metrics.request_seconds.observe(time.perf_counter() - started)
     except RequestError as error:
         yield _sse("error", **error_body(error))
-    except (asyncio.CancelledError, GeneratorExit):
-        service.metrics.withdrawn.inc()
-        raise
-    finally:
-        service.dispatcher.withdraw(job)
 
 
 def _sse(kind: str, **data: Any) -> str:

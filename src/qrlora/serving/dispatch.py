@@ -26,6 +26,7 @@ class Job:
     progress: bool
     events: asyncio.Queue[tuple[int, Step | Made | RequestError]] = field(default_factory=asyncio.Queue)
     withdrawn: bool = False
+    ended: bool = False
 
     async def follow(self) -> AsyncIterator[tuple[int, Step | Made]]:
         """Steps (if `progress`) and pictures as they are made, each with the picture's index in the request.
@@ -36,9 +37,10 @@ class Job:
         missing = len(self.pictures)
         while missing:
             index, event = await self.events.get()
+            missing -= isinstance(event, Made)
+            self.ended = not missing or isinstance(event, RequestError)
             if isinstance(event, RequestError):
                 raise event
-            missing -= isinstance(event, Made)
             yield index, event
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Mapping, Sequence
 
 from qrlora.errors import RequestError
 
+WEIGHTS = 100.0
+"""Weights are from minus this to this: far beyond, pictures are noise, and then no numbers at all."""
 RESERVED = "+:/"
 """Characters that keep a request from naming an adapter."""
 
@@ -21,7 +22,7 @@ def composition_of(model: str | None, field: object, base: str, adapters: Collec
 
     Raises:
         RequestError: 404 for a base model or adapter that is not there; 400 for both ways at once, an adapter named
-            twice, or a weight that is no finite number.
+            twice, or a weight that is no number of those that can be.
     """
     named = [] if model is None else _named(model, base, adapters)
     if field is None:
@@ -62,23 +63,20 @@ def _checked(pairs: Sequence[tuple[str, object]], param: str, base: str, adapter
     if unknown:
         raise _unknown(unknown, param, base, adapters)
     if len(set(names)) < len(names):
-        raise RequestError("an adapter named twice", param=param, expected="each once", got=", ".join(names))
+        raise RequestError("an adapter named twice", param=param, expected="each once", got=", ".join(names)[:200])
     for name, weight in pairs:
-        if not _is_number(weight):
+        if not _is_weight(weight):
             raise RequestError(
-                f"the weight of {name!r} is no number",
+                f"the weight of {name!r} is out of bounds",
                 param=param,
-                expected="a finite number, of any sign",
+                expected=f"a number from {-WEIGHTS:g} to {WEIGHTS:g}",
                 got=repr(weight)[:100],
             )
     return {name: float(weight) for name, weight in pairs}  # type: ignore[arg-type]
 
 
-def _is_number(weight: object) -> bool:
-    try:
-        return isinstance(weight, (int, float)) and not isinstance(weight, bool) and math.isfinite(weight)
-    except OverflowError:  # an integer too large for a float
-        return False
+def _is_weight(weight: object) -> bool:
+    return isinstance(weight, (int, float)) and not isinstance(weight, bool) and abs(weight) <= WEIGHTS  # NaN is not
 
 
 def _unknown(names: Sequence[str], param: str, base: str, adapters: Collection[str]) -> RequestError:

@@ -1,0 +1,23 @@
+"""What libraries announce when they are imported, and no user of a command can do anything with.
+
+- torchao: each of its GPU kernels, on every machine without that GPU; and through torch.utils._pytree, that it
+  registers two enums in a way that torch will not need.
+- bitsandbytes: a package for 4-bit products on processors with bfloat16 arithmetic; it does without.
+- transformers and diffusers: optional parts that are not installed (torchvision, parts of torchao), which they do
+  without; whoever wants to read that sets TRANSFORMERS_VERBOSITY or DIFFUSERS_VERBOSITY.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+
+TALKATIVE = ("torchao", "torch.utils._pytree", "bitsandbytes.backends.cpu.ops")
+
+
+def hush() -> None:
+    """Let these libraries speak of errors alone, in this process; of diffusers and transformers in those it starts."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    for name in TALKATIVE:
+        logging.getLogger(name).setLevel(logging.ERROR)
