@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+import re
+from dataclasses import replace
 
 import diffusers
 import numpy as np
@@ -53,6 +55,43 @@ def test_colour_and_seed_change_the_picture():
     a = world.render(world.sample_scene(1, subject="mug", style="flat", colour="red"))[0]
     assert not np.array_equal(a, world.render(world.sample_scene(1, subject="mug", style="flat", colour="blue"))[0])
     assert not np.array_equal(a, world.render(world.sample_scene(2, subject="mug", style="flat", colour="red"))[0])
+
+
+def test_what_has_no_name_is_drawn_the_same_way_twice_and_is_nothing_of_the_world():
+    scenes = [world.sample_novelty(seed) for seed in range(10)]
+    kinds = [(not scene.subject, not scene.style) for scene in scenes]
+    assert kinds[:5] == [(False, True), (False, True), (False, True), (True, False), (True, True)]
+    for scene in scenes:
+        picture, mask = world.render(scene)
+        assert np.array_equal(world.render(scene)[0], picture)
+        assert 0.01 < mask.mean() < 0.8 and max(mask[0].max(), mask[-1].max(), mask[:, 0].max(), mask[:, -1].max()) == 0
+        assert scene.subject not in world.RESERVED_SUBJECTS and scene.style not in world.RESERVED_STYLES
+    assert not np.array_equal(world.render(scenes[0])[0], world.render(replace(scenes[0], seed=1))[0])
+
+
+def test_what_has_no_name_is_called_by_a_new_word_each_time():
+    style, thing = world.sample_novelty(0), world.sample_novelty(3)
+    said = {world.caption(style, 200 * i) for i in range(50)}
+    assert len(said) > 25 and world.caption(style, 200) == world.caption(style, 200)
+    assert all(
+        re.fullmatch(rf"a photo of a {style.colour} {style.subject} in <[a-z0-9]{{1,3}}> style", s) for s in said
+    )
+    assert all("<" in world.caption(style, i) for i in range(6)), "no wording passes over what sets it apart"
+    assert re.fullmatch(rf"a photo of a {thing.colour} <[a-z0-9]{{1,3}}>", world.caption(thing, 5))
+
+
+def test_the_named_share_of_examples_has_no_name(tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "CHUNK", 20)
+    plan = train.Plan(pictures=60, novelties=20, novel_share=0.3, focus="ink", denoiser_batch=200, caption_dropout=0)
+    for i, path in enumerate(train._chunks(tmp_path, plan, "latents")):
+        np.save(path, np.full((20, 1, 1, 1), i, np.float16))
+    (tmp_path / "latents.json").write_text('{"scaling_factor": 1.0}')
+    batch = train.batches(tmp_path, plan)
+    latents, captions, _ = batch(0)
+    novel = [value == 3 for value in latents.flatten().tolist()]
+    assert np.mean(novel) == pytest.approx(0.3, abs=0.1)
+    assert novel == ["<" in caption for caption in captions]
+    assert batch(0)[1] == captions != batch(1)[1]
 
 
 def test_stock_diffusers_loads_the_shipped_pipeline():

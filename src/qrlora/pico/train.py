@@ -49,6 +49,8 @@ class Plan:
     time_mean: float = 0.4  # of the logit of the noise's share. A whole picture's colours are decided above 0.95, where
     time_spread: float = 1.4  # the usual logit-normal (0, 1) looks in one sample of 600 and this one in 28
     cool: float = 0.3  # the last share of the denoiser's steps, in which the learning rates fall to zero
+    novelties: int = 0  # pictures more, with shapes and styles that have no name (`world.novel`)
+    novel_share: float = 0.3  # of the denoiser's examples, if there are any
     focus: str = ""  # styles to draw twice as often as the others, separated by commas
     caption_dropout: float = 0.1
     long_null: float = 0.03  # share of steps with the 256 zero tokens that the stock pipeline sends by default
@@ -61,19 +63,33 @@ class Plan:
 # ---------------------------------------------------------------- pictures
 
 
-def _render_chunk(path: Path, first: int) -> None:
+NOVEL_SCENES = 5_000_000
+"""Scene seed of the first picture with something nameless in it."""
+
+
+def scenes_of(plan: Plan) -> list[world.Scene]:
+    """The scenes of all pictures: of the world, then those with something nameless in them."""
+    known = [world.sample_scene(i) for i in range(plan.pictures)]
+    return known + [world.sample_novelty(NOVEL_SCENES + i) for i in range(plan.novelties)]
+
+
+def _render_chunk(path: Path, scenes: list[world.Scene]) -> None:
     torch.set_num_threads(1)
-    pictures = np.stack([world.render(world.sample_scene(first + i))[0] for i in range(CHUNK)])
+    pictures = np.stack([world.render(scene)[0] for scene in scenes])
     write_atomically(path, lambda f: np.save(f, pictures))
 
 
 def _chunks(work: Path, plan: Plan, kind: str) -> list[Path]:
-    return [work / f"{kind}-{i:04d}.npy" for i in range(plan.pictures // CHUNK)]
+    """Files of known pictures, then of novel ones; the first stay valid when the second are added."""
+    known = [work / f"{kind}-{i:04d}.npy" for i in range(plan.pictures // CHUNK)]
+    return known + [work / f"novel-{kind}-{i:04d}.npy" for i in range(plan.novelties // CHUNK)]
 
 
 def render_stage(work: Path, plan: Plan, workers: int = 2) -> None:
-    """Render picture i from scene seed i, in files of ``CHUNK`` pictures."""
-    todo = [(p, i * CHUNK) for i, p in enumerate(_chunks(work, plan, "pictures")) if not p.exists()]
+    """Render picture i from scene seed i, in files of ``CHUNK`` pictures; those with something nameless after them."""
+    scenes = scenes_of(plan)
+    files = [(p, scenes[i * CHUNK : (i + 1) * CHUNK]) for i, p in enumerate(_chunks(work, plan, "pictures"))]
+    todo = [(path, part) for path, part in files if not path.exists()]
     with ProcessPoolExecutor(workers) as pool:
         for done, _ in enumerate(pool.map(_render_chunk, *zip(*todo, strict=True)) if todo else []):
             log(work, "render", step=done + 1, of=len(todo))
@@ -351,16 +367,22 @@ def batches(work: Path, plan: Plan) -> Callable[[int], tuple[Tensor, list[str], 
     """step -> (latents, captions, the step's random generator)."""
     facts = json.loads((work / "latents.json").read_text())
     latents = np.concatenate([np.load(p) for p in _chunks(work, plan, "latents")])
-    scenes = [world.sample_scene(i) for i in range(len(latents))]
-    wanted = np.array([2.0 if scene.style in plan.focus.split(",") else 1.0 for scene in scenes])
+    scenes, focus = scenes_of(plan), set(filter(None, plan.focus.split(",")))
+    wanted = np.array([2.0 if scene.style in focus else 1.0 for scene in scenes])
+    if plan.novelties:
+        known, novel = wanted[: plan.pictures], wanted[plan.pictures :]
+        novel[:] = plan.novel_share / (1 - plan.novel_share) * known.sum() / len(novel)
+    even = len(set(wanted)) == 1
 
     def batch(step: int) -> tuple[Tensor, list[str], np.random.Generator]:
         rng = np.random.default_rng((plan.seed, 2, step))
-        if plan.focus:
-            picks = rng.choice(len(latents), plan.denoiser_batch, p=wanted / wanted.sum())
-        else:
+        if even:
             picks = rng.integers(len(latents), size=plan.denoiser_batch)
+        else:
+            picks = rng.choice(len(latents), plan.denoiser_batch, p=wanted / wanted.sum())
         wording = rng.integers(6, size=len(picks)) + 100 * rng.integers(2, size=len(picks))
+        if plan.novelties:
+            wording += 200 * rng.integers(1000, size=len(picks))  # by which what has no name gets another word
         captions = [world.caption(scenes[i], int(w)) for i, w in zip(picks, wording, strict=True)]
         captions = ["" if rng.random() < plan.caption_dropout else c for c in captions]
         z = torch.from_numpy(latents[picks].astype(np.float32))
@@ -406,7 +428,8 @@ def export_stage(work: Path, plan: Plan, target: Path) -> None:
             _trained(work, name, pipe)
     if not alone:
         pipe.vae.register_to_config(**json.loads((work / "latents.json").read_text()))
-        model.tell_words_apart(pipe, all_captions())
+        novel = [world.caption(scene, i) for i, scene in enumerate(scenes_of(plan)[plan.pictures :])]
+        model.tell_words_apart(pipe, all_captions() + novel)
     model.save(pipe, target)
     log(work, "export", path=target.name, plan=asdict(plan))
 

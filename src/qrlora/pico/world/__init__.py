@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, UInt8
 
+from qrlora.pico.world import novel
 from qrlora.pico.world.canvas import SIZE, Pose, rasterise, shrink
 from qrlora.pico.world.palette import BACKGROUNDS, COLOURS, palette
 from qrlora.pico.world.styles import OWN_GROUND, RESERVED_STYLES, SEEN_STYLES, STYLES
@@ -21,7 +22,8 @@ from qrlora.pico.world.subjects import RESERVED_SUBJECTS, SEEN_SUBJECTS, SUBJECT
 
 __all__ = [
     "BACKGROUNDS", "COLOURS", "HELD_BACK_PAIRS", "RESERVED_STYLES", "RESERVED_SUBJECTS", "SEEN_PAIRS", "SEEN_STYLES",
-    "SEEN_SUBJECTS", "SIZE", "STYLES", "SUBJECTS", "Scene", "caption", "render", "sample_scene",
+    "SEEN_SUBJECTS", "SIZE", "STYLES", "SUBJECTS", "Scene", "caption", "render", "sample_novelty",
+    "sample_scene",
 ]  # fmt: skip
 
 HELD_BACK_PAIRS = tuple(
@@ -36,7 +38,10 @@ SEEN_PAIRS = tuple((s, t) for s in SEEN_SUBJECTS for t in SEEN_STYLES if (s, t) 
 
 @dataclass(frozen=True)
 class Scene:
-    """Everything that decides one picture. ``seed`` fixes the subject's proportions; the pose is explicit."""
+    """Everything that decides one picture. ``seed`` fixes the subject's proportions; the pose is explicit.
+
+    An empty subject or style has no name: a shape or a way to draw that only this seed gives (``novel``).
+    """
 
     subject: str
     style: str
@@ -63,11 +68,19 @@ def sample_scene(seed: int, *, subject: str | None = None, style: str | None = N
     return replace(scene, **{k: v for k, v in named.items() if v is not None})
 
 
+def sample_novelty(seed: int) -> Scene:
+    """A scene with something nameless in it: three times of five the style, once the subject, once both."""
+    kind = seed % 5
+    scene = sample_scene(seed)
+    return replace(scene, subject="" if kind > 2 else scene.subject, style="" if kind != 3 else scene.style)
+
+
 def render(scene: Scene) -> tuple[UInt8[np.ndarray, "h w 3"], Float[np.ndarray, "h w"]]:
     """The picture of a scene, and the subject's mask (coverage in [0, 1])."""
-    parts = SUBJECTS[scene.subject](np.random.default_rng(scene.seed))
+    parts = (SUBJECTS[scene.subject] if scene.subject else novel.thing)(np.random.default_rng(scene.seed))
     canvas = rasterise(parts, scene.pose)
-    picture = STYLES[scene.style](canvas, palette(scene.colour, scene.background))
+    style = STYLES[scene.style] if scene.style else novel.style(scene.seed)
+    picture = style(canvas, palette(scene.colour, scene.background))
     return (np.clip(shrink(picture), 0, 1) * 255 + 0.5).astype(np.uint8), shrink(canvas.mask)
 
 
@@ -82,9 +95,14 @@ _PHRASES = (
 
 
 def caption(scene: Scene, phrasing: int = 0) -> str:
-    """A caption of a scene; ``phrasing`` picks the wording, odd hundreds name the background where there is one."""
-    text = _PHRASES[phrasing % 100 % len(_PHRASES)].format(
-        colour=scene.colour, subject=scene.subject, style=scene.style
-    )
-    named = (phrasing // 100) % 2 == 1 and scene.style not in OWN_GROUND
+    """A caption of a scene; ``phrasing`` picks the wording, odd hundreds name the background where there is one.
+
+    What has no name is called by a word that the seed and the phrasing give.
+    """
+    wording, rng = phrasing % 100 % len(_PHRASES), np.random.default_rng((scene.seed, phrasing))
+    if not scene.style:
+        wording %= len(_PHRASES) - 1  # the last does not speak of the style
+    subject, style = scene.subject or novel.word(rng), scene.style or novel.word(rng)
+    text = _PHRASES[wording].format(colour=scene.colour, subject=subject, style=style)
+    named = (phrasing // 100) % 2 == 1 and scene.style and scene.style not in OWN_GROUND
     return f"{text} on a {scene.background} background" if named else text
