@@ -305,6 +305,23 @@ def test_mirror_images_are_examples_of_their_own(tmp_path: Path, tiny_sd3: Path,
     assert torch.equal(data.masks[1], data.masks[0].flip(2))
 
 
+def test_moved_copies_are_examples_of_their_own(tmp_path: Path) -> None:
+    """Each is the picture moved, with its mask, the edge repeated; mirror images are moved, too."""
+    mask = Image.new("L", (256, 256))
+    mask.paste(255, (0, 0, 128, 256))
+    mask.save(tmp_path / "a.mask.png")
+    plain, right, left, down, up = load_examples([ramp(tmp_path / "a.png")], "a <c>", "<c>", 16, shift=4)
+    for moved, size in ((right, 4), (left, -4)):
+        columns = (torch.arange(16) - size).clamp(0, 15)
+        assert torch.equal(moved.pixels, plain.pixels[:, :, columns])
+        assert torch.equal(moved.mask, plain.mask[:, :, columns])
+    assert torch.equal(down.pixels[:, 4:], plain.pixels[:, :-4]) and torch.equal(down.pixels[:, 0], plain.pixels[:, 0])
+    assert torch.equal(up.pixels[:, :-4], plain.pixels[:, 4:]) and torch.equal(up.pixels[:, -1], plain.pixels[:, -1])
+    both = load_examples([tmp_path / "a.png"], "a <c>", "<c>", 16, shift=4, flip=True)
+    assert [example.view.mirrored for example in both] == [False] * 5 + [True] * 5
+    assert torch.equal(both[6].pixels[:, :, 4:], plain.pixels.flip(2)[:, :, :-4])
+
+
 def test_masks_become_weights_on_the_grid_of_the_latents(tmp_path: Path, tiny_sd3: Path) -> None:
     """White counts 1, black the recipe's weight, and a place that is half white what is between them."""
     pipe, family = load_pipeline(tiny_sd3, device="cpu")

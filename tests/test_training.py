@@ -220,7 +220,7 @@ def of_many_shapes(recipe: Recipe) -> Recipe:
     wide.convert("RGB").save(folder / "wide.png")
     mask.save(folder / "wide.mask.png")
     wide.transpose(Image.Transpose.ROTATE_90).convert("RGB").save(folder / "tall.png")
-    return recipe.replace(buckets=True, flip=True, num_repeats=2, accumulation=2)
+    return recipe.replace(buckets=True, flip=True, shift=8, num_repeats=2, accumulation=2)
 
 
 def test_buckets_masks_flips_and_repeats_resume_bit_for_bit(recipe: Recipe) -> None:

@@ -36,7 +36,7 @@ from qrlora.basis import default_cache_dir
 from qrlora.errors import DataError
 from qrlora.families import ModelFamily
 from qrlora.files import write_atomically
-from qrlora.training.pictures import OpenPicture, Size, nearest_size, open_picture
+from qrlora.training.pictures import OpenPicture, Size, View, nearest_size, open_picture, views
 from qrlora.training.recipe import TRIGGER
 
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif"})
@@ -66,7 +66,7 @@ class Example:
         source: where it comes from.
         caption: text with the trigger in place.
         size: width and height in pixels that it is cut to.
-        mirrored: left and right exchanged.
+        view: whether it is mirrored or moved before it is shown.
         digest: SHA-256 of the pixels the model is shown, and their size.
         mask_digest: the same of its mask; empty if the whole picture counts.
     """
@@ -74,7 +74,7 @@ class Example:
     source: Source
     caption: str
     size: Size
-    mirrored: bool
+    view: View
     digest: str
     mask_digest: str
 
@@ -86,7 +86,7 @@ class Example:
     @property
     def picture(self) -> Image.Image:
         """The picture as the model is shown it. Raises DataError if it is no longer what was checked."""
-        return self._unchanged(open_picture(self.source.picture).shown(self.size, self.mirrored), self.digest)
+        return self._unchanged(open_picture(self.source.picture).shown(self.size, self.view), self.digest)
 
     @property
     def pixels(self) -> Float[Tensor, "3 height width"]:
@@ -98,7 +98,7 @@ class Example:
         """Where the picture counts, float32 from 0 (background) to 1; None if everywhere."""
         if not self.mask_digest:
             return None
-        mask = open_picture(self.source.picture).mask(self.source.mask, self.size, self.mirrored)
+        mask = open_picture(self.source.picture).mask(self.source.mask, self.size, self.view)
         return torch.from_numpy(np.array(self._unchanged(mask, self.mask_digest)))[None].float() / 255
 
     def _unchanged(self, image: Image.Image, digest: str) -> Image.Image:
@@ -311,6 +311,7 @@ def load_examples(
     *,
     sizes: Sequence[Size] = (),
     flip: bool = False,
+    shift: int = 0,
     alpha_mask: bool = False,
     repeats: Sequence[int] = (),
     report: Report | None = None,
@@ -324,6 +325,7 @@ def load_examples(
         resolution: side in pixels of the squares that pictures are cut to.
         sizes: shapes to cut each picture to the nearest of, instead (`bucket_sizes`).
         flip: each picture's mirror image is an example too, after it.
+        shift: so are copies moved by this many pixels to each side, the edge repeated; 0: none.
         alpha_mask: pictures without a mask beside them have it in their transparency.
         repeats: as `find_pictures` takes them.
         report: told of every picture.
@@ -340,7 +342,7 @@ def load_examples(
             opened = open_picture(source.picture)
             size = nearest_size(opened.image.size, sizes or [(resolution, resolution)])
             masked = alpha_mask or source.mask is not None
-            examples += [_example(source, text, opened, size, masked, m) for m in (False, True)[: 1 + flip]]
+            examples += [_example(source, text, opened, size, masked, view) for view in views(flip, shift)]
         except DataError as error:
             problems.append(error)
         if report:
@@ -370,9 +372,9 @@ def _called(caption: str, trigger: str, source: Source) -> str:
     return text
 
 
-def _example(source: Source, text: str, opened: OpenPicture, size: Size, masked: bool, mirrored: bool) -> Example:
-    mask = _digest(opened.mask(source.mask, size, mirrored)) if masked else ""
-    return Example(source, text, size, mirrored, _digest(opened.shown(size, mirrored)), mask)
+def _example(source: Source, text: str, opened: OpenPicture, size: Size, masked: bool, view: View) -> Example:
+    mask = _digest(opened.mask(source.mask, size, view)) if masked else ""
+    return Example(source, text, size, view, _digest(opened.shown(size, view)), mask)
 
 
 def encode(

@@ -40,7 +40,7 @@ from qrlora.families import ModelFamily, family_of, load_pipeline, size_unit
 from qrlora.training import checkpoint, monitor
 from qrlora.training.dataset import EncodedDataset, Example, Report, encode, find_pictures, load_examples
 from qrlora.training.optimizers import evaluated, optimizer_for
-from qrlora.training.pictures import bucket_sizes, check_resolution
+from qrlora.training.pictures import PLAIN, bucket_sizes, check_resolution
 from qrlora.training.placement import check_fits, encoders_alone, settle
 from qrlora.training.preservation import Preservation, record
 from qrlora.training.processes import anywhere, check_divisible, processes_here, share, summed
@@ -297,6 +297,7 @@ def examples_of(recipe: Recipe, pipe: Any, family: ModelFamily, report: Report |
         resolution,
         sizes=bucket_sizes(resolution, unit, largest) if recipe.buckets else (),
         flip=recipe.flip,
+        shift=recipe.shift,
         alpha_mask=recipe.alpha_mask,
         repeats=recipe.num_repeats,
         report=report,
@@ -554,7 +555,7 @@ def _provenance(examples: list[Example], loss: float, seconds: float) -> dict[st
             {"name": e.name, "pixels_sha256": e.digest, "caption": e.caption}
             | ({"mask_sha256": e.mask_digest} if e.mask_digest else {})
             for e in examples
-            if not e.mirrored
+            if e.view == PLAIN
         ],
         "last_loss": loss if math.isfinite(loss) else None,
         "seconds": round(seconds, 1),

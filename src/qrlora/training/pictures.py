@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 from PIL import Image, ImageCms, ImageOps
 
 from qrlora.errors import DataError
@@ -31,6 +32,26 @@ WHITE = 128
 
 Size = tuple[int, int]
 """Width and height in pixels, as Pillow counts them."""
+
+
+@dataclass(frozen=True)
+class View:
+    """How a picture is turned before it is shown. mirrored: left and right exchanged; then moved by so many pixels to
+    the right and down, the edge repeated where nothing is left of it."""
+
+    mirrored: bool = False
+    right: int = 0
+    down: int = 0
+
+
+PLAIN = View()
+
+
+def views(flip: bool, shift: int) -> list[View]:
+    """The picture as it is; moved by ``shift`` pixels to each side, unless 0; with ``flip`` the mirror images, too."""
+    moves = [(0, 0), *([(shift, 0), (-shift, 0), (0, shift), (0, -shift)] if shift else [])]
+    return [View(mirrored, *move) for mirrored in (False, True)[: 1 + flip] for move in moves]
+
 
 _PICTURE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
 
@@ -79,7 +100,7 @@ class OpenPicture:
     image: Image.Image
     alpha: Image.Image | None
 
-    def shown(self, size: Size, mirrored: bool = False) -> Image.Image:
+    def shown(self, size: Size, view: View = PLAIN) -> Image.Image:
         """The middle of the picture, in this size.
 
         Raises:
@@ -93,9 +114,9 @@ class OpenPicture:
                 got=f"{self.image.width} x {self.image.height}",
                 remedy="use a larger picture",
             )
-        return _cut(self.image, size, Image.Resampling.LANCZOS, mirrored)
+        return _cut(self.image, size, Image.Resampling.LANCZOS, view)
 
-    def mask(self, file: Path | None, size: Size, mirrored: bool = False) -> Image.Image:
+    def mask(self, file: Path | None, size: Size, view: View = PLAIN) -> Image.Image:
         """The picture's mask (mode L), cut as `shown` cuts the picture: from a file, else its own transparency.
 
         Raises:
@@ -110,7 +131,7 @@ class OpenPicture:
                 got=f"{mask.width} x {mask.height}",
                 remedy="draw the mask on the picture itself, and save both in the same size",
             )
-        mask = _cut(mask, size, Image.Resampling.BOX, mirrored)
+        mask = _cut(mask, size, Image.Resampling.BOX, view)
         if mask.getextrema()[1] < WHITE:  # type: ignore[operator]  # one band: two numbers
             raise DataError(
                 f"nothing left to learn by the mask {path}",
@@ -157,9 +178,14 @@ def _read_mask(path: Path) -> Image.Image:
         return mask.convert("L")
 
 
-def _cut(picture: Image.Image, size: Size, resampling: Image.Resampling, mirrored: bool) -> Image.Image:
+def _cut(picture: Image.Image, size: Size, resampling: Image.Resampling, view: View) -> Image.Image:
     cut = ImageOps.fit(picture, size, resampling)
-    return ImageOps.mirror(cut) if mirrored else cut
+    cut = ImageOps.mirror(cut) if view.mirrored else cut
+    if not (view.right or view.down):
+        return cut
+    rows = (np.arange(size[1]) - view.down).clip(0, size[1] - 1)
+    columns = (np.arange(size[0]) - view.right).clip(0, size[0] - 1)
+    return Image.fromarray(np.asarray(cut)[rows][:, columns])
 
 
 @contextlib.contextmanager

@@ -28,6 +28,7 @@ from qrlora.families import ModelFamily, default_device, free_memory, load_struc
 from qrlora.training.dataset import find_pictures
 from qrlora.training.loop import ADAPTER_NAME, adapter_on, family_options
 from qrlora.training.optimizers import STATE_BYTES
+from qrlora.training.pictures import views
 from qrlora.training.placement import module_bytes, stored_bytes
 from qrlora.training.recipe import Recipe
 from qrlora.training.rehearsal import Pace, Rehearsal
@@ -216,7 +217,8 @@ def _file_bytes(recipe: Recipe, metadata: AdapterMetadata, shapes: Mapping[str, 
 def _pictures_bytes(recipe: Recipe, pipe: Any, family: ModelFamily, device: torch.device) -> int:
     """Latents and conditions: of all pictures, which wait in main memory; on a GPU of a batch."""
     try:
-        count = len(find_pictures(recipe.images)) * (1 + recipe.flip) if device.type == "cpu" else recipe.batch_size
+        shown = len(find_pictures(recipe.images)) * len(views(recipe.flip, recipe.shift))
+        count = shown if device.type == "cpu" else recipe.batch_size
     except DataError:  # they may be added later
         count = 1
     latents, _, _, conditions = _batch(recipe, pipe, family, 1, recipe.resolution)

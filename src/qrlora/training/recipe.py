@@ -81,6 +81,11 @@ class Recipe(BaseModel):
         False, description="keep aspect ratios: shapes of about resolution squared pixels instead of squares"
     )
     flip: bool = Field(False, description="learn from the mirror image of every picture, too")
+    shift: int = Field(
+        0,
+        ge=0,
+        description="learn from copies of every picture, moved by this many pixels to each side, too (0: none)",
+    )
     alpha_mask: bool = Field(False, description="take a picture's transparency for its mask, unless it has a mask file")
     mask_min_value: float = Field(
         0.0, ge=0, le=1, description="weight in the loss of what masks leave out; 1 ignores masks"
