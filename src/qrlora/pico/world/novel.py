@@ -22,6 +22,7 @@ from qrlora.pico.world.canvas import SCALE, SIZE, WIDE, Canvas, grid, noise, war
 from qrlora.pico.world.palette import Palette
 from qrlora.pico.world.shapes import TONES, Part, curve, ellipse, polygon, rect
 from qrlora.pico.world.styles import Picture
+from qrlora.pico.world.subjects import _fit, _flip, _mirror
 
 Style = Callable[[Canvas, Palette], Picture]
 Rng = np.random.Generator
@@ -40,8 +41,7 @@ def _half(rng: Rng) -> np.ndarray:
     """A closed symmetric outline through random points."""
     n = int(rng.integers(3, 7))
     points = list(zip(rng.uniform(0.08, 0.62, n), np.linspace(-0.9, 0.9, n), strict=True))
-    half = (curve if rng.random() < 0.6 else polygon)(*points)
-    return np.concatenate([half, half[::-1] * [-1.0, 1.0]])
+    return _mirror((curve if rng.random() < 0.6 else polygon)(*points))
 
 
 def _blob(rng: Rng) -> np.ndarray:
@@ -73,15 +73,10 @@ def thing(rng: Rng) -> list[Part]:
     parts = [Part(_half(rng) if rng.random() < 0.6 else _blob(rng), "main")]
     for _ in range(int(rng.integers(2, 6))):
         part = _detail(rng)
-        pair = replace(part, points=part.points * [-1.0, 1.0])
+        pair = replace(part, points=_flip(part.points))
         added = [part, pair] if rng.random() < 0.35 else [part]
         parts = added + parts if rng.random() < 0.3 else parts + added
-    low, high = (
-        edge([edge(p.points + s * (p.width or 0) / 2, axis=0) for p in parts], axis=0)
-        for edge, s in ((np.min, -1), (np.max, 1))
-    )
-    scale, centre = 1.8 / (high - low).max(), (low + high) / 2
-    return [replace(p, points=(p.points - centre) * scale, width=p.width and p.width * scale) for p in parts]
+    return _fit(*parts)
 
 
 # ---------------------------------------------------------------- styles
