@@ -26,7 +26,9 @@ from qrlora.evaluation.rivals.deltas import Delta
 from qrlora.evaluation.rivals.merges import MERGES
 from qrlora.pico import world
 
-TINY = replace(Scope(**SMALL), steps=2, pictures=2, alone=2, denoising_steps=2, rows=(RIVAL, DEFAULT))
+EQUAL = {"even": (1.0, 1.0), "odd": (1.0, 1.0)}
+BALANCE = plan.balance() | {"lora+ties": EQUAL, "lora+klora": EQUAL}
+TINY = replace(Scope(**SMALL), steps=2, pictures=2, alone=2, denoising_steps=2, rows=(RIVAL, DEFAULT), balance=BALANCE)
 
 
 def pair(row, subject, style, seed=0, **measured):
@@ -59,23 +61,68 @@ def test_no_part_is_measured_at_a_rate_it_helped_to_choose():
         assert len(halves["even"]) == len(halves["odd"])
         for half, lesson in tuning.LESSONS[role].items():
             assert lesson not in halves[half]
-    cells = tuning.cells_of(Scope())
+    cells = tuning.cells_alone(Scope()) + tuning.cells_composed(ADAPTERS, tuning.rungs)
+    assert {(c.subject, c.style) for c in cells if c.kind == "pair"} == {("sneaker", "gold"), ("sneaker", "candy")}
     budget = {adapter: sum(c.adapter == adapter for c in cells) for adapter in ADAPTERS}
     assert len(set(budget.values())) == 1, "the same budget for every method"
 
 
-def test_the_best_rate_on_the_other_half_is_chosen():
-    def found(name, rate, named, both):
-        role = "style" if name in world.STYLES else "subject"
-        return alone("lora", measured={"named": named, "both": both}, **{role: name}) | {"rate": rate}
+def tried(found, row=None):
+    """(names, rates[, weights]) -> named, as records of lora."""
+    for (names, rates, *weights), named in found.items():
+        parts = {"style" if name in world.STYLES else "subject": name for name in names}
+        one = alone("lora", measured={"named": named, "both": 0.0}, **parts) | {"rates": list(rates)}
+        yield one | ({"row": row, "weights": list(weights[0])} if row else {})
 
-    tried = [found("sneaker", 1e-3, 0.5, 0.5), found("sneaker", 2e-3, 0.5, 0.5)]
-    tried += [found("gold", 1e-3, 0.9, 0.0), found("gold", 2e-3, 0.6, 0.4)]
-    tried += [found("candy", 1e-3, 0.2, 0.1), found("candy", 2e-3, 0.1, 0.1)]
-    chosen = tuning.choose(tried)["lora"]
+
+def test_the_best_rates_on_the_other_half_are_chosen():
+    apart = {(("sneaker",), (1e-3,)): 0.5, (("sneaker",), (2e-3,)): 0.5}
+    apart |= {
+        (("gold",), (1e-3,)): 0.4,
+        (("gold",), (2e-3,)): 0.6,
+        (("candy",), (1e-3,)): 0.2,
+        (("candy",), (2e-3,)): 0.1,
+    }
+    each = [(a, b) for a in (1e-3, 2e-3) for b in (1e-3, 2e-3)]
+    summed = {(("sneaker", t), rates, w): 0.0 for t in ("gold", "candy") for rates in each for w in tuning.WEIGHTS}
+    records = [*tried(apart), *tried(summed, "lora")]
+    chosen = tuning.choose(records)["lora"]
     assert chosen["subject"] == {"even": 1e-3, "odd": 1e-3}, "the lower of two equal ones"
     assert chosen["style"] == {"even": 2e-3, "odd": 1e-3}
     assert plan.half_of("style", "candy") == "even", "so candy, tuned on gold, takes gold's rate"
+    assert tuning.balance(records, {"lora": chosen})["lora"]["even"] == tuning.WEIGHTS[0], "the first of equal ones"
+
+    summed[("sneaker", "gold"), (2e-3, 1e-3), (1.4, 0.7)] = 0.3
+    records = [*tried(apart), *tried(summed, "lora")]
+    chosen = tuning.choose(records)["lora"]
+    assert chosen["subject"] == {"even": 2e-3, "odd": 1e-3}, "what is 0.2 worse alone and 0.3 better composed"
+    assert chosen["style"] == {"even": 1e-3, "odd": 1e-3}
+    assert tuning.balance(records, {"lora": chosen})["lora"] == {"even": (1.4, 0.7), "odd": tuning.WEIGHTS[0]}
+
+    merged = {(("sneaker", "gold"), (2e-3, 1e-3), w): w[1] for w in tuning.WEIGHTS}
+    merged |= {(("sneaker", "candy"), (1e-3, 1e-3), w): -w[1] for w in tuning.WEIGHTS}
+    records += tried(merged, "lora+ties")
+    assert tuning.choose(records)["lora"] == chosen, "rates are of the sum alone"
+    assert tuning.balance(records, {"lora": chosen})["lora+ties"] == {"even": (1.0, 1.0), "odd": (1.0, 0.7)}
+
+
+def test_weights_are_of_a_row_and_half(small):
+    folder, scope = small
+    cell = Cell("pair", RIVAL, 0, "teapot", "chalk", RIVAL)
+    half = plan.half_of("style", "chalk")
+    heavier = replace(scope, balance=scope.balance | {RIVAL: {half: (1.0, 0.5), "odd": (1.0, 1.0)}})
+    assert digest_of(cell, heavier) != digest_of(cell, scope)
+    assert digest_of(replace(cell, style="mosaic"), heavier) == digest_of(replace(cell, style="mosaic"), scope)
+    bench = cells.Bench.open(folder, heavier)
+    parts = cells.parts_of(bench, cell, "teapot", "chalk")
+    name = next(iter(parts[1]))
+    for one, share in ((cell, 0.5), (replace(cell, weights=(1.0, 0.25)), 0.25)):
+        found = cells.weighted(bench, one, parts, "chalk")
+        assert torch.equal(found[0][name].dense(), parts[0][name].dense())
+        torch.testing.assert_close(found[1][name].dense(), share * parts[1][name].dense())
+    with pytest.raises(DataError, match="lora\\+dare has no weights yet"):
+        plan.balance_of("lora+dare", "chalk", {})
+    assert plan.balance_of("lora+joint", "chalk", {}) == (1, 1)
 
 
 def test_seeds_are_averaged_before_pairs():
@@ -153,11 +200,12 @@ def test_a_changed_method_has_digests_of_its_own(monkeypatch):
     """And one that has not keeps those from before methods had versions."""
     halves = {"even": 1e-3, "odd": 2e-3}
     names = ("lora", "qrlora_disjoint_contrast")
-    scope = replace(TINY, rates={name: {"subject": halves, "style": halves} for name in names}, steps=3, guidance=2.0)
+    scope = replace(TINY, rates={name: {"subject": halves, "style": halves} for name in names}, steps=3, guidance=2.0,
+                    balance={"lora+ties": {"even": (1.0, 0.7), "odd": (1.0, 1.0)}})  # fmt: skip
     monkeypatch.setattr(cells, "weights_digest", lambda judged=True: "w")
     taught, merged = Cell("teach", "lora", 0, "teapot"), Cell("pair", "lora", 0, "teapot", "chalk", "lora+ties")
     changed = Cell("teach", "qrlora_disjoint_contrast", 0, "teapot")
-    before = ("699759fb42dcdc1947bc", "c665e30ffdce09d8b159", "413069459542d01ea892")
+    before = ("10fbe18bc8cb8def3f57", "591954dcbacc2176bfe6", "6db40ffcc6edb74436cc")
     assert (digest_of(taught, scope), digest_of(merged, scope)) == before[:2]
     assert digest_of(changed, scope) != before[2]
     monkeypatch.setitem(MERGES, "ties", replace(MERGES["ties"], version=2))
@@ -170,11 +218,22 @@ def test_a_changed_method_has_digests_of_its_own(monkeypatch):
 
 
 def test_what_is_to_stay_as_it_was_is_not_what_drift_is_measured_by():
-    said = [re.fullmatch(r"a photo of a (\w+) (\w+) in (\w+) style", prompt).groups() for prompt in PRIOR]
+    said = [re.fullmatch(r"a photo of a (\w+) (\S+) in (\S+) style", prompt).groups() for prompt in PRIOR]
     colours, subjects, styles = (set(words) for words in zip(*said, strict=True))
     assert not subjects & {subject for subject, _ in UNRELATED} and not styles & {style for _, style in UNRELATED}
     assert "red" not in colours, "the colour of all that drift is measured by"
-    assert {pair[1:] for pair in said} <= set(world.SEEN_PAIRS)
+    assert subjects & set(world.SEEN_SUBJECTS) and styles & set(world.SEEN_STYLES)
+    for known, words in ((world.SUBJECTS, subjects), (world.STYLES, styles)):
+        assert all(word in known or re.fullmatch("<.{1,3}>", word) for word in words)
+    called = {lesson for role in plan_triggers() for lesson in role}
+    assert not called & (subjects | styles), "those of the bench's own lessons are other words"
+
+
+def plan_triggers():
+    """Every trigger of the bench: of subjects, of styles."""
+    return [
+        [f"<{letter}{i}>" for i in range(len(known))] for letter, known in (("c", world.SUBJECTS), ("s", world.STYLES))
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -324,17 +383,21 @@ def test_a_method_without_a_rate_is_refused():
 
 def test_rates_of_the_folder_win_and_missing_ones_are_chosen_first(tmp_path, monkeypatch):
     halves = {"even": 7e-3, "odd": 8e-3}
+    equal = {"even": [1, 1], "odd": [1, 1]}
     kept = {"weights": tuning.weights_digest(), "chosen": {"lora": {"subject": halves, "style": halves}}, "tried": []}
+    kept["balance"] = {"lora": equal, "lora+ties": {"even": [1, 0.5], "odd": [1, 1]}}
     (tmp_path / tuning.FILE).write_text(json.dumps(kept))
     asked = []
 
     def tune(folder, scope, *_):
         asked.append(scope.rows)
-        return {"oft": kept["chosen"]["lora"]}
+        return {"oft": kept["chosen"]["lora"]}, {"oft": equal, "lora+dare": equal}
 
     monkeypatch.setattr(tuning, "tune", tune)
-    scope = tuning.tuned(tmp_path, replace(TINY, rows=("lora", "lora+ties", "oft")), 1, lambda said: None, "")
-    assert asked == [("oft",)], "only what neither has"
+    wanted = ("lora", "lora+ties", "lora+dare", "lora+joint", "oft")
+    scope = tuning.tuned(tmp_path, replace(TINY, rows=wanted), 1, lambda said: None, "")
+    assert asked == [("lora+dare", "oft")], "only what neither has"
+    assert plan.balance_of("lora+ties", "chalk", scope.balance) == (1, 0.5) and "lora+dare" in scope.balance
     assert plan.rate_of("lora", "subject", "teapot", scope.rates) == 7e-3
     assert plan.rate_of("lora", "subject", "rocket", scope.rates) == 8e-3
     assert "oft" in scope.rates and "qrlora_disjoint" in scope.rates

@@ -125,7 +125,7 @@ def test_trained_parameters_are_counted(pipe: Any, recipe: Recipe) -> None:
         for count in (lambda o, i: RANK * (o + i), lambda o, i: RANK * i, lambda o, i: RANK * o, lambda o, i: o * i)
     )
     counted = {m: taught(m, recipe.replace(steps=1), pipe=pipe[0], family=pipe[1]).trained for m in ADAPTERS}
-    assert counted["lora"] == counted["pissa"] == counted["olora"] == both
+    assert counted["lora"] == counted["lora_preserve"] == counted["pissa"] == counted["olora"] == both
     assert {counted[method] for method in FROZEN_UP} == {inputs_only}
     assert counted["transposed"] == counted["orthogonal"] == outputs_only
     assert counted["full"] == whole
@@ -339,12 +339,18 @@ def _outside(matrix: Tensor, q: Tensor) -> Tensor:
 
 def test_lessons_against_leakage_ask_for_what_the_base_does(pipe: Any, recipe: Recipe) -> None:
     """Their prompts never call the adapter, and an adapter that is pulled back to the base with might learns less."""
-    loose = teach("qrlora_disjoint", recipe.replace(steps=12), pipe=pipe[0], family=pipe[1])
-    for method in ("qrlora_disjoint_preserve", "qrlora_disjoint_contrast"):
-        lesson = ADAPTERS[method].lesson(recipe)
+    for method, role in (("qrlora_disjoint_preserve", "style"), ("qrlora_disjoint_contrast", recipe.role)):
+        same = recipe.replace(role=role, steps=12)
+        loose = teach("qrlora_disjoint", same, pipe=pipe[0], family=pipe[1])
+        lesson = ADAPTERS[method].lesson(same)
         assert lesson.preserve and not any(recipe.trigger in prompt for prompt in lesson.preserve)
-        held = teach(method, recipe.replace(preserve_weight=1e4, steps=12), pipe=pipe[0], family=pipe[1])
+        held = teach(method, same.replace(preserve_weight=1e4), pipe=pipe[0], family=pipe[1])
         assert energy(held) < 0.8 * energy(loose)
+
+
+def test_a_subject_is_held_to_nothing(recipe: Recipe) -> None:
+    for method in ("qrlora_disjoint_preserve", "lora_preserve"):
+        assert ADAPTERS[method].lesson(recipe) == recipe
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ from jaxtyping import Float, UInt8
 from PIL import Image
 
 from qrlora import pico
-from qrlora.bench.plan import ROWS, Scope, rate_of
+from qrlora.bench.plan import ROWS, Scope, balance_of, rate_of
 from qrlora.demo.plan import LESSON_STYLE, LESSON_SUBJECT, NOISE, Lesson, Wanted, lesson_of_world, scene_of_lesson
 from qrlora.evaluation.report import png_bytes
 from qrlora.evaluation.rivals.adapters import ADAPTERS, taught
@@ -52,7 +52,7 @@ TRUE_SCENES = 3_000_000
 class Cell:
     """One measurement. kind: a key of KINDS. row: of ROWS ("" for an adapter's own cells); adapter: its method.
 
-    rate: overrides the tuned learning rate, for tuning.
+    rates, weights: instead of the tuned ones, for tuning: of the subject, then of the style, as far as there are both.
     """
 
     kind: str
@@ -62,14 +62,20 @@ class Cell:
     style: str = ""
     row: str = ""
     many: int = 0
-    rate: float | None = None
+    rates: tuple[float, ...] = ()
+    weights: tuple[float, ...] = ()
 
     @property
     def said(self) -> str:
         """For a reader: "pair lora+ties teapot chalk seed 0"."""
         parts = (self.kind, self.row or self.adapter, self.subject, self.style, f"{self.many or ''}")
-        at = f" at {self.rate:g}" if self.rate else ""
+        at = "".join(f" at {', '.join(f'{x:g}' for x in each)}" for each in (self.rates, self.weights) if each)
         return " ".join(part for part in parts if part) + f" seed {self.seed}{at}"
+
+    def taught(self, subject: str = "", style: str = "") -> Cell:
+        """The cell of an adapter that this one looks at."""
+        rates = self.rates[:1] if subject else self.rates[-1:]
+        return Cell("teach", self.adapter, self.seed, subject, style, rates=rates)
 
 
 @functools.cache
@@ -90,7 +96,8 @@ def digest_of(cell: Cell, scope: Scope) -> str:
     each = cell.many // 2
     parts = {"subject": scope.subjects[:each], "style": scope.styles[:each]}
     names = [(role, name) for role in parts for name in (parts[role] if each else [getattr(cell, role)]) if name]
-    decides["rates"] = [cell.rate or rate_of(cell.adapter, role, name, scope.rates) for role, name in names]
+    tuned = [rate_of(cell.adapter, role, name, scope.rates) for role, name in names] if not cell.rates else ()
+    decides["rates"] = [*cell.rates, *tuned]
     if cell.kind != "teach":
         count = {"alone": "alone", "grid": "grid_weights"}.get(cell.kind, "pictures")
         decides |= {name: getattr(scope, name) for name in ("denoising_steps", "guidance", count)}
@@ -98,6 +105,9 @@ def digest_of(cell: Cell, scope: Scope) -> str:
         decides["among"] = names
     if cell.row:
         decides["options"] = dict(ROWS[cell.row].options)
+    if cell.row and cell.kind != "grid":
+        styles = [name for role, name in names if role == "style"]
+        decides["balance"] = [cell.weights or balance_of(cell.row, style, scope.balance) for style in styles]
     decides |= _versions(cell)
     return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:20]
 
@@ -210,7 +220,7 @@ class Bench:
         if pixels is not None:
             strip = Image.fromarray(np.concatenate(list(pixels), axis=1))
             write_atomically(self.file(cell, "pictures"), png_bytes(strip))
-        whole = {key: value for key, value in cell.__dict__.items() if value not in ("", 0, None) or key == "seed"}
+        whole = {key: value for key, value in cell.__dict__.items() if value not in ("", 0, ()) or key == "seed"}
         whole |= {"digest": digest_of(cell, self.scope), "measured": record}
         write_atomically(self.file(cell, "records"), (json.dumps(whole) + "\n").encode())
         return whole
@@ -221,7 +231,7 @@ def teach(bench: Bench, cell: Cell) -> Record:
     role = "subject" if cell.subject else "style"
     lesson = bench.lesson(role, cell.subject or cell.style, cell.seed)
     started = time.perf_counter()
-    recipe = bench.recipe(lesson, cell.adapter, cell.seed, cell.rate)
+    recipe = bench.recipe(lesson, cell.adapter, cell.seed, *cell.rates)
     found = taught(cell.adapter, recipe, pipe=bench.pipe, family=bench.family)
     facts = {"trained": found.trained, "loss": float(np.mean(found.losses[-max(1, recipe.steps // 10) :]))}
     save_learned(bench.file(cell, "adapters"), found.learned, {"facts": json.dumps(facts)})
@@ -255,7 +265,7 @@ def pair_wanted(subject: Lesson, style: Lesson, count: int, seed: int) -> list[W
 def alone(bench: Bench, cell: Cell) -> Record:
     """One adapter by itself, and what it does to prompts that do not call it."""
     lesson = bench.lesson("subject" if cell.subject else "style", cell.subject or cell.style, cell.seed)
-    learned = bench.learned(_teach_cell(cell, cell.subject, cell.style))
+    learned = bench.learned(cell.taught(cell.subject, cell.style))
     wanted = alone_wanted(bench, lesson, cell.seed)
     pixels = bench.draw(wanted, learned)
     return bench.keep(cell, bench.judged(wanted, pixels) | {"drift": drift(bench, learned, cell.seed)}, pixels)
@@ -278,19 +288,24 @@ def _untouched(bench: Bench, seed: int) -> Any:
     return _KEPT[key]
 
 
-def _teach_cell(cell: Cell, subject: str, style: str) -> Cell:
-    return Cell("teach", cell.adapter, cell.seed, subject, style, rate=cell.rate)
-
-
 def parts_of(bench: Bench, cell: Cell, subject: str, style: str) -> tuple[Learned, Learned]:
     """The two adapters of a pair."""
-    return bench.learned(_teach_cell(cell, subject, "")), bench.learned(_teach_cell(cell, "", style))
+    return bench.learned(cell.taught(subject=subject)), bench.learned(cell.taught(style=style))
+
+
+def weighted(bench: Bench, cell: Cell, parts: tuple[Learned, Learned], style: str) -> list[Learned]:
+    """The two at the cell's weights, or those chosen for its row."""
+    weights = cell.weights or balance_of(cell.row, style, bench.scope.balance)
+    return [scaled(part, weight) for part, weight in zip(parts, weights, strict=True)]
 
 
 def merged_of(bench: Bench, cell: Cell, parts: Sequence[Learned], lessons: Sequence[Lesson]) -> Learned | Schedule:
     """What the row's merge makes of adapters."""
     row = ROWS[cell.row]
-    recipes = [bench.recipe(lesson, cell.adapter, cell.seed, cell.rate) for lesson in lessons]
+    recipes = [
+        bench.recipe(lesson, cell.adapter, cell.seed, *cell.taught(**{lesson.role: lesson.called}).rates)
+        for lesson in lessons
+    ]
     context = Context(bench.pipe, bench.family, recipes, seed=cell.seed)
     return MERGES[row.merge].of(parts, context, **row.options)
 
@@ -299,7 +314,7 @@ def joint(bench: Bench, cell: Cell, lessons: Sequence[Lesson]) -> Learned:
     """Both taught at once to one adapter, in twice the steps, so that each picture is seen as often as alone."""
     file = bench.file(cell, "adapters")
     if not file.exists():
-        recipes = [bench.recipe(lesson, cell.adapter, cell.seed, cell.rate) for lesson in lessons]
+        recipes = [bench.recipe(lesson, cell.adapter, cell.seed) for lesson in lessons]
         longer = {"steps": 2 * bench.scope.steps, "cooldown_steps": bench.scope.steps}
         recipes[0] = recipes[0].replace(**longer)
         found = taught(cell.adapter, recipes[0], pipe=bench.pipe, family=bench.family, beside=recipes[1:])
@@ -315,7 +330,7 @@ def pair(bench: Bench, cell: Cell) -> Record:
         merged: Learned | Schedule = joint(bench, cell, lessons)
     else:
         parts = parts_of(bench, cell, cell.subject, cell.style)
-        merged = merged_of(bench, cell, parts, lessons)
+        merged = merged_of(bench, cell, weighted(bench, cell, parts, cell.style), lessons)
         record["files"] = between(*parts) if cell.row == cell.adapter else None
     record["merge_seconds"] = round(time.perf_counter() - started, 2)
     wanted = pair_wanted(lessons[0], lessons[1], bench.scope.pictures, cell.seed)
@@ -371,9 +386,11 @@ def many(bench: Bench, cell: Cell) -> Record:
     each = cell.many // 2
     lessons = [bench.lesson("subject", name, cell.seed) for name in bench.scope.subjects[:each]]
     styles = [bench.lesson("style", name, cell.seed) for name in bench.scope.styles[:each]]
-    cells = [_teach_cell(cell, str(one.name), "") for one in lessons]
-    cells += [_teach_cell(cell, "", str(one.name)) for one in styles]
-    merged = merged_of(bench, cell, [bench.learned(one) for one in cells], [*lessons, *styles])
+    both = [
+        weighted(bench, cell, parts_of(bench, cell, a.called, b.called), b.called)
+        for a, b in zip(lessons, styles, strict=True)
+    ]
+    merged = merged_of(bench, cell, [a for a, _ in both] + [b for _, b in both], [*lessons, *styles])
     count = max(1, bench.scope.pictures // each)
     wanted = [w for a, b in zip(lessons, styles, strict=True) for w in pair_wanted(a, b, count, cell.seed)]
     pixels = bench.draw(wanted, merged)

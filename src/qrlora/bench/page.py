@@ -44,8 +44,9 @@ def write(folder: Path, scope: Scope, records: Sequence[Record], command: str) -
     data = {
         "command": command,
         "weights": weights_digest(),
-        "plan": {name: value for name, value in facts(scope).items() if name != "rates"},
+        "plan": {name: value for name, value in facts(scope).items() if name not in ("rates", "balance")},
         "rates": {name: scope.rates[name] for name in adapters_of(scope)},
+        "balance": {row: scope.balance[row] for row in rows if row in scope.balance},
         "table": as_json(found),
         f"against {RIVAL}": as_json(beside),
         "foretold": {name: {k: v for k, v in each.items() if k != "points"} for name, each in told.items()},

@@ -33,7 +33,8 @@ _ADAPTERS = (
     *("lora", "qrlora_disjoint", "qrlora", "q_random", "pissa", "orthogonal", "q_minor", "qrlora_dense"),
     *("q_activation", "q_gradient"),
     *("q_random_each", "transposed", "qrlora_trained", "mica", "olora", "oft", "full"),
-    *("q_free_4", "qrlora_wide", "q_cayley", f"{DEFAULT}_preserve", f"{DEFAULT}_contrast", f"{DEFAULT}_masked"),
+    *("q_free_4", "qrlora_wide", "q_cayley", f"{DEFAULT}_preserve", "lora_preserve"),
+    *(f"{DEFAULT}_contrast", f"{DEFAULT}_masked"),
 )
 _MERGES = ("ties", "dare", "ziplora", "klora", "nplora", "blora", "activation_weights", "regmean")
 _OURS = ("project_style", "project_both", "project_activation", "activation_weights", "route_steps")
@@ -53,14 +54,16 @@ ROWS: dict[str, Row] = {
 
 Rates = dict[str, dict[str, dict[str, float]]]
 """Method -> role -> half of the parts -> learning rate."""
+Balance = dict[str, dict[str, tuple[float, float]]]
+"""Row -> half of the styles -> weights of subject and style in a composition."""
 
 
 @dataclass(frozen=True)
 class Scope:
     """On what, and how much. Adapters are the demo's: the same steps, batch, rank and noise levels for all methods.
 
-    pictures: of every composed pair; alone: of every adapter alone. grid_weights: of both, in the frontier. rates: as
-    `rates` has them.
+    pictures: of every composed pair; alone: of every adapter alone. grid_weights: of both, in the frontier. rates,
+    balance: as the functions of these names have them.
     """
 
     rows: tuple[str, ...] = tuple(ROWS)
@@ -80,6 +83,7 @@ class Scope:
     many_rows: tuple[str, ...] = (RIVAL, "lora+ties", "lora+dare", "qrlora", DEFAULT, "q_random")
     many: tuple[int, ...] = (2, 4, 8)
     rates: Rates = field(default_factory=lambda: rates())
+    balance: Balance = field(default_factory=lambda: balance())
 
     @property
     def pairs(self) -> list[tuple[str, str]]:
@@ -116,7 +120,19 @@ def chosen(noun: str, wanted: Iterable[str], known: Sequence[str]) -> tuple[str,
 
 def rates() -> Rates:
     """Those that the package has; ``qrlora bench --tune`` chose them on none of the half that they are for."""
-    return json.loads(files("qrlora.bench").joinpath("rates.json").read_text(encoding="utf-8"))["chosen"]
+    return _packaged()["chosen"]
+
+
+def balance() -> Balance:
+    """The weights of compositions that the package has, chosen like the rates."""
+    return {
+        row: {half: (float(a), float(b)) for half, (a, b) in found.items()}
+        for row, found in _packaged()["balance"].items()
+    }
+
+
+def _packaged() -> dict[str, Any]:
+    return json.loads(files("qrlora.bench").joinpath("rates.json").read_text(encoding="utf-8"))
 
 
 def half_of(role: str, name: str | None) -> str:
@@ -132,3 +148,17 @@ def rate_of(adapter: str, role: str, name: str | None, known: Rates | None = Non
         remedy = f"qrlora bench --tune --rows {adapter}"
         raise DataError(f"{adapter} has no learning rate yet", expected=", ".join(known), got=adapter, remedy=remedy)
     return known[adapter][role][half_of(role, name)]
+
+
+def balance_of(row: str, style: str | None, known: Balance | None = None) -> tuple[float, float]:
+    """Weights of subject and style in a row's compositions with that style. Raises DataError if they were never chosen.
+
+    What was taught together has none to choose: 1 and 1.
+    """
+    if ROWS[row].merge == "joint":
+        return 1.0, 1.0
+    known = balance() if known is None else known
+    if row not in known:
+        remedy = f"qrlora bench --tune --rows {row}"
+        raise DataError(f"{row} has no weights yet", expected=", ".join(known), got=row, remedy=remedy)
+    return known[row][half_of("style", style)]

@@ -1,10 +1,13 @@
-"""The learning rate of every method and role: ``qrlora bench --tune``.
+"""The learning rates of every method and the weights of every row's compositions: ``qrlora bench --tune``.
 
-Every method gets as many rates, lessons, steps and pictures as every other; the rate is taken at which its adapter
-alone has the best mean of `named` and `both`. No part is measured at a rate that it helped to choose. Subjects are
-tuned on a seen one. For styles that was found not to do: a style that pico knows has only to be called, at a rate at
-which a new one is not learned. So the reserved styles are halved, and the rate of each half comes from one of the other
-half.
+Every method gets as many rates, lessons, steps and pictures as every other. Taken are the two rates at which its
+adapters do best on the mean of three scores, each the mean of `named` and `both`: the subject alone, the style alone,
+and their sum at the best of WEIGHTS. An adapter chosen for what it does alone can be too weak, or too strong, beside
+another. Rows that merge otherwise then get their own best of WEIGHTS at those rates.
+
+No part is measured with what it helped to choose. Subjects are tuned on a seen one. For styles that was found not to
+do: a style that pico knows has only to be called, at a rate at which a new one is not learned. So the reserved styles
+are halved, and what is chosen for each half comes from one of the other half.
 
 Only the ladder's place differs where a method is known to want smaller steps: all weights at once, rotations, and what
 starts from both factors or large singular values.
@@ -13,38 +16,53 @@ starts from both factors or large singular values.
 from __future__ import annotations
 
 import json
-from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
-from qrlora.bench.cells import Cell, digest_of, weights_digest
-from qrlora.bench.plan import ROWS, Rates, Scope
+from qrlora.bench.cells import Cell, Record, digest_of, weights_digest
+from qrlora.bench.plan import ROWS, Balance, Rates, Scope
 from qrlora.bench.run import Say, adapters_of, known_records, missing, rounded, run_stages
 from qrlora.evaluation.rivals.adapters import ADAPTERS
+from qrlora.evaluation.rivals.merges import MERGES
 from qrlora.files import write_atomically
 
-LADDER = {"subject": (5e-4, 1.5e-3, 5e-3), "style": (1.5e-3, 5e-3)}
-SLOWER = {"lora": 0.3, "pissa": 0.3, "olora": 0.3, "qrlora_trained": 0.3, "oft": 0.3, "full": 0.1}
+LADDER = {"subject": (1.5e-3, 3e-3, 6e-3), "style": (5e-4, 1.5e-3, 5e-3)}
+SLOWER = {"lora": 0.3, "lora_preserve": 0.3, "pissa": 0.3, "olora": 0.3, "qrlora_trained": 0.3, "oft": 0.3, "full": 0.1}
 SLOWER |= {"q_free_4": 0.3, "q_cayley": 0.3}
 """Method -> what its ladder is multiplied with."""
+WEIGHTS = ((1.0, 1.0), (1.0, 0.7), (0.7, 1.0), (1.4, 0.7), (1.4, 1.0))
+"""Of subject and style in a composition."""
 LESSONS = {
     "subject": {"even": "sneaker", "odd": "sneaker"},
     "style": {"even": "gold", "odd": "candy"},
 }
-"""Role -> half of the reserved parts -> what is taught to choose its rate: nothing of that half."""
+"""Role -> half of the reserved parts -> what is taught to choose for it: nothing of that half."""
+HALVES = ("even", "odd")
 FILE = "rates.json"
 
 
-def cells_of(scope: Scope) -> list[Cell]:
+def cells_alone(scope: Scope) -> list[Cell]:
     """Each adapter alone, at each of its rates."""
     return [
-        Cell("alone", adapter, 0, *((name, "") if role == "subject" else ("", name)), rate=rate)
+        Cell("alone", adapter, 0, *((name, "") if role == "subject" else ("", name)), rates=(rate,))
         for adapter in adapters_of(scope)
         for role, halves in LESSONS.items()
         for name in dict.fromkeys(halves.values())
         for rate in ladder(adapter, role)
+    ]
+
+
+def cells_composed(rows: Iterable[str], rates_of: Callable[[str, str], Iterable[tuple[float, float]]]) -> list[Cell]:
+    """Each row's composition of both halves' lessons, at each of WEIGHTS. rates_of: (adapter, half) -> those tried."""
+    return [
+        Cell("pair", ROWS[row].adapter, 0, LESSONS["subject"][half], LESSONS["style"][half], row, 0, rates, weights)
+        for row in rows
+        for half in HALVES
+        for rates in rates_of(ROWS[row].adapter, half)
+        for weights in WEIGHTS
     ]
 
 
@@ -53,64 +71,137 @@ def ladder(adapter: str, role: str) -> list[float]:
     return [float(f"{rate * SLOWER.get(adapter, 1):.2g}") for rate in LADDER[role]]
 
 
+def rungs(adapter: str, _half: str) -> Iterator[tuple[float, float]]:
+    """Every rate of a subject with every rate of a style."""
+    return product(ladder(adapter, "subject"), ladder(adapter, "style"))
+
+
 def tuned(folder: Path, scope: Scope, workers: int, say: Say, command: str) -> Scope:
-    """The plan with rates for all its methods: the folder's before the package's, and those that neither has chosen
-    now."""
-    scope = replace(scope, rates=scope.rates | _kept(folder)["chosen"])
-    untuned = [adapter for adapter in adapters_of(scope) if adapter not in scope.rates]
-    if not untuned:
-        return scope
-    say(f"no learning rates yet for {', '.join(untuned)}: chosen first")
-    rows = tuple(row for row in ROWS if row in untuned)
-    return replace(scope, rates=scope.rates | tune(folder, replace(scope, rows=rows), workers, say, command))
+    """The plan with rates and weights for all its rows: the folder's before the package's, and those that neither has
+    chosen now."""
+    kept = _kept(folder)
+    known = replace(scope, rates=scope.rates | kept["chosen"], balance=scope.balance | kept["balance"])
+    rows = tuple(row for row in scope.rows if not _is_known(row, known))
+    if not rows:
+        return known
+    say(f"no learning rates or weights yet for {', '.join(rows)}: chosen first")
+    rates, weights = tune(folder, replace(known, rows=rows), workers, say, command)
+    return replace(known, rates=known.rates | rates, balance=known.balance | weights)
 
 
-def tune(folder: Path, scope: Scope, workers: int, say: Say, command: str) -> Rates:
-    """Choose, and keep in the folder's FILE what was tried and chosen for the rows' methods, beside what was there.
+def _is_known(row: str, scope: Scope) -> bool:
+    return ROWS[row].adapter in scope.rates and (row in scope.balance or ROWS[row].merge == "joint")
 
-    What is there of another base model or judge is dropped, and of a method that has changed since.
+
+def tune(folder: Path, scope: Scope, workers: int, say: Say, command: str) -> tuple[Rates, Balance]:
+    """Choose, and keep in the folder's FILE what was tried and chosen for the rows and their methods, beside what was
+    there.
+
+    What is there of another base model or judge is dropped, and of a method or merge that has changed since; and the
+    weights of rows whose rates are others now.
     """
     scope = replace(scope, seeds=(0,))
-    cells = cells_of(scope)
-    run_stages(folder, scope, [missing(folder, scope, cells)], workers, say)
-    known = known_records(folder, scope, cells)
-    tried = [known[digest_of(cell, scope)] for cell in cells]
-    chosen, old = choose(tried), _kept(folder)
+    adapters = adapters_of(scope)
+    alone, summed = cells_alone(scope), cells_composed(adapters, rungs)
+    tried = _measured(folder, scope, [alone, summed], workers, say)
+    chosen = choose(tried)
+    merged = [row for row in scope.rows if row not in adapters and ROWS[row].merge != "joint"]
+    others = cells_composed(merged, lambda adapter, half: [rates_of(chosen, adapter, half)])
+    tried += _measured(folder, scope, [others], workers, say)
+    weights, old = balance(tried, chosen), _kept(folder)
+    stale = {adapter for adapter, rates in chosen.items() if old["chosen"].get(adapter, rates) != rates}
+    still = {row: found for row, found in old["balance"].items() if ROWS[row].adapter not in stale}
+    kept = [one for one in old["tried"] if one["adapter"] not in stale]
     found = {
         "weights": weights_digest(),
         "command": command,
         "chosen": old["chosen"] | chosen,
-        "versions": {adapter: ADAPTERS[adapter].version for adapter in old["chosen"] | chosen},
-        "tried": [one for one in old["tried"] if one["adapter"] not in chosen] + tried,
+        "balance": still | weights,
+        "versions": _versions(old["chosen"] | chosen, still | weights),
+        "tried": list({one["digest"]: one for one in kept + tried}.values()),
     }
     write_atomically(folder / FILE, (json.dumps(rounded(found)).replace('{"kind"', '\n{"kind"') + "\n").encode())
-    return chosen
+    return chosen, weights
+
+
+def _measured(folder: Path, scope: Scope, stages: Sequence[list[Cell]], workers: int, say: Say) -> list[Record]:
+    """Every record of these cells. An adapter that two of them need is taught in the stage before."""
+    cells = [cell for stage in stages for cell in stage]
+    run_stages(folder, scope, [missing(folder, scope, stage) for stage in stages], workers, say)
+    known = known_records(folder, scope, cells)
+    return [known[digest_of(cell, scope)] for cell in cells]
+
+
+def _versions(chosen: Iterable[str], rows: Iterable[str]) -> dict[str, int]:
+    """Method or row -> version of the method or of the row's merge."""
+    return {name: ADAPTERS[name].version for name in chosen} | {
+        row: MERGES[ROWS[row].merge].version for row in rows if ROWS[row].merge != "sum"
+    }
 
 
 def _kept(folder: Path) -> dict[str, Any]:
-    """What an earlier run chose in this folder, of this base model and judge, for methods as they are now."""
+    """What an earlier run chose in this folder, of this model and judge, for methods and merges as they are now."""
+    nothing: dict[str, Any] = {"chosen": {}, "balance": {}, "tried": []}
     file = folder / FILE
-    old = json.loads(file.read_text()) if file.exists() else {}
+    old = nothing | (json.loads(file.read_text()) if file.exists() else {})
     if old.get("weights") != weights_digest():
-        return {"chosen": {}, "tried": []}
-    versions = old.get("versions", {})  # of files from before there were any, all are 1
-    same = {name for name in old["chosen"] if name in ADAPTERS and ADAPTERS[name].version == versions.get(name, 1)}
-    chosen = {name: rates for name, rates in old["chosen"].items() if name in same}
-    return old | {"chosen": chosen, "tried": [one for one in old["tried"] if one["adapter"] in same]}
-
-
-def choose(tried: Sequence[dict[str, Any]]) -> Rates:
-    """Method -> role -> half -> the rate with the best score on that half's lesson; the lower of two equal ones."""
-    scores: dict[tuple[str, str], dict[float, float]] = defaultdict(dict)
-    for record in tried:
-        measured = record["measured"]
-        name = record.get("subject") or record["style"]
-        scores[record["adapter"], name][record["rate"]] = (measured["named"] + measured["both"]) / 2
-    adapters = dict.fromkeys(adapter for adapter, _ in scores)
-    best = {key: max(sorted(rates), key=lambda rate: rates[rate]) for key, rates in scores.items()}
-    return {
-        adapter: {
-            role: {half: best[adapter, name] for half, name in halves.items()} for role, halves in LESSONS.items()
-        }
-        for adapter in adapters
+        return nothing
+    versions = old.get("versions", {})  # what is not in it is of the first
+    chosen = {a: r for a, r in old["chosen"].items() if a in ADAPTERS and ADAPTERS[a].version == versions.get(a, 1)}
+    rows = {
+        row: {half: (float(a), float(b)) for half, (a, b) in found.items()}
+        for row, found in old["balance"].items()
+        if row in ROWS
+        and ROWS[row].adapter in chosen
+        and (ROWS[row].merge == "sum" or MERGES[ROWS[row].merge].version == versions.get(row, 1))
     }
+    same = [one for one in old["tried"] if one["adapter"] in chosen and one.get("row", one["adapter"]) in rows]
+    return old | {"chosen": chosen, "balance": rows, "tried": same}
+
+
+def score(record: Record) -> float:
+    """What tuning goes by."""
+    return (record["measured"]["named"] + record["measured"]["both"]) / 2
+
+
+def choose(tried: Sequence[Record]) -> Rates:
+    """Method -> role -> half -> the rates best on that half's lessons, alone and composed; the lower of equal ones."""
+    alone = {(r["adapter"], r.get("subject") or r["style"], *r["rates"]): score(r) for r in tried if "row" not in r}
+    composed: dict[tuple[Any, ...], float] = {}
+    for record in tried:
+        if "row" in record and ROWS[record["row"]].merge == "sum":
+            key = (record["adapter"], record["style"], *record["rates"])
+            composed[key] = max(composed.get(key, 0.0), score(record))
+    chosen: Rates = {adapter: {role: {} for role in LESSONS} for adapter in dict.fromkeys(key[0] for key in alone)}
+    for adapter, half in product(chosen, HALVES):
+        subject, style = (LESSONS[role][half] for role in LESSONS)
+        total = {
+            (a, b): alone[adapter, subject, a] + alone[adapter, style, b] + both
+            for (name, of, a, b), both in composed.items()
+            if (name, of) == (adapter, style)
+        }
+        best = max(sorted(total), key=lambda rates: total[rates])
+        for role, rate in zip(LESSONS, best, strict=True):
+            chosen[adapter][role][half] = rate
+    return chosen
+
+
+def rates_of(chosen: Rates, adapter: str, half: str) -> tuple[float, float]:
+    """Of subject and style."""
+    return chosen[adapter]["subject"][half], chosen[adapter]["style"][half]
+
+
+def balance(tried: Sequence[Record], chosen: Rates) -> Balance:
+    """Row -> half -> the best of WEIGHTS at the chosen rates; the first of equal ones."""
+    found: Balance = {}
+    for row in dict.fromkeys(record["row"] for record in tried if "row" in record):
+        found[row] = {}
+        for half in HALVES:
+            wanted = (LESSONS["style"][half], list(rates_of(chosen, ROWS[row].adapter, half)))
+            scores = {
+                tuple(r["weights"]): score(r)
+                for r in tried
+                if r.get("row") == row and (r["style"], list(r["rates"])) == wanted
+            }
+            found[row][half] = max(WEIGHTS, key=lambda weights: scores[weights])
+    return found

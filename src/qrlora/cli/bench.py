@@ -39,7 +39,7 @@ def add_bench(commands: Parsers) -> None:
     parser.add_argument(
         "--tune",
         action="store_true",
-        help="choose the rows' learning rates anew, write them to the folder's rates.json, and stop",
+        help="choose the rows' learning rates and weights anew, write them to the folder's rates.json, and stop",
     )
     parser.add_argument("--list", action="store_true", help="print the rows, and stop")
 
@@ -63,9 +63,12 @@ def run_bench(options: argparse.Namespace) -> None:
     scope = scope_of(options)
     said = shlex.join(["qrlora", "bench", *_asked(options)])
     if options.tune:
-        for adapter, found in tuning.tune(options.out, scope, options.workers, _say, said).items():
+        rates, balance = tuning.tune(options.out, scope, options.workers, _say, said)
+        for adapter, found in rates.items():
             each = [f"{role} {' or '.join(f'{rate:g}' for rate in halves.values())}" for role, halves in found.items()]
-            print(f"{adapter:20} {', '.join(each)}")
+            print(f"{adapter:28} rates: {', '.join(each)}")
+        for row, weights in balance.items():
+            print(f"{row:28} weights: {' or '.join(f'{a:g}, {b:g}' for a, b in weights.values())}")
         return
     given = run.read_records(options.records) if options.records else []
     scope = tuning.tuned(options.out, scope, options.workers, _say, said)

@@ -19,7 +19,7 @@ from jaxtyping import Bool, UInt8
 from qrlora.adapter import Adapter, save_adapter
 from qrlora.basis import Basis
 from qrlora.composition import Composition, Live, similarity
-from qrlora.demo.plan import DEFAULT, METHODS, Budget, Lesson, Wanted, lesson, questions, recipe_fields
+from qrlora.demo.plan import DEFAULT, METHODS, Budget, Lesson, Wanted, lesson, questions, recipe_fields, weights_of
 from qrlora.evaluation import Share
 from qrlora.evaluation.report import png_bytes
 from qrlora.families import ModelFamily, load_pipeline
@@ -199,7 +199,7 @@ def _experiment(setting: Setting, out: Path, subject: str, style: str, command: 
     answers, base = _generate_all(setting, lessons, learned)
     grid = _grid(setting, lessons, learned[DEFAULT])
     with setting.stage("files", "adapters in both spellings"):
-        sizes = _save(setting, out, learned)
+        sizes = _save(setting, out, learned, weights_of(DEFAULT, lessons[1]))
         interference = {method: _interference(setting, pair) for method, pair in learned.items()}
     return Outcome(setting, lessons[0], lessons[1], learned, answers, base, grid, interference, sizes, command)
 
@@ -227,7 +227,7 @@ def _generate_all(
         used = {
             "subject_alone": [(subject, 1.0)],
             "style_alone": [(style, 1.0)],
-            "composed": [(subject, 1.0), (style, 1.0)],
+            "composed": list(zip((subject, style), weights_of(method, lessons[1]), strict=True)),
         }
         with setting.stage("generate", f"{method}, {sum(len(asked[name]) for name in SETS)} pictures"):
             answers[method] = {name: setting.draw(asked[name], used[name]) for name in SETS}
@@ -254,8 +254,11 @@ def _grid(setting: Setting, lessons: Sequence[Lesson], pair: tuple[Adapter, Adap
     return [answers[start : start + len(weights)] for start in range(0, len(answers), len(weights))]
 
 
-def _save(setting: Setting, out: Path, learned: dict[str, tuple[Adapter, Adapter]]) -> dict[str, int]:
-    """All adapters as files; returns the bytes of the subject's: both spellings of the default's, and plain LoRA's."""
+def _save(
+    setting: Setting, out: Path, learned: dict[str, tuple[Adapter, Adapter]], weights: tuple[float, float]
+) -> dict[str, int]:
+    """All adapters as files, and the default's composed at these weights; returns the bytes of the subject's: both
+    spellings of the default's, and plain LoRA's."""
     folder = out / "adapters"
     folder.mkdir(exist_ok=True)
     for pair in learned.values():
@@ -264,7 +267,8 @@ def _save(setting: Setting, out: Path, learned: dict[str, tuple[Adapter, Adapter
             save_adapter(adapter, folder / f"{adapter.name}.safetensors", spelling)
     pair = learned[DEFAULT]
     basis = basis_of(setting, pair[0])
-    both = replace(Composition([(adapter, 1.0) for adapter in pair]).adapter(), name=f"{DEFAULT}-composed")
+    parts = zip(pair, weights, strict=True)
+    both = replace(Composition(list(parts)).adapter(), name=f"{DEFAULT}-composed")
     for adapter in (*pair, both):
         save_adapter(adapter, folder / f"{adapter.name}.lora.safetensors", "lora", basis)
     name = pair[0].name

@@ -8,7 +8,7 @@ from typing import Any
 
 from qrlora.bench.plan import rate_of
 from qrlora.demo.flow import PARTS, Answer, Outcome
-from qrlora.demo.plan import AIM, DEFAULT, METHODS, TUNED, Lesson
+from qrlora.demo.plan import AIM, DEFAULT, METHODS, TUNED, Lesson, weights_of
 
 AIMS = {
     "composed": "composed: pictures that show both subject and style",
@@ -30,7 +30,7 @@ def data(outcome: Outcome) -> dict[str, Any]:
         "subject": _lesson(outcome.subject),
         "style": _lesson(outcome.style),
         "budget": {**vars(budget), "weights": list(budget.weights)},
-        "methods": {name: {**fields, "learning_rates": _rates(outcome, name)} for name, fields in METHODS.items()},
+        "methods": {name: fields | _tuned(outcome, name) for name, fields in METHODS.items()},
         "parameters": {**parameters, "ratio": parameters[DEFAULT] / parameters["lora"]},
         "file_bytes": {**sizes, "ratio": sizes["compact"] / sizes["plain_lora"]},
         "scores": {
@@ -68,8 +68,13 @@ def _value(answer: Answer, part: str) -> float | None:
     return None if share is None else share.value
 
 
-def _rates(outcome: Outcome, method: str) -> dict[str, float]:
-    return {one.role: rate_of(TUNED[method], one.role, one.name) for one in (outcome.subject, outcome.style)}
+def _tuned(outcome: Outcome, method: str) -> dict[str, dict[str, float]]:
+    lessons = (outcome.subject, outcome.style)
+    weights = zip(lessons, weights_of(method, outcome.style), strict=True)
+    return {
+        "learning_rates": {one.role: rate_of(TUNED[method], one.role, one.name) for one in lessons},
+        "weights": {one.role: weight for one, weight in weights},
+    }
 
 
 def _lesson(lesson: Lesson) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from PIL import Image
 from qrlora.bench.plan import rate_of
 from qrlora.demo.flow import PARTS, SETS, Answer, Outcome
 from qrlora.demo.numbers import AIMS, crosstalk, data, versions
-from qrlora.demo.plan import AIM, DEFAULT, LESSON_STYLE, LESSON_SUBJECT, METHODS, TUNED, Lesson
+from qrlora.demo.plan import AIM, DEFAULT, LESSON_STYLE, LESSON_SUBJECT, METHODS, TUNED, Lesson, weights_of
 from qrlora.evaluation import (
     Bars,
     Code,
@@ -243,8 +243,8 @@ def _methods(outcome: Outcome) -> Section:
     ]
     columns = [wanted[i].colour or f"seed {wanted[i].seed}" for i in shown]
     lead = (
-        "Composed at weights 1 and 1. Same rank, steps and pictures for all; each at its own learning rates, the best "
-        "of a few on other subjects and styles. Last row: the base model, told the names in plain words."
+        "Same rank, steps and pictures for all; each at its own learning rates and weights, the best of a few on other "
+        "subjects and styles. Last row: the base model, told the names in plain words."
     )
     return Section("Three methods, the same prompts and seeds", [Matrix(list(rows), columns, cells)], lead)
 
@@ -293,6 +293,7 @@ def _costs(outcome: Outcome) -> Section:
             f"{parameters[method]:,}",
             f"{parameters[method] / parameters['lora']:.4f}",
             ", ".join(f"{rate_of(TUNED[method], one.role, one.name):g}" for one in (outcome.subject, outcome.style)),
+            ", ".join(f"{weight:g}" for weight in weights_of(method, outcome.style)),
             f"{seconds[f'train {method}']:.1f} s",
         ]
         for method in METHODS
@@ -302,7 +303,8 @@ def _costs(outcome: Outcome) -> Section:
         ["the same adapter spelled as a LoRA, for any loader", f"{sizes['lora']:,}"],
         ["LoRA of the same rank", f"{sizes['plain_lora']:,}"],
     ]
-    header = ["One adapter", "trained parameters", "of LoRA's", "learning rates: subject, style", "training of both"]
+    tuned = ["learning rates: subject, style", "weights, composed"]
+    header = ["One adapter", "trained parameters", "of LoRA's", *tuned, "training of both"]
     return Section("What it costs", [Table(header, rows), Table(["File of the subject", "bytes"], files)])
 
 

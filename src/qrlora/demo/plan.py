@@ -9,7 +9,7 @@ from typing import Any
 
 from PIL import Image
 
-from qrlora.bench.plan import rate_of
+from qrlora.bench.plan import balance_of, rate_of
 from qrlora.errors import DataError
 from qrlora.evaluation.report import png_bytes
 from qrlora.files import write_atomically
@@ -24,7 +24,8 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 """Name in the report -> what distinguishes its recipe."""
 TUNED = {"qrlora": "qrlora_disjoint", "qrlora_published": "qrlora", "lora": "lora"}
-"""Name in the report -> name in the bench, whose learning rates the demo takes: `qrlora bench --tune` chose them."""
+"""Name in the report -> name in the bench, whose learning rates and weights the demo takes: `qrlora bench --tune` chose
+them."""
 DEFAULT = "qrlora"
 """The project's default: subject and style own disjoint columns of one basis, which is what their roles ask for."""
 
@@ -192,3 +193,8 @@ def recipe_fields(lesson: Lesson, budget: Budget, seed: int, method: str) -> dic
         "seed": seed,
         "licence": "Apache-2.0" if lesson.name else "",
     }
+
+
+def weights_of(method: str, style: Lesson) -> tuple[float, float]:
+    """Weights of subject and style where a method of METHODS composes them."""
+    return balance_of(TUNED[method], style.name)

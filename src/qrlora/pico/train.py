@@ -11,6 +11,7 @@ import argparse
 import json
 import math
 import time
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
@@ -50,7 +51,7 @@ class Plan:
     time_spread: float = 1.4  # the usual logit-normal (0, 1) looks in one sample of 600 and this one in 28
     cool: float = 0.3  # the last share of the denoiser's steps, in which the learning rates fall to zero
     novelties: int = 0  # pictures more, with shapes and styles that have no name (`world.novel`)
-    novel_share: float = 0.3  # of the denoiser's examples, if there are any
+    novel_share: float = 0.3  # of the denoiser's examples, if there are any; as often of every kind
     focus: str = ""  # styles to draw twice as often as the others, separated by commas
     caption_dropout: float = 0.1
     long_null: float = 0.03  # share of steps with the 256 zero tokens that the stock pipeline sends by default
@@ -370,8 +371,10 @@ def batches(work: Path, plan: Plan) -> Callable[[int], tuple[Tensor, list[str], 
     scenes, focus = scenes_of(plan), set(filter(None, plan.focus.split(",")))
     wanted = np.array([2.0 if scene.style in focus else 1.0 for scene in scenes])
     if plan.novelties:
-        known, novel = wanted[: plan.pictures], wanted[plan.pictures :]
-        novel[:] = plan.novel_share / (1 - plan.novel_share) * known.sum() / len(novel)
+        kinds = [(scene.subject == "", scene.style == "") for scene in scenes[plan.pictures :]]
+        counts, known = Counter(kinds), wanted[: plan.pictures].sum()
+        each = plan.novel_share / (1 - plan.novel_share) * known / len(counts)  # a nameless subject, style, or both
+        wanted[plan.pictures :] = [each / counts[kind] for kind in kinds]
     even = len(set(wanted)) == 1
 
     def batch(step: int) -> tuple[Tensor, list[str], np.random.Generator]:

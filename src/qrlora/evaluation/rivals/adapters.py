@@ -45,13 +45,12 @@ Prepare = Callable[[Mapping[str, Any], Recipe], None]
 FREED = 4
 """Columns of Q that `q_free_4` frees."""
 PRIOR = (
-    "a photo of a green car in halftone style",
-    "a photo of a blue sofa in flat style",
-    "a photo of a yellow camera in watercolour style",
-    "a photo of a pink umbrella in neon style",
+    "a photo of a yellow <k3> in flat style",
+    "a photo of a blue <k9> in neon style",
+    "a photo of a green sofa in <r2> style",
 )
-"""What `qrlora_disjoint_preserve` should leave as the base draws it: no subject and no style that the bench measures
-drift by."""
+"""What the rows called `_preserve` leave as the base draws it when a style is taught: other new words. No subject and
+no style that the bench measures drift by."""
 NEUTRAL = "thing"
 """What `qrlora_disjoint_contrast` calls a subject whose word is its trigger alone."""
 
@@ -379,7 +378,8 @@ def _let_move(layer: Any, kind: type[BasisColumns], count: int, start: Tensor) -
 
 
 def _prior(recipe: Recipe) -> Recipe:
-    return recipe.replace(preserve=PRIOR)
+    """A style leaves new subjects, and new styles that are not its own, as they were: to others' adapters."""
+    return recipe.replace(preserve=PRIOR) if recipe.role == "style" else recipe
 
 
 def _contrast(recipe: Recipe) -> Recipe:
@@ -442,6 +442,13 @@ _ROWS = (
         "lora", "A random, B zero, both train", "Hu et al. 2021, arXiv 2106.09685", _by_recipe(method="lora")
     ),
     AdapterMethod(
+        "lora_preserve",
+        "LoRA, a style taught to leave what other new words call as the base draws it",
+        "control of qrlora_disjoint_preserve",
+        _by_recipe(method="lora"),
+        _prior,
+    ),
+    AdapterMethod(
         "pissa",
         "A and B start at the first singular triples",
         "Meng et al. 2024, arXiv 2404.02948",
@@ -499,11 +506,11 @@ _ROWS = (
     ),
     AdapterMethod(
         "qrlora_disjoint_preserve",
-        "the default, taught to leave pictures of other things as the base draws them",
+        "the default, a style taught to leave what other new words call as the base draws it",
         "prior preservation, Ruiz et al. 2023, arXiv 2208.12242",
         _by_recipe(method="qrlora", triangular=True, train_basis=False),
         _prior,
-        version=2,
+        version=3,
     ),
     AdapterMethod(
         "qrlora_disjoint_contrast",
