@@ -42,6 +42,8 @@ LESSONS = {
 """Role -> half of the reserved parts -> what is taught to choose for it: nothing of that half."""
 HALVES = ("even", "odd")
 FILE = "rates.json"
+KEPT = ("named", "both", "p_subject", "p_style")
+"""What the file keeps of each measurement; the records in the folder have all."""
 
 
 def cells_alone(scope: Scope) -> list[Cell]:
@@ -118,10 +120,14 @@ def tune(folder: Path, scope: Scope, workers: int, say: Say, command: str) -> tu
         "chosen": old["chosen"] | chosen,
         "balance": still | weights,
         "versions": _versions(old["chosen"] | chosen, still | weights),
-        "tried": list({one["digest"]: one for one in kept + tried}.values()),
+        "tried": list({one["digest"]: one for one in kept + [_brief(one) for one in tried]}.values()),
     }
     write_atomically(folder / FILE, (json.dumps(rounded(found)).replace('{"kind"', '\n{"kind"') + "\n").encode())
     return chosen, weights
+
+
+def _brief(record: Record) -> Record:
+    return record | {"measured": {name: record["measured"][name] for name in KEPT}}
 
 
 def _measured(folder: Path, scope: Scope, stages: Sequence[list[Cell]], workers: int, say: Say) -> list[Record]:

@@ -12,7 +12,6 @@ from PIL import Image
 from qrlora.bench.plan import balance_of, rate_of
 from qrlora.errors import DataError
 from qrlora.evaluation.report import png_bytes
-from qrlora.evaluation.rivals.adapters import PRIOR
 from qrlora.files import write_atomically
 from qrlora.pico import SETTINGS, world
 from qrlora.training.pictures import read_picture
@@ -24,12 +23,11 @@ METHODS: dict[str, dict[str, Any]] = {
     "lora": {"method": "lora"},
 }
 """Name in the report -> what distinguishes its recipe."""
-TUNED = {"qrlora": "qrlora_disjoint_preserve", "qrlora_published": "qrlora", "lora": "lora"}
+TUNED = {"qrlora": "qrlora_disjoint", "qrlora_published": "qrlora", "lora": "lora"}
 """Name in the report -> name in the bench, whose learning rates and weights the demo takes: `qrlora bench --tune` chose
 them."""
 DEFAULT = "qrlora"
-"""The project's default: subject and style own disjoint columns of one basis, which is what their roles ask for; and a
-style is held to what other new words call (`PRIOR`)."""
+"""The project's default: subject and style own disjoint columns of one basis, which is what their roles ask for."""
 
 NOISE = (0.5, 1.5)
 """Mean and spread of the noise levels' logit in training, the same for all methods. A picture's ground and shape are
@@ -179,12 +177,9 @@ def _with_seeds(rows: list[Wanted], pictures: int, first: int) -> list[Wanted]:
 
 
 def recipe_fields(lesson: Lesson, budget: Budget, seed: int, method: str) -> dict[str, Any]:
-    """The recipe of one method for one lesson; all but METHODS, the learning rate and what the default holds a style to
-    is common to all methods."""
-    held = {"preserve": PRIOR} if (method, lesson.role) == (DEFAULT, "style") else {}
+    """The recipe of one method for one lesson; all but METHODS and the learning rate is common to all methods."""
     return {
         **METHODS[method],
-        **held,
         "learning_rate": rate_of(TUNED[method], lesson.role, lesson.name),
         "role": lesson.role,
         "images": lesson.file,
