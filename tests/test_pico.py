@@ -94,6 +94,19 @@ def test_the_named_share_of_examples_has_no_name(tmp_path, monkeypatch):
     assert batch(0)[1] == captions != batch(1)[1]
 
 
+def test_nameless_subjects_styles_and_both_are_shown_as_often(tmp_path, monkeypatch):
+    """Though of the renders three in five have a nameless style."""
+    monkeypatch.setattr(train, "CHUNK", 20)
+    plan = train.Plan(pictures=20, novelties=20, novel_share=0.6, denoiser_batch=2000, caption_dropout=0)
+    scenes = train.scenes_of(plan)
+    for i, path in enumerate(train._chunks(tmp_path, plan, "latents")):
+        kinds = [2 * (not scene.subject) + (not scene.style) for scene in scenes[20 * i : 20 * i + 20]]
+        np.save(path, np.array(kinds, np.float16).reshape(20, 1, 1, 1))
+    (tmp_path / "latents.json").write_text('{"scaling_factor": 1.0}')
+    shown = np.bincount(train.batches(tmp_path, plan)(0)[0].flatten().int().numpy(), minlength=4) / 2000
+    assert shown == pytest.approx([0.4, 0.2, 0.2, 0.2], abs=0.05)
+
+
 def test_stock_diffusers_loads_the_shipped_pipeline():
     stock = StableDiffusion3Pipeline.from_pretrained(pico.path(), text_encoder_3=None, tokenizer_3=None)
     assert stock.transformer.config.num_layers == 6

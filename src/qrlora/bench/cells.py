@@ -72,10 +72,14 @@ class Cell:
         at = "".join(f" at {', '.join(f'{x:g}' for x in each)}" for each in (self.rates, self.weights) if each)
         return " ".join(part for part in parts if part) + f" seed {self.seed}{at}"
 
+    def rate(self, role: str) -> float | None:
+        """Instead of the tuned one; None: the tuned one."""
+        return self.rates[0 if role == "subject" else -1] if self.rates else None
+
     def taught(self, subject: str = "", style: str = "") -> Cell:
         """The cell of an adapter that this one looks at."""
-        rates = self.rates[:1] if subject else self.rates[-1:]
-        return Cell("teach", self.adapter, self.seed, subject, style, rates=rates)
+        rate = self.rate("subject" if subject else "style")
+        return Cell("teach", self.adapter, self.seed, subject, style, rates=(rate,) if rate else ())
 
 
 @functools.cache
@@ -231,7 +235,7 @@ def teach(bench: Bench, cell: Cell) -> Record:
     role = "subject" if cell.subject else "style"
     lesson = bench.lesson(role, cell.subject or cell.style, cell.seed)
     started = time.perf_counter()
-    recipe = bench.recipe(lesson, cell.adapter, cell.seed, *cell.rates)
+    recipe = bench.recipe(lesson, cell.adapter, cell.seed, cell.rate(role))
     found = taught(cell.adapter, recipe, pipe=bench.pipe, family=bench.family)
     facts = {"trained": found.trained, "loss": float(np.mean(found.losses[-max(1, recipe.steps // 10) :]))}
     save_learned(bench.file(cell, "adapters"), found.learned, {"facts": json.dumps(facts)})
@@ -302,10 +306,7 @@ def weighted(bench: Bench, cell: Cell, parts: tuple[Learned, Learned], style: st
 def merged_of(bench: Bench, cell: Cell, parts: Sequence[Learned], lessons: Sequence[Lesson]) -> Learned | Schedule:
     """What the row's merge makes of adapters."""
     row = ROWS[cell.row]
-    recipes = [
-        bench.recipe(lesson, cell.adapter, cell.seed, *cell.taught(**{lesson.role: lesson.called}).rates)
-        for lesson in lessons
-    ]
+    recipes = [bench.recipe(lesson, cell.adapter, cell.seed, cell.rate(lesson.role)) for lesson in lessons]
     context = Context(bench.pipe, bench.family, recipes, seed=cell.seed)
     return MERGES[row.merge].of(parts, context, **row.options)
 
