@@ -18,7 +18,7 @@ from PIL import Image
 from qrlora.bench import about, cells, page, plan, run, tables, tuning
 from qrlora.bench.cells import UNRELATED, Cell, digest_of
 from qrlora.bench.plan import DEFAULT, RIVAL, ROWS, SMALL, Scope
-from qrlora.bench.plots import frontier
+from qrlora.bench.plots import freedom, frontier
 from qrlora.cli import main
 from qrlora.errors import DataError
 from qrlora.evaluation.rivals.adapters import ADAPTERS, PRIOR
@@ -26,7 +26,7 @@ from qrlora.evaluation.rivals.deltas import Delta
 from qrlora.evaluation.rivals.merges import MERGES
 from qrlora.pico import world
 
-EQUAL = {"even": (1.0, 1.0), "odd": (1.0, 1.0)}
+EQUAL = dict.fromkeys(("even-even", "even-odd", "odd-even", "odd-odd"), (1.0, 1.0))
 BALANCE = plan.balance() | {"lora+ties": EQUAL, "lora+klora": EQUAL}
 TINY = replace(Scope(**SMALL), steps=2, pictures=2, alone=2, denoising_steps=2, rows=(RIVAL, DEFAULT), balance=BALANCE)
 
@@ -62,7 +62,7 @@ def test_no_part_is_measured_at_a_rate_it_helped_to_choose():
         for half, lesson in tuning.LESSONS[role].items():
             assert lesson not in halves[half]
     cells = tuning.cells_alone(Scope()) + tuning.cells_composed(ADAPTERS, tuning.rungs)
-    assert {(c.subject, c.style) for c in cells if c.kind == "pair"} == {("sneaker", "gold"), ("sneaker", "candy")}
+    assert {(c.subject, c.style) for c in cells if c.kind == "pair"} == {("rocket", "gold"), ("robot", "candy")}
     budget = {adapter: sum(c.adapter == adapter for c in cells) for adapter in ADAPTERS}
     assert len(set(budget.values())) == 1, "the same budget for every method"
 
@@ -76,7 +76,7 @@ def tried(found, row=None):
 
 
 def test_the_best_rates_on_the_other_half_are_chosen():
-    apart = {(("sneaker",), (1e-3,)): 0.5, (("sneaker",), (2e-3,)): 0.5}
+    apart = {((name,), (rate,)): 0.5 for name in ("rocket", "robot") for rate in (1e-3, 2e-3)}
     apart |= {
         (("gold",), (1e-3,)): 0.4,
         (("gold",), (2e-3,)): 0.6,
@@ -84,45 +84,56 @@ def test_the_best_rates_on_the_other_half_are_chosen():
         (("candy",), (2e-3,)): 0.1,
     }
     each = [(a, b) for a in (1e-3, 2e-3) for b in (1e-3, 2e-3)]
-    summed = {(("sneaker", t), rates, w): 0.0 for t in ("gold", "candy") for rates in each for w in tuning.WEIGHTS}
+    pairs = [(s, t) for s in ("rocket", "robot") for t in ("gold", "candy")]
+    summed = {(names, rates, w): 0.0 for names in pairs for rates in each for w in tuning.WEIGHTS}
     records = [*tried(apart), *tried(summed, "lora")]
     chosen = tuning.choose(records)["lora"]
     assert chosen["subject"] == {"even": 1e-3, "odd": 1e-3}, "the lower of two equal ones"
     assert chosen["style"] == {"even": 2e-3, "odd": 1e-3}
     assert plan.half_of("style", "candy") == "even", "so candy, tuned on gold, takes gold's rate"
-    assert tuning.balance(records, {"lora": chosen})["lora"]["even"] == tuning.WEIGHTS[0], "the first of equal ones"
+    assert tuning.balance(records, {"lora": chosen})["lora"]["even-even"] == tuning.WEIGHTS[0], (
+        "the first of equal ones"
+    )
 
-    summed[("sneaker", "gold"), (2e-3, 1e-3), (1.4, 0.7)] = 0.3
+    summed[("rocket", "candy"), (2e-3, 1e-3), (1.0, 0.7)] = 0.9
+    records = [*tried(apart), *tried(summed, "lora")]
+    assert tuning.choose(records)["lora"] == chosen, "a pair of both halves says nothing about rates"
+    summed[("rocket", "gold"), (2e-3, 1e-3), (1.4, 0.7)] = 0.3
     records = [*tried(apart), *tried(summed, "lora")]
     chosen = tuning.choose(records)["lora"]
     assert chosen["subject"] == {"even": 2e-3, "odd": 1e-3}, "what is 0.2 worse alone and 0.3 better composed"
     assert chosen["style"] == {"even": 1e-3, "odd": 1e-3}
-    assert tuning.balance(records, {"lora": chosen})["lora"] == {"even": (1.4, 0.7), "odd": tuning.WEIGHTS[0]}
+    first = tuning.WEIGHTS[0]
+    found = tuning.balance(records, {"lora": chosen})["lora"]
+    assert found == {"even-even": (1.4, 0.7), "even-odd": (1.0, 0.7), "odd-even": first, "odd-odd": first}
 
-    merged = {(("sneaker", "gold"), (2e-3, 1e-3), w): w[1] for w in tuning.WEIGHTS}
-    merged |= {(("sneaker", "candy"), (1e-3, 1e-3), w): -w[1] for w in tuning.WEIGHTS}
+    merged = {((s, t), rates, w): 0.0 for s, t in pairs for rates in each for w in tuning.WEIGHTS}
+    merged |= {(("rocket", "gold"), (2e-3, 1e-3), w): w[1] for w in tuning.WEIGHTS}
+    merged |= {(("robot", "candy"), (1e-3, 1e-3), w): -w[1] for w in tuning.WEIGHTS}
     records += tried(merged, "lora+ties")
     assert tuning.choose(records)["lora"] == chosen, "rates are of the sum alone"
-    assert tuning.balance(records, {"lora": chosen})["lora+ties"] == {"even": (1.0, 1.0), "odd": (1.0, 0.7)}
+    found = tuning.balance(records, {"lora": chosen})["lora+ties"]
+    assert found == {"even-even": (1.0, 1.0), "even-odd": first, "odd-even": first, "odd-odd": (1.0, 0.7)}
 
 
-def test_weights_are_of_a_row_and_half(small):
+def test_weights_are_of_a_row_and_the_halves_of_a_pair(small):
     folder, scope = small
     cell = Cell("pair", RIVAL, 0, "teapot", "chalk", RIVAL)
-    half = plan.half_of("style", "chalk")
-    heavier = replace(scope, balance=scope.balance | {RIVAL: {half: (1.0, 0.5), "odd": (1.0, 1.0)}})
-    assert digest_of(cell, heavier) != digest_of(cell, scope)
-    assert digest_of(replace(cell, style="mosaic"), heavier) == digest_of(replace(cell, style="mosaic"), scope)
+    heavier = replace(scope, balance=scope.balance | {RIVAL: EQUAL | {"even-even": (1.0, 0.5)}})
+    equal = replace(scope, balance=scope.balance | {RIVAL: EQUAL})
+    assert digest_of(cell, heavier) != digest_of(cell, equal)
+    for other in (replace(cell, style="mosaic"), replace(cell, subject="rocket")):
+        assert digest_of(other, heavier) == digest_of(other, equal), "of another half"
     bench = cells.Bench.open(folder, heavier)
     parts = cells.parts_of(bench, cell, "teapot", "chalk")
     name = next(iter(parts[1]))
     for one, share in ((cell, 0.5), (replace(cell, weights=(1.0, 0.25)), 0.25)):
-        found = cells.weighted(bench, one, parts, "chalk")
+        found = cells.weighted(bench, one, parts, "teapot", "chalk")
         assert torch.equal(found[0][name].dense(), parts[0][name].dense())
         torch.testing.assert_close(found[1][name].dense(), share * parts[1][name].dense())
     with pytest.raises(DataError, match="lora\\+dare has no weights yet"):
-        plan.balance_of("lora+dare", "chalk", {})
-    assert plan.balance_of("lora+joint", "chalk", {}) == (1, 1)
+        plan.balance_of("lora+dare", "teapot", "chalk", {})
+    assert plan.balance_of("lora+joint", "teapot", "chalk", {}) == (1, 1)
 
 
 def test_seeds_are_averaged_before_pairs():
@@ -174,6 +185,33 @@ def test_rank_correlation_with_ties():
     assert tables.rank_correlation(points) == pytest.approx(scipy_says)
     assert tables.rank_correlation(points[:3]) is None
     assert tables.rank_correlation([["row", 1, y] for y in range(5)]) is None
+
+
+def test_distance_is_of_form_for_subjects_and_of_drawing_for_styles(monkeypatch):
+    monkeypatch.setattr(tables, "SCENES", 1)
+    far = tables.distance.__wrapped__
+    monkeypatch.setattr(world, "SEEN_STYLES", ("flat", "ink"))
+    near = far("style", "gold")
+    monkeypatch.setattr(world, "SEEN_STYLES", ("ink",))
+    assert 0 < near <= far("style", "gold") < 255, "the nearest of the seen ones"
+    here = world.sample_scene(5, subject="teapot", style="flat")
+    pose = replace(here.pose, dx=here.pose.dx + 3)
+    moved = replace(here, pose=pose)
+    assert np.abs(tables.plain(here) - tables.plain(moved)).mean() > 2
+    assert np.abs(tables.stretched(here) - tables.stretched(moved)).mean() < 2, "where it stands does not count"
+
+
+def test_freedom_needs_two_methods_and_shows_every_part(monkeypatch):
+    monkeypatch.setattr("qrlora.bench.plots.distance", lambda role, name: float(len(name)))
+    records = [
+        alone(method, measured={"named": 0.5}, **part)
+        for method in ("qrlora", "q_cayley")
+        for part in ({"subject": "teapot"}, {"subject": "boot"}, {"style": "gold"})
+    ]
+    assert freedom(records[:3]) is None
+    found = freedom(records)
+    assert found.name == "freedom" and found.pixels.std() > 0
+    assert freedom([r for r in records if "subject" in r]) is None, "no style was measured"
 
 
 def test_frontier_is_what_none_beats():
@@ -383,9 +421,9 @@ def test_a_method_without_a_rate_is_refused():
 
 def test_rates_of_the_folder_win_and_missing_ones_are_chosen_first(tmp_path, monkeypatch):
     halves = {"even": 7e-3, "odd": 8e-3}
-    equal = {"even": [1, 1], "odd": [1, 1]}
+    equal = {halves: list(weights) for halves, weights in EQUAL.items()}
     kept = {"weights": tuning.weights_digest(), "chosen": {"lora": {"subject": halves, "style": halves}}, "tried": []}
-    kept["balance"] = {"lora": equal, "lora+ties": {"even": [1, 0.5], "odd": [1, 1]}}
+    kept["balance"] = {"lora": equal, "lora+ties": equal | {"even-even": [1, 0.5]}}
     (tmp_path / tuning.FILE).write_text(json.dumps(kept))
     asked = []
 
@@ -397,7 +435,7 @@ def test_rates_of_the_folder_win_and_missing_ones_are_chosen_first(tmp_path, mon
     wanted = ("lora", "lora+ties", "lora+dare", "lora+joint", "oft")
     scope = tuning.tuned(tmp_path, replace(TINY, rows=wanted), 1, lambda said: None, "")
     assert asked == [("lora+dare", "oft")], "only what neither has"
-    assert plan.balance_of("lora+ties", "chalk", scope.balance) == (1, 0.5) and "lora+dare" in scope.balance
+    assert plan.balance_of("lora+ties", "teapot", "chalk", scope.balance) == (1, 0.5) and "lora+dare" in scope.balance
     assert plan.rate_of("lora", "subject", "teapot", scope.rates) == 7e-3
     assert plan.rate_of("lora", "subject", "rocket", scope.rates) == 8e-3
     assert "oft" in scope.rates and "qrlora_disjoint" in scope.rates

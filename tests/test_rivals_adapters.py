@@ -131,6 +131,7 @@ def test_trained_parameters_are_counted(pipe: Any, recipe: Recipe) -> None:
     assert counted["full"] == whole
     assert counted["qrlora"] == inputs_only - len(sizes)  # one zero under the diagonal of each
     assert counted["qrlora_wide"] == counted["qrlora"]
+    assert counted["qrlora_penalty"] == 2 * inputs_only - (2 * RANK) * (2 * RANK - 1) // 2 * len(sizes)
     assert counted["qrlora_trained"] == both - len(sizes)
     assert counted["q_free_4"] == counted["qrlora_trained"]  # there are no more than two columns here
     assert counted["q_cayley"] == inputs_only - len(sizes) + RANK**2 * len(sizes)
@@ -326,6 +327,24 @@ def test_turned_columns_stay_orthonormal_and_leave_their_span(pipe: Any, recipe:
         assert torch.equal(up[:, :RANK], basis.q[:, :RANK])
         assert not within(turned, basis.q[:, :RANK]) and within(turned, basis.q)
         assert torch.allclose(down[RANK:] - down[:RANK], 3 / RANK * basis.r[:RANK], atol=1e-5)
+
+
+def test_a_penalty_shrinks_what_is_learned_in_the_other_roles_columns(
+    pipe: Any, recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def energies(role: str, price: float) -> tuple[float, float]:
+        monkeypatch.setattr("qrlora.evaluation.rivals.adapters.PENALTY", price)
+        learned = teach("qrlora_penalty", recipe.replace(role=role, steps=12), pipe=pipe[0], family=pipe[1])
+        rows = [delta.factors[1].square().sum(1) for delta in learned.values() if delta.factors]
+        assert {len(row) for row in rows} == {2 * RANK}
+        first = 0 if role == "subject" else 1
+        return float(sum(r[first::2].sum() for r in rows)), float(sum(r[1 - first :: 2].sum() for r in rows))
+
+    for role in ("subject", "style"):
+        own, others = energies(role, 0.0)
+        kept, pressed = energies(role, 1e3)
+        assert others > 0.1 * own, "nothing is held back without a price"
+        assert pressed < 0.1 * others and kept > 0.2 * own
 
 
 def _basis(pipe: Any, name: str, rank: int) -> Any:

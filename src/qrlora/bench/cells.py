@@ -110,8 +110,8 @@ def digest_of(cell: Cell, scope: Scope) -> str:
     if cell.row:
         decides["options"] = dict(ROWS[cell.row].options)
     if cell.row and cell.kind != "grid":
-        styles = [name for role, name in names if role == "style"]
-        decides["balance"] = [cell.weights or balance_of(cell.row, style, scope.balance) for style in styles]
+        pairs = zip(*([name for role, name in names if role == one] for one in parts), strict=True)
+        decides["balance"] = [cell.weights or balance_of(cell.row, *pair, scope.balance) for pair in pairs]
     decides |= _versions(cell)
     return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:20]
 
@@ -297,9 +297,9 @@ def parts_of(bench: Bench, cell: Cell, subject: str, style: str) -> tuple[Learne
     return bench.learned(cell.taught(subject=subject)), bench.learned(cell.taught(style=style))
 
 
-def weighted(bench: Bench, cell: Cell, parts: tuple[Learned, Learned], style: str) -> list[Learned]:
+def weighted(bench: Bench, cell: Cell, parts: tuple[Learned, Learned], subject: str, style: str) -> list[Learned]:
     """The two at the cell's weights, or those chosen for its row."""
-    weights = cell.weights or balance_of(cell.row, style, bench.scope.balance)
+    weights = cell.weights or balance_of(cell.row, subject, style, bench.scope.balance)
     return [scaled(part, weight) for part, weight in zip(parts, weights, strict=True)]
 
 
@@ -331,7 +331,7 @@ def pair(bench: Bench, cell: Cell) -> Record:
         merged: Learned | Schedule = joint(bench, cell, lessons)
     else:
         parts = parts_of(bench, cell, cell.subject, cell.style)
-        merged = merged_of(bench, cell, weighted(bench, cell, parts, cell.style), lessons)
+        merged = merged_of(bench, cell, weighted(bench, cell, parts, cell.subject, cell.style), lessons)
         record["files"] = between(*parts) if cell.row == cell.adapter else None
     record["merge_seconds"] = round(time.perf_counter() - started, 2)
     wanted = pair_wanted(lessons[0], lessons[1], bench.scope.pictures, cell.seed)
@@ -388,7 +388,7 @@ def many(bench: Bench, cell: Cell) -> Record:
     lessons = [bench.lesson("subject", name, cell.seed) for name in bench.scope.subjects[:each]]
     styles = [bench.lesson("style", name, cell.seed) for name in bench.scope.styles[:each]]
     both = [
-        weighted(bench, cell, parts_of(bench, cell, a.called, b.called), b.called)
+        weighted(bench, cell, parts_of(bench, cell, a.called, b.called), a.called, b.called)
         for a, b in zip(lessons, styles, strict=True)
     ]
     merged = merged_of(bench, cell, [a for a, _ in both] + [b for _, b in both], [*lessons, *styles])

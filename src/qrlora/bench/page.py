@@ -15,7 +15,15 @@ from PIL import Image
 from qrlora.bench import about
 from qrlora.bench.cells import MEASURES, Cell, Record, digest_of, weights_digest
 from qrlora.bench.plan import DEFAULT, RIVAL, ROWS, Scope
-from qrlora.bench.plots import Plot, across_weights, crosstalk_bars, foretelling, subject_against_style, with_many
+from qrlora.bench.plots import (
+    Plot,
+    across_weights,
+    crosstalk_bars,
+    foretelling,
+    freedom,
+    subject_against_style,
+    with_many,
+)
 from qrlora.bench.run import adapters_of, facts, write_records
 from qrlora.bench.tables import Estimate, against, as_json, by_pair, foretold, table
 from qrlora.evaluation.report import Code, Picture, Prose, Report, Section, Table, png_bytes
@@ -38,6 +46,7 @@ def write(folder: Path, scope: Scope, records: Sequence[Record], command: str) -
         crosstalk_bars(found),
         across_weights(records),
         with_many(records),
+        freedom(records),
         foretelling(told),
         *sheets(folder, scope, records, rows),
     ]

@@ -34,7 +34,7 @@ _ADAPTERS = (
     *("q_activation", "q_gradient"),
     *("q_random_each", "transposed", "qrlora_trained", "mica", "olora", "oft", "full"),
     *("q_free_4", "qrlora_wide", "q_cayley", f"{DEFAULT}_preserve", "lora_preserve"),
-    *(f"{DEFAULT}_contrast", f"{DEFAULT}_masked"),
+    *(f"{DEFAULT}_contrast", f"{DEFAULT}_masked", "qrlora_penalty"),
 )
 _MERGES = ("ties", "dare", "ziplora", "klora", "nplora", "blora", "activation_weights", "regmean")
 _OURS = ("project_style", "project_both", "project_activation", "activation_weights", "route_steps")
@@ -55,7 +55,7 @@ ROWS: dict[str, Row] = {
 Rates = dict[str, dict[str, dict[str, float]]]
 """Method -> role -> half of the parts -> learning rate."""
 Balance = dict[str, dict[str, tuple[float, float]]]
-"""Row -> half of the styles -> weights of subject and style in a composition."""
+"""Row -> halves of subject and style, as `halves_of` has them -> their weights in a composition."""
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,7 @@ def rates() -> Rates:
 def balance() -> Balance:
     """The weights of compositions that the package has, chosen like the rates."""
     return {
-        row: {half: (float(a), float(b)) for half, (a, b) in found.items()}
+        row: {halves: (float(a), float(b)) for halves, (a, b) in found.items()}
         for row, found in _packaged()["balance"].items()
     }
 
@@ -141,6 +141,11 @@ def half_of(role: str, name: str | None) -> str:
     return "odd" if name in names and names.index(name) % 2 else "even"
 
 
+def halves_of(subject: str | None, style: str | None) -> str:
+    """Of the subject, then of the style: "even-odd"."""
+    return f"{half_of('subject', subject)}-{half_of('style', style)}"
+
+
 def rate_of(adapter: str, role: str, name: str | None, known: Rates | None = None) -> float:
     """For one part, of the rates given or the package's. Raises DataError if the method has not been tuned."""
     known = rates() if known is None else known
@@ -150,8 +155,8 @@ def rate_of(adapter: str, role: str, name: str | None, known: Rates | None = Non
     return known[adapter][role][half_of(role, name)]
 
 
-def balance_of(row: str, style: str | None, known: Balance | None = None) -> tuple[float, float]:
-    """Weights of subject and style in a row's compositions with that style. Raises DataError if they were never chosen.
+def balance_of(row: str, subject: str | None, style: str | None, known: Balance | None = None) -> tuple[float, float]:
+    """Weights of a subject and a style in a row's composition of them. Raises DataError if they were never chosen.
 
     What was taught together has none to choose: 1 and 1.
     """
@@ -161,4 +166,4 @@ def balance_of(row: str, style: str | None, known: Balance | None = None) -> tup
     if row not in known:
         remedy = f"qrlora bench --tune --rows {row}"
         raise DataError(f"{row} has no weights yet", expected=", ".join(known), got=row, remedy=remedy)
-    return known[row][half_of("style", style)]
+    return known[row][halves_of(subject, style)]

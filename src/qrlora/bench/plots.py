@@ -16,10 +16,12 @@ from matplotlib.figure import Figure
 
 from qrlora.bench.cells import Record
 from qrlora.bench.plan import DEFAULT, RIVAL
-from qrlora.bench.tables import Estimate
+from qrlora.bench.tables import Estimate, alone, distance
 
 COLOURS = {DEFAULT: "#c2410c", RIVAL: "#1d4ed8"}
 OTHER = "#6b7280"
+FREEDOM = {"qrlora": "nothing", "q_free_4": "four columns", "q_cayley": "a rotation", "qrlora_trained": "all of Q"}
+"""Method -> what of Q trains beside ΔR, least first."""
 
 
 @dataclass(frozen=True)
@@ -139,6 +141,41 @@ def with_many(records: Sequence[Record]) -> Plot | None:
     axes.legend(fontsize=7)
     said = "Half are subjects, half styles, each with a trigger of its own, all at weight 1."
     return Plot("many", "Two, four and eight adapters at once", said, _pixels(figure))
+
+
+def freedom(records: Sequence[Record]) -> Plot | None:
+    """How well each part is learned alone, against how far it is from what the base has seen, by how much of Q trains.
+
+    None unless two methods of FREEDOM were measured.
+    """
+    found = {
+        role: {method: each for method in FREEDOM if (each := alone(records, method, role, "named"))}
+        for role in ("subject", "style")
+    }
+    if any(len(each) < 2 for each in found.values()):
+        return None
+    figure = Figure((8.2, 3.8), dpi=110, layout="constrained")
+    for place, (role, methods) in enumerate(found.items()):
+        axes = figure.add_subplot(1, 2, place + 1)
+        axes.spines[["top", "right"]].set_visible(False)
+        for method, each in methods.items():
+            points = sorted((distance(role, name), value) for name, value in each.items())
+            axes.plot(*zip(*points, strict=True), marker="o", ms=4, linewidth=1, label=FREEDOM[method])
+        names = next(iter(methods.values()))
+        axes.set(xlabel="distance from the nearest seen part", title=f"{role}: probability that both are named, alone")
+        for name in names:
+            axes.annotate(
+                name, (distance(role, name), 0.01), xycoords=("data", "axes fraction"), rotation=90, fontsize=7,
+                ha="center", color=OTHER,
+            )  # fmt: skip
+        axes.title.set_fontsize(9)
+        axes.set_ylim(bottom=0)
+    axes.legend(fontsize=7, title="trained beside ΔR", title_fontsize=7)
+    said = (
+        "Distance: root mean square difference, in levels of 255, of renders that show the part and of the same scenes "
+        "with the nearest seen part in its place. Every part is one point, in the mean over seeds."
+    )
+    return Plot("freedom", "How much of Q to free, against how far the part is from the base", said, _pixels(figure))
 
 
 def foretelling(told: Mapping[str, Mapping[str, Any]], measure: str = "cosine") -> Plot | None:

@@ -3,11 +3,12 @@
 Every method gets as many rates, lessons, steps and pictures as every other. Taken are the two rates at which its
 adapters do best on the mean of three scores, each the mean of `named` and `both`: the subject alone, the style alone,
 and their sum at the best of WEIGHTS. An adapter chosen for what it does alone can be too weak, or too strong, beside
-another. Rows that merge otherwise then get their own best of WEIGHTS at those rates.
+another. Weights are then chosen at those rates, for every row.
 
-No part is measured with what it helped to choose. Subjects are tuned on a seen one. For styles that was found not to
-do: a style that pico knows has only to be called, at a rate at which a new one is not learned. So the reserved styles
-are halved, and what is chosen for each half comes from one of the other half.
+No part is measured at a rate or weights that it helped to choose. Seen parts were found not to do: what pico knows has
+only to be called, at a rate at which a new one is not learned. So the reserved subjects and styles are halved, and what
+is chosen for each half comes from one of the other half; weights, for the two halves of a pair, from that pair of the
+others.
 
 Only the ladder's place differs where a method is known to want smaller steps: all weights at once, rotations, and what
 starts from both factors or large singular values.
@@ -36,7 +37,7 @@ SLOWER |= {"q_free_4": 0.3, "q_cayley": 0.3}
 WEIGHTS = ((1.0, 1.0), (1.0, 0.7), (0.7, 1.0), (1.4, 0.7), (1.4, 1.0))
 """Of subject and style in a composition."""
 LESSONS = {
-    "subject": {"even": "sneaker", "odd": "sneaker"},
+    "subject": {"even": "rocket", "odd": "robot"},
     "style": {"even": "gold", "odd": "candy"},
 }
 """Role -> half of the reserved parts -> what is taught to choose for it: nothing of that half."""
@@ -51,19 +52,22 @@ def cells_alone(scope: Scope) -> list[Cell]:
     return [
         Cell("alone", adapter, 0, *((name, "") if role == "subject" else ("", name)), rates=(rate,))
         for adapter in adapters_of(scope)
-        for role, halves in LESSONS.items()
-        for name in dict.fromkeys(halves.values())
+        for role, lessons in LESSONS.items()
+        for name in lessons.values()
         for rate in ladder(adapter, role)
     ]
 
 
-def cells_composed(rows: Iterable[str], rates_of: Callable[[str, str], Iterable[tuple[float, float]]]) -> list[Cell]:
-    """Each row's composition of both halves' lessons, at each of WEIGHTS. rates_of: (adapter, half) -> those tried."""
+def cells_composed(
+    rows: Iterable[str], rates_of: Callable[[str, str, str], Iterable[tuple[float, float]]]
+) -> list[Cell]:
+    """Each row's composition of the halves' lessons, at each of WEIGHTS. rates_of: (adapter, half of the subject, half
+    of the style) -> those tried."""
     return [
-        Cell("pair", ROWS[row].adapter, 0, LESSONS["subject"][half], LESSONS["style"][half], row, 0, rates, weights)
+        Cell("pair", ROWS[row].adapter, 0, LESSONS["subject"][a], LESSONS["style"][b], row, 0, rates, weights)
         for row in rows
-        for half in HALVES
-        for rates in rates_of(ROWS[row].adapter, half)
+        for a, b in product(HALVES, repeat=2)
+        for rates in rates_of(ROWS[row].adapter, a, b)
         for weights in WEIGHTS
     ]
 
@@ -73,9 +77,9 @@ def ladder(adapter: str, role: str) -> list[float]:
     return [float(f"{rate * SLOWER.get(adapter, 1):.2g}") for rate in LADDER[role]]
 
 
-def rungs(adapter: str, _half: str) -> Iterator[tuple[float, float]]:
-    """Every rate of a subject with every rate of a style."""
-    return product(ladder(adapter, "subject"), ladder(adapter, "style"))
+def rungs(adapter: str, subject: str, style: str) -> Iterator[tuple[float, float]]:
+    """Every rate of a subject with every rate of a style of the same half."""
+    yield from product(ladder(adapter, "subject"), ladder(adapter, "style")) if subject == style else ()
 
 
 def tuned(folder: Path, scope: Scope, workers: int, say: Say, command: str) -> Scope:
@@ -107,8 +111,8 @@ def tune(folder: Path, scope: Scope, workers: int, say: Say, command: str) -> tu
     alone, summed = cells_alone(scope), cells_composed(adapters, rungs)
     tried = _measured(folder, scope, [alone, summed], workers, say)
     chosen = choose(tried)
-    merged = [row for row in scope.rows if row not in adapters and ROWS[row].merge != "joint"]
-    others = cells_composed(merged, lambda adapter, half: [rates_of(chosen, adapter, half)])
+    rows = dict.fromkeys([*adapters, *(row for row in scope.rows if ROWS[row].merge != "joint")])
+    others = cells_composed(rows, lambda *of: [rates_of(chosen, *of)])
     tried += _measured(folder, scope, [others], workers, say)
     weights, old = balance(tried, chosen), _kept(folder)
     stale = {adapter for adapter, rates in chosen.items() if old["chosen"].get(adapter, rates) != rates}
@@ -155,9 +159,10 @@ def _kept(folder: Path) -> dict[str, Any]:
     versions = old.get("versions", {})  # what is not in it is of the first
     chosen = {a: r for a, r in old["chosen"].items() if a in ADAPTERS and ADAPTERS[a].version == versions.get(a, 1)}
     rows = {
-        row: {half: (float(a), float(b)) for half, (a, b) in found.items()}
+        row: {halves: (float(a), float(b)) for halves, (a, b) in found.items()}
         for row, found in old["balance"].items()
         if row in ROWS
+        and found.keys() == {f"{a}-{b}" for a, b in product(HALVES, repeat=2)}
         and ROWS[row].adapter in chosen
         and (ROWS[row].merge == "sum" or MERGES[ROWS[row].merge].version == versions.get(row, 1))
     }
@@ -176,15 +181,15 @@ def choose(tried: Sequence[Record]) -> Rates:
     composed: dict[tuple[Any, ...], float] = {}
     for record in tried:
         if "row" in record and ROWS[record["row"]].merge == "sum":
-            key = (record["adapter"], record["style"], *record["rates"])
+            key = (record["adapter"], record["subject"], record["style"], *record["rates"])
             composed[key] = max(composed.get(key, 0.0), score(record))
     chosen: Rates = {adapter: {role: {} for role in LESSONS} for adapter in dict.fromkeys(key[0] for key in alone)}
     for adapter, half in product(chosen, HALVES):
         subject, style = (LESSONS[role][half] for role in LESSONS)
         total = {
             (a, b): alone[adapter, subject, a] + alone[adapter, style, b] + both
-            for (name, of, a, b), both in composed.items()
-            if (name, of) == (adapter, style)
+            for (name, *parts, a, b), both in composed.items()
+            if (name, *parts) == (adapter, subject, style)
         }
         best = max(sorted(total), key=lambda rates: total[rates])
         for role, rate in zip(LESSONS, best, strict=True):
@@ -192,22 +197,23 @@ def choose(tried: Sequence[Record]) -> Rates:
     return chosen
 
 
-def rates_of(chosen: Rates, adapter: str, half: str) -> tuple[float, float]:
-    """Of subject and style."""
-    return chosen[adapter]["subject"][half], chosen[adapter]["style"][half]
+def rates_of(chosen: Rates, adapter: str, subject: str, style: str) -> tuple[float, float]:
+    """Of a subject and a style of these halves."""
+    return chosen[adapter]["subject"][subject], chosen[adapter]["style"][style]
 
 
 def balance(tried: Sequence[Record], chosen: Rates) -> Balance:
-    """Row -> half -> the best of WEIGHTS at the chosen rates; the first of equal ones."""
+    """Row -> halves -> the best of WEIGHTS at the chosen rates; the first of equal ones."""
     found: Balance = {}
     for row in dict.fromkeys(record["row"] for record in tried if "row" in record):
         found[row] = {}
-        for half in HALVES:
-            wanted = (LESSONS["style"][half], list(rates_of(chosen, ROWS[row].adapter, half)))
+        for a, b in product(HALVES, repeat=2):
+            rates = rates_of(chosen, ROWS[row].adapter, a, b)
+            wanted = (row, LESSONS["subject"][a], LESSONS["style"][b], list(rates))
             scores = {
                 tuple(r["weights"]): score(r)
                 for r in tried
-                if r.get("row") == row and (r["style"], list(r["rates"])) == wanted
+                if "row" in r and (r["row"], r["subject"], r["style"], list(r["rates"])) == wanted
             }
-            found[row][half] = max(WEIGHTS, key=lambda weights: scores[weights])
+            found[row][f"{a}-{b}"] = max(WEIGHTS, key=lambda weights: scores[weights])
     return found

@@ -199,7 +199,7 @@ def _experiment(setting: Setting, out: Path, subject: str, style: str, command: 
     answers, base = _generate_all(setting, lessons, learned)
     grid = _grid(setting, lessons, learned[DEFAULT])
     with setting.stage("files", "adapters in both spellings"):
-        sizes = _save(setting, out, learned, weights_of(DEFAULT, lessons[1]))
+        sizes = _save(setting, out, learned, weights_of(DEFAULT, *lessons))
         interference = {method: _interference(setting, pair) for method, pair in learned.items()}
     return Outcome(setting, lessons[0], lessons[1], learned, answers, base, grid, interference, sizes, command)
 
@@ -227,7 +227,7 @@ def _generate_all(
         used = {
             "subject_alone": [(subject, 1.0)],
             "style_alone": [(style, 1.0)],
-            "composed": list(zip((subject, style), weights_of(method, lessons[1]), strict=True)),
+            "composed": list(zip((subject, style), weights_of(method, *lessons), strict=True)),
         }
         with setting.stage("generate", f"{method}, {sum(len(asked[name]) for name in SETS)} pictures"):
             answers[method] = {name: setting.draw(asked[name], used[name]) for name in SETS}

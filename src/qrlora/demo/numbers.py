@@ -70,7 +70,7 @@ def _value(answer: Answer, part: str) -> float | None:
 
 def _tuned(outcome: Outcome, method: str) -> dict[str, dict[str, float]]:
     lessons = (outcome.subject, outcome.style)
-    weights = zip(lessons, weights_of(method, outcome.style), strict=True)
+    weights = zip(lessons, weights_of(method, outcome.subject, outcome.style), strict=True)
     return {
         "learning_rates": {one.role: rate_of(TUNED[method], one.role, one.name) for one in lessons},
         "weights": {one.role: weight for one, weight in weights},

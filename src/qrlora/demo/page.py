@@ -293,7 +293,7 @@ def _costs(outcome: Outcome) -> Section:
             f"{parameters[method]:,}",
             f"{parameters[method] / parameters['lora']:.4f}",
             ", ".join(f"{rate_of(TUNED[method], one.role, one.name):g}" for one in (outcome.subject, outcome.style)),
-            ", ".join(f"{weight:g}" for weight in weights_of(method, outcome.style)),
+            ", ".join(f"{weight:g}" for weight in weights_of(method, outcome.subject, outcome.style)),
             f"{seconds[f'train {method}']:.1f} s",
         ]
         for method in METHODS

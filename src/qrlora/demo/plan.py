@@ -195,6 +195,6 @@ def recipe_fields(lesson: Lesson, budget: Budget, seed: int, method: str) -> dic
     }
 
 
-def weights_of(method: str, style: Lesson) -> tuple[float, float]:
+def weights_of(method: str, subject: Lesson, style: Lesson) -> tuple[float, float]:
     """Weights of subject and style where a method of METHODS composes them."""
-    return balance_of(TUNED[method], style.name)
+    return balance_of(TUNED[method], subject.name, style.name)

@@ -51,6 +51,8 @@ PRIOR = (
 )
 """What the rows called `_preserve` leave as the base draws it when a style is taught: other new words. No subject and
 no style that the bench measures drift by."""
+PENALTY = 1e-3
+"""How much of a row of ΔR is added to its gradient in `qrlora_penalty`, where the row's column is the other role's."""
 NEUTRAL = "thing"
 """What `qrlora_disjoint_contrast` calls a subject whose word is its trigger alone."""
 
@@ -218,6 +220,12 @@ def _triangular(width: int = 1) -> Config:
         return QRLoraConfig(r=recipe.rank, lora_alpha=recipe.alpha, triangular=True, **wide, **common)
 
     return config
+
+
+def _both_roles(recipe: Recipe, common: dict[str, Any]) -> PeftConfig:
+    """All columns of the basis that subjects and styles share, at the scaling that each has in its own."""
+    wide: dict[str, Any] = {"columns": "first", "basis_rank": 2 * recipe.rank}
+    return QRLoraConfig(r=2 * recipe.rank, lora_alpha=2 * recipe.alpha, triangular=True, **wide, **common)
 
 
 @contextlib.contextmanager
@@ -401,6 +409,21 @@ def _without_trigger(recipe: Recipe) -> str:
     return " ".join(plain.split())
 
 
+def _penalise(layers: Mapping[str, Any], recipe: Recipe) -> None:
+    """Add PENALTY / 2 · |ΔR|² over the rows of the other role's columns to the loss, by its gradient."""
+    own = set(resolve_columns(recipe.role, recipe.rank))
+    others = [row for row in range(2 * recipe.rank) if row not in own]
+    for layer in layers.values():
+        weight = layer.lora_A[ADAPTER_NAME].weight
+        weight.register_hook(functools.partial(_pulled, weight, others))
+
+
+def _pulled(weight: Tensor, rows: list[int], gradient: Tensor) -> Tensor:
+    pulled = gradient.clone()
+    pulled[rows] += PENALTY * weight.detach()[rows]
+    return pulled
+
+
 def _masked(recipe: Recipe) -> Recipe:
     """A subject is learned where its mask is white, a style, which is everywhere, from the whole picture.
 
@@ -526,6 +549,12 @@ _ROWS = (
         "masked loss, docs/data.md",
         _by_recipe(method="qrlora", triangular=True, train_basis=False),
         _masked,
+    ),
+    AdapterMethod(
+        "qrlora_penalty",
+        "columns of both roles, those of the other role at a price: between one basis shared and disjoint columns",
+        "ours: the penalty of O-LoRA, arXiv 2310.14152, on columns that are known before anything is taught",
+        _by_peft(_both_roles, _penalise),
     ),
     AdapterMethod(
         "q_minor",
