@@ -110,8 +110,9 @@ def digest_of(cell: Cell, scope: Scope) -> str:
     if cell.row:
         decides["options"] = dict(ROWS[cell.row].options)
     if cell.row and cell.kind != "grid":
-        pairs = zip(*([name for role, name in names if role == one] for one in parts), strict=True)
-        decides["balance"] = [cell.weights or balance_of(cell.row, *pair, scope.balance) for pair in pairs]
+        subjects, styles = ([name for role, name in names if role == one] for one in parts)
+        pairs = zip(subjects, styles, strict=True)
+        decides["balance"] = [cell.weights or balance_of(cell.row, a, b, scope.balance) for a, b in pairs]
     decides |= _versions(cell)
     return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:20]
 

@@ -126,7 +126,10 @@ def distance(role: str, name: str) -> float:
     own = [drawn(scene) for scene in scenes]
 
     def to(other: str) -> float:
-        others = [drawn(replace(scene, **{role: other})) for scene in scenes]
+        others = [
+            drawn(replace(scene, subject=other) if role == "subject" else replace(scene, style=other))
+            for scene in scenes
+        ]
         return fmean(float(np.square(a - b).mean() ** 0.5) for a, b in zip(own, others, strict=True))
 
     return min(to(other) for other in seen if other != name)

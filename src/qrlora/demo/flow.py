@@ -40,12 +40,14 @@ class Answer:
     """Pictures for a list of Wanted, and the judge's verdict on each.
 
     pixels (n, h, w, 3) uint8. right: "subject", "style" and "both" -> n verdicts, or None where the truth is not known.
+    named: the same parts -> mean probability that the judge gives them, of "both" the product, without any limit.
     likeness: mean cosine of the judge's subject features to the user's own picture, if there is one.
     """
 
     wanted: Sequence[Wanted]
     pixels: UInt8[np.ndarray, "n h w 3"]
     right: dict[str, Bool[np.ndarray, " n"] | None] = field(default_factory=dict)
+    named: dict[str, float | None] = field(default_factory=dict)
     likeness: float | None = None
 
     def share(self, part: str) -> Share | None:
@@ -99,7 +101,11 @@ class Setting:
         known = {part: getattr(answer.wanted[0], part) is not None for part in anything}
         known["both"] = all(known.values())
         right = {part: getattr(verdict, part) if known[part] else None for part in PARTS}
-        return replace(answer, right=right, likeness=self._likeness(answer, picture) if picture else None)
+        probability = {"subject": verdict.p_subject, "style": verdict.p_style}
+        probability["both"] = probability["subject"] * probability["style"]
+        named = {part: float(p.mean()) if known[part] else None for part, p in probability.items()}
+        likeness = self._likeness(answer, picture) if picture else None
+        return replace(answer, right=right, named=named, likeness=likeness)
 
     def _likeness(self, answer: Answer, picture: Lesson) -> float:
         from qrlora.training.pictures import read_picture
