@@ -214,6 +214,15 @@ def test_freedom_needs_two_methods_and_shows_every_part(monkeypatch):
     assert freedom([r for r in records if "subject" in r]) is None, "no style was measured"
 
 
+def test_a_worker_ends_with_its_parent(monkeypatch):
+    parents, ended = iter([7, 7, 1]), []
+    monkeypatch.setattr(run.os, "getppid", lambda: next(parents))
+    monkeypatch.setattr(run.os, "_exit", ended.append)
+    monkeypatch.setattr(run.time, "sleep", lambda seconds: None)
+    run._end_with(7)
+    assert ended == [1]
+
+
 def test_frontier_is_what_none_beats():
     assert frontier([(0.1, 0.9), (0.5, 0.5), (0.4, 0.4), (0.9, 0.1), (0.5, 0.2)]) == [
         (0.1, 0.9),

@@ -7,6 +7,7 @@ import json
 import multiprocessing
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
@@ -132,10 +133,18 @@ _BENCH: list[Bench] = []
 
 
 def _begin(folder: Path, scope: Scope, threads: int) -> None:
-    """A worker's own base model and judge. Ctrl-C is the parent's to take."""
+    """A worker's own base model and judge. Ctrl-C is the parent's to take; without a parent there is nothing to do."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     torch.set_num_threads(threads)
     _BENCH.append(Bench.open(folder, scope))
+
+
+def _end_with(parent: int) -> None:
+    """End this process when its parent has (killed, say, which it cannot tell its workers)."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
 
 
 def _do(cell: Cell) -> float:
