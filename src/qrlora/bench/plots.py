@@ -139,7 +139,7 @@ def with_many(records: Sequence[Record]) -> Plot | None:
         axes.set(xlabel="adapters composed", title=title, xticks=counts)
         axes.title.set_fontsize(9)
     axes.legend(fontsize=7)
-    said = "Half are subjects, half styles, each with a trigger of its own, all at weight 1."
+    said = "Half are subjects, half styles, each with a trigger of its own, each pair at its weights."
     return Plot("many", "Two, four and eight adapters at once", said, _pixels(figure))
 
 
