@@ -143,6 +143,20 @@ def test_compose_prints_interference_and_writes_a_composition(work: Path, capsys
     assert json.loads(capsys.readouterr().out)["weights"] == [0.9, -0.5]
 
 
+def test_compose_with_parts_that_give_way(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    parts = [str(work / "mug.safetensors"), str(work / "chalk.safetensors")]
+    assert main(["compose", *parts, "--give-way", "0.5", "--json"]) == 0
+    assert 0 <= json.loads(capsys.readouterr().out)["energy_kept"] <= 1
+    assert load_adapter("composition.safetensors").metadata.provenance["giving_way"] == 0.5
+    assert main(["compose", *parts, "--give-way", "1", "-o", "all.safetensors"]) == 0
+    assert "each gives way to the others by 1" in capsys.readouterr().out
+    assert main(["compose", *parts, "--give-way", "1", "--delta-weights", "4", "-o", "no.safetensors"]) == 2
+    assert "one of --delta-weights and --give-way" in capsys.readouterr().err and not Path("no.safetensors").exists()
+    with pytest.raises(SystemExit):
+        main(["compose", *parts, "--give-way", "2"])
+    assert "expected a number from 0 to 1" in capsys.readouterr().err
+
+
 def test_compose_across_bases_only_by_delta_weights(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
     parts = [str(work / "mug.safetensors"), str(work / "lora.safetensors")]
     assert main(["compose", *parts]) == 2

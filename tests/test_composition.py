@@ -13,6 +13,8 @@ from hypothesis import strategies as st
 from qrlora.basis import Basis, fingerprint
 from qrlora.composition import Composition, compose_delta_weights, similarity
 from qrlora.errors import MismatchError
+from qrlora.evaluation.rivals.deltas import Delta
+from qrlora.evaluation.rivals.projections import project_both
 from samples import SHAPES, changed, delta_weights, make_adapter, make_basis, make_lora
 
 EVEN, ODD = (0, 2, 4, 6), (1, 3, 5, 7)
@@ -59,6 +61,43 @@ def test_compositions_are_linear_and_commutative(basis, scale, a, b, c):
     nested = Composition([(Composition(parts[:2]).adapter(), scale), (three, scale * c)]).adapter()
     for name, delta in nested.deltas.items():
         torch.testing.assert_close(delta, scale * whole.deltas[name], rtol=1e-5, atol=1e-5)
+
+
+def test_giving_way_is_the_bench_s_projection_and_stays_on_the_basis(basis):
+    """`project_both` of qrlora.evaluation.rivals, which works on factors of ΔW and knows of no basis."""
+    one, two = make_adapter(basis, EVEN, seed=1, alpha=3.0), make_adapter(basis, ODD, seed=2)
+    parts = [(one, 1.4), (two, -0.6)]
+    composed = Composition(parts, 0.5).adapter()
+    learned = [
+        {n: Delta(basis[n].q[:, list(a.metadata.columns)], w * a.scaling * d) for n, d in a.deltas.items()}
+        for a, w in parts
+    ]
+    expected = {name: delta.dense() for name, delta in project_both(learned).items()}
+    assert_same({n: d.float() for n, d in delta_weights(composed, basis).items()}, expected)
+    assert composed.metadata.provenance["giving_way"] == 0.5 and not composed.metadata.triangular
+    assert set(composed.metadata.columns) == {*EVEN, *ODD}
+    back = Composition(parts[::-1], 0.5).adapter()
+    assert all(torch.allclose(back.deltas[n], d, atol=1e-6) for n, d in composed.deltas.items())
+
+
+def test_who_gives_all_reads_nothing_that_others_read(basis):
+    one, two = make_adapter(basis, (0, 2), seed=1), make_adapter(basis, (1, 3), seed=2)
+    parts = [(one, 1.0), (two, 1.0)]
+    composed = Composition(parts, 1.0)
+    for name, delta in composed.adapter().deltas.items():
+        assert (
+            (delta[[0, 2]] @ two.deltas[name].T).abs().max()
+            < 1e-5
+            < (one.deltas[name] @ two.deltas[name].T).abs().max()
+        )
+    assert 0 < composed.energy_kept() < 1 and Composition(parts).energy_kept() == 1
+    absent = Composition([(one, 1.0), (two, 0.0)], 1.0).adapter()
+    for name, delta in one.deltas.items():
+        assert torch.equal(absent.deltas[name][[0, 2]], delta), "who is not there takes nothing"
+    assert "giving_way" not in Composition(parts).adapter().metadata.provenance
+    for wrong in (-0.1, 1.1, float("nan")):
+        with pytest.raises(MismatchError, match="no such share"):
+            Composition(parts, wrong)
 
 
 def test_alone_at_weight_one_an_adapter_is_itself(basis):

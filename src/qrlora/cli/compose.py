@@ -17,8 +17,10 @@ from qrlora.cli.shared import (
     count,
     load_weighted,
     refuse_default_output,
+    share,
     weighted_path,
 )
+from qrlora.errors import MismatchError
 
 
 def add_compose(commands: Parsers) -> None:
@@ -43,6 +45,14 @@ def add_compose(commands: Parsers) -> None:
         metavar="RANK",
         help="for adapters of different bases, or plain LoRAs: sum ΔW and cut it back to RANK, saying what is lost",
     )
+    parser.add_argument(
+        "--give-way",
+        type=share,
+        default=0.0,
+        metavar="SHARE",
+        help="each part gives up this share, 0 to 1, of what it reads where the others read: at weights of 1.4 and 1, "
+        "0.5 kept most of subject and style in docs/bench.md (default: 0, the exact sum)",
+    )
     parser.add_argument("--model", help=f"{MODEL_HELP} (default: the one the adapters name)")
     parser.add_argument("--json", action="store_true", help="print the numbers as JSON")
 
@@ -54,15 +64,22 @@ def run_compose(options: argparse.Namespace) -> None:
     from qrlora.composition import Composition, compose_delta_weights
 
     parts = load_weighted(options.parts)
+    if options.delta_weights and options.give_way:
+        raise MismatchError(
+            "--delta-weights sums whole parts", expected="one of --delta-weights and --give-way", got="both"
+        )
     if options.delta_weights:
         bases = bases_of(options.model, [adapter for adapter, _ in parts])
         adapter, loss = compose_delta_weights(parts, bases, options.delta_weights)
         report, lines = loss.to_dict(), _truncation_lines(loss, sum(part.metadata.rank for part, _ in parts))
         save_adapter(adapter, options.output, spelling="lora")
     else:
-        composition = Composition(parts)
+        composition = Composition(parts, options.give_way)
         adapter, interference = composition.adapter(), composition.interference()
         report, lines = interference.to_dict(), _interference_lines(interference)
+        if options.give_way:
+            kept = report["energy_kept"] = composition.energy_kept()
+            lines.append(f"each gives way to the others by {options.give_way:g}: {kept:.3f} of that energy is kept")
         basis = bases_of(options.model, [adapter])[0] if options.spelling == "lora" else None
         save_adapter(adapter, options.output, spelling=options.spelling, basis=basis)
     if options.json:

@@ -97,6 +97,11 @@ def count(text: str) -> int:
     return _checked(text, int, "a whole number from 1", lambda value: value >= 1)
 
 
+def share(text: str) -> float:
+    """A number from 0 to 1."""
+    return _checked(text, float, "a number from 0 to 1", lambda value: 0 <= value <= 1)
+
+
 def seed(text: str) -> int:
     """A whole number that seeds a torch generator."""
     return _checked(text, int, "a whole number from 0, below 2^63", lambda value: 0 <= value < 2**63)

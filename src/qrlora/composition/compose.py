@@ -42,13 +42,21 @@ BY_DELTA_WEIGHT = (
 class Composition:
     """Adapters of one basis, each with a weight λ: any number, any finite λ, negative and fractional too.
 
-    Raises MismatchError if a part is no ΔR on a basis (plain LoRA, train_basis), or if the bases differ.
+    giving_way: what share c, from 0 to 1, each ΔRᵢ gives up of what it reads where the others read:
+    ΔRᵢ (1 - c V Vᵀ), V the row space of all others whose λ is not zero. At 0 the composition is the sum. The result
+    stands on the basis as before, since only its rows change; a triangle is lost.
+
+    Raises MismatchError if a part is no ΔR on a basis (plain LoRA, train_basis), if the bases differ, or for another
+    share.
     """
 
     parts: Sequence[tuple[Adapter, float]]
+    giving_way: float = 0.0
 
     def __post_init__(self) -> None:
         check_weights(self.parts)
+        if not 0 <= self.giving_way <= 1:
+            raise MismatchError("no such share to give up", expected="0 to 1", got=self.giving_way)
         for adapter, _ in self.parts:
             _check_on_its_basis(adapter)
         for (first, _), (second, _) in itertools.combinations(self.parts, 2):
@@ -62,7 +70,7 @@ class Composition:
                 )
 
     def adapter(self) -> Adapter:
-        """The weighted sum as an adapter of its own: float32, exact, alpha = rank, role "composition"."""
+        """The weighted sum of what each part keeps as an adapter of its own: float32, alpha = rank, a "composition"."""
         return self._filled_by(self._sum)
 
     def blank(self) -> Adapter:
@@ -81,11 +89,11 @@ class Composition:
             alpha=float(len(columns)),
             basis_rank=first.basis_rank,
             columns=columns,
-            triangular=all(meta.triangular for meta in metas),
+            triangular=all(meta.triangular for meta in metas) and not self.giving_way,
             algorithm=first.algorithm,
             basis_seed=first.basis_seed,
             basis_fingerprint=fingerprint(digests, first.basis_rank, first.algorithm, first.basis_seed),
-            **collected(self.parts),
+            **collected(self.parts, self.giving_way),
         )
         deltas = {name: delta(name, columns, math.prod(shape[1:])) for name, shape in shapes.items()}
         name, marks = joined((a.name for a, _ in self.parts), "+"), union(adapter.marks for adapter, _ in self.parts)
@@ -97,8 +105,24 @@ class Composition:
         for adapter, weight in self.parts:
             if layer in adapter.deltas:
                 rows = [columns.index(column) for column in adapter.metadata.columns]
-                total[rows] += weight * adapter.scaling * adapter.deltas[layer].detach().cpu().double()
+                total[rows] += weight * adapter.scaling * self._kept(adapter, layer)
         return total.float()
+
+    def _kept(self, adapter: Adapter, layer: str) -> Float[Tensor, "rank in"]:
+        """ΔR of a part, less what it gives up to the others; float64."""
+        delta = adapter.deltas[layer].detach().cpu().double()
+        others = [o.deltas[layer] for o, weight in self.parts if o is not adapter and weight and layer in o.deltas]
+        read = [rows for other in others if len(rows := _row_space(other))] if self.giving_way else []
+        if not read:
+            return delta
+        rows = _row_space(torch.cat(read))
+        return delta - self.giving_way * (delta @ rows.T) @ rows
+
+    def energy_kept(self) -> float:
+        """‖Σ λᵢ ΔWᵢ‖² of what the parts keep, as a share of the same of the whole parts; 1 without giving way."""
+        sums = [composition.adapter() for composition in (self, Composition(self.parts))]
+        kept, whole = (sum(float(d.double().square().sum()) for d in one.deltas.values()) for one in sums)
+        return kept / whole if whole else 1.0
 
     def interference(self) -> Interference:
         """How much the parts interfere, computed from ΔR alone: no base model, no basis, no picture."""

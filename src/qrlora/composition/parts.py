@@ -87,8 +87,9 @@ def joined(texts: Iterable[str], by: str) -> str:
     return by.join(dict.fromkeys(text for text in texts if text))
 
 
-def collected(parts: Sequence[tuple[Adapter, float]]) -> dict[str, Any]:
-    """The metadata that tell where a composition came from: every part by name, digest, weight, and its licence."""
+def collected(parts: Sequence[tuple[Adapter, float]], giving_way: float = 0.0) -> dict[str, Any]:
+    """The metadata that tell where a composition came from: every part by name, digest, weight, and its licence; and
+    the share that they gave up to one another, if any."""
     metas = [adapter.metadata for adapter, _ in parts]
     listed = [
         {
@@ -110,5 +111,5 @@ def collected(parts: Sequence[tuple[Adapter, float]]) -> dict[str, Any]:
         "base_digest": joined((meta.base_digest for meta in metas), ", "),
         "trigger": joined((meta.trigger for meta in metas), ", "),
         "licence": joined((meta.licence for meta in metas), "; "),
-        "provenance": {"parts": listed},
+        "provenance": {"parts": listed} | ({"giving_way": giving_way} if giving_way else {}),
     }
