@@ -27,6 +27,7 @@ from typing import Any
 from common import machine
 
 from qrlora.basis import Basis
+from qrlora.bench.cells import weights_digest
 from qrlora.demo.plan import Budget, Lesson, lesson, recipe_fields
 from qrlora.errors import QrloraError
 from qrlora.evaluation.rivals import claims
@@ -111,7 +112,8 @@ def measure(options: argparse.Namespace, wanted: Sequence[str]) -> None:
 def _keep(options: argparse.Namespace, name: str, found: Found) -> None:
     kept = json.loads(options.json.read_text()) if options.json.exists() else {}
     plain = {key: value for key, value in vars(options).items() if key not in ("json", "only")}
-    kept[name] = {"machine": machine("cpu"), "options": plain, "found": found}
+    about = {"machine": machine("cpu"), "weights": weights_digest(judged=False), "options": plain}
+    kept[name] = about | {"found": found}
     write_atomically(options.json, (json.dumps(kept, indent=1, allow_nan=False) + "\n").encode())
 
 
