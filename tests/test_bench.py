@@ -248,7 +248,7 @@ def test_a_changed_method_has_digests_of_its_own(monkeypatch):
     halves = {"even": 1e-3, "odd": 2e-3}
     names = ("lora", "qrlora_disjoint_contrast")
     scope = replace(TINY, rates={name: {"subject": halves, "style": halves} for name in names}, steps=3, guidance=2.0,
-                    balance={"lora+ties": {"even": (1.0, 0.7), "odd": (1.0, 1.0)}})  # fmt: skip
+                    balance={"lora+ties": EQUAL | {"even-even": (1.0, 0.7)}})  # fmt: skip
     monkeypatch.setattr(cells, "weights_digest", lambda judged=True: "w")
     taught, merged = Cell("teach", "lora", 0, "teapot"), Cell("pair", "lora", 0, "teapot", "chalk", "lora+ties")
     changed = Cell("teach", "qrlora_disjoint_contrast", 0, "teapot")
@@ -442,7 +442,9 @@ def test_rates_of_the_folder_win_and_missing_ones_are_chosen_first(tmp_path, mon
 
     monkeypatch.setattr(tuning, "tune", tune)
     wanted = ("lora", "lora+ties", "lora+dare", "lora+joint", "oft")
-    scope = tuning.tuned(tmp_path, replace(TINY, rows=wanted), 1, lambda said: None, "")
+    bare = {name: plan.rates()[name] for name in ("lora", DEFAULT)}
+    scope = replace(TINY, rows=wanted, rates=bare, balance={})
+    scope = tuning.tuned(tmp_path, scope, 1, lambda said: None, "")
     assert asked == [("lora+dare", "oft")], "only what neither has"
     assert plan.balance_of("lora+ties", "teapot", "chalk", scope.balance) == (1, 0.5) and "lora+dare" in scope.balance
     assert plan.rate_of("lora", "subject", "teapot", scope.rates) == 7e-3
