@@ -51,7 +51,7 @@ def add_compose(commands: Parsers) -> None:
         default=0.0,
         metavar="SHARE",
         help="each part gives up this share, 0 to 1, of what it reads where the others read: at weights of 1.4 and 1, "
-        "0.5 kept most of subject and style in docs/bench.md (default: 0, the exact sum)",
+        "0.5 led the table of docs/bench.md (default: 0, the exact sum)",
     )
     parser.add_argument("--model", help=f"{MODEL_HELP} (default: the one the adapters name)")
     parser.add_argument("--json", action="store_true", help="print the numbers as JSON")
