@@ -71,7 +71,9 @@ def tried(found, row=None):
     """(names, rates[, weights]) -> named, as records of lora."""
     for (names, rates, *weights), named in found.items():
         parts = {"style" if name in world.STYLES else "subject": name for name in names}
-        one = alone("lora", measured={"named": named, "both": 0.0}, **parts) | {"rates": list(rates)}
+        one = alone("lora", measured={"recognised": named, "named": named, "both": named}, **parts) | {
+            "rates": list(rates)
+        }
         yield one | ({"row": row, "weights": list(weights[0])} if row else {})
 
 
@@ -147,11 +149,12 @@ def test_seeds_are_averaged_before_pairs():
 
 def test_crosstalk_is_what_is_lost_inside():
     records = [
-        pair(RIVAL, "teapot", "chalk", p_subject=0.2, p_style=0.7),
-        alone(RIVAL, measured={"p_subject": 0.8, "p_style": 0.1}, subject="teapot"),
-        alone(RIVAL, measured={"p_subject": 0.3, "p_style": 0.9}, style="chalk"),
+        pair(RIVAL, "teapot", "chalk", among_subject=0.2, among_style=0.7, p_subject=0.1, p_style=0.1),
+        alone(RIVAL, measured={"among_subject": 0.8, "among_style": 0.1, "p_subject": 0.2}, subject="teapot"),
+        alone(RIVAL, measured={"among_subject": 0.3, "among_style": 0.9, "p_style": 0.3}, style="chalk"),
     ]
     assert tables.crosstalk(records, RIVAL)["teapot", "chalk"] == pytest.approx(((0.8 - 0.2) + (0.9 - 0.7)) / 2)
+    assert tables.crosstalk(records, RIVAL, "p")["teapot", "chalk"] == pytest.approx((0.1 + 0.2) / 2)
     assert tables.crosstalk(records, "lora+joint") == {}
 
 
@@ -253,10 +256,10 @@ def test_a_changed_method_has_digests_of_its_own(monkeypatch):
     taught, merged = Cell("teach", "lora", 0, "teapot"), Cell("pair", "lora", 0, "teapot", "chalk", "lora+ties")
     changed = Cell("teach", "qrlora_disjoint_contrast", 0, "teapot")
     before = ("10fbe18bc8cb8def3f57", "591954dcbacc2176bfe6", "6db40ffcc6edb74436cc")
-    assert (digest_of(taught, scope), digest_of(merged, scope)) == before[:2]
+    assert (digest_of(taught, scope), digest_of(merged, scope, judged=False)) == before[:2]
     assert digest_of(changed, scope) != before[2]
     monkeypatch.setitem(MERGES, "ties", replace(MERGES["ties"], version=2))
-    assert digest_of(taught, scope) == before[0] and digest_of(merged, scope) != before[1]
+    assert digest_of(taught, scope) == before[0] and digest_of(merged, scope, judged=False) != before[1]
     for other in (3, 4):
         monkeypatch.setitem(ADAPTERS, "lora", replace(ADAPTERS["lora"], version=other))
         before += (digest_of(taught, scope),)
@@ -302,6 +305,25 @@ def test_nothing_is_done_twice(small, monkeypatch):
     records = run.run(folder, scope, 1, lambda said: None)
     assert {record["kind"] for record in records} == {"teach", "alone", "pair", "grid", "many"}
     assert all(record["measured"] for record in records)
+
+
+def test_another_measure_looks_at_the_pictures_that_are_there(small, monkeypatch):
+    """Records become others, adapters and pictures stay, and what is seen in them is the same."""
+    folder, scope = small
+    before = run.run(folder, scope, 1, lambda said: None)
+    monkeypatch.setattr(cells, "VERSION", cells.VERSION + 1)
+    monkeypatch.setattr("qrlora.bench.cells.taught", None)
+    monkeypatch.setattr(cells.Bench, "draw", None)
+    bench = cells.Bench.open(folder, scope)
+    todo = [cell for stage in run.cells_of(scope) for cell in run.missing(folder, scope, stage)]
+    assert {cell.kind for cell in todo} == {"alone", "pair", "grid", "many"}
+    for cell in todo:
+        cells.KINDS[cell.kind](bench, cell)
+    for old, new in zip(before, run.run(folder, scope, 1, lambda said: None), strict=True):
+        assert (old["digest"] == new["digest"]) == (old["kind"] == "teach")
+        assert run.rounded(old["measured"] | {"merge_seconds": 0}) == run.rounded(
+            new["measured"] | {"merge_seconds": 0}
+        )
 
 
 def test_records_of_an_earlier_run_stand_in(small, tmp_path, monkeypatch):

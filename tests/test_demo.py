@@ -42,8 +42,7 @@ class StandInJudge(Judge):
         assert len(pictures) == len(subject) == len(style) == len(colour)
         assert set(subject) <= set(world.SUBJECTS) and set(style) <= set(world.STYLES)
         even = pictures[:, 0, 0, 0] % 2 == 0
-        likely = {"p_subject": 0.25 + 0.5 * even, "p_style": 0.75 - 0.5 * even}
-        return SimpleNamespace(subject=even, style=~even, both=even & ~even, **likely)
+        return SimpleNamespace(subject=even, style=~even, both=even & ~even, recognised=even)
 
 
 @dataclass
@@ -118,11 +117,8 @@ def test_scores_are_the_judges(ran: Ran) -> None:
             right = (answer.pixels[:, 0, 0, 0] % 2 == 0).mean()
             score = ran.report["scores"][method][name]
             assert score["subject"] == right and score["style"] == 1 - right and score["both"] == 0
-            assert score["named"] == pytest.approx(
-                {"subject": 0.25 + 0.5 * right, "style": 0.75 - 0.5 * right, "both": 0.1875}
-            )
-    text = text_of(page.report(ran.outcome))
-    assert "both named, probability" in text and "0.19" in text
+            assert score["recognised"] == right
+    assert text_of(page.report(ran.outcome)).count("both recognised") == len(SETS)
 
 
 def test_every_picture_counted_is_on_the_page(ran: Ran) -> None:
@@ -185,7 +181,7 @@ def test_own_pictures(tiny_sd3: Path, tmp_path: Path) -> None:
     report = json.loads((tmp_path / "subject" / "report.json").read_text())
     composed = report["scores"][DEFAULT]["composed"]
     assert composed["subject"] is None and composed["both"] is None and composed["style"] is not None
-    assert composed["named"]["both"] is None and 0 <= composed["named"]["style"] <= 1
+    assert composed["recognised"] is None
     assert -1 <= composed["likeness"] <= 1 and report["aims"]["composed"]["reached"] is None
     assert report["aims"]["style_alone"]["reached"] in (True, False)
     assert "left out rather than guessed" in written.read_text() and "red" not in report["subject"]["caption"]

@@ -152,7 +152,7 @@ def test_shares_come_by_pair_subject_and_style_worst_first(tmp_path, monkeypatch
     scenes = [world.sample_scene(i, subject=s, style=t) for i, (s, t) in enumerate(zip(subjects, styles, strict=True))]
     right, style = np.array([True] * 5), np.array([True, False, True, True, True])
     near = {"pair": np.array([0.5, 0.5, 0.5, 2.0, 2.0]), "pair_palette": np.full(5, 0.5)}
-    verdict = Verdict(right, style, np.ones(5), np.ones(5), near)
+    verdict = Verdict(right, style, np.ones(5), np.ones(5), {}, right, near)
     found = evaluate.shares(verdict, scenes)
     assert {part: found[part] for part in ("n", "subject", "style", "both")} == {
         "n": 5, "subject": 1.0, "style": 0.8, "both": 0.4

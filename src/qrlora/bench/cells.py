@@ -4,6 +4,7 @@ A cell is a few names and numbers; what it gives is a record of JSON values, and
 pictures. Both lie in the bench's folder under the cell's digest, which is of everything that decides the result: the
 base model's and the judge's weights, the plan's numbers, the learning rates, and the versions of method and merge. So
 nothing is done twice, a run can be interrupted anywhere, and a record of another model is never taken for one of this.
+Adapters and pictures do not depend on the judge: another one, or another measure, looks at the pictures that are there.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +40,8 @@ from qrlora.pico import world
 from qrlora.pico.judge import WEIGHTS, Judge
 from qrlora.training.recipe import Recipe
 
-VERSION = 1
-"""Of what a record means: another number, and old records are not taken for new ones."""
+VERSION = 2
+"""Of what a record means: another number, and old records are not taken for new ones. Pictures are."""
 Record = dict[str, Any]
 UNRELATED = (("mug", "ink"), ("lamp", "clay"), ("bottle", "risograph"), ("chair", "pixel"))
 """Seen pairs that no adapter should touch: asked for without a trigger, to see how far the pictures drift."""
@@ -92,10 +94,11 @@ def weights_digest(judged: bool = True) -> str:
     return digest.hexdigest()[:16]
 
 
-def digest_of(cell: Cell, scope: Scope) -> str:
-    """Of everything that decides the cell's record."""
-    weights = weights_digest(judged=cell.kind != "teach")
-    decides: dict[str, Any] = {"version": VERSION, "weights": weights, "cell": cell.__dict__}
+def digest_of(cell: Cell, scope: Scope, judged: bool = True) -> str:
+    """Of everything that decides the cell's record, or, not judged, its adapter or pictures."""
+    judged = judged and cell.kind != "teach"
+    version = VERSION if judged else 1
+    decides: dict[str, Any] = {"version": version, "weights": weights_digest(judged), "cell": cell.__dict__}
     decides |= {name: getattr(scope, name) for name in ("steps", "batch_size", "rank")}
     each = cell.many // 2
     parts = {"subject": scope.subjects[:each], "style": scope.styles[:each]}
@@ -144,7 +147,7 @@ class Bench:
     def file(self, cell: Cell, part: str) -> Path:
         """Where a part of a cell lies: "records", "adapters" or "pictures"."""
         ending = {"records": "json", "adapters": "safetensors", "pictures": "png"}[part]
-        path = self.folder / part / f"{digest_of(cell, self.scope)}.{ending}"
+        path = self.folder / part / f"{digest_of(cell, self.scope, judged=part == 'records')}.{ending}"
         path.parent.mkdir(parents=True, exist_ok=True)
         return path
 
@@ -193,6 +196,14 @@ class Bench:
             teach(self, cell)
         return load_learned(file)
 
+    def drawn(self, cell: Cell, draw: Callable[[], UInt8[np.ndarray, "n h w 3"]]) -> UInt8[np.ndarray, "n h w 3"]:
+        """The cell's pictures: from its strip, or drawn now and kept as one."""
+        file = self.file(cell, "pictures")
+        if not file.exists():
+            write_atomically(file, png_bytes(Image.fromarray(np.concatenate(list(draw()), axis=1))))
+        strip = np.asarray(Image.open(file).convert("RGB"))
+        return np.stack(np.split(strip, strip.shape[1] // world.SIZE, axis=1))
+
     def draw(self, wanted: Sequence[Wanted], merged: Learned | Schedule | None) -> UInt8[np.ndarray, "n h w 3"]:
         """The pictures asked for, with what was merged in the base weights."""
         images: list[Image.Image] = []
@@ -213,6 +224,8 @@ class Bench:
         record: Record = dict(verdict.rates())
         record["named"] = float((verdict.p_subject * verdict.p_style).mean())
         record["p_subject"], record["p_style"] = float(verdict.p_subject.mean()), float(verdict.p_style.mean())
+        record["recognised"] = float(verdict.recognised.mean())
+        record |= {f"among_{factor}": float(found.mean()) for factor, found in verdict.among.items()}
         record["excess"] = float(verdict.excess.mean())
         record["obedience"] = float((verdict.distance["palette"] <= 1).mean())
         for factor, (name, asked, names) in leak.items():
@@ -220,11 +233,8 @@ class Bench:
             record[f"leaked_{factor}"] = float(seen[factor][other, names.index(name)].mean()) if other.any() else None
         return record
 
-    def keep(self, cell: Cell, record: Record, pixels: UInt8[np.ndarray, "n h w 3"] | None = None) -> Record:
-        """The record, written with what it is of; beside it the pictures in one strip."""
-        if pixels is not None:
-            strip = Image.fromarray(np.concatenate(list(pixels), axis=1))
-            write_atomically(self.file(cell, "pictures"), png_bytes(strip))
+    def keep(self, cell: Cell, record: Record) -> Record:
+        """The record, written with what it is of."""
         whole = {key: value for key, value in cell.__dict__.items() if value not in ("", 0, ()) or key == "seed"}
         whole |= {"digest": digest_of(cell, self.scope), "measured": record}
         write_atomically(self.file(cell, "records"), (json.dumps(whole) + "\n").encode())
@@ -271,26 +281,23 @@ def alone(bench: Bench, cell: Cell) -> Record:
     """One adapter by itself, and what it does to prompts that do not call it."""
     lesson = bench.lesson("subject" if cell.subject else "style", cell.subject or cell.style, cell.seed)
     learned = bench.learned(cell.taught(cell.subject, cell.style))
-    wanted = alone_wanted(bench, lesson, cell.seed)
-    pixels = bench.draw(wanted, learned)
-    return bench.keep(cell, bench.judged(wanted, pixels) | {"drift": drift(bench, learned, cell.seed)}, pixels)
+    return bench.keep(cell, with_drift(bench, cell, alone_wanted(bench, lesson, cell.seed), learned))
 
 
-def drift(bench: Bench, merged: Learned | Schedule, seed: int) -> float:
-    """Root mean square difference, in levels of 255, of pictures of UNRELATED from the base model's own."""
-    wanted = [_wanted((s, s), (t, t), "red", 1000 * seed + i) for i, (s, t) in enumerate(UNRELATED)]
-    return float((bench.draw(wanted, merged).astype(float) - _untouched(bench, seed)).__pow__(2).mean() ** 0.5)
+def with_drift(bench: Bench, cell: Cell, wanted: Sequence[Wanted], merged: Learned | Schedule) -> Record:
+    """The judge's record of what is wanted, and the drift: root mean square difference, in levels of 255, of pictures
+    of UNRELATED from the base model's own. They are the last of the strip."""
+    unrelated = [_wanted((s, s), (t, t), "red", 1000 * cell.seed + i) for i, (s, t) in enumerate(UNRELATED)]
+    pixels = bench.drawn(cell, lambda: bench.draw([*wanted, *unrelated], merged))
+    key = (weights_digest(), cell.seed, bench.scope.denoising_steps, bench.scope.guidance)
+    if key not in _UNTOUCHED:
+        _UNTOUCHED[key] = bench.draw(unrelated, None)
+    change = pixels[len(wanted) :].astype(float) - _UNTOUCHED[key]
+    return bench.judged(wanted, pixels[: len(wanted)]) | {"drift": float(np.square(change).mean() ** 0.5)}
 
 
-_KEPT: dict[Any, Any] = {}
-
-
-def _untouched(bench: Bench, seed: int) -> Any:
-    key = (weights_digest(), seed, bench.scope.denoising_steps, bench.scope.guidance)
-    if key not in _KEPT:
-        wanted = [_wanted((s, s), (t, t), "red", 1000 * seed + i) for i, (s, t) in enumerate(UNRELATED)]
-        _KEPT[key] = bench.draw(wanted, None).astype(float)
-    return _KEPT[key]
+_UNTOUCHED: dict[Any, UInt8[np.ndarray, "n h w 3"]] = {}
+"""What the base model itself draws of UNRELATED."""
 
 
 def parts_of(bench: Bench, cell: Cell, subject: str, style: str) -> tuple[Learned, Learned]:
@@ -336,9 +343,8 @@ def pair(bench: Bench, cell: Cell) -> Record:
         record["files"] = between(*parts) if cell.row == cell.adapter else None
     record["merge_seconds"] = round(time.perf_counter() - started, 2)
     wanted = pair_wanted(lessons[0], lessons[1], bench.scope.pictures, cell.seed)
-    pixels = bench.draw(wanted, merged)
-    record |= bench.judged(wanted, pixels) | closeness(bench, wanted, pixels, cell.seed)
-    return bench.keep(cell, record, pixels)
+    pixels = bench.drawn(cell, lambda: bench.draw(wanted, merged))
+    return bench.keep(cell, record | bench.judged(wanted, pixels) | closeness(bench, wanted, pixels, cell.seed))
 
 
 def closeness(bench: Bench, wanted: Sequence[Wanted], pixels: UInt8[np.ndarray, "n h w 3"], seed: int) -> Record:
@@ -373,14 +379,16 @@ def grid(bench: Bench, cell: Cell) -> Record:
     lessons = [bench.lesson("subject", cell.subject, cell.seed), bench.lesson("style", cell.style, cell.seed)]
     parts = parts_of(bench, cell, cell.subject, cell.style)
     wanted = pair_wanted(lessons[0], lessons[1], 2, cell.seed)
-    points, strips = [], []
-    for a in bench.scope.grid_weights:
-        for b in bench.scope.grid_weights:
-            merged = merged_of(bench, cell, [scaled(parts[0], a), scaled(parts[1], b)], lessons)
-            strips.append(bench.draw(wanted, merged))
-            found = bench.judged(wanted, strips[-1])
-            points.append({"weights": [a, b], **{name: found[name] for name in ("p_subject", "p_style", "named")}})
-    return bench.keep(cell, {"points": points}, np.concatenate(strips))
+    both = list(product(bench.scope.grid_weights, repeat=2))
+
+    def draw() -> UInt8[np.ndarray, "n h w 3"]:
+        each = ([scaled(part, weight) for part, weight in zip(parts, weights, strict=True)] for weights in both)
+        return np.concatenate([bench.draw(wanted, merged_of(bench, cell, two, lessons)) for two in each])
+
+    strips = np.split(bench.drawn(cell, draw), len(both))
+    found = [{"weights": list(at)} | bench.judged(wanted, strip) for at, strip in zip(both, strips, strict=True)]
+    kept = ("weights", "named", "recognised", "among_subject", "among_style")
+    return bench.keep(cell, {"points": [{name: point[name] for name in kept} for point in found]})
 
 
 def many(bench: Bench, cell: Cell) -> Record:
@@ -395,8 +403,7 @@ def many(bench: Bench, cell: Cell) -> Record:
     merged = merged_of(bench, cell, [a for a, _ in both] + [b for _, b in both], [*lessons, *styles])
     count = max(1, bench.scope.pictures // each)
     wanted = [w for a, b in zip(lessons, styles, strict=True) for w in pair_wanted(a, b, count, cell.seed)]
-    pixels = bench.draw(wanted, merged)
-    return bench.keep(cell, bench.judged(wanted, pixels) | {"drift": drift(bench, merged, cell.seed)}, pixels)
+    return bench.keep(cell, with_drift(bench, cell, wanted, merged))
 
 
 KINDS: dict[str, Callable[[Bench, Cell], Record]] = {
@@ -411,6 +418,7 @@ MEASURES: Mapping[str, tuple[str, bool]] = {
     "both": ("both right, by the judge", True),
     "subject": ("subject right", True),
     "style": ("style right", True),
+    "recognised": ("both are the likeliest of what the world has", True),
     "named": ("probability that the judge names both, mean", True),
     "obedience": ("palette of the style in the colour asked for", True),
     "leaked_subject": ("probability of the style picture's subject where another was asked for", False),

@@ -51,14 +51,17 @@ def subject_against_style(found: Mapping[str, Mapping[str, Any]]) -> Plot:
     """Every row at its means, with its intervals."""
     figure, axes = _figure(6)
     for row, measures in found.items():
-        x, y = measures["p_style"], measures["p_subject"]
+        x, y = measures["among_style"], measures["among_subject"]
         colour, strong = COLOURS.get(row, OTHER), row in COLOURS
         axes.errorbar(
             x.value, y.value, xerr=_around(x), yerr=_around(y), fmt="o", color=colour,
             elinewidth=1.2 if strong else 0.4, ms=7 if strong else 4,
         )  # fmt: skip
         axes.annotate(row, (x.value, y.value), (5, 4), textcoords="offset points", fontsize=7, color=colour)
-    axes.set(xlabel="probability of the right style, composed", ylabel="probability of the right subject, composed")
+    axes.set(
+        xlabel="probability of the right style among the world's, composed",
+        ylabel="probability of the right subject, composed",
+    )
     said = "Up and to the right is better. Lines are 95 % intervals over pairs."
     return Plot("subject-against-style", "Subject against style", said, _pixels(figure))
 
@@ -91,7 +94,7 @@ def across_weights(records: Sequence[Record]) -> Plot | None:
     for record in records:
         if record["kind"] == "grid":
             for point in record["measured"]["points"]:
-                points[record["row"]][tuple(point["weights"])].append((point["p_style"], point["p_subject"]))
+                points[record["row"]][tuple(point["weights"])].append((point["among_style"], point["among_subject"]))
     if not points:
         return None
     figure, axes = _figure(5.4)
@@ -102,7 +105,7 @@ def across_weights(records: Sequence[Record]) -> Plot | None:
         axes.scatter(across, up, s=12, alpha=0.5, color=COLOURS.get(row, OTHER))
         across, up = zip(*edge, strict=True)
         axes.step(across, up, where="pre", color=COLOURS.get(row, OTHER), label=row)
-    axes.set(xlabel="probability of the right style", ylabel="probability of the right subject")
+    axes.set(xlabel="probability of the right style among the world's", ylabel="probability of the right subject")
     axes.legend(fontsize=8)
     count = len({(r["subject"], r["style"]) for r in records if r["kind"] == "grid"})
     said = f"Every point is one choice of both weights, in the mean over {count} pairs; the line joins what none beats."
@@ -119,15 +122,15 @@ def frontier(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]
 
 
 def with_many(records: Sequence[Record]) -> Plot | None:
-    """Both named, and drift, against how many adapters are composed."""
+    """Both recognised, and drift, against how many adapters are composed."""
     found: dict[str, dict[int, list[tuple[float, float]]]] = defaultdict(lambda: defaultdict(list))
     for record in records:
         if record["kind"] == "many":
-            found[record["row"]][record["many"]].append((record["measured"]["named"], record["measured"]["drift"]))
+            found[record["row"]][record["many"]].append((record["measured"]["recognised"], record["measured"]["drift"]))
     if not found:
         return None
     figure = Figure((8.2, 3.8), dpi=110, layout="constrained")
-    titles = ("probability that both are named", "drift of other pictures, levels of 255")
+    titles = ("both recognised", "drift of other pictures, levels of 255")
     for place, title in enumerate(titles):
         axes = figure.add_subplot(1, 2, place + 1)
         axes.spines[["top", "right"]].set_visible(False)

@@ -24,7 +24,20 @@ SCENES = 6
 Pairs = dict[tuple[str, str], float]
 """(subject, style) -> a value, in the mean over seeds."""
 PER_PAIR: tuple[str, ...] = (
-    *("both", "subject", "style", "named", "p_subject", "p_style", "obedience", "leaked_subject", "leaked_style"),
+    *(
+        "both",
+        "subject",
+        "style",
+        "recognised",
+        "among_subject",
+        "among_style",
+        "named",
+        "p_subject",
+        "p_style",
+        "obedience",
+        "leaked_subject",
+        "leaked_style",
+    ),
     *("diversity", "energy", "excess", "merge_seconds"),
 )
 
@@ -87,15 +100,19 @@ def alone(records: Iterable[Record], adapter: str, role: str, measure: str) -> d
     return {name: fmean(values) for name, values in found.items()}
 
 
-def crosstalk(records: Sequence[Record], row: str) -> Pairs:
-    """What each part loses inside the composition, by pair: the probability that the judge gives the subject, alone
-    less composed, and the same of the style, in the mean of the two. Empty for what was taught together."""
+def crosstalk(records: Sequence[Record], row: str, score: str = "among") -> Pairs:
+    """What each part loses inside the composition, by pair: the subject's score, alone less composed, and the same of
+    the style, in the mean of the two. Empty for what was taught together.
+
+    score: "among", the probability of the name among the world's, or "p", which pictures that show nothing well lose,
+    too."""
     adapter = ROWS[row].adapter
     if ROWS[row].merge == "joint":
         return {}
     parts = []
     for place, role in enumerate(("subject", "style")):
-        before, inside = alone(records, adapter, role, f"p_{role}"), by_pair(records, row, f"p_{role}")
+        measure = f"{score}_{role}"
+        before, inside = alone(records, adapter, role, measure), by_pair(records, row, measure)
         parts.append({pair: before[pair[place]] - value for pair, value in inside.items() if pair[place] in before})
     return {pair: (parts[0][pair] + parts[1][pair]) / 2 for pair in parts[0] if pair in parts[1]}
 
@@ -104,11 +121,12 @@ def table(records: Sequence[Record], rows: Sequence[str]) -> dict[str, dict[str,
     """Row -> measure -> Estimate (None where nothing was measured); "trained": numbers trained for both adapters."""
     found: dict[str, dict[str, Any]] = {}
     for row in rows:
-        values = {name: by_pair(records, row, name) for name in PER_PAIR} | {"crosstalk": crosstalk(records, row)}
+        values = {name: by_pair(records, row, name) for name in PER_PAIR}
+        values |= {"crosstalk": crosstalk(records, row), "crosstalk_named": crosstalk(records, row, "p")}
         found[row] = {name: estimate(list(pairs.values())) if pairs else None for name, pairs in values.items()}
         found[row]["trained"] = trained(records, ROWS[row].adapter)
         for role in ("subject", "style"):
-            for name in ("both", "named", "drift"):
+            for name in ("both", "recognised", "named", "drift"):
                 each = alone(records, ROWS[row].adapter, role, name)
                 found[row][f"{role}_alone_{name}"] = estimate(list(each.values())) if each else None
     return found
@@ -158,9 +176,10 @@ def against(records: Sequence[Record], row: str, rival: str) -> dict[str, Estima
     found: dict[str, Estimate | None] = {}
     measures: dict[str, Callable[[str], Pairs]] = {
         name: lambda who, name=name: by_pair(records, who, name)  # type: ignore[misc]
-        for name in ("both", "named")
+        for name in ("both", "recognised", "named")
     }
     measures["crosstalk"] = lambda who: crosstalk(records, who)
+    measures["crosstalk_named"] = lambda who: crosstalk(records, who, "p")
     for name, of in measures.items():
         mine, others = of(row), of(rival)
         pairs = sorted(mine.keys() & others.keys())

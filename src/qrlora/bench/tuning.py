@@ -1,7 +1,7 @@
 """The learning rates of every method and the weights of every row's compositions: ``qrlora bench --tune``.
 
 Every method gets as many rates, lessons, steps and pictures as every other. Taken are the two rates at which its
-adapters do best on the mean of three scores, each the mean of `named` and `both`: the subject alone, the style alone,
+adapters do best on the mean of three scores, each the mean of SCORED: the subject alone, the style alone,
 and their sum at the best of WEIGHTS. An adapter chosen for what it does alone can be too weak, or too strong, beside
 another. Weights are then chosen at those rates, for every row.
 
@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from qrlora.bench.cells import Cell, Record, digest_of, weights_digest
@@ -43,7 +44,9 @@ LESSONS = {
 """Role -> half of the reserved parts -> what is taught to choose for it: nothing of that half."""
 HALVES = ("even", "odd")
 FILE = "rates.json"
-KEPT = ("named", "both", "p_subject", "p_style")
+SCORED = ("recognised", "named", "both")
+"""What tuning goes by: the same question at three strictnesses, so that it is answered by weak and by good pictures."""
+KEPT = (*SCORED, "p_subject", "p_style", "among_subject", "among_style")
 """What the file keeps of each measurement; the records in the folder have all."""
 
 
@@ -172,7 +175,7 @@ def _kept(folder: Path) -> dict[str, Any]:
 
 def score(record: Record) -> float:
     """What tuning goes by."""
-    return (record["measured"]["named"] + record["measured"]["both"]) / 2
+    return fmean(record["measured"][name] for name in SCORED)
 
 
 def choose(tried: Sequence[Record]) -> Rates:

@@ -39,19 +39,18 @@ Say = Callable[[str], None]
 class Answer:
     """Pictures for a list of Wanted, and the judge's verdict on each.
 
-    pixels (n, h, w, 3) uint8. right: "subject", "style" and "both" -> n verdicts, or None where the truth is not known.
-    named: the same parts -> mean probability that the judge gives them, of "both" the product, without any limit.
+    pixels (n, h, w, 3) uint8. right: "subject", "style", "both", and "recognised" (both asked for are the likeliest
+    of the world's, however drawn) -> n verdicts, or None where the truth is not known.
     likeness: mean cosine of the judge's subject features to the user's own picture, if there is one.
     """
 
     wanted: Sequence[Wanted]
     pixels: UInt8[np.ndarray, "n h w 3"]
     right: dict[str, Bool[np.ndarray, " n"] | None] = field(default_factory=dict)
-    named: dict[str, float | None] = field(default_factory=dict)
     likeness: float | None = None
 
     def share(self, part: str) -> Share | None:
-        """The share of pictures in which ``part`` ("subject", "style" or "both") is right; None if not known."""
+        """The share of pictures in which ``part``, of `right`, holds; None if not known."""
         verdicts = self.right.get(part)
         return None if verdicts is None else Share.of(verdicts)
 
@@ -100,12 +99,10 @@ class Setting:
         # what is said of one part does not change the verdict on the other, so any name may stand for the user's own
         known = {part: getattr(answer.wanted[0], part) is not None for part in anything}
         known["both"] = all(known.values())
-        right = {part: getattr(verdict, part) if known[part] else None for part in PARTS}
-        probability = {"subject": verdict.p_subject, "style": verdict.p_style}
-        probability["both"] = probability["subject"] * probability["style"]
-        named = {part: float(p.mean()) if known[part] else None for part, p in probability.items()}
+        known["recognised"] = known["both"]
+        right = {part: getattr(verdict, part) if known[part] else None for part in known}
         likeness = self._likeness(answer, picture) if picture else None
-        return replace(answer, right=right, named=named, likeness=likeness)
+        return replace(answer, right=right, likeness=likeness)
 
     def _likeness(self, answer: Answer, picture: Lesson) -> float:
         from qrlora.training.pictures import read_picture

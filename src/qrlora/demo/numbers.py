@@ -82,12 +82,12 @@ def _lesson(lesson: Lesson) -> dict[str, Any]:
 
 
 def _shares(answer: Answer) -> dict[str, Any]:
-    """Each part's share (None if not known), n, the 95 % intervals, how probably each is named, and the likeness to the
-    user's own subject."""
-    shares = {part: answer.share(part) for part in PARTS}
+    """Each part's share and that of pictures recognised (None if not known), n, the 95 % intervals, and the likeness to
+    the user's own subject."""
+    shares = {part: answer.share(part) for part in (*PARTS, "recognised")}
     intervals = {part: list(share.interval) for part, share in shares.items() if share is not None}
-    found: dict[str, Any] = {part: _value(answer, part) for part in PARTS}
-    found |= {"n": len(answer.wanted), "interval": intervals, "named": answer.named}
+    found: dict[str, Any] = {part: _value(answer, part) for part in shares}
+    found |= {"n": len(answer.wanted), "interval": intervals}
     return found if answer.likeness is None else {**found, "likeness": answer.likeness}
 
 

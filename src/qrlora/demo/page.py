@@ -258,18 +258,17 @@ def _scores(outcome: Outcome) -> Section:
         shares = {part: [outcome.share(method, name, part) for method in METHODS] for part in PARTS}
         known = {part: row for part, row in shares.items() if any(row)}
         rows += [[title], *([f"{part} right", *row] for part, row in known.items())] if known else []
-        named = [outcome.answers[method][name].named.get("both") for method in METHODS]
-        if None not in named:
-            rows.append(["both named, probability", *(f"{value:.2f}" for value in named)])
+        seen = [outcome.share(method, name, "recognised") for method in METHODS]
+        rows += [["both recognised", *seen]] if any(seen) else []
     lost = [crosstalk(sets) for sets in outcome.answers.values()]
     losses: list[list[str | Share | None]] = [
         [part, *(_points(one[part]) for one in lost)] for part in PARTS if lost[0][part] is not None
     ]
     rows += [["Crosstalk, in points"], *losses] if losses else []
     note = (
-        "A bar is the share of pictures that are right, the line over it its 95% interval (Wilson). Both named: the "
-        "judge's probability of the subject times that of the style, mean over the pictures, without its limits; it is "
-        "nearly 1 for true drawings. Crosstalk is a "
+        "A bar is the share of pictures that are right, the line over it its 95% interval (Wilson). Recognised: of all "
+        f"{len(world.SUBJECTS)} subjects and {len(world.STYLES)} styles of pico's world, the judge takes the two asked "
+        "for to be the likeliest, however they are drawn. Crosstalk is a "
         "score alone minus the score composed; under “both”, the mean of the two alone minus composed."
     )
     header = ["", *(NAMES[method] for method in METHODS)]

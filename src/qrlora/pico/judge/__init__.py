@@ -10,6 +10,9 @@ at each other's question:
 - **both right**: subject and style right, and besides the features and the colours lie close to true renders of that
   very pair.
 
+Short of right there is **recognised**, which asks what a picture shows and not how well: of the subjects and styles
+that the world has, without the answer "none of these", the likeliest are those asked for.
+
 Closeness of features is a Mahalanobis distance with a pooled covariance (Lee et al. 2018, "A simple unified framework
 for detecting out-of-distribution samples"); closeness of colours a sliced Wasserstein distance to the nearest true
 palette (``colours``). Every distance is given in units of its limit, which true renders set: 1 is just accepted. No
@@ -55,6 +58,8 @@ class Verdict:
     style: Bool[np.ndarray, " n"]
     p_subject: Float[np.ndarray, " n"]
     p_style: Float[np.ndarray, " n"]
+    among: dict[str, Float[np.ndarray, " n"]]  # "subject" and "style": probability, "none of these" left out
+    recognised: Bool[np.ndarray, " n"]  # both asked for are the likeliest of the world's
     distance: dict[str, Float[np.ndarray, " n"]]  # by the names of ``Judge.limits``
 
     @property
@@ -84,6 +89,8 @@ class Evidence:
 
     right: dict[str, Bool[np.ndarray, " n"]]  # "subject" and "style": is the most probable name the one asked for
     probability: dict[str, Float[np.ndarray, " n"]]  # of the name asked for
+    among: dict[str, Float[np.ndarray, " n"]]  # the same, of the world's names alone
+    likeliest: dict[str, Bool[np.ndarray, " n"]]  # of these
     distance: dict[str, Float[np.ndarray, " n"]]  # of features in standard deviations, of palettes in Lab units
 
 
@@ -141,15 +148,18 @@ class Judge:
     ) -> Evidence:
         """Measure pictures against the pairs asked for, given as positions in the world's tables (colour -1: any)."""
         asked = {"subject": subject, "style": style}
-        right, probability, distance, features = {}, {}, {}, []
+        right, probability, among, likeliest, distance, features = {}, {}, {}, {}, {}, []
         for factor, (found, p) in self.look(pictures).items():
+            names = p[:, :-1]
             right[factor] = p.argmax(1).numpy() == asked[factor]
             probability[factor] = p.numpy()[np.arange(len(p)), asked[factor]]
+            among[factor] = probability[factor] / names.sum(1).numpy()
+            likeliest[factor] = names.argmax(1).numpy() == asked[factor]
             distance[factor] = self._away(factor, found, asked[factor])
             features.append(found)
         distance["pair"] = self._away("pair", torch.cat(features, 1), (subject, style))
         distance |= self._palettes(quantiles(pictures), subject, style, colour)
-        return Evidence(right, probability, distance)
+        return Evidence(right, probability, among, likeliest, distance)
 
     def _away(self, table: str, features: Tensor, asked: Any) -> Float[np.ndarray, " n"]:
         """Root mean square, over whitened features, of the way to the means at the positions asked for."""
@@ -194,6 +204,8 @@ class Judge:
             style=seen.right["style"] & (beyond["style"] <= 1) & (beyond["palette"] <= 1),
             p_subject=seen.probability["subject"],
             p_style=seen.probability["style"],
+            among=seen.among,
+            recognised=seen.likeliest["subject"] & seen.likeliest["style"],
             distance=beyond,
         )
 
