@@ -1,7 +1,8 @@
 """Where in pico subject and style are: ``python benchmarks/where.py``.
 
 The default adapter of each lesson is taught as the bench teaches it. Then it is used in part, and the judge says how
-probable the right subject and the right style are in what the bench asks of an adapter alone:
+probable the right subject and the right style are, among all that the world has, in what the bench asks of an adapter
+alone:
 
 blocks   the layers of one block of the denoiser; and all but those
 groups   the attention or the feed-forward layers, of the pictures' tokens or of the texts'; and all but those
@@ -39,7 +40,7 @@ from qrlora.files import write_atomically
 from qrlora.pico import world
 
 THIRDS = ("first third of the steps", "second third of the steps", "last third of the steps")
-SCORES = ("p_subject", "p_style", "named")
+SCORES = ("among_subject", "among_style", "p_subject", "p_style", "recognised")
 QUICK = {"pictures": 2, "steps": 60, "denoising_steps": 9}
 """What --quick changes: to see it work; too little to say anything."""
 Found = dict[str, Any]
@@ -164,10 +165,10 @@ def parts_scored(bench: Bench, name: str, seed: int, wanted: Sequence[str]) -> F
 def table(found: Found) -> str:
     """Probabilities of the right subject and the right style, of each part alone and of all but it."""
     width = max(len(row["part"]) for row in found["parts"])
-    lines = [f"\n{found['lesson']} ({found['role']}): probability of the right subject and style"]
+    lines = [f"\n{found['lesson']} ({found['role']}): probability of the right subject and style, of the world's"]
     lines.append(f"  {'':<{width}}  only this     all but this")
     for row in found["parts"]:
-        cells = ["{p_subject:.2f} {p_style:.2f}".format(**row[way]) for way in ("only", "without")]
+        cells = ["{among_subject:.2f} {among_style:.2f}".format(**row[way]) for way in ("only", "without")]
         lines.append(f"  {row['part']:<{width}}  {cells[0]:<12}  {cells[1]}")
     return "\n".join(lines)
 
@@ -176,7 +177,7 @@ def heat_map(found: Sequence[Found]) -> bytes:
     """A PNG: parts down, lessons across, each by the probability of what was to be learned."""
     names = [row["part"] for row in found[0]["parts"]]
     columns = [(one, way) for one in found for way in ("only", "without")]
-    values = [[one["parts"][i][way][f"p_{one['role']}"] for one, way in columns] for i in range(len(names))]
+    values = [[one["parts"][i][way][f"among_{one['role']}"] for one, way in columns] for i in range(len(names))]
     figure = Figure((3.4 + 1.3 * len(columns), 1.4 + 0.32 * len(names)), dpi=110, layout="constrained")
     axes = figure.add_subplot()
     shown = axes.imshow(values, cmap="viridis", vmin=0, vmax=1, aspect="auto")
