@@ -61,7 +61,7 @@ def test_no_part_is_measured_at_a_rate_it_helped_to_choose():
         assert len(halves["even"]) == len(halves["odd"])
         for half, lesson in tuning.LESSONS[role].items():
             assert lesson not in halves[half]
-    cells = tuning.cells_alone(Scope()) + tuning.cells_composed(ADAPTERS, tuning.rungs)
+    cells = tuning.cells_alone(Scope()) + tuning.cells_summed(Scope())
     assert {(c.subject, c.style) for c in cells if c.kind == "pair"} == {("rocket", "gold"), ("robot", "candy")}
     budget = {adapter: sum(c.adapter == adapter for c in cells) for adapter in ADAPTERS}
     assert len(set(budget.values())) == 1, "the same budget for every method"
@@ -86,36 +86,38 @@ def test_the_best_rates_on_the_other_half_are_chosen():
         (("candy",), (2e-3,)): 0.1,
     }
     each = [(a, b) for a in (1e-3, 2e-3) for b in (1e-3, 2e-3)]
-    pairs = [(s, t) for s in ("rocket", "robot") for t in ("gold", "candy")]
-    summed = {(names, rates, w): 0.0 for names in pairs for rates in each for w in tuning.WEIGHTS}
-    records = [*tried(apart), *tried(summed, "lora")]
-    chosen = tuning.choose(records)["lora"]
+    halves = [("rocket", "gold"), ("robot", "candy")]
+    summed = {(names, rates, w): 0.0 for names in halves for rates in each for w in tuning.WEIGHTS}
+    chosen = tuning.choose([*tried(apart), *tried(summed, "lora")])["lora"]
     assert chosen["subject"] == {"even": 1e-3, "odd": 1e-3}, "the lower of two equal ones"
     assert chosen["style"] == {"even": 2e-3, "odd": 1e-3}
     assert plan.half_of("style", "candy") == "even", "so candy, tuned on gold, takes gold's rate"
-    assert tuning.balance(records, {"lora": chosen})["lora"]["even-even"] == tuning.WEIGHTS[0], (
-        "the first of equal ones"
-    )
-
-    summed[("rocket", "candy"), (2e-3, 1e-3), (1.0, 0.7)] = 0.9
-    records = [*tried(apart), *tried(summed, "lora")]
-    assert tuning.choose(records)["lora"] == chosen, "a pair of both halves says nothing about rates"
     summed[("rocket", "gold"), (2e-3, 1e-3), (1.4, 0.7)] = 0.3
-    records = [*tried(apart), *tried(summed, "lora")]
-    chosen = tuning.choose(records)["lora"]
+    chosen = tuning.choose([*tried(apart), *tried(summed, "lora")])["lora"]
     assert chosen["subject"] == {"even": 2e-3, "odd": 1e-3}, "what is 0.2 worse alone and 0.3 better composed"
     assert chosen["style"] == {"even": 1e-3, "odd": 1e-3}
-    first = tuning.WEIGHTS[0]
-    found = tuning.balance(records, {"lora": chosen})["lora"]
-    assert found == {"even-even": (1.4, 0.7), "even-odd": (1.0, 0.7), "odd-even": first, "odd-odd": first}
 
-    merged = {((s, t), rates, w): 0.0 for s, t in pairs for rates in each for w in tuning.WEIGHTS}
-    merged |= {(("rocket", "gold"), (2e-3, 1e-3), w): w[1] for w in tuning.WEIGHTS}
-    merged |= {(("robot", "candy"), (1e-3, 1e-3), w): -w[1] for w in tuning.WEIGHTS}
-    records += tried(merged, "lora+ties")
-    assert tuning.choose(records)["lora"] == chosen, "rates are of the sum alone"
-    found = tuning.balance(records, {"lora": chosen})["lora+ties"]
-    assert found == {"even-even": (1.0, 1.0), "even-odd": first, "odd-even": first, "odd-odd": (1.0, 0.7)}
+
+def test_the_best_weights_on_the_pairs_of_the_other_halves_are_chosen():
+    cells_, best = tuning.cells_weighed(["lora"]), dict(zip(EQUAL, tuning.WEIGHTS[1:], strict=True))
+    assert len(cells_) == len(Scope().pairs) * len(tuning.WEIGHTS), "every pair at all weights"
+    assert not any(cell.rates for cell in cells_), "with the bench's own adapters"
+
+    def records(better):
+        for cell in cells_:
+            good = cell.weights == best[plan.halves_of(cell.subject, cell.style)]
+            named = (better if cell.subject in ("boot", "robot") else 0.3) * good
+            scored = {"recognised": named, "named": named, "both": 0.0}
+            yield pair("lora", cell.subject, cell.style, **scored) | {"weights": list(cell.weights)}
+
+    weighed = tuning.scores(records(better=0.6))["lora"]
+    for tried_there in weighed.values():
+        assert [tuple(one["weights"]) for one in tried_there] == list(tuning.WEIGHTS)
+        assert max(one["named"] for one in tried_there) == pytest.approx((0.6 + 0.3 + 0.3) / 3)
+    other = {"even-even": "odd-odd", "even-odd": "odd-even", "odd-even": "even-odd", "odd-odd": "even-even"}
+    assert tuning.balance({"lora": weighed})["lora"] == {halves: best[other[halves]] for halves in EQUAL}
+    worse = tuning.balance(tuning.scores(records(better=-0.9)))["lora"]
+    assert set(worse.values()) == {tuning.WEIGHTS[0]}, "the first of equal ones"
 
 
 def test_weights_are_of_a_row_and_the_halves_of_a_pair(small):
@@ -156,6 +158,22 @@ def test_crosstalk_is_what_is_lost_inside():
     assert tables.crosstalk(records, RIVAL)["teapot", "chalk"] == pytest.approx(((0.8 - 0.2) + (0.9 - 0.7)) / 2)
     assert tables.crosstalk(records, RIVAL, "p")["teapot", "chalk"] == pytest.approx((0.1 + 0.2) / 2)
     assert tables.crosstalk(records, "lora+joint") == {}
+
+
+def test_seeds_that_order_rows_alike_agree():
+    each = {"lora": (0.1, 0.2, 0.9), "qrlora": (0.2, 0.3, 0.8), "q_random": (0.3, 0.6, 0.7), DEFAULT: (0.5, 0.7, 0.1)}
+    records = [
+        pair(row, subject, "chalk", seed, recognised=value + more)
+        for row, values in each.items()
+        for seed, value in enumerate(values)
+        for subject, more in (("teapot", 0.1), ("boot", -0.1))
+    ]
+    assert tables.by_seed(records, "lora", "recognised") == pytest.approx({0: 0.1, 1: 0.2, 2: 0.9})
+    assert tables.agreement(records, list(each), "recognised") == pytest.approx(
+        {"0 and 1": 1, "0 and 2": -1, "1 and 2": -1}
+    )
+    records.remove(next(r for r in records if r["seed"] == 2 and r["row"] == "lora"))
+    assert set(tables.by_seed(records, "lora", "recognised")) == {0, 1}, "seed 2 is not whole"
 
 
 def test_a_constant_lead_has_no_uncertainty_when_paired():
@@ -455,6 +473,7 @@ def test_rates_of_the_folder_win_and_missing_ones_are_chosen_first(tmp_path, mon
     equal = {halves: list(weights) for halves, weights in EQUAL.items()}
     kept = {"weights": tuning.weights_digest(), "chosen": {"lora": {"subject": halves, "style": halves}}, "tried": []}
     kept["balance"] = {"lora": equal, "lora+ties": equal | {"even-even": [1, 0.5]}}
+    kept["weighed"] = {row: {} for row in kept["balance"]}
     (tmp_path / tuning.FILE).write_text(json.dumps(kept))
     asked = []
 

@@ -6,6 +6,7 @@ import csv
 import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -25,7 +26,7 @@ from qrlora.bench.plots import (
     with_many,
 )
 from qrlora.bench.run import adapters_of, facts, write_records
-from qrlora.bench.tables import Estimate, against, as_json, by_pair, foretold, table
+from qrlora.bench.tables import Estimate, against, agreement, as_json, by_pair, by_seed, foretold, table
 from qrlora.evaluation.report import Code, Picture, Prose, Report, Section, Table, png_bytes
 from qrlora.files import write_atomically
 from qrlora.generation import labelled_grid
@@ -58,6 +59,8 @@ def write(folder: Path, scope: Scope, records: Sequence[Record], command: str) -
         "balance": {row: scope.balance[row] for row in rows if row in scope.balance},
         "table": as_json(found),
         f"against {RIVAL}": as_json(beside),
+        "by seed": {row: by_seed(records, row, "recognised") for row in rows},
+        "agreement": agreement(records, rows, "recognised"),
         "foretold": {name: {k: v for k, v in each.items() if k != "points"} for name, each in told.items()},
     }
     (folder / "plots").mkdir(parents=True, exist_ok=True)
@@ -73,6 +76,7 @@ def write(folder: Path, scope: Scope, records: Sequence[Record], command: str) -
         Section("", [Prose([_opening(scope, found, beside)]), Code(command)]),
         _table(found, scope),
         *([_beside(beside)] if beside else []),
+        *([_agreement(data)] if data["agreement"] else []),
         *(Section(plot.title, [Picture(plot.pixels, plot.title), Prose([plot.said])]) for plot in plots if plot),
         _measured(),
     ]
@@ -120,6 +124,17 @@ def _beside(beside: Mapping[str, Mapping[str, Estimate | None]]) -> Section:
     header = ["method", *(name.replace("_", ", ") for name in names)]
     lead = "On the same pairs, pair by pair: differences less direct LoRA's, and ratios of means."
     return Section(f"Beside {RIVAL}, added directly", [Table(header, rows)], lead)
+
+
+def _agreement(data: Mapping[str, Any]) -> Section:
+    seeds = sorted({seed for found in data["by seed"].values() for seed in found})
+    whole = {row: found for row, found in data["by seed"].items() if found}
+    order = sorted(whole, key=lambda row: -fmean(whole[row].values()))
+    rows = [[row, *(f"{whole[row][seed]:.2f}" if seed in whole[row] else None for seed in seeds)] for row in order]
+    said = [f"{name}: {value:+.2f}" for name, value in data["agreement"].items() if value is not None]
+    lead = "Recognised, by seed: of the picture learned from, the training and the noise. "
+    lead += f"Rank correlation over the rows of seeds {', '.join(said)}." if said else ""
+    return Section("Does it agree with itself?", [Table(["method", *(f"seed {seed}" for seed in seeds)], rows)], lead)
 
 
 def sheets(folder: Path, scope: Scope, records: Sequence[Record], rows: Sequence[str]) -> list[Plot]:

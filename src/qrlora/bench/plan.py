@@ -36,7 +36,7 @@ _ADAPTERS = (
     *("q_free_4", "qrlora_wide", "q_cayley", f"{DEFAULT}_preserve", "lora_preserve"),
     *(f"{DEFAULT}_contrast", f"{DEFAULT}_masked", "qrlora_penalty"),
 )
-_MERGES = ("ties", "dare", "ziplora", "klora", "nplora", "blora", "activation_weights", "regmean")
+_MERGES = ("ties", "dare", "ziplora", "klora", "nplora", "blora", "activation_weights", "regmean", "project_both")
 _OURS = ("project_style", "project_both", "project_activation", "activation_weights", "route_steps")
 ROWS: dict[str, Row] = {
     row.name: row
@@ -44,6 +44,7 @@ ROWS: dict[str, Row] = {
         *(Row(name, name) for name in _ADAPTERS),
         *(Row(f"lora+{merge}", "lora", merge) for merge in _MERGES),
         *(Row(f"{DEFAULT}+{merge}", DEFAULT, merge) for merge in _OURS),
+        Row("q_random+project_both", "q_random", "project_both"),
         Row(f"{DEFAULT}+route_steps_reversed", DEFAULT, "route_steps", {"first": "style"}),
         Row("lora+joint", "lora", "joint"),
         Row(f"{DEFAULT}+joint", DEFAULT, "joint"),

@@ -210,6 +210,27 @@ def foretold(records: Sequence[Record], rows: Sequence[str]) -> dict[str, dict[s
     return found
 
 
+def by_seed(records: Iterable[Record], row: str, measure: str) -> dict[int, float]:
+    """A measure of a row's composed pairs in the mean over pairs, for every seed that all of the row's pairs have."""
+    records = [r for r in records if r["kind"] == "pair" and r["row"] == row]
+    pairs = by_pair(records, row, measure).keys()
+    each = {
+        seed: by_pair([r for r in records if r["seed"] == seed], row, measure) for seed in {r["seed"] for r in records}
+    }
+    return {seed: fmean(found.values()) for seed, found in sorted(each.items()) if found.keys() == pairs}
+
+
+def agreement(records: Sequence[Record], rows: Sequence[str], measure: str) -> dict[str, float | None]:
+    """Two seeds, "0 and 1" -> rank correlation over rows of what they say: 1 if they put all rows in the same order."""
+    each = {row: by_seed(records, row, measure) for row in rows}
+    seeds = sorted({seed for found in each.values() for seed in found})
+    return {
+        f"{a} and {b}": rank_correlation([[row, e[a], e[b]] for row, e in each.items() if a in e and b in e])
+        for i, a in enumerate(seeds)
+        for b in seeds[i + 1 :]
+    }
+
+
 def rank_correlation(points: Sequence[Sequence[Any]]) -> float | None:
     """Spearman's, of the second with the third of each point, ties at their mean rank; None for fewer than 4 points or
     if one side is constant."""

@@ -3,12 +3,12 @@
 Every method gets as many rates, lessons, steps and pictures as every other. Taken are the two rates at which its
 adapters do best on the mean of three scores, each the mean of SCORED: the subject alone, the style alone,
 and their sum at the best of WEIGHTS. An adapter chosen for what it does alone can be too weak, or too strong, beside
-another. Weights are then chosen at those rates, for every row.
+another. Weights are then chosen at those rates, for every row, with the bench's own adapters.
 
 No part is measured at a rate or weights that it helped to choose. Seen parts were found not to do: what pico knows has
 only to be called, at a rate at which a new one is not learned. So the reserved subjects and styles are halved, and what
-is chosen for each half comes from one of the other half; weights, for the two halves of a pair, from that pair of the
-others.
+is chosen for each half comes from the other half: rates from one lesson of it; weights, for the two halves of a pair,
+from every pair of the two others.
 
 Only the ladder's place differs where a method is known to want smaller steps: all weights at once, rotations, and what
 starts from both factors or large singular values.
@@ -17,7 +17,7 @@ starts from both factors or large singular values.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -25,17 +25,18 @@ from statistics import fmean
 from typing import Any
 
 from qrlora.bench.cells import Cell, Record, digest_of, weights_digest
-from qrlora.bench.plan import ROWS, Balance, Rates, Scope
+from qrlora.bench.plan import ROWS, Balance, Rates, Scope, halves_of
 from qrlora.bench.run import Say, adapters_of, known_records, missing, rounded, run_stages
 from qrlora.evaluation.rivals.adapters import ADAPTERS
 from qrlora.evaluation.rivals.merges import MERGES
 from qrlora.files import write_atomically
+from qrlora.pico import world
 
 LADDER = {"subject": (1.5e-3, 3e-3, 6e-3), "style": (5e-4, 1.5e-3, 5e-3)}
 SLOWER = {"lora": 0.3, "lora_preserve": 0.3, "pissa": 0.3, "olora": 0.3, "qrlora_trained": 0.3, "oft": 0.3, "full": 0.1}
 SLOWER |= {"q_free_4": 0.3, "q_cayley": 0.3}
 """Method -> what its ladder is multiplied with."""
-WEIGHTS = ((1.0, 1.0), (1.0, 0.7), (0.7, 1.0), (1.4, 0.7), (1.4, 1.0))
+WEIGHTS = ((1.0, 1.0), (1.0, 0.7), (1.4, 0.7), (1.4, 1.0), (1.4, 1.4))
 """Of subject and style in a composition."""
 LESSONS = {
     "subject": {"even": "rocket", "odd": "robot"},
@@ -43,6 +44,8 @@ LESSONS = {
 }
 """Role -> half of the reserved parts -> what is taught to choose for it: nothing of that half."""
 HALVES = ("even", "odd")
+PICTURES = 4
+"""Of every pair, to choose weights by."""
 FILE = "rates.json"
 SCORED = ("recognised", "named", "both")
 """What tuning goes by: the same question at three strictnesses, so that it is answered by weak and by good pictures."""
@@ -61,16 +64,24 @@ def cells_alone(scope: Scope) -> list[Cell]:
     ]
 
 
-def cells_composed(
-    rows: Iterable[str], rates_of: Callable[[str, str, str], Iterable[tuple[float, float]]]
-) -> list[Cell]:
-    """Each row's composition of the halves' lessons, at each of WEIGHTS. rates_of: (adapter, half of the subject, half
-    of the style) -> those tried."""
+def cells_summed(scope: Scope) -> list[Cell]:
+    """The direct sum of each half's lessons, at every rate of the one with every rate of the other and at each of
+    WEIGHTS."""
     return [
-        Cell("pair", ROWS[row].adapter, 0, LESSONS["subject"][a], LESSONS["style"][b], row, 0, rates, weights)
+        Cell("pair", name, 0, LESSONS["subject"][half], LESSONS["style"][half], name, 0, rates, weights)
+        for name in adapters_of(scope)
+        for half in HALVES
+        for rates in product(ladder(name, "subject"), ladder(name, "style"))
+        for weights in WEIGHTS
+    ]
+
+
+def cells_weighed(rows: Iterable[str]) -> list[Cell]:
+    """Every row's compositions of all reserved pairs, at each of WEIGHTS."""
+    return [
+        Cell("pair", ROWS[row].adapter, 0, *pair, row, weights=weights)
         for row in rows
-        for a, b in product(HALVES, repeat=2)
-        for rates in rates_of(ROWS[row].adapter, a, b)
+        for pair in product(world.RESERVED_SUBJECTS, world.RESERVED_STYLES)
         for weights in WEIGHTS
     ]
 
@@ -78,11 +89,6 @@ def cells_composed(
 def ladder(adapter: str, role: str) -> list[float]:
     """The rates tried."""
     return [float(f"{rate * SLOWER.get(adapter, 1):.2g}") for rate in LADDER[role]]
-
-
-def rungs(adapter: str, subject: str, style: str) -> Iterator[tuple[float, float]]:
-    """Every rate of a subject with every rate of a style of the same half."""
-    yield from product(ladder(adapter, "subject"), ladder(adapter, "style")) if subject == style else ()
 
 
 def tuned(folder: Path, scope: Scope, workers: int, say: Say, command: str) -> Scope:
@@ -110,14 +116,17 @@ def tune(folder: Path, scope: Scope, workers: int, say: Say, command: str) -> tu
     weights of rows whose rates are others now.
     """
     scope = replace(scope, seeds=(0,))
-    adapters = adapters_of(scope)
-    alone, summed = cells_alone(scope), cells_composed(adapters, rungs)
-    tried = _measured(folder, scope, [alone, summed], workers, say)
+    adapters, old = adapters_of(scope), _kept(folder)
+    tried = _measured(folder, scope, [cells_alone(scope), cells_summed(scope)], workers, say)
     chosen = choose(tried)
     rows = dict.fromkeys([*adapters, *(row for row in scope.rows if ROWS[row].merge != "joint")])
-    others = cells_composed(rows, lambda *of: [rates_of(chosen, *of)])
-    tried += _measured(folder, scope, [others], workers, say)
-    weights, old = balance(tried, chosen), _kept(folder)
+    at_rates = replace(scope, rates=scope.rates | chosen, pictures=PICTURES)
+    cells = cells_weighed(rows)
+    teaching = dict.fromkeys(
+        one for cell in cells for one in (cell.taught(subject=cell.subject), cell.taught(style=cell.style))
+    )
+    weighed = scores(_measured(folder, at_rates, [list(teaching), cells], workers, say)[len(teaching) :])
+    weights = balance(weighed)
     stale = {adapter for adapter, rates in chosen.items() if old["chosen"].get(adapter, rates) != rates}
     still = {row: found for row, found in old["balance"].items() if ROWS[row].adapter not in stale}
     kept = [one for one in old["tried"] if one["adapter"] not in stale]
@@ -127,6 +136,7 @@ def tune(folder: Path, scope: Scope, workers: int, say: Say, command: str) -> tu
         "chosen": old["chosen"] | chosen,
         "balance": still | weights,
         "versions": _versions(old["chosen"] | chosen, still | weights),
+        "weighed": {row: old["weighed"][row] for row in still} | weighed,
         "tried": list({one["digest"]: one for one in kept + [_brief(one) for one in tried]}.values()),
     }
     write_atomically(folder / FILE, (json.dumps(rounded(found)).replace('{"kind"', '\n{"kind"') + "\n").encode())
@@ -154,7 +164,7 @@ def _versions(chosen: Iterable[str], rows: Iterable[str]) -> dict[str, int]:
 
 def _kept(folder: Path) -> dict[str, Any]:
     """What an earlier run chose in this folder, of this model and judge, for methods and merges as they are now."""
-    nothing: dict[str, Any] = {"chosen": {}, "balance": {}, "tried": []}
+    nothing: dict[str, Any] = {"chosen": {}, "balance": {}, "weighed": {}, "tried": []}
     file = folder / FILE
     old = nothing | (json.loads(file.read_text()) if file.exists() else {})
     if old.get("weights") != weights_digest():
@@ -167,25 +177,25 @@ def _kept(folder: Path) -> dict[str, Any]:
         if row in ROWS
         and found.keys() == {f"{a}-{b}" for a, b in product(HALVES, repeat=2)}
         and ROWS[row].adapter in chosen
+        and row in old["weighed"]
         and (ROWS[row].merge == "sum" or MERGES[ROWS[row].merge].version == versions.get(row, 1))
     }
-    same = [one for one in old["tried"] if one["adapter"] in chosen and one.get("row", one["adapter"]) in rows]
+    same = [one for one in old["tried"] if one["adapter"] in chosen]
     return old | {"chosen": chosen, "balance": rows, "tried": same}
-
-
-def score(record: Record) -> float:
-    """What tuning goes by."""
-    return fmean(record["measured"][name] for name in SCORED)
 
 
 def choose(tried: Sequence[Record]) -> Rates:
     """Method -> role -> half -> the rates best on that half's lessons, alone and composed; the lower of equal ones."""
-    alone = {(r["adapter"], r.get("subject") or r["style"], *r["rates"]): score(r) for r in tried if "row" not in r}
+    alone = {
+        (r["adapter"], r.get("subject") or r["style"], *r["rates"]): _mean(r["measured"])
+        for r in tried
+        if "row" not in r
+    }
     composed: dict[tuple[Any, ...], float] = {}
     for record in tried:
-        if "row" in record and ROWS[record["row"]].merge == "sum":
+        if "row" in record:
             key = (record["adapter"], record["subject"], record["style"], *record["rates"])
-            composed[key] = max(composed.get(key, 0.0), score(record))
+            composed[key] = max(composed.get(key, 0.0), _mean(record["measured"]))
     chosen: Rates = {adapter: {role: {} for role in LESSONS} for adapter in dict.fromkeys(key[0] for key in alone)}
     for adapter, half in product(chosen, HALVES):
         subject, style = (LESSONS[role][half] for role in LESSONS)
@@ -200,23 +210,33 @@ def choose(tried: Sequence[Record]) -> Rates:
     return chosen
 
 
-def rates_of(chosen: Rates, adapter: str, subject: str, style: str) -> tuple[float, float]:
-    """Of a subject and a style of these halves."""
-    return chosen[adapter]["subject"][subject], chosen[adapter]["style"][style]
+def scores(records: Iterable[Record]) -> dict[str, dict[str, list[Record]]]:
+    """Row -> halves -> for each of WEIGHTS the mean of SCORED over the pairs of the two other halves."""
+    found: dict[str, dict[str, dict[tuple[float, ...], list[Record]]]] = {}
+    other = dict(zip(HALVES, reversed(HALVES), strict=True))
+    for record in records:
+        halves = "-".join(other[half] for half in halves_of(record["subject"], record["style"]).split("-"))
+        of_row = found.setdefault(record["row"], {}).setdefault(halves, {})
+        of_row.setdefault(tuple(record["weights"]), []).append(record["measured"])
+    return {
+        row: {
+            halves: [
+                {"weights": list(weights)} | {name: fmean(each[name] for each in seen) for name in SCORED}
+                for weights, seen in of_row.items()
+            ]
+            for halves, of_row in sorted(of_halves.items())
+        }
+        for row, of_halves in found.items()
+    }
 
 
-def balance(tried: Sequence[Record], chosen: Rates) -> Balance:
-    """Row -> halves -> the best of WEIGHTS at the chosen rates; the first of equal ones."""
-    found: Balance = {}
-    for row in dict.fromkeys(record["row"] for record in tried if "row" in record):
-        found[row] = {}
-        for a, b in product(HALVES, repeat=2):
-            rates = rates_of(chosen, ROWS[row].adapter, a, b)
-            wanted = (row, LESSONS["subject"][a], LESSONS["style"][b], list(rates))
-            scores = {
-                tuple(r["weights"]): score(r)
-                for r in tried
-                if "row" in r and (r["row"], r["subject"], r["style"], list(r["rates"])) == wanted
-            }
-            found[row][f"{a}-{b}"] = max(WEIGHTS, key=lambda weights: scores[weights])
-    return found
+def balance(weighed: dict[str, dict[str, list[Record]]]) -> Balance:
+    """Row -> halves -> the best of the weights tried; the first of equal ones."""
+    return {
+        row: {halves: tuple(max(tried, key=_mean)["weights"]) for halves, tried in of_row.items()}
+        for row, of_row in weighed.items()
+    }
+
+
+def _mean(scored: Record) -> float:
+    return fmean(scored[name] for name in SCORED)
