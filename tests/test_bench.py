@@ -439,7 +439,7 @@ def test_where_scores_every_part(where, tmp_path, monkeypatch, capsys):
     assert all(0 <= score <= 1 for score in scores) and len(set(scores)) > len(names)
     assert min(np.asarray(Image.open(tmp_path / "where.png")).shape[:2]) > 200
     said = capsys.readouterr().out
-    assert all(name in said for name in names) and f"{found['parts'][0]['only']['p_style']:.2f}" in said
+    assert all(name in said for name in names) and f"{found['parts'][0]['only']['among_style']:.2f}" in said
 
 
 @pytest.mark.parametrize(

@@ -180,7 +180,7 @@ def _kept(folder: Path) -> dict[str, Any]:
         and row in old["weighed"]
         and (ROWS[row].merge == "sum" or MERGES[ROWS[row].merge].version == versions.get(row, 1))
     }
-    same = [one for one in old["tried"] if one["adapter"] in chosen]
+    same = [one for one in old["tried"] if one["adapter"] in chosen and one.get("row") in (None, one["adapter"])]
     return old | {"chosen": chosen, "balance": rows, "tried": same}
 
 
