@@ -50,8 +50,8 @@ def add_compose(commands: Parsers) -> None:
         type=share,
         default=0.0,
         metavar="SHARE",
-        help="each part gives up this share, 0 to 1, of what it reads where the others read: at 0.5 and weights of 1.4 "
-        "and 1 subject and style are recognised more often than in the sum, docs/bench.md (default: 0, the exact sum)",
+        help="each part gives up this share, 0 to 1, of what it reads where the others read: what it "
+        "gains at 0.5 and weights of 1.4 and 1 is in docs/bench.md (default: 0, the exact sum)",
     )
     parser.add_argument("--model", help=f"{MODEL_HELP} (default: the one the adapters name)")
     parser.add_argument("--json", action="store_true", help="print the numbers as JSON")
