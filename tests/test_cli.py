@@ -150,8 +150,10 @@ def test_compose_with_parts_that_give_way(work: Path, capsys: pytest.CaptureFixt
     assert load_adapter("composition.safetensors").metadata.provenance["giving_way"] == 0.5
     assert main(["compose", *parts, "--give-way", "1", "-o", "all.safetensors"]) == 0
     assert "each gives way to the others by 1" in capsys.readouterr().out
-    assert main(["compose", *parts, "--give-way", "1", "--delta-weights", "4", "-o", "no.safetensors"]) == 2
-    assert "one of --delta-weights and --give-way" in capsys.readouterr().err and not Path("no.safetensors").exists()
+    mixed = [parts[0], str(work / "lora.safetensors"), "--delta-weights", "8", "-o", "mixed.safetensors"]
+    assert main(["compose", *mixed, "--give-way", "1"]) == 0
+    assert "each gives way to the others by 1" in capsys.readouterr().out
+    assert load_adapter("mixed.safetensors").metadata.provenance["giving_way"] == 1
     with pytest.raises(SystemExit):
         main(["compose", *parts, "--give-way", "2"])
     assert "expected a number from 0 to 1" in capsys.readouterr().err

@@ -237,6 +237,37 @@ def test_delta_weights_of_different_bases_add_up_exactly_at_full_rank(basis, tmp
     assert len(composed.metadata.provenance["parts"]) == 3
 
 
+def test_plain_loras_give_way_as_in_the_bench_and_as_on_a_basis(basis):
+    """`project_both` again, on factors that no orthonormal Q stands in; and `Composition` where one does."""
+    one, two = make_lora(seed=1, alpha=3.0), make_lora(seed=2)
+    parts = [(one, 1.4), (two, -0.6)]
+    composed, loss = compose_delta_weights(parts, [None, None], 8, giving_way=0.5)
+    learned = [{n: Delta(a.ups[n], w * a.scaling * d) for n, d in a.deltas.items()} for a, w in parts]
+    expected = {name: delta.dense() for name, delta in project_both(learned).items()}
+    assert_same({n: d.float() for n, d in delta_weights(composed).items()}, expected)
+    assert composed.metadata.provenance["giving_way"] == 0.5
+    whole = {n: sum(part[n].dense() for part in learned) for n in SHAPES}
+    kept = sum(float(d.square().sum()) for d in expected.values())
+    assert loss.energy_kept == pytest.approx(kept / sum(float(d.square().sum()) for d in whole.values()), rel=1e-4)
+    assert loss.to_dict()["energy_kept"] == loss.energy_kept < 1
+
+    ours = [(make_adapter(basis, EVEN, seed=1), 1.4), (make_adapter(basis, ODD, seed=2), 1.0)]
+    on_basis, (summed, found) = Composition(ours, 0.7), compose_delta_weights(ours, [basis, basis], 8, 0.7)
+    assert_same(delta_weights(summed), delta_weights(on_basis.adapter(), basis))
+    assert found.energy_kept == pytest.approx(on_basis.energy_kept(), rel=1e-5)
+
+
+def test_who_is_not_there_takes_nothing_from_a_plain_lora(basis):
+    one, two = make_lora(seed=1), make_lora(seed=2)
+    composed, loss = compose_delta_weights([(one, 1.0), (two, 0.0)], [None, None], 8, giving_way=1.0)
+    assert_same(delta_weights(composed), delta_weights(one))
+    assert loss.energy_kept == pytest.approx(1.0)
+    whole = compose_delta_weights([(one, 1.0), (two, 1.0)], [None, None], 8)
+    assert whole[1].energy_kept == 1.0 and "giving_way" not in whole[0].metadata.provenance
+    with pytest.raises(MismatchError, match="no such share"):
+        compose_delta_weights([(one, 1.0)], [None], 2, giving_way=1.5)
+
+
 def test_cutting_back_to_a_rank_is_the_best_cut_and_says_what_it_lost(basis):
     parts = [(make_adapter(basis, EVEN, triangular=False), 1.0), (make_lora(), 0.5)]
     composed, loss = compose_delta_weights(parts, [basis, None], rank=2)

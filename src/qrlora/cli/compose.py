@@ -20,7 +20,6 @@ from qrlora.cli.shared import (
     share,
     weighted_path,
 )
-from qrlora.errors import MismatchError
 
 
 def add_compose(commands: Parsers) -> None:
@@ -50,8 +49,8 @@ def add_compose(commands: Parsers) -> None:
         type=share,
         default=0.0,
         metavar="SHARE",
-        help="each part gives up this share, 0 to 1, of what it reads where the others read: what it "
-        "gains at 0.5 and weights of 1.4 and 1 is in docs/bench.md (default: 0, the exact sum)",
+        help="each part gives up this share, 0 to 1, of what it reads where the others read; with or without "
+        "--delta-weights; what it gains at 0.5 is in docs/bench.md (default: 0, the exact sum)",
     )
     parser.add_argument("--model", help=f"{MODEL_HELP} (default: the one the adapters name)")
     parser.add_argument("--json", action="store_true", help="print the numbers as JSON")
@@ -64,13 +63,9 @@ def run_compose(options: argparse.Namespace) -> None:
     from qrlora.composition import Composition, compose_delta_weights
 
     parts = load_weighted(options.parts)
-    if options.delta_weights and options.give_way:
-        raise MismatchError(
-            "--delta-weights sums whole parts", expected="one of --delta-weights and --give-way", got="both"
-        )
     if options.delta_weights:
         bases = bases_of(options.model, [adapter for adapter, _ in parts])
-        adapter, loss = compose_delta_weights(parts, bases, options.delta_weights)
+        adapter, loss = compose_delta_weights(parts, bases, options.delta_weights, options.give_way)
         report, lines = loss.to_dict(), _truncation_lines(loss, sum(part.metadata.rank for part, _ in parts))
         save_adapter(adapter, options.output, spelling="lora")
     else:
@@ -78,10 +73,12 @@ def run_compose(options: argparse.Namespace) -> None:
         adapter, interference = composition.adapter(), composition.interference()
         report, lines = interference.to_dict(), _interference_lines(interference)
         if options.give_way:
-            kept = report["energy_kept"] = composition.energy_kept()
-            lines.append(f"each gives way to the others by {options.give_way:g}: {kept:.3f} of that energy is kept")
+            report["energy_kept"] = composition.energy_kept()
         basis = bases_of(options.model, [adapter])[0] if options.spelling == "lora" else None
         save_adapter(adapter, options.output, spelling=options.spelling, basis=basis)
+    if options.give_way:
+        kept = report["energy_kept"]
+        lines.append(f"each gives way to the others by {options.give_way:g}: {kept:.3f} of the sum's energy is kept")
     if options.json:
         print(json.dumps({"output": str(options.output)} | report, indent=2))
     else:

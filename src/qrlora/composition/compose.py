@@ -21,16 +21,18 @@ from qrlora.basis import fingerprint
 from qrlora.composition.parts import (
     basis_difference,
     called,
+    check_share,
     check_weights,
     collected,
     joined,
+    less_read,
     products,
+    row_space,
     scaled_down,
     union,
 )
 from qrlora.errors import MismatchError
 
-RANK_TOLERANCE = 1e-10  # of squared singular values, relative: below it a row space has no further dimension
 ONTO_BASIS = "`qrlora import FILE --like ADAPTER` puts a LoRA file onto the basis of another adapter"
 BY_DELTA_WEIGHT = (
     "compose_delta_weights (on the command line --delta-weights RANK) sums ΔW itself and cuts the sum back to a rank, "
@@ -55,8 +57,7 @@ class Composition:
 
     def __post_init__(self) -> None:
         check_weights(self.parts)
-        if not 0 <= self.giving_way <= 1:
-            raise MismatchError("no such share to give up", expected="0 to 1", got=self.giving_way)
+        check_share(self.giving_way)
         for adapter, _ in self.parts:
             _check_on_its_basis(adapter)
         for (first, _), (second, _) in itertools.combinations(self.parts, 2):
@@ -112,11 +113,7 @@ class Composition:
         """ΔR of a part, less what it gives up to the others; float64."""
         delta = adapter.deltas[layer].detach().cpu().double()
         others = [o.deltas[layer] for o, weight in self.parts if o is not adapter and weight and layer in o.deltas]
-        read = [rows for other in others if len(rows := _row_space(other))] if self.giving_way else []
-        if not read:
-            return delta
-        rows = _row_space(torch.cat(read))
-        return delta - self.giving_way * (delta @ rows.T) @ rows
+        return less_read(delta, others, self.giving_way)
 
     def energy_kept(self) -> float:
         """‖Σ λᵢ ΔWᵢ‖² of what the parts keep, as a share of the same of the whole parts; 1 without giving way."""
@@ -128,7 +125,7 @@ class Composition:
         """How much the parts interfere, computed from ΔR alone: no base model, no basis, no picture."""
         layers = {}
         for name in union(adapter.shapes for adapter, _ in self.parts):
-            rows = [_row_space(adapter.deltas[name]) if name in adapter.deltas else None for adapter, _ in self.parts]
+            rows = [row_space(adapter.deltas[name]) if name in adapter.deltas else None for adapter, _ in self.parts]
             layers[name] = (self._gram(name), _shared_rows(rows))
         weights = torch.tensor([weight for _, weight in self.parts], dtype=torch.float64)
         gram = torch.stack([gram for gram, _ in layers.values()]).sum(0)
@@ -221,14 +218,6 @@ def _check_on_its_basis(adapter: Adapter) -> None:
 def _inner_on_basis(a: Adapter, b: Adapter, layer: str) -> Float[Tensor, ""]:
     """⟨ΔWₐ, ΔW_b⟩ on one basis = sₐ s_b ⟨ΔRₐ, ΔR_b⟩, because QᵀQ = I."""
     return products(scaled_down(a, layer), scaled_down(b, layer), a.metadata.columns, b.metadata.columns)[0]
-
-
-def _row_space(delta: Float[Tensor, "rank in"]) -> Float[Tensor, "dims in"]:
-    """Orthonormal rows that span the rows of ΔR, float64: with ΔR ΔRᵀ = U Λ Uᵀ they are Λ^(-1/2) Uᵀ ΔR."""
-    rows = delta.detach().cpu().double()
-    values, vectors = torch.linalg.eigh(rows @ rows.T)
-    kept = values > RANK_TOLERANCE * values.max().clamp(min=torch.finfo(values.dtype).tiny)
-    return (vectors[:, kept] / values[kept].sqrt()).T @ rows
 
 
 def _shared_rows(rows: Sequence[Float[Tensor, "_ in"] | None]) -> Float[Tensor, "parts parts"]:

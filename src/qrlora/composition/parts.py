@@ -14,6 +14,8 @@ from qrlora.adapter.record import Adapter
 from qrlora.basis import TURNED, Basis, turned
 from qrlora.errors import MismatchError
 
+RANK_TOLERANCE = 1e-10  # of squared singular values, relative: below it a row space has no further dimension
+
 
 def called(adapter: Adapter) -> str:
     """What to call an adapter in messages and tables: its name, else its trigger or role."""
@@ -25,6 +27,12 @@ def check_weights(parts: Sequence[tuple[Adapter, float]]) -> None:
     bad = [weight for _, weight in parts if not math.isfinite(weight)]
     if not parts or bad:
         raise MismatchError("nothing to compose", expected="adapters with finite weights", got=bad or "no adapters")
+
+
+def check_share(giving_way: float) -> None:
+    """MismatchError unless it is a share that parts can give up to one another."""
+    if not 0 <= giving_way <= 1:
+        raise MismatchError("no such share to give up", expected="0 to 1", got=giving_way)
 
 
 def basis_difference(first: Adapter, second: Adapter) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -66,6 +74,25 @@ def known_up(adapter: Adapter, basis: Basis | None, layer: str) -> Float[Tensor,
     if adapter.metadata.on_basis and basis is None:
         return None
     return adapter.up(layer, None if basis is None else basis[layer].q).detach().cpu().double()
+
+
+def row_space(rows: Float[Tensor, "rank in"]) -> Float[Tensor, "dims in"]:
+    """Orthonormal rows that span the given ones, float64: with A Aᵀ = U Λ Uᵀ they are Λ^(-1/2) Uᵀ A."""
+    rows = rows.detach().cpu().double()
+    values, vectors = torch.linalg.eigh(rows @ rows.T)
+    kept = values > RANK_TOLERANCE * values.max().clamp(min=torch.finfo(values.dtype).tiny)
+    return (vectors[:, kept] / values[kept].sqrt()).T @ rows
+
+
+def less_read(
+    rows: Float[Tensor, "rank in"], others: Sequence[Float[Tensor, "_ in"]], share: float
+) -> Float[Tensor, "rank in"]:
+    """rows (1 - share V Vᵀ), V the row space of all others; float64, as `rows` are."""
+    read = [space for other in others if len(space := row_space(other))] if share else []
+    if not read:
+        return rows
+    space = row_space(torch.cat(read))
+    return rows - share * (rows @ space.T) @ space
 
 
 def products(
