@@ -127,7 +127,7 @@ def test_trained_parameters_are_counted(pipe: Any, recipe: Recipe) -> None:
     counted = {m: taught(m, recipe.replace(steps=1), pipe=pipe[0], family=pipe[1]).trained for m in ADAPTERS}
     assert counted["lora"] == counted["lora_preserve"] == counted["pissa"] == counted["olora"] == both
     assert {counted[method] for method in FROZEN_UP} == {inputs_only}
-    assert counted["transposed"] == counted["orthogonal"] == outputs_only
+    assert counted["transposed"] == counted["transposed_disjoint"] == counted["orthogonal"] == outputs_only
     assert counted["full"] == whole
     assert counted["qrlora"] == inputs_only - len(sizes)  # one zero under the diagonal of each
     assert counted["qrlora_wide"] == counted["qrlora"]
@@ -145,8 +145,9 @@ def test_frozen_sides_are_what_they_say(pipe: Any, recipe: Recipe) -> None:
     """ΔW's column space, or its row space, against the singular vectors of W and the shared random ones."""
     learned = {
         method: teach(method, recipe, pipe=pipe[0], family=pipe[1])
-        for method in ("mica", "q_minor", "q_random", "qrlora_dense", "transposed", "orthogonal")
+        for method in ("mica", "q_minor", "q_random", "qrlora_dense", "transposed", "transposed_disjoint", "orthogonal")
     }
+    style = teach("transposed_disjoint", recipe.replace(role="style"), pipe=pipe[0], family=pipe[1])
     for name in ("transformer_blocks.0.attn.to_q", "transformer_blocks.1.ff.net.0.proj"):
         weight = pipe[0].transformer.get_submodule(name).weight.detach()
         u, _, vh = torch.linalg.svd(weight, full_matrices=False)
@@ -157,6 +158,9 @@ def test_frozen_sides_are_what_they_say(pipe: Any, recipe: Recipe) -> None:
             assert within(learned[method][name].dense(), columns)
         assert within(learned["transposed"][name].dense().T, vh[:RANK].T)
         assert within(learned["orthogonal"][name].dense().T, rows)
+        subject = learned["transposed_disjoint"][name].dense()
+        assert within(subject.T, vh[: 2 * RANK].T) and within(style[name].dense().T, vh[: 2 * RANK].T)
+        assert (subject @ style[name].dense().T).norm() < 1e-5 * subject.norm() * style[name].dense().norm()
         assert not within(learned["q_random"][name].dense(), q["qrlora_dense"])
 
 

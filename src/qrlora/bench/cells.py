@@ -42,6 +42,8 @@ from qrlora.training.recipe import Recipe
 
 VERSION = 2
 """Of what a record means: another number, and old records are not taken for new ones. Pictures are."""
+MADE = 1
+"""Of how adapters and pictures are made: another number, and all of them are made anew."""
 Record = dict[str, Any]
 UNRELATED = (("mug", "ink"), ("lamp", "clay"), ("bottle", "risograph"), ("chair", "pixel"))
 """Seen pairs that no adapter should touch: asked for without a trigger, to see how far the pictures drift."""
@@ -97,7 +99,7 @@ def weights_digest(judged: bool = True) -> str:
 def digest_of(cell: Cell, scope: Scope, judged: bool = True) -> str:
     """Of everything that decides the cell's record, or, not judged, its adapter or pictures."""
     judged = judged and cell.kind != "teach"
-    version = VERSION if judged else 1
+    version = VERSION if judged else MADE
     decides: dict[str, Any] = {"version": version, "weights": weights_digest(judged), "cell": cell.__dict__}
     decides |= {name: getattr(scope, name) for name in ("steps", "batch_size", "rank")}
     each = cell.many // 2

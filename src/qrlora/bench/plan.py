@@ -32,7 +32,7 @@ class Row:
 _ADAPTERS = (
     *("lora", "qrlora_disjoint", "qrlora", "q_random", "pissa", "orthogonal", "q_minor", "qrlora_dense"),
     *("q_activation", "q_gradient"),
-    *("q_random_each", "transposed", "qrlora_trained", "mica", "olora", "oft", "full"),
+    *("q_random_each", "transposed", "transposed_disjoint", "qrlora_trained", "mica", "olora", "oft", "full"),
     *("q_free_4", "qrlora_wide", "q_cayley", f"{DEFAULT}_preserve", "lora_preserve"),
     *(f"{DEFAULT}_contrast", f"{DEFAULT}_masked", "qrlora_penalty"),
 )

@@ -36,6 +36,7 @@ from qrlora.training.dataset import find_pictures
 from qrlora.training.loop import ADAPTER_NAME, Attached, Losses, Progress, adapter_on, peft_config, train_attached
 from qrlora.training.recipe import Recipe
 from qrlora.tuner import QRLoraConfig, QRLoraLayer, resolve_columns
+from qrlora.tuner.config import least_basis_rank
 from qrlora.tuner.layer import BasisColumns, TrainedColumns
 
 Attach = Callable[[Any, ModelFamily, Recipe, Losses], AbstractContextManager[Attached[Learned]]]
@@ -441,12 +442,19 @@ def _masked(recipe: Recipe) -> Recipe:
     return recipe.replace(mask_min_value=0.0 if recipe.role == "subject" else 1.0)
 
 
-def _row_space(layers: Mapping[str, Any], recipe: Recipe) -> None:
-    """P: the basis of Wᵀ, so that P Pᵀ = 1 and its rows span the first right singular vectors of W."""
+def _row_space(layers: Mapping[str, Any], recipe: Recipe, columns: str = "first") -> None:
+    """P: columns of the basis of Wᵀ, so that P Pᵀ = 1 and the first rows span the first right singular vectors of W."""
+    chosen = list(resolve_columns(columns, recipe.rank))
     for name, layer in layers.items():
         transposed = base_of(layer).T.contiguous()
-        basis = cached_layer_basis(transposed, weight_digest(transposed), recipe.rank, name=name)
-        _hold_down(layer, basis.q.T)
+        width = least_basis_rank(columns, recipe.rank)
+        basis = cached_layer_basis(transposed, weight_digest(transposed), width, name=name)
+        _hold_down(layer, basis.q[:, chosen].T)
+
+
+def _row_space_disjoint(layers: Mapping[str, Any], recipe: Recipe) -> None:
+    """The role's own columns of a basis of Wᵀ twice as wide."""
+    _row_space(layers, recipe, recipe.role)
 
 
 def _own_rows(layers: Mapping[str, Any], recipe: Recipe) -> None:
@@ -588,6 +596,12 @@ _ROWS = (
         "W' = W + s ΔL P: rows frozen at the first right singular vectors, the other side trains",
         "control: which side",
         _by_peft(_lora(True), _row_space),
+    ),
+    AdapterMethod(
+        "transposed_disjoint",
+        "the same, subjects and styles own different rows of a basis twice as wide: what two adapters read is apart",
+        "ours: the default's mirror image",
+        _by_peft(_lora(True), _row_space_disjoint),
     ),
     AdapterMethod(
         "orthogonal",

@@ -153,7 +153,7 @@ class Judge:
             names = p[:, :-1]
             right[factor] = p.argmax(1).numpy() == asked[factor]
             probability[factor] = p.numpy()[np.arange(len(p)), asked[factor]]
-            among[factor] = probability[factor] / names.sum(1).numpy()
+            among[factor] = probability[factor] / names.sum(1).clamp(min=torch.finfo(p.dtype).tiny).numpy()
             likeliest[factor] = names.argmax(1).numpy() == asked[factor]
             distance[factor] = self._away(factor, found, asked[factor])
             features.append(found)
