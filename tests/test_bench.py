@@ -26,7 +26,8 @@ from qrlora.evaluation.rivals.deltas import Delta
 from qrlora.evaluation.rivals.merges import MERGES
 from qrlora.pico import world
 
-EQUAL = dict.fromkeys(("even-even", "even-odd", "odd-even", "odd-odd"), (1.0, 1.0))
+EQUAL = dict.fromkeys([*(plan.key_of(*pair) for pair in Scope().pairs), plan.ANY], (1.0, 1.0))
+HERE = "teapot in chalk"
 BALANCE = plan.balance() | {"lora+ties": EQUAL, "lora+klora": EQUAL}
 TINY = replace(Scope(**SMALL), steps=2, pictures=2, alone=2, denoising_steps=2, rows=(RIVAL, DEFAULT), balance=BALANCE)
 
@@ -87,7 +88,7 @@ def test_the_best_rates_on_the_other_half_are_chosen():
     }
     each = [(a, b) for a in (1e-3, 2e-3) for b in (1e-3, 2e-3)]
     halves = [("rocket", "gold"), ("robot", "candy")]
-    summed = {(names, rates, w): 0.0 for names in halves for rates in each for w in tuning.WEIGHTS}
+    summed = {(names, rates, w): 0.0 for names in halves for rates in each for w in tuning.SUMMED}
     chosen = tuning.choose([*tried(apart), *tried(summed, "lora")])["lora"]
     assert chosen["subject"] == {"even": 1e-3, "odd": 1e-3}, "the lower of two equal ones"
     assert chosen["style"] == {"even": 2e-3, "odd": 1e-3}
@@ -98,36 +99,43 @@ def test_the_best_rates_on_the_other_half_are_chosen():
     assert chosen["style"] == {"even": 1e-3, "odd": 1e-3}
 
 
-def test_the_best_weights_on_the_pairs_of_the_other_halves_are_chosen():
-    cells_, best = tuning.cells_weighed(["lora"]), dict(zip(EQUAL, tuning.WEIGHTS[1:], strict=True))
+def test_the_best_weights_on_all_pairs_with_other_parts_are_chosen():
+    cells_, last = tuning.cells_weighed(["lora"]), len(tuning.WEIGHTS) - 1
     assert len(cells_) == len(Scope().pairs) * len(tuning.WEIGHTS), "every pair at all weights"
     assert not any(cell.rates for cell in cells_), "with the bench's own adapters"
+    assert set(tuning.SUMMED) < set(tuning.WEIGHTS)
 
-    def records(better):
-        for cell in cells_:
-            good = cell.weights == best[plan.halves_of(cell.subject, cell.style)]
-            named = (better if cell.subject in ("boot", "robot") else 0.3) * good
+    def chosen(best):
+        """best: (subject, style) -> the place of the weights that alone get something there."""
+        found = []
+        for cell in reversed(cells_):
+            named = float(tuning.WEIGHTS.index(cell.weights) == best(cell.subject, cell.style))
             scored = {"recognised": named, "named": named, "both": 0.0}
-            yield pair("lora", cell.subject, cell.style, **scored) | {"weights": list(cell.weights)}
+            found.append(pair("lora", cell.subject, cell.style, **scored) | {"weights": list(cell.weights)})
+        weighed = tuning.scores(found)
+        assert weighed["lora"][HERE][best("teapot", "chalk")] == [1, 1, 0], "in the order of WEIGHTS"
+        return {key: tuning.WEIGHTS.index(at) for key, at in tuning.balance(weighed)["lora"].items()}
 
-    weighed = tuning.scores(records(better=0.6))["lora"]
-    for tried_there in weighed.values():
-        assert [tuple(one["weights"]) for one in tried_there] == list(tuning.WEIGHTS)
-        assert max(one["named"] for one in tried_there) == pytest.approx((0.6 + 0.3 + 0.3) / 3)
-    other = {"even-even": "odd-odd", "even-odd": "odd-even", "odd-even": "even-odd", "odd-odd": "even-even"}
-    assert tuning.balance({"lora": weighed})["lora"] == {halves: best[other[halves]] for halves in EQUAL}
-    worse = tuning.balance(tuning.scores(records(better=-0.9)))["lora"]
-    assert set(worse.values()) == {tuning.WEIGHTS[0]}, "the first of equal ones"
+    here = chosen(lambda subject, style: 1 if subject == "teapot" or style == "chalk" else last)
+    assert here.keys() == EQUAL.keys() and len(here) == 25
+    assert here[HERE] == last, "what the teapot's and chalk's own pairs say does not count"
+    lone = chosen(lambda subject, style: 1 if (subject, style) == ("boot", "gold") else 2)
+    assert set(lone.values()) == {2}
+    apart = chosen(lambda subject, style: 1 if subject in ("teapot", "boot", "robot") else 2)
+    assert {apart[key] for key in apart if key.startswith(("teapot", "boot", "robot"))} == {2}, "three others of five"
+    assert {apart[key] for key in apart if not key.startswith(("teapot", "boot", "robot"))} == {1}
+    assert apart[plan.ANY] == 1, "the first of equal ones"
+    assert set(chosen(lambda *_: 0).values()) == {0}
 
 
-def test_weights_are_of_a_row_and_the_halves_of_a_pair(small):
+def test_weights_are_of_a_row_and_a_pair(small):
     folder, scope = small
     cell = Cell("pair", RIVAL, 0, "teapot", "chalk", RIVAL)
-    heavier = replace(scope, balance=scope.balance | {RIVAL: EQUAL | {"even-even": (1.0, 0.5)}})
+    heavier = replace(scope, balance=scope.balance | {RIVAL: EQUAL | {HERE: (1.0, 0.5)}})
     equal = replace(scope, balance=scope.balance | {RIVAL: EQUAL})
     assert digest_of(cell, heavier) != digest_of(cell, equal)
     for other in (replace(cell, style="mosaic"), replace(cell, subject="rocket")):
-        assert digest_of(other, heavier) == digest_of(other, equal), "of another half"
+        assert digest_of(other, heavier) == digest_of(other, equal), "another pair"
     bench = cells.Bench.open(folder, heavier)
     parts = cells.parts_of(bench, cell, "teapot", "chalk")
     name = next(iter(parts[1]))
@@ -138,6 +146,8 @@ def test_weights_are_of_a_row_and_the_halves_of_a_pair(small):
     with pytest.raises(DataError, match="lora\\+dare has no weights yet"):
         plan.balance_of("lora+dare", "teapot", "chalk", {})
     assert plan.balance_of("lora+joint", "teapot", "chalk", {}) == (1, 1)
+    for strangers in (("teapot", None), (None, "chalk"), ("my mug", "chalk"), ("mug", "neon")):
+        assert plan.key_of(*strangers) == plan.ANY
 
 
 def test_seeds_are_averaged_before_pairs():
@@ -269,7 +279,7 @@ def test_a_changed_method_has_digests_of_its_own(monkeypatch):
     halves = {"even": 1e-3, "odd": 2e-3}
     names = ("lora", "qrlora_disjoint_contrast")
     scope = replace(TINY, rates={name: {"subject": halves, "style": halves} for name in names}, steps=3, guidance=2.0,
-                    balance={"lora+ties": EQUAL | {"even-even": (1.0, 0.7)}})  # fmt: skip
+                    balance={"lora+ties": EQUAL | {HERE: (1.0, 0.7)}})  # fmt: skip
     monkeypatch.setattr(cells, "weights_digest", lambda judged=True: "w")
     taught, merged = Cell("teach", "lora", 0, "teapot"), Cell("pair", "lora", 0, "teapot", "chalk", "lora+ties")
     changed = Cell("teach", "qrlora_disjoint_contrast", 0, "teapot")
@@ -470,9 +480,10 @@ def test_a_method_without_a_rate_is_refused():
 
 def test_rates_of_the_folder_win_and_missing_ones_are_chosen_first(tmp_path, monkeypatch):
     halves = {"even": 7e-3, "odd": 8e-3}
-    equal = {halves: list(weights) for halves, weights in EQUAL.items()}
+    equal = {key: list(weights) for key, weights in EQUAL.items()}
     kept = {"weights": tuning.weights_digest(), "chosen": {"lora": {"subject": halves, "style": halves}}, "tried": []}
-    kept["balance"] = {"lora": equal, "lora+ties": equal | {"even-even": [1, 0.5]}}
+    kept["balance"] = {"lora": equal, "lora+ties": equal | {HERE: [1, 0.5]}}
+    kept["weights tried"] = tuning.WEIGHTS
     kept["weighed"] = {row: {} for row in kept["balance"]}
     (tmp_path / tuning.FILE).write_text(json.dumps(kept))
     asked = []

@@ -190,6 +190,22 @@ def test_generate_writes_one_picture_per_prompt_and_seed(work: Path, tiny_sd3: P
     assert not Path("two.png").exists() and not Path("one.jpg").exists()
 
 
+def test_generate_with_adapters_that_give_way(work: Path, tiny_sd3: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The picture is that of the composition which gives way, and neither that of the sum."""
+    parts = [str(work / "mug.safetensors"), str(work / "chalk.safetensors")]
+    common = ["generate", "--model", str(tiny_sd3), "--steps", "1", "--prompt", "a mug"]
+    both = [word for part in parts for word in ("--adapter", f"{part}:3")]
+    assert main([*common, *both, "--give-way", "1", "-o", "way.png"]) == 0
+    assert main([*common, *both, "-o", "sum.png"]) == 0
+    composed = [f"{part}:3" for part in parts]
+    assert main(["compose", *composed, "--give-way", "1", "-o", "way.safetensors"]) == 0
+    assert main([*common, "--adapter", "way.safetensors", "-o", "file.png"]) == 0
+    seen = {name: np.asarray(Image.open(f"{name}.png")).astype(int) for name in ("way", "sum", "file")}
+    assert abs(seen["way"] - seen["file"]).max() <= 1 < abs(seen["way"] - seen["sum"]).max()
+    assert main([*common, *both[:2], "--give-way", "1", "-o", "one.png"]) == 2
+    assert "nobody to give way to" in capsys.readouterr().err and not Path("one.png").exists()
+
+
 def test_generate_grid(work: Path, tiny_sd3: Path, capsys: pytest.CaptureFixture[str]) -> None:
     adapters = ["--adapter", str(work / "mug.safetensors"), "--adapter", str(work / "chalk.safetensors")]
     grid = ["generate", "--model", str(tiny_sd3), "--steps", "1", "--prompt", "a mug", "--grid", "0,0.5,1"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 
@@ -11,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qrlora.basis import Basis, fingerprint
-from qrlora.composition import Composition, compose_delta_weights, similarity
+from qrlora.composition import Composition, compose_delta_weights, giving_way, similarity
 from qrlora.errors import MismatchError
 from qrlora.evaluation.rivals.deltas import Delta
 from qrlora.evaluation.rivals.projections import project_both
@@ -76,6 +77,10 @@ def test_giving_way_is_the_bench_s_projection_and_stays_on_the_basis(basis):
     assert_same({n: d.float() for n, d in delta_weights(composed, basis).items()}, expected)
     assert composed.metadata.provenance["giving_way"] == 0.5 and not composed.metadata.triangular
     assert set(composed.metadata.columns) == {*EVEN, *ODD}
+    kept = Composition(parts, 0.5).kept()
+    assert not any(part.metadata.triangular for part in kept) and kept[0].metadata.columns == EVEN
+    summed = Composition([(kept[0], 0.3), (kept[1], 2.0)]).adapter()
+    assert_same(summed.deltas, Composition([(one, 0.3), (two, 2.0)], 0.5).adapter().deltas)
     back = Composition(parts[::-1], 0.5).adapter()
     assert all(torch.allclose(back.deltas[n], d, atol=1e-6) for n, d in composed.deltas.items())
 
@@ -241,7 +246,7 @@ def test_plain_loras_give_way_as_in_the_bench_and_as_on_a_basis(basis):
     """`project_both` again, on factors that no orthonormal Q stands in; and `Composition` where one does."""
     one, two = make_lora(seed=1, alpha=3.0), make_lora(seed=2)
     parts = [(one, 1.4), (two, -0.6)]
-    composed, loss = compose_delta_weights(parts, [None, None], 8, giving_way=0.5)
+    composed, loss = compose_delta_weights(parts, [None, None], 8, share=0.5)
     learned = [{n: Delta(a.ups[n], w * a.scaling * d) for n, d in a.deltas.items()} for a, w in parts]
     expected = {name: delta.dense() for name, delta in project_both(learned).items()}
     assert_same({n: d.float() for n, d in delta_weights(composed).items()}, expected)
@@ -259,13 +264,17 @@ def test_plain_loras_give_way_as_in_the_bench_and_as_on_a_basis(basis):
 
 def test_who_is_not_there_takes_nothing_from_a_plain_lora(basis):
     one, two = make_lora(seed=1), make_lora(seed=2)
-    composed, loss = compose_delta_weights([(one, 1.0), (two, 0.0)], [None, None], 8, giving_way=1.0)
+    composed, loss = compose_delta_weights([(one, 1.0), (two, 0.0)], [None, None], 8, share=1.0)
     assert_same(delta_weights(composed), delta_weights(one))
     assert loss.energy_kept == pytest.approx(1.0)
     whole = compose_delta_weights([(one, 1.0), (two, 1.0)], [None, None], 8)
     assert whole[1].energy_kept == 1.0 and "giving_way" not in whole[0].metadata.provenance
     with pytest.raises(MismatchError, match="no such share"):
-        compose_delta_weights([(one, 1.0)], [None], 2, giving_way=1.5)
+        compose_delta_weights([(one, 1.0)], [None], 2, share=1.5)
+    narrow = {name: (shape[0], 5) for name, shape in two.shapes.items()}
+    other = dataclasses.replace(two, shapes=narrow, deltas={name: delta[:, :5] for name, delta in two.deltas.items()})
+    with pytest.raises(MismatchError, match="other inputs of"):
+        giving_way([(one, 1.0), (other, 1.0)], 0.5)
 
 
 def test_cutting_back_to_a_rank_is_the_best_cut_and_says_what_it_lost(basis):

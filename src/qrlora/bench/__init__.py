@@ -26,4 +26,5 @@ def about(row: Row) -> str:
     if row.merge == "joint":
         return f"{row.adapter} taught on both pictures at once: the ceiling"
     merge = MERGES[row.merge]
-    return f"{row.adapter} adapters, {merge.about} ({merge.source})"
+    options = "".join(f", {name} {value}" for name, value in row.options.items())
+    return f"{row.adapter} adapters, {merge.about}{options} ({merge.source})"

@@ -15,7 +15,7 @@ from PIL import Image
 
 from qrlora.bench import about
 from qrlora.bench.cells import MEASURES, Cell, Record, digest_of, weights_digest
-from qrlora.bench.plan import DEFAULT, RIVAL, ROWS, Scope
+from qrlora.bench.plan import COMPOSED, DEFAULT, RIVAL, ROWS, Scope
 from qrlora.bench.plots import (
     Plot,
     across_weights,
@@ -51,16 +51,9 @@ def write(folder: Path, scope: Scope, records: Sequence[Record], command: str) -
         foretelling(told),
         *sheets(folder, scope, records, rows),
     ]
-    data = {
-        "command": command,
-        "weights": weights_digest(),
-        "plan": {name: value for name, value in facts(scope).items() if name not in ("rates", "balance")},
-        "rates": {name: scope.rates[name] for name in adapters_of(scope)},
-        "balance": {row: scope.balance[row] for row in rows if row in scope.balance},
+    data = _data(scope, records, command, rows) | {
         "table": as_json(found),
         f"against {RIVAL}": as_json(beside),
-        "by seed": {row: by_seed(records, row, "recognised") for row in rows},
-        "agreement": agreement(records, rows, "recognised"),
         "foretold": {name: {k: v for k, v in each.items() if k != "points"} for name, each in told.items()},
     }
     (folder / "plots").mkdir(parents=True, exist_ok=True)
@@ -84,21 +77,35 @@ def write(folder: Path, scope: Scope, records: Sequence[Record], command: str) -
     return Report("Does it really separate?", under, sections, data).write(folder)
 
 
+def _data(scope: Scope, records: Sequence[Record], command: str, rows: Sequence[str]) -> dict[str, Any]:
+    """What was asked for, at which rates and weights, and how the seeds agree: for report.json."""
+    return {
+        "command": command,
+        "weights": weights_digest(),
+        "plan": {name: value for name, value in facts(scope).items() if name not in ("rates", "balance")},
+        "rates": {name: scope.rates[name] for name in adapters_of(scope)},
+        "balance": {row: scope.balance[row] for row in rows if row in scope.balance},
+        "by seed": {row: by_seed(records, row, "recognised") for row in rows},
+        "agreement": agreement(records, rows, "recognised"),
+    }
+
+
 def _opening(scope: Scope, found: Mapping[str, Mapping[str, Any]], beside: Mapping[str, Mapping[str, Any]]) -> str:
     """The aim, and whether it is met."""
-    if DEFAULT not in found or DEFAULT not in beside:
-        return f"The package's default ({DEFAULT}) or its rival ({RIVAL}) is not among the rows of this run."
-    best = max(found, key=lambda row: found[row]["both"].value)
-    seen = max((row for row in found if ROWS[row].merge != "joint"), key=lambda row: found[row]["recognised"].value)
-    mine, other = found[DEFAULT], found[RIVAL]
-    times, lost = beside[DEFAULT]["both_ratio"], beside[DEFAULT]["crosstalk_ratio"]
-    met = bool(times and times.low > 1 and times.value >= 1.25 and lost and lost.value <= 0.5 and best == DEFAULT)
+    ours = next((row for row in (COMPOSED, DEFAULT) if row in beside), None)
+    if ours is None:
+        return f"Neither {COMPOSED} nor {DEFAULT} stands beside {RIVAL} in this run."
+    merged = [row for row in found if ROWS[row].merge != "joint"]
+    best, seen = (max(merged, key=lambda row: found[row][name].value) for name in ("both", "recognised"))
+    mine, other = found[ours], found[RIVAL]
+    times, lost = beside[ours]["both_ratio"], beside[ours]["crosstalk_ratio"]
+    met = bool(times and times.low > 1 and times.value >= 1.25 and lost and lost.value <= 0.5 and best == ours)
     return (
-        f"The aim: {DEFAULT} composes at least 1.25 times as many pictures with both right as {RIVAL} added "
+        f"The aim: {ours} composes at least 1.25 times as many pictures with both right as {RIVAL} added "
         f"directly, at no more than half its crosstalk, and leads the table. Found: both right {mine['both']} "
         f"against {other['both']}, ratio {times or 'not defined, the rival has none'}; crosstalk ratio {lost}. "
-        f"{'The aim is met.' if met else 'The aim is not met.'} First by both right: {best}. Recognised in "
-        f"{mine['recognised']} of pictures against {other['recognised']}, ratio {beside[DEFAULT]['recognised_ratio']}; "
+        f"{'The aim is met.' if met else 'The aim is not met.'} Recognised in "
+        f"{mine['recognised']} of pictures against {other['recognised']}, ratio {beside[ours]['recognised_ratio']}; "
         f"first by it, of those that merge: {seen}."
     )
 

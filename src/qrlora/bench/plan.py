@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
@@ -15,7 +16,9 @@ from qrlora.pico import SETTINGS, world
 RIVAL = "lora"
 """The row that others are held against: plain LoRA, both adapters added."""
 DEFAULT = "qrlora_disjoint"
-"""The row that this package does unless told otherwise."""
+"""The method that this package teaches by unless told otherwise."""
+COMPOSED = f"{DEFAULT}+project_both"
+"""The row that its demo composes by: `qrlora compose --give-way 0.5`."""
 
 
 @dataclass(frozen=True)
@@ -37,13 +40,14 @@ _ADAPTERS = (
     *(f"{DEFAULT}_contrast", f"{DEFAULT}_masked", "qrlora_penalty"),
 )
 _MERGES = ("ties", "dare", "ziplora", "klora", "nplora", "blora", "activation_weights", "regmean", "project_both")
-_OURS = ("project_style", "project_both", "project_activation", "activation_weights", "route_steps")
+_OURS = ("nplora", "project_style", "project_both", "project_activation", "activation_weights", "route_steps")
 ROWS: dict[str, Row] = {
     row.name: row
     for row in (
         *(Row(name, name) for name in _ADAPTERS),
         *(Row(f"lora+{merge}", "lora", merge) for merge in _MERGES),
         *(Row(f"{DEFAULT}+{merge}", DEFAULT, merge) for merge in _OURS),
+        *(Row(f"{name}+project_both_whole", name, "project_both", {"soft": math.inf}) for name in (RIVAL, DEFAULT)),
         Row("q_random+project_both", "q_random", "project_both"),
         Row(f"{DEFAULT}+route_steps_reversed", DEFAULT, "route_steps", {"first": "style"}),
         Row("lora+joint", "lora", "joint"),
@@ -56,7 +60,9 @@ ROWS: dict[str, Row] = {
 Rates = dict[str, dict[str, dict[str, float]]]
 """Method -> role -> half of the parts -> learning rate."""
 Balance = dict[str, dict[str, tuple[float, float]]]
-"""Row -> halves of subject and style, as `halves_of` has them -> their weights in a composition."""
+"""Row -> pair, as `key_of` has it -> weights of subject and style in a composition."""
+ANY = "any"
+"""The key of all pairs that are not of reserved parts."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +84,7 @@ class Scope:
     alone: int = 11
     denoising_steps: int = SETTINGS["steps"]
     guidance: float = SETTINGS["guidance"]
-    grid_rows: tuple[str, ...] = (RIVAL, "qrlora", DEFAULT)
+    grid_rows: tuple[str, ...] = (RIVAL, "qrlora", DEFAULT, COMPOSED)
     grid_pairs: int = 4
     grid_weights: tuple[float, ...] = (0.5, 0.75, 1.0, 1.25)
     many_rows: tuple[str, ...] = (RIVAL, "lora+ties", "lora+dare", "qrlora", DEFAULT, "q_random")
@@ -127,7 +133,7 @@ def rates() -> Rates:
 def balance() -> Balance:
     """The weights of compositions that the package has, chosen like the rates."""
     return {
-        row: {halves: (float(a), float(b)) for halves, (a, b) in found.items()}
+        row: {key: (float(a), float(b)) for key, (a, b) in found.items()}
         for row, found in _packaged()["balance"].items()
     }
 
@@ -142,9 +148,10 @@ def half_of(role: str, name: str | None) -> str:
     return "odd" if name in names and names.index(name) % 2 else "even"
 
 
-def halves_of(subject: str | None, style: str | None) -> str:
-    """Of the subject, then of the style: "even-odd"."""
-    return f"{half_of('subject', subject)}-{half_of('style', style)}"
+def key_of(subject: str | None, style: str | None) -> str:
+    """ "teapot in chalk" of reserved parts, ANY of others."""
+    reserved = subject in world.RESERVED_SUBJECTS and style in world.RESERVED_STYLES
+    return f"{subject} in {style}" if reserved else ANY
 
 
 def rate_of(adapter: str, role: str, name: str | None, known: Rates | None = None) -> float:
@@ -167,4 +174,4 @@ def balance_of(row: str, subject: str | None, style: str | None, known: Balance 
     if row not in known:
         remedy = f"qrlora bench --tune --rows {row}"
         raise DataError(f"{row} has no weights yet", expected=", ".join(known), got=row, remedy=remedy)
-    return known[row][halves_of(subject, style)]
+    return known[row][key_of(subject, style)]

@@ -15,10 +15,10 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from qrlora.bench.cells import Record
-from qrlora.bench.plan import DEFAULT, RIVAL
+from qrlora.bench.plan import COMPOSED, DEFAULT, RIVAL
 from qrlora.bench.tables import Estimate, alone, distance
 
-COLOURS = {DEFAULT: "#c2410c", RIVAL: "#1d4ed8"}
+COLOURS = {COMPOSED: "#15803d", DEFAULT: "#c2410c", RIVAL: "#1d4ed8"}
 OTHER = "#6b7280"
 FREEDOM = {"qrlora": "nothing", "q_free_4": "four columns", "q_cayley": "a rotation", "qrlora_trained": "all of Q"}
 """Method -> what of Q trains beside ΔR, least first."""

@@ -2,13 +2,13 @@
 
 Every method gets as many rates, lessons, steps and pictures as every other. Taken are the two rates at which its
 adapters do best on the mean of three scores, each the mean of SCORED: the subject alone, the style alone,
-and their sum at the best of WEIGHTS. An adapter chosen for what it does alone can be too weak, or too strong, beside
+and their sum at the best of SUMMED. An adapter chosen for what it does alone can be too weak, or too strong, beside
 another. Weights are then chosen at those rates, for every row, with the bench's own adapters.
 
 No part is measured at a rate or weights that it helped to choose. Seen parts were found not to do: what pico knows has
-only to be called, at a rate at which a new one is not learned. So the reserved subjects and styles are halved, and what
-is chosen for each half comes from the other half: rates from one lesson of it; weights, for the two halves of a pair,
-from every pair of the two others.
+only to be called, at a rate at which a new one is not learned. So the reserved subjects and styles are halved, and the
+rate for each half comes from one lesson of the other half; and the weights of a pair come from all reserved pairs that
+have neither its subject nor its style.
 
 Only the ladder's place differs where a method is known to want smaller steps: all weights at once, rotations, and what
 starts from both factors or large singular values.
@@ -25,7 +25,7 @@ from statistics import fmean
 from typing import Any
 
 from qrlora.bench.cells import Cell, Record, digest_of, weights_digest
-from qrlora.bench.plan import ROWS, Balance, Rates, Scope, halves_of
+from qrlora.bench.plan import ANY, ROWS, Balance, Rates, Scope, key_of
 from qrlora.bench.run import Say, adapters_of, known_records, missing, rounded, run_stages
 from qrlora.evaluation.rivals.adapters import ADAPTERS
 from qrlora.evaluation.rivals.merges import MERGES
@@ -36,7 +36,9 @@ LADDER = {"subject": (1.5e-3, 3e-3, 6e-3), "style": (5e-4, 1.5e-3, 5e-3)}
 SLOWER = {"lora": 0.3, "lora_preserve": 0.3, "pissa": 0.3, "olora": 0.3, "qrlora_trained": 0.3, "oft": 0.3, "full": 0.1}
 SLOWER |= {"q_free_4": 0.3, "q_cayley": 0.3}
 """Method -> what its ladder is multiplied with."""
-WEIGHTS = ((1.0, 1.0), (1.0, 0.7), (1.4, 0.7), (1.4, 1.0), (1.4, 1.4))
+SUMMED = ((1.0, 1.0), (1.0, 0.7), (1.4, 0.7), (1.4, 1.0), (1.4, 1.4))
+"""Weights of subject and style in the sums that rates are chosen by."""
+WEIGHTS = (*SUMMED, (2.0, 1.0), (2.0, 1.4), (2.0, 2.0))
 """Of subject and style in a composition."""
 LESSONS = {
     "subject": {"even": "rocket", "odd": "robot"},
@@ -49,6 +51,8 @@ PICTURES = 4
 FILE = "rates.json"
 SCORED = ("recognised", "named", "both")
 """What tuning goes by: the same question at three strictnesses, so that it is answered by weak and by good pictures."""
+Weighed = dict[str, dict[str, list[list[float]]]]
+"""Row -> pair, as `key_of` has it -> for each of WEIGHTS the values of SCORED."""
 KEPT = (*SCORED, "p_subject", "p_style", "among_subject", "among_style")
 """What the file keeps of each measurement; the records in the folder have all."""
 
@@ -66,13 +70,13 @@ def cells_alone(scope: Scope) -> list[Cell]:
 
 def cells_summed(scope: Scope) -> list[Cell]:
     """The direct sum of each half's lessons, at every rate of the one with every rate of the other and at each of
-    WEIGHTS."""
+    SUMMED."""
     return [
         Cell("pair", name, 0, LESSONS["subject"][half], LESSONS["style"][half], name, 0, rates, weights)
         for name in adapters_of(scope)
         for half in HALVES
         for rates in product(ladder(name, "subject"), ladder(name, "style"))
-        for weights in WEIGHTS
+        for weights in SUMMED
     ]
 
 
@@ -135,6 +139,7 @@ def tune(folder: Path, scope: Scope, workers: int, say: Say, command: str) -> tu
         "command": command,
         "chosen": old["chosen"] | chosen,
         "balance": still | weights,
+        "weights tried": WEIGHTS,
         "versions": _versions(old["chosen"] | chosen, still | weights),
         "weighed": {row: old["weighed"][row] for row in still} | weighed,
         "tried": list({one["digest"]: one for one in kept + [_brief(one) for one in tried]}.values()),
@@ -172,12 +177,11 @@ def _kept(folder: Path) -> dict[str, Any]:
     versions = old.get("versions", {})  # what is not in it is of the first
     chosen = {a: r for a, r in old["chosen"].items() if a in ADAPTERS and ADAPTERS[a].version == versions.get(a, 1)}
     rows = {
-        row: {halves: (float(a), float(b)) for halves, (a, b) in found.items()}
+        row: {key: (float(a), float(b)) for key, (a, b) in found.items()}
         for row, found in old["balance"].items()
         if row in ROWS
-        and found.keys() == {f"{a}-{b}" for a, b in product(HALVES, repeat=2)}
+        and old.get("weights tried") == [list(weights) for weights in WEIGHTS]
         and ROWS[row].adapter in chosen
-        and row in old["weighed"]
         and (ROWS[row].merge == "sum" or MERGES[ROWS[row].merge].version == versions.get(row, 1))
     }
     same = [one for one in old["tried"] if one["adapter"] in chosen and one.get("row") in (None, one["adapter"])]
@@ -210,32 +214,35 @@ def choose(tried: Sequence[Record]) -> Rates:
     return chosen
 
 
-def scores(records: Iterable[Record]) -> dict[str, dict[str, list[Record]]]:
-    """Row -> halves -> for each of WEIGHTS the mean of SCORED over the pairs of the two other halves."""
-    found: dict[str, dict[str, dict[tuple[float, ...], list[Record]]]] = {}
-    other = dict(zip(HALVES, reversed(HALVES), strict=True))
+def scores(records: Iterable[Record]) -> Weighed:
+    """What each row's compositions got, from records of `cells_weighed`."""
+    found: dict[tuple[str, str], dict[tuple[float, ...], list[float]]] = {}
     for record in records:
-        halves = "-".join(other[half] for half in halves_of(record["subject"], record["style"]).split("-"))
-        of_row = found.setdefault(record["row"], {}).setdefault(halves, {})
-        of_row.setdefault(tuple(record["weights"]), []).append(record["measured"])
-    return {
-        row: {
-            halves: [
-                {"weights": list(weights)} | {name: fmean(each[name] for each in seen) for name in SCORED}
-                for weights, seen in of_row.items()
-            ]
-            for halves, of_row in sorted(of_halves.items())
-        }
-        for row, of_halves in found.items()
+        of_pair = found.setdefault((record["row"], key_of(record["subject"], record["style"])), {})
+        of_pair[tuple(record["weights"])] = [record["measured"][name] for name in SCORED]
+    weighed: Weighed = {}
+    for (row, key), of_pair in found.items():
+        weighed.setdefault(row, {})[key] = [of_pair[weights] for weights in WEIGHTS]
+    return weighed
+
+
+def balance(weighed: Weighed) -> Balance:
+    """Row -> pair -> the best of WEIGHTS over all pairs with neither its subject nor its style; of ANY, over all."""
+    pairs = list(product(world.RESERVED_SUBJECTS, world.RESERVED_STYLES))
+    others = {
+        key_of(*pair): [key_of(*one) for one in pairs if one[0] != pair[0] and one[1] != pair[1]] for pair in pairs
     }
-
-
-def balance(weighed: dict[str, dict[str, list[Record]]]) -> Balance:
-    """Row -> halves -> the best of the weights tried; the first of equal ones."""
+    others[ANY] = list(others)
     return {
-        row: {halves: tuple(max(tried, key=_mean)["weights"]) for halves, tried in of_row.items()}
+        row: {key: _best([of_row[one] for one in those]) for key, those in others.items()}
         for row, of_row in weighed.items()
     }
+
+
+def _best(scored: Sequence[list[list[float]]]) -> tuple[float, float]:
+    """Of WEIGHTS, given the scores of several pairs at each of them; the first of equal ones."""
+    means = [fmean(map(fmean, at)) for at in zip(*scored, strict=True)]
+    return WEIGHTS[means.index(max(means))]
 
 
 def _mean(scored: Record) -> float:

@@ -68,7 +68,7 @@ def run_bench(options: argparse.Namespace) -> None:
             each = [f"{role} {' or '.join(f'{rate:g}' for rate in halves.values())}" for role, halves in found.items()]
             print(f"{adapter:28} rates: {', '.join(each)}")
         for row, weights in balance.items():
-            print(f"{row:28} weights: {' or '.join(f'{a:g}, {b:g}' for a, b in weights.values())}")
+            print(f"{row:28} weights: {' or '.join(f'{a:g}, {b:g}' for a, b in dict.fromkeys(weights.values()))}")
         return
     given = run.read_records(options.records) if options.records else []
     scope = tuning.tuned(options.out, scope, options.workers, _say, said)

@@ -12,12 +12,12 @@ from qrlora.cli.shared import (
     MODEL_HELP,
     OVERWRITE_HELP,
     Parsers,
+    add_give_way,
     bases_of,
     command,
     count,
     load_weighted,
     refuse_default_output,
-    share,
     weighted_path,
 )
 
@@ -44,14 +44,7 @@ def add_compose(commands: Parsers) -> None:
         metavar="RANK",
         help="for adapters of different bases, or plain LoRAs: sum ΔW and cut it back to RANK, saying what is lost",
     )
-    parser.add_argument(
-        "--give-way",
-        type=share,
-        default=0.0,
-        metavar="SHARE",
-        help="each part gives up this share, 0 to 1, of what it reads where the others read; with or without "
-        "--delta-weights; what it gains at 0.5 is in docs/bench.md (default: 0, the exact sum)",
-    )
+    add_give_way(parser)
     parser.add_argument("--model", help=f"{MODEL_HELP} (default: the one the adapters name)")
     parser.add_argument("--json", action="store_true", help="print the numbers as JSON")
 

@@ -14,6 +14,7 @@ from qrlora.cli.shared import (
     OVERWRITE_HELP,
     Bar,
     Parsers,
+    add_give_way,
     add_sampling,
     add_seeds,
     check_png,
@@ -48,6 +49,7 @@ def add_generate(commands: Parsers) -> None:
         help="with two adapters: one labelled picture of all pairs of these weights, the first adapter's down the rows "
         "(if the first is negative: --grid=-0.5,0,0.5)",
     )
+    add_give_way(parser)
     add_sampling(parser)
     parser.add_argument(
         "-o", "--output", type=Path, help="folder, or .png for one picture or a grid (default: pictures/ or grid.png)"
@@ -70,13 +72,20 @@ def run_generate(options: argparse.Namespace) -> None:
             got=[f"{path}:{weight:g}" for path, weight in options.adapter],
             remedy="leave the weights out, or make single pictures without --grid",
         )
+    if options.give_way and len(options.adapter) < 2:
+        raise QrloraError(
+            "nobody to give way to", expected="--adapter twice or more", got=f"{len(options.adapter)} adapters"
+        )
     paths = _picture_paths(options, seeds)
     adapters = load_weighted(options.adapter)
     import torch
 
+    from qrlora.composition import giving_way
     from qrlora.families import load_pipeline
     from qrlora.generation import generate, weight_grid
 
+    weighted = zip(giving_way(adapters, options.give_way), adapters, strict=True)
+    adapters = [(adapter, weight) for adapter, (_, weight) in weighted]
     pipe, family = load_pipeline(options.model, dtype=getattr(torch, options.dtype))
     bar = Bar("picture")
     names = ("steps", "guidance", "resolution")

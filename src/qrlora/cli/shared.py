@@ -118,6 +118,18 @@ def _checked(text: str, kind: Callable[[str], Any], expected: str, holds: Callab
     return value
 
 
+def add_give_way(parser: argparse.ArgumentParser) -> None:
+    """The option by which adapters give way to one another."""
+    parser.add_argument(
+        "--give-way",
+        type=share,
+        default=0.0,
+        metavar="SHARE",
+        help="each adapter gives up this share, 0 to 1, of what it reads where the others read: what it gains at 0.5 "
+        "is in docs/bench.md (default: 0, adapters as they are)",
+    )
+
+
 def load_weighted(parts: Sequence[tuple[Path, float]]) -> list[tuple[Adapter, float]]:
     from qrlora.exchange import load_any
 

@@ -4,7 +4,7 @@ compose.py         Composition: Σ λᵢ ΔRᵢ on one basis, exact; Interferenc
 live.py            Live: compositions on a denoiser, changed while it runs, one for each picture of a batch
 delta_weights.py   compose_delta_weights: Σ λᵢ ΔWᵢ of any adapters, cut back to a rank
 similarity.py      similarity: cosines of Q, R, ΔR, ΔW of two adapters
-parts.py           what they share
+parts.py           what they share; giving_way: adapters less what they read where others read
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 from qrlora.composition.compose import Composition, Interference, LayerInterference
 from qrlora.composition.delta_weights import TruncationLoss, compose_delta_weights
 from qrlora.composition.live import Live
+from qrlora.composition.parts import giving_way
 from qrlora.composition.similarity import Similarity, similarity
 
 __all__ = [
@@ -22,5 +23,6 @@ __all__ = [
     "Similarity",
     "TruncationLoss",
     "compose_delta_weights",
+    "giving_way",
     "similarity",
 ]

@@ -10,6 +10,7 @@ import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,11 +22,10 @@ from qrlora.basis import fingerprint
 from qrlora.composition.parts import (
     basis_difference,
     called,
-    check_share,
     check_weights,
     collected,
+    giving_way,
     joined,
-    less_read,
     products,
     row_space,
     scaled_down,
@@ -57,7 +57,7 @@ class Composition:
 
     def __post_init__(self) -> None:
         check_weights(self.parts)
-        check_share(self.giving_way)
+        giving_way([], self.giving_way)  # a share it has to be
         for adapter, _ in self.parts:
             _check_on_its_basis(adapter)
         for (first, _), (second, _) in itertools.combinations(self.parts, 2):
@@ -72,7 +72,12 @@ class Composition:
 
     def adapter(self) -> Adapter:
         """The weighted sum of what each part keeps as an adapter of its own: float32, alpha = rank, a "composition"."""
-        return self._filled_by(self._sum)
+        weights = [weight for _, weight in self.parts]
+        return self._filled_by(partial(self._sum, list(zip(self.kept(), weights, strict=True))))
+
+    def kept(self) -> list[Adapter]:
+        """What each part keeps, float32: adapters whose sum at any weights but zero is the composition at those."""
+        return giving_way(self.parts, self.giving_way)
 
     def blank(self) -> Adapter:
         """Zeros on all layers and columns of the parts."""
@@ -100,20 +105,17 @@ class Composition:
         name, marks = joined((a.name for a, _ in self.parts), "+"), union(adapter.marks for adapter, _ in self.parts)
         return Adapter(metadata, deltas, shapes, digests, name=name, marks=marks)
 
-    def _sum(self, layer: str, columns: tuple[int, ...], width: int) -> Float[Tensor, "rank in"]:
+    @staticmethod
+    def _sum(
+        parts: Sequence[tuple[Adapter, float]], layer: str, columns: tuple[int, ...], width: int
+    ) -> Float[Tensor, "rank in"]:
         # float64, so that the order of the parts is lost in the rounding to float32.
         total = torch.zeros(len(columns), width, dtype=torch.float64)
-        for adapter, weight in self.parts:
+        for adapter, weight in parts:
             if layer in adapter.deltas:
                 rows = [columns.index(column) for column in adapter.metadata.columns]
-                total[rows] += weight * adapter.scaling * self._kept(adapter, layer)
+                total[rows] += weight * scaled_down(adapter, layer)
         return total.float()
-
-    def _kept(self, adapter: Adapter, layer: str) -> Float[Tensor, "rank in"]:
-        """ΔR of a part, less what it gives up to the others; float64."""
-        delta = adapter.deltas[layer].detach().cpu().double()
-        others = [o.deltas[layer] for o, weight in self.parts if o is not adapter and weight and layer in o.deltas]
-        return less_read(delta, others, self.giving_way)
 
     def energy_kept(self) -> float:
         """‖Σ λᵢ ΔWᵢ‖² of what the parts keep, as a share of the same of the whole parts; 1 without giving way."""

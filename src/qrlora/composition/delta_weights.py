@@ -14,12 +14,11 @@ from qrlora.adapter.record import Adapter, AdapterMetadata
 from qrlora.basis import Basis
 from qrlora.composition.parts import (
     called,
-    check_share,
     check_weights,
     collected,
+    giving_way,
     joined,
     known_up,
-    less_read,
     scaled_down,
     union,
 )
@@ -53,18 +52,16 @@ class TruncationLoss:
 
 
 def compose_delta_weights(
-    parts: Sequence[tuple[Adapter, float]], bases: Sequence[Basis | None], rank: int, giving_way: float = 0.0
+    parts: Sequence[tuple[Adapter, float]], bases: Sequence[Basis | None], rank: int, share: float = 0.0
 ) -> tuple[Adapter, TruncationLoss]:
     """Sum ΔW of any adapters; the sum as the nearest plain LoRA of `rank` (truncated SVD: Eckart and Young, 1936).
 
     For adapters on different bases, and for plain LoRA. `bases` has one entry per part: the basis of an adapter that
     stands on one, None for one that carries its own ups. ΔW is never formed: QR of the stacked factors, SVD of a core.
-    giving_way: what share c, from 0 to 1, each ΔWᵢ gives up of what it reads where the others read, as a `Composition`
-    does: ΔWᵢ (1 - c V Vᵀ), V the row space of all others whose λ is not zero.
+    share: what each ΔWᵢ gives up of what it reads where the others read, 0 to 1, as a `Composition`'s parts do.
     Raises MismatchError if families or weight shapes differ, a basis is missing or another one, or for another share.
     """
     check_weights(parts)
-    check_share(giving_way)
     if rank < 1 or len(bases) != len(parts):
         got = f"rank {rank}, {len(bases)} bases"
         raise MismatchError("cannot compose", expected=f"rank from 1, {len(parts)} bases (or None)", got=got)
@@ -73,46 +70,32 @@ def compose_delta_weights(
             _check_has_basis(adapter, basis)
     _check_same_model(parts)
     shapes = union(adapter.shapes for adapter, _ in parts)
+    less = [(adapter, weight) for adapter, (_, weight) in zip(giving_way(parts, share), parts, strict=True)]
     deltas, ups, kept, lost, uncut = {}, {}, {}, {}, 0.0
     for name in shapes:
-        factors = _weighted_factors(parts, bases, name)
-        up = torch.cat([up for up, _ in factors], dim=1)
-        uncut += _energy(up, torch.cat([down for _, down in factors]))
-        down = torch.cat(_giving_way(factors, giving_way))
+        up, down = _stacked(less, bases, name)
         ups[name], deltas[name], kept[name], lost[name] = _truncated(up, down, rank)
-    metadata = AdapterMetadata(method="lora", rank=rank, alpha=float(rank), **collected(parts, giving_way))
-    share = {name: lost[name] / max(kept[name] + lost[name], 1e-300) for name in shapes}
+        uncut += _energy(*_stacked(parts, bases, name)) if share else 0.0
+    metadata = AdapterMetadata(method="lora", rank=rank, alpha=float(rank), **collected(parts, share))
+    cut = {name: lost[name] / max(kept[name] + lost[name], 1e-300) for name in shapes}
     whole = sum(kept.values()) + sum(lost.values())
-    left = whole / uncut if giving_way and uncut else 1.0
-    loss = TruncationLoss(rank, sum(lost.values()) / max(whole, 1e-300), share, _other_weights(parts), left)
+    left = whole / uncut if uncut else 1.0
+    loss = TruncationLoss(rank, sum(lost.values()) / max(whole, 1e-300), cut, _other_weights(parts), left)
     return Adapter(metadata, deltas, shapes, ups=ups, name=joined((a.name for a, _ in parts), "+")), loss
 
 
-Factors = tuple[Float[Tensor, "out _"], Float[Tensor, "_ in"]]
-
-
-def _weighted_factors(
+def _stacked(
     parts: Sequence[tuple[Adapter, float]], bases: Sequence[Basis | None], layer: str
-) -> list[Factors]:
-    """up and λ · down of every part that has the layer; float64."""
-    factors = []
+) -> tuple[Float[Tensor, "out stacked"], Float[Tensor, "stacked in"]]:
+    """Factors of Σ λᵢ ΔWᵢ: the ups side by side, the weighted downs one above the other; float64."""
+    ups, downs = [], []
     for (adapter, weight), basis in zip(parts, bases, strict=True):
         if layer in adapter.deltas:
             up = known_up(adapter, basis, layer)
             assert up is not None  # _check_has_basis came first
-            factors.append((up, weight * scaled_down(adapter, layer)))
-    return factors
-
-
-def _giving_way(factors: Sequence[Factors], share: float) -> list[Float[Tensor, "_ in"]]:
-    """The downs, each less `share` of what it reads where the others' ΔW read.
-
-    With up = Q R, R · down has the row space of up @ down, at as few rows.
-    """
-    if not share:
-        return [down for _, down in factors]
-    reads = [torch.linalg.qr(up).R @ down for up, down in factors]
-    return [less_read(down, reads[:i] + reads[i + 1 :], share) for i, (_, down) in enumerate(factors)]
+            ups.append(up)
+            downs.append(weight * scaled_down(adapter, layer))
+    return torch.cat(ups, dim=1), torch.cat(downs)
 
 
 def _energy(up: Float[Tensor, "out rank"], down: Float[Tensor, "rank in"]) -> float:

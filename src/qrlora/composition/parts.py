@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -27,12 +28,6 @@ def check_weights(parts: Sequence[tuple[Adapter, float]]) -> None:
     bad = [weight for _, weight in parts if not math.isfinite(weight)]
     if not parts or bad:
         raise MismatchError("nothing to compose", expected="adapters with finite weights", got=bad or "no adapters")
-
-
-def check_share(giving_way: float) -> None:
-    """MismatchError unless it is a share that parts can give up to one another."""
-    if not 0 <= giving_way <= 1:
-        raise MismatchError("no such share to give up", expected="0 to 1", got=giving_way)
 
 
 def basis_difference(first: Adapter, second: Adapter) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -84,15 +79,41 @@ def row_space(rows: Float[Tensor, "rank in"]) -> Float[Tensor, "dims in"]:
     return (vectors[:, kept] / values[kept].sqrt()).T @ rows
 
 
-def less_read(
-    rows: Float[Tensor, "rank in"], others: Sequence[Float[Tensor, "_ in"]], share: float
-) -> Float[Tensor, "rank in"]:
-    """rows (1 - share V Vᵀ), V the row space of all others; float64, as `rows` are."""
-    read = [space for other in others if len(space := row_space(other))] if share else []
-    if not read:
+def giving_way(parts: Sequence[tuple[Adapter, float]], share: float) -> list[Adapter]:
+    """The adapters, each less what it gives up to the others: ΔWᵢ (1 - share · V Vᵀ), layer by layer.
+
+    V (in, k) spans the row spaces of all others' ΔW whose weight is not zero; of ΔW = Q ΔR that is the one of ΔR, so no
+    basis is needed. What is left is float32, stands on what the adapter stood on, and has lost a triangle. Raises
+    MismatchError for a share that is not from 0 to 1, and for layers of one name and different inputs.
+    """
+    if not 0 <= share <= 1:
+        raise MismatchError("no such share to give up", expected="0 to 1", got=share)
+    if not share:
+        return [adapter for adapter, _ in parts]
+    widths: dict[str, int] = {}
+    for adapter, _ in parts:
+        for name, delta in adapter.deltas.items():
+            if widths.setdefault(name, delta.shape[1]) != delta.shape[1]:
+                raise MismatchError(f"other inputs of {name}", expected=widths[name], got=delta.shape[1])
+    left = []
+    for i, (adapter, _) in enumerate(parts):
+        others = [other for j, (other, weight) in enumerate(parts) if j != i and weight]
+        deltas = {}
+        for name, delta in adapter.deltas.items():
+            read = [space for other in others if name in other.deltas and len(space := row_space(_read(other, name)))]
+            space = row_space(torch.cat(read)) if read else delta.new_zeros(0, delta.shape[1]).double()
+            rows = delta.detach().cpu().double()
+            deltas[name] = (rows - share * (rows @ space.T) @ space).float()
+        left.append(replace(adapter, metadata=replace(adapter.metadata, triangular=False), deltas=deltas))
+    return left
+
+
+def _read(adapter: Adapter, layer: str) -> Float[Tensor, "rank in"]:
+    """As many rows as the adapter has, with the row space of its ΔW; float64. R · down where up = Q R."""
+    rows = adapter.deltas[layer].detach().cpu().double()
+    if adapter.metadata.on_basis:
         return rows
-    space = row_space(torch.cat(read))
-    return rows - share * (rows @ space.T) @ space
+    return torch.linalg.qr(adapter.up(layer, None).detach().cpu().double()).R @ rows
 
 
 def products(
@@ -114,7 +135,7 @@ def joined(texts: Iterable[str], by: str) -> str:
     return by.join(dict.fromkeys(text for text in texts if text))
 
 
-def collected(parts: Sequence[tuple[Adapter, float]], giving_way: float = 0.0) -> dict[str, Any]:
+def collected(parts: Sequence[tuple[Adapter, float]], share: float = 0.0) -> dict[str, Any]:
     """The metadata that tell where a composition came from: every part by name, digest, weight, and its licence; and
     the share that they gave up to one another, if any."""
     metas = [adapter.metadata for adapter, _ in parts]
@@ -138,5 +159,5 @@ def collected(parts: Sequence[tuple[Adapter, float]], giving_way: float = 0.0) -
         "base_digest": joined((meta.base_digest for meta in metas), ", "),
         "trigger": joined((meta.trigger for meta in metas), ", "),
         "licence": joined((meta.licence for meta in metas), "; "),
-        "provenance": {"parts": listed} | ({"giving_way": giving_way} if giving_way else {}),
+        "provenance": {"parts": listed} | ({"giving_way": share} if share else {}),
     }

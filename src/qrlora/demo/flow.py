@@ -19,7 +19,18 @@ from jaxtyping import Bool, UInt8
 from qrlora.adapter import Adapter, save_adapter
 from qrlora.basis import Basis
 from qrlora.composition import Composition, Live, similarity
-from qrlora.demo.plan import DEFAULT, METHODS, Budget, Lesson, Wanted, lesson, questions, recipe_fields, weights_of
+from qrlora.demo.plan import (
+    DEFAULT,
+    GIVING_WAY,
+    METHODS,
+    Budget,
+    Lesson,
+    Wanted,
+    lesson,
+    questions,
+    recipe_fields,
+    weights_of,
+)
 from qrlora.evaluation import Share
 from qrlora.evaluation.report import png_bytes
 from qrlora.families import ModelFamily, load_pipeline
@@ -230,7 +241,7 @@ def _generate_all(
         used = {
             "subject_alone": [(subject, 1.0)],
             "style_alone": [(style, 1.0)],
-            "composed": list(zip((subject, style), weights_of(method, *lessons), strict=True)),
+            "composed": _parts(method, (subject, style), lessons),
         }
         with setting.stage("generate", f"{method}, {sum(len(asked[name]) for name in SETS)} pictures"):
             answers[method] = {name: setting.draw(asked[name], used[name]) for name in SETS}
@@ -243,15 +254,32 @@ def _generate_all(
     return answers, base
 
 
+def _parts(method: str, pair: tuple[Adapter, Adapter], lessons: Sequence[Lesson]) -> list[tuple[Adapter, float]]:
+    """What a method of METHODS composes: both adapters, or what they keep of each other's way, at its weights."""
+    weights = weights_of(method, lessons[0], lessons[1])
+    return list(zip(_kept(method, pair), weights, strict=True))
+
+
+def _kept(method: str, pair: tuple[Adapter, Adapter]) -> Sequence[Adapter]:
+    share = GIVING_WAY.get(method)
+    return Composition([(adapter, 1.0) for adapter in pair], share).kept() if share else pair
+
+
 def _grid(setting: Setting, lessons: Sequence[Lesson], pair: tuple[Adapter, Adapter]) -> list[list[Answer]]:
-    """One prompt and seed at every pair of weights: the subject's down the rows, the style's along the columns."""
+    """One prompt and seed at every pair of weights: the subject's down the rows, the style's along the columns. Where
+    one is alone, nothing is given up."""
     weights, budget = setting.budget.weights, setting.budget
     first = questions(lessons[0], lessons[1], budget, setting.seed)["composed"][0]
-    requests = [Request(first.prompt, first.seed, {"subject": a, "style": b}) for a in weights for b in weights]
+    adapters = dict(
+        zip(("subject", "style", "kept subject", "kept style"), (*pair, *_kept(DEFAULT, pair)), strict=True)
+    )
+    names = {True: ("kept subject", "kept style"), False: ("subject", "style")}
+    composed = [dict(zip(names[bool(a and b)], (a, b), strict=True)) for a in weights for b in weights]
+    requests = [Request(first.prompt, first.seed, composition) for composition in composed]
     options = {"steps": budget.denoising_steps, "guidance": budget.guidance}
     with setting.stage("generate", f"{len(weights)} x {len(weights)} weights"):
         denoiser = setting.family.denoiser_of(setting.pipe)
-        with Live(denoiser, {"subject": pair[0], "style": pair[1]}) as live:
+        with Live(denoiser, adapters) as live:
             images = generate_mixed(setting.pipe, setting.family, requests, live, **options)  # type: ignore[arg-type]
     answers = [Answer([first], np.asarray(image)[None]) for image in images]
     return [answers[start : start + len(weights)] for start in range(0, len(answers), len(weights))]
@@ -270,8 +298,8 @@ def _save(
             save_adapter(adapter, folder / f"{adapter.name}.safetensors", spelling)
     pair = learned[DEFAULT]
     basis = basis_of(setting, pair[0])
-    parts = zip(pair, weights, strict=True)
-    both = replace(Composition(list(parts)).adapter(), name=f"{DEFAULT}-composed")
+    parts = list(zip(pair, weights, strict=True))
+    both = replace(Composition(parts, GIVING_WAY[DEFAULT]).adapter(), name=f"{DEFAULT}-composed")
     for adapter in (*pair, both):
         save_adapter(adapter, folder / f"{adapter.name}.lora.safetensors", "lora", basis)
     name = pair[0].name

@@ -8,7 +8,7 @@ from typing import Any
 
 from qrlora.bench.plan import rate_of
 from qrlora.demo.flow import PARTS, Answer, Outcome
-from qrlora.demo.plan import AIM, DEFAULT, METHODS, TUNED, Lesson, weights_of
+from qrlora.demo.plan import AIM, DEFAULT, GIVING_WAY, METHODS, TUNED, Lesson, weights_of
 
 AIMS = {
     "composed": "composed: pictures that show both subject and style",
@@ -68,12 +68,13 @@ def _value(answer: Answer, part: str) -> float | None:
     return None if share is None else share.value
 
 
-def _tuned(outcome: Outcome, method: str) -> dict[str, dict[str, float]]:
+def _tuned(outcome: Outcome, method: str) -> dict[str, Any]:
     lessons = (outcome.subject, outcome.style)
     weights = zip(lessons, weights_of(method, outcome.subject, outcome.style), strict=True)
     return {
         "learning_rates": {one.role: rate_of(TUNED[method], one.role, one.name) for one in lessons},
         "weights": {one.role: weight for one, weight in weights},
+        "giving_way": GIVING_WAY.get(method, 0.0),
     }
 
 

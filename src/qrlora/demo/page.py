@@ -10,7 +10,17 @@ from PIL import Image
 from qrlora.bench.plan import rate_of
 from qrlora.demo.flow import PARTS, SETS, Answer, Outcome
 from qrlora.demo.numbers import AIMS, crosstalk, data, versions
-from qrlora.demo.plan import AIM, DEFAULT, LESSON_STYLE, LESSON_SUBJECT, METHODS, TUNED, Lesson, weights_of
+from qrlora.demo.plan import (
+    AIM,
+    DEFAULT,
+    GIVING_WAY,
+    LESSON_STYLE,
+    LESSON_SUBJECT,
+    METHODS,
+    TUNED,
+    Lesson,
+    weights_of,
+)
 from qrlora.evaluation import (
     Bars,
     Code,
@@ -227,7 +237,7 @@ def _grid(outcome: Outcome) -> Section:
     ]
     titles = [f"weight of the {one.role} ({one.called})" for one in (outcome.subject, outcome.style)]
     prompt = outcome.grid[0][0].wanted[0].prompt
-    lead = f"“{prompt}”, one seed. At 0 an adapter is absent, at 1 it is as trained."
+    lead = f"“{prompt}”, one seed. At 0 an adapter is absent, at 1 it is as trained; two give way to each other."
     return Section("Both, in any proportion", [Matrix(labels, labels, cells, *titles)], lead)
 
 
@@ -244,7 +254,9 @@ def _methods(outcome: Outcome) -> Section:
     columns = [wanted[i].colour or f"seed {wanted[i].seed}" for i in shown]
     lead = (
         "Same rank, steps and pictures for all; each at its own learning rates and weights, the best of a few on other "
-        "subjects and styles. Last row: the base model, told the names in plain words."
+        f"subjects and styles. {NAMES[DEFAULT]}'s two give way to each other, by {GIVING_WAY[DEFAULT]:g} of what each "
+        "reads where the other reads; the others' are added as they are. Last row: the base model, told the names in "
+        "plain words."
     )
     return Section("Three methods, the same prompts and seeds", [Matrix(list(rows), columns, cells)], lead)
 

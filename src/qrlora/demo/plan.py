@@ -9,7 +9,7 @@ from typing import Any
 
 from PIL import Image
 
-from qrlora.bench.plan import balance_of, rate_of
+from qrlora.bench.plan import COMPOSED, balance_of, rate_of
 from qrlora.errors import DataError
 from qrlora.evaluation.report import png_bytes
 from qrlora.files import write_atomically
@@ -24,8 +24,11 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 """Name in the report -> what distinguishes its recipe."""
 TUNED = {"qrlora": "qrlora_disjoint", "qrlora_published": "qrlora", "lora": "lora"}
-"""Name in the report -> name in the bench, whose learning rates and weights the demo takes: `qrlora bench --tune` chose
-them."""
+"""Name in the report -> method in the bench, whose learning rates the demo takes: `qrlora bench --tune` chose them."""
+BALANCED = TUNED | {"qrlora": COMPOSED}
+"""Name in the report -> row of the bench, whose weights in a composition the demo takes."""
+GIVING_WAY = {"qrlora": 0.5}
+"""Name in the report -> share that each adapter gives up to the other in a composition, if any: as the row does."""
 DEFAULT = "qrlora"
 """The project's default: subject and style own disjoint columns of one basis, which is what their roles ask for."""
 
@@ -51,7 +54,7 @@ class Budget:
     pictures: int = 16  # a score is counted over about this many
     denoising_steps: int = SETTINGS["steps"]
     guidance: float = SETTINGS["guidance"]
-    weights: tuple[float, ...] = (0.0, 0.4, 0.8, 1.2)  # of both adapters, in the grid
+    weights: tuple[float, ...] = (0.0, 0.5, 1.0, 1.5)  # of both adapters, in the grid
 
 
 @dataclass(frozen=True)
@@ -197,4 +200,4 @@ def recipe_fields(lesson: Lesson, budget: Budget, seed: int, method: str) -> dic
 
 def weights_of(method: str, subject: Lesson, style: Lesson) -> tuple[float, float]:
     """Weights of subject and style where a method of METHODS composes them."""
-    return balance_of(TUNED[method], subject.name, style.name)
+    return balance_of(BALANCED[method], subject.name, style.name)
