@@ -48,16 +48,19 @@ def _pixels(figure: Figure) -> UInt8[np.ndarray, "h w 3"]:
 
 
 def subject_against_style(found: Mapping[str, Mapping[str, Any]]) -> Plot:
-    """Every row at its means, with its intervals."""
+    """Every row at its means, with its intervals, by a number that stands for it beside the plot."""
     figure, axes = _figure(6)
-    for row, measures in found.items():
-        x, y = measures["among_style"], measures["among_subject"]
+    order = sorted(found, key=lambda row: -found[row]["among_subject"].value - found[row]["among_style"].value)
+    for number, row in enumerate(order, 1):
+        x, y = found[row]["among_style"], found[row]["among_subject"]
         colour, strong = COLOURS.get(row, OTHER), row in COLOURS
         axes.errorbar(
             x.value, y.value, xerr=_around(x), yerr=_around(y), fmt="o", color=colour,
-            elinewidth=1.2 if strong else 0.4, ms=7 if strong else 4,
+            elinewidth=1.2 if strong else 0.3, ms=7 if strong else 4,
         )  # fmt: skip
-        axes.annotate(row, (x.value, y.value), (5, 4), textcoords="offset points", fontsize=7, color=colour)
+        axes.annotate(f"{number}", (x.value, y.value), (4, 3), textcoords="offset points", fontsize=8, color=colour)
+        at = (1.02, 1 - 0.04 * number)
+        axes.annotate(f"{number}  {row}", at, xycoords="axes fraction", fontsize=7.5, color=colour)
     axes.set(
         xlabel="probability of the right style among the world's, composed",
         ylabel="probability of the right subject, composed",
