@@ -95,15 +95,18 @@ def giving_way(parts: Sequence[tuple[Adapter, float]], share: float) -> list[Ada
         for name, delta in adapter.deltas.items():
             if widths.setdefault(name, delta.shape[1]) != delta.shape[1]:
                 raise MismatchError(f"other inputs of {name}", expected=widths[name], got=delta.shape[1])
+    spaces = [{n: row_space(_read(a, n)) for n in a.deltas} if weight else {} for a, weight in parts]
     left = []
     for i, (adapter, _) in enumerate(parts):
-        others = [other for j, (other, weight) in enumerate(parts) if j != i and weight]
+        others = spaces[:i] + spaces[i + 1 :]
         deltas = {}
         for name, delta in adapter.deltas.items():
-            read = [space for other in others if name in other.deltas and len(space := row_space(_read(other, name)))]
-            space = row_space(torch.cat(read)) if read else delta.new_zeros(0, delta.shape[1]).double()
             rows = delta.detach().cpu().double()
-            deltas[name] = (rows - share * (rows @ space.T) @ space).float()
+            read = [space[name] for space in others if len(space.get(name, ()))]
+            if read:
+                space = row_space(torch.cat(read))
+                rows = rows - share * (rows @ space.T) @ space
+            deltas[name] = rows.float()
         left.append(replace(adapter, metadata=replace(adapter.metadata, triangular=False), deltas=deltas))
     return left
 
