@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ import torch
 from PIL import Image
 
 from qrlora.adapter import Adapter, adapter_from_model, remove_adapters
+from qrlora.composition import giving_way
 from qrlora.errors import DataError, MismatchError
 from qrlora.families import load_pipeline
 from qrlora.generation import _labels, generate, labelled_grid, weight_grid
@@ -76,6 +78,28 @@ def test_composition_is_the_sum_of_its_parts(loaded, columns: str | None) -> Non
     grid = weight_grid(*loaded, "a mug", *parts, row_weights=[0.7], column_weights=[0.4], seed=3, **STEPS)
     assert close(one, cell(grid))
     assert not close(one, generate(*loaded, ["a mug"], [3], **STEPS)[0])
+
+
+def test_in_a_grid_adapters_give_way_where_neither_is_absent(loaded) -> None:
+    parts = [adapter(loaded, role, columns="first") for role in ("subject", "style")]
+    options: dict[str, Any] = {"row_weights": [1.0], "seed": 3, **STEPS}
+    for weight, changed in ((20.0, True), (0.0, False)):
+        pairs = list(zip(parts, (1.0, weight), strict=True))
+        kept = list(zip(giving_way(pairs, 1.0), (1.0, weight), strict=True))
+        expected, summed = (generate(*loaded, ["a mug"], [3], adapters=one, **STEPS)[0] for one in (kept, pairs))
+        grid = weight_grid(*loaded, "a mug", *parts, column_weights=[weight], share=1.0, **options)
+        assert close(expected, cell(grid)) and close(expected, summed) != changed
+
+
+def test_adapters_of_two_kinds_come_in_any_order(loaded) -> None:
+    mug, plain = adapter(loaded, "subject"), adapter(loaded, "style", method="lora")
+    options: dict[str, Any] = {"row_weights": [0.7], "column_weights": [0.7], "seed": 3, **STEPS}
+    for share in (0.0, 1.0):
+        pairs = [(one, 0.7) for one in giving_way([(mug, 1.0), (plain, 1.0)], share)]
+        first = generate(*loaded, ["a mug"], [3], adapters=pairs, **STEPS)[0]
+        assert close(first, generate(*loaded, ["a mug"], [3], adapters=pairs[::-1], **STEPS)[0])
+        for parts in ((mug, plain), (plain, mug)):
+            assert close(first, cell(weight_grid(*loaded, "a mug", *parts, share=share, **options)))
 
 
 def cell(grid: Image.Image) -> Image.Image:

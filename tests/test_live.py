@@ -105,6 +105,73 @@ def test_every_picture_of_a_batch_meets_its_own_composition(tiny) -> None:
         assert torch.equal(predict(denoiser, inputs), base)
 
 
+def giving(adapters: Mapping[str, Adapter], row: Mapping[str, float], share: float) -> Adapter:
+    return Composition([(adapters[name], weight) for name, weight in row.items()], share).adapter()
+
+
+@torch.no_grad()
+def test_in_a_batch_each_picture_gives_way_by_a_share_of_its_own(tiny) -> None:
+    """A third adapter, of the style's columns, gives way in one row; a weight of 0 and a single adapter do not."""
+    denoiser, inputs, adapters = tiny
+    adapters["gold"] = random_adapter(denoiser, [*adapters["chalk"].deltas], 7, columns="style")
+    rows = [{"mug": 1.0, "chalk": -0.7}, {"gold": 0.5, "chalk": 1.0, "mug": 0.4}, {"mug": 1.0, "chalk": 0.0}, ROWS[0]]
+    shares = [0.5, 1.0, 1.0, 0.3]
+    expected = []
+    for place, (row, share) in enumerate(zip(rows, shares, strict=True)):
+        attach(denoiser, giving(adapters, row, share), "way")
+        expected.append(predict(denoiser, inputs)[place])
+        remove_adapters(denoiser, ["way"])
+    with Live(denoiser, adapters) as live:
+        live.compose(rows)
+        summed = predict(denoiser, inputs)
+        live.compose(rows, shares)
+        mixed = predict(denoiser, inputs)
+        equal(mixed, torch.stack(expected))
+        changed = [(mixed[place] - summed[place]).abs().max() > 1e-3 for place in range(4)]
+        assert changed == [True, True, False, False]
+        live.compose(rows, 0.0)
+        assert torch.equal(predict(denoiser, inputs), summed)
+
+
+@torch.no_grad()
+def test_giving_way_follows_the_adapters_that_come_and_go(tiny) -> None:
+    """More sets than are remembered; then one adapter is replaced, and what is attached is widened."""
+    denoiser, inputs, adapters = tiny
+    others = {
+        str(seed): random_adapter(denoiser, [*adapters["mug"].deltas][:4], seed, columns="subject")
+        for seed in range(10)
+    }
+
+    def expected(found: Mapping[str, Adapter], row: Mapping[str, float]) -> Tensor:
+        attach(denoiser, giving(found, row, 1.0), "way")
+        made = predict(denoiser, inputs)
+        remove_adapters(denoiser, ["way"])
+        return made
+
+    rows = [{name: 1.0, "0": 0.5} for name in others if name != "0"]
+    wanted = [expected(others, row) for row in (*rows, rows[0])]
+    replaced, both = {**others, "0": others["9"]}, {"mug": 1.0, "chalk": 1.0}
+    wanted += [expected(replaced, rows[0]), expected(adapters, both)]
+    with Live(denoiser, others) as live:
+        for row, picture in zip((*rows, rows[0]), wanted, strict=False):
+            live.compose([row], 1.0)
+            equal(predict(denoiser, inputs), picture)
+        live.compose([{}])
+        live.remove("0")
+        live.add("0", others["9"])
+        live.compose([rows[0]], 1.0)
+        equal(predict(denoiser, inputs), wanted[-2])
+        for name, adapter in adapters.items():
+            live.add(name, adapter)
+        equal(predict(denoiser, inputs), wanted[-2])
+        live.compose([both], 1.0)
+        equal(predict(denoiser, inputs), wanted[-1])
+        live.remove("chalk")
+        live_alone = predict(denoiser, inputs)
+        live.compose([{"mug": 1.0}])
+        assert torch.equal(predict(denoiser, inputs), live_alone)
+
+
 @torch.no_grad()
 def test_one_composition_is_for_the_whole_batch(tiny) -> None:
     denoiser, inputs, adapters = tiny
@@ -354,20 +421,23 @@ def test_a_refused_adapter_leaves_the_rest_at_work(sd3) -> None:
 
 
 @pytest.mark.parametrize(
-    ("rows", "message"),
+    ("rows", "share", "message"),
     [
-        ([], "no composition"),
-        ([{"mug": 1.0}, {"cup": 1.0}], "not there"),
-        ([{"mug": float("nan")}], "finite weights"),
+        ([], 0.0, "no composition"),
+        ([{"mug": 1.0}, {"cup": 1.0}], 0.0, "not there"),
+        ([{"mug": float("nan")}], 0.0, "finite weights"),
+        ([{"mug": 1.0}], 1.5, "0 to 1"),
+        ([{"mug": 1.0}], float("nan"), "0 to 1"),
+        ([{"mug": 1.0}], [0.5, 0.5], "do not fit"),
     ],
 )
-def test_compositions_that_cannot_be(sd3, rows, message) -> None:
+def test_compositions_that_cannot_be(sd3, rows, share, message) -> None:
     denoiser, _, adapters = sd3
     with Live(denoiser, adapters) as live:
         live.compose([{"mug": 1.0}])
         before = held(denoiser)
         with pytest.raises(MismatchError, match=message):
-            live.compose(rows)
+            live.compose(rows, share)
         assert held(denoiser) == before
 
 

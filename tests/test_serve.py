@@ -30,6 +30,7 @@ from PIL import Image
 
 from qrlora.adapter import Adapter, adapter_from_model, load_adapter, remove_adapters, save_adapter
 from qrlora.cli import main
+from qrlora.composition import Composition
 from qrlora.errors import DataError, RequestError
 from qrlora.families import load_pipeline
 from qrlora.generation import generate
@@ -238,6 +239,17 @@ def test_one_batch_holds_different_compositions_and_mixes_none_up(engine: Engine
     assert value(text, "qrlora_batch_seconds_count") < len(wanted)
 
 
+def test_adapters_of_a_request_give_way_if_it_says_so(engine: Engine, loaded: Any, shelf: Path) -> None:
+    weights = {"mug": 30.0, "chalk": -20.0}
+    parts = [(load_adapter(shelf / f"{name}.safetensors"), weight) for name, weight in weights.items()]
+    way = Composition(parts, 1.0).adapter()
+    expected = np.array(generate(*loaded, ["a mug"], [4], adapters=[(way, 1.0)], **SHORT)[0]).astype(int)
+    with serving(engine) as (url, _):
+        given, summed = (opened(ask(url, composition=weights, seed=4, **more).json()["data"][0]["b64_json"])
+                         for more in ({"give_way": 1}, {}))  # fmt: skip
+    assert close(given, expected) and not close(given, summed)
+
+
 def value(text: str, name: str) -> float:
     """Of a metric in Prometheus' text format, labels included."""
     return float(next(line.rsplit(" ", 1)[1] for line in text.splitlines() if line.startswith(f"{name} ")))
@@ -304,6 +316,7 @@ def test_files_that_come_change_and_go_are_served_as_they_are(tiny_sd3: Path, lo
         ({"model": BASE + "+mug" * 9000}, 400, "model", "named twice"),
         ({"x" * 60_000: 1}, 400, "x" * 100, "got xxx"),
         ({"model": f"{BASE}+mug", "composition": {"mug": 1}}, 400, "composition", "leave `composition` out"),
+        ({"give_way": 1.5}, 400, "give_way", "less than or equal to 1"),
         ({"n": 0}, 400, "n", "greater than or equal to 1"),
         ({"n": 11}, 400, "n", "expected from 1 to 10; got 11"),
         ({"n": 10**30}, 400, "n", "expected"),

@@ -17,7 +17,7 @@ from qrlora.adapter import load_adapter
 from qrlora.basis import Basis
 from qrlora.cli import main
 from qrlora.cli.tune import default_prompt
-from qrlora.composition import Composition
+from qrlora.composition import Composition, giving_way
 from qrlora.errors import DataError, MismatchError, QrloraError
 from qrlora.evaluation.dials import Album, by_blocks, by_judge, by_measures, painting
 from qrlora.evaluation.measures import MEASURES, References
@@ -251,6 +251,19 @@ def test_tuning_ends_in_a_frontier_with_commands(
     assert again["made"] == 0 and again["frontier"] == data["frontier"]
 
 
+def test_tuning_with_adapters_that_give_way(taught: Path, tiny_sd3: Path, tmp_path: Path) -> None:
+    """Pictures of the sum are not taken for theirs, and the commands make them."""
+    assert main(asked(taught, tiny_sd3, tmp_path)) == 0
+    arguments = asked(taught, tiny_sd3, tmp_path, "--give-way", "0.5")
+    assert main(arguments) == 0
+    data = json.loads((tmp_path / "report.json").read_text())
+    assert data["made"] == 24 and data["settings"]["give_way"] == 0.5
+    assert all(" --give-way 0.5 --prompt" in point["command"] for point in data["frontier"])
+    assert main([*arguments, "--per-block", "2"]) == 0
+    point = load_adapter(tmp_path / "point-1.safetensors")
+    assert point.metadata.provenance["giving_way"] == 0.5
+
+
 def test_weights_by_blocks_are_written_as_compositions(taught: Path, tiny_sd3: Path, tmp_path: Path) -> None:
     assert main(asked(taught, tiny_sd3, tmp_path, "--per-block", "2")) == 0
     data = json.loads((tmp_path / "report.json").read_text())
@@ -260,19 +273,23 @@ def test_weights_by_blocks_are_written_as_compositions(taught: Path, tiny_sd3: P
         assert str(file) in point["command"] and load_adapter(file).metadata.role == "composition"
 
 
+@pytest.mark.parametrize("share", [0.0, 1.0])
 @pytest.mark.parametrize("names", [("subject", "style"), ("plain", "style")])
-def test_what_is_painted_is_what_generate_makes(names: tuple[str, str], taught: Path, tiny_sd3: Path) -> None:
-    """On one basis, and side by side; the adapters are off the model afterwards."""
+def test_what_is_painted_is_what_generate_makes(
+    names: tuple[str, str], share: float, taught: Path, tiny_sd3: Path
+) -> None:
+    """On one basis, and side by side; summed, and giving way; the adapters are off the model afterwards."""
     pipe, family = load_pipeline(tiny_sd3)
     adapters = {name: load_adapter(taught / f"{name}.safetensors") for name in names}
-    jobs = [((1.0, 0.5), "a mug", 1), ((0.0, 30.0), "a mug", 1)]
-    with painting(pipe, family, adapters, 2, {"steps": 2}) as paint:
+    jobs = [((100.0, 50.0), "a mug", 1), ((100.0, 50.0), "a cup", 1), ((0.0, 30.0), "a mug", 1)]
+    with painting(pipe, family, adapters, 2, {"steps": 2}, share) as paint:
         painted = [np.asarray(image).astype(int) for image in paint(jobs)]
     for (weights, prompt, seed), found in zip(jobs, painted, strict=True):
-        weighted = sorted(zip(adapters.values(), weights, strict=True), key=lambda one: not one[0].metadata.on_basis)
+        weighted = list(zip(adapters.values(), weights, strict=True))
+        weighted = list(zip(giving_way(weighted, share), weights, strict=True))
         alone = generate(pipe, family, [prompt], [seed], adapters=weighted, steps=2)[0]
         assert np.abs(found - np.asarray(alone)).max() <= 1
-    assert np.abs(painted[0] - painted[1]).max() > 1
+    assert np.abs(painted[0] - painted[2]).max() > 1
     assert not getattr(family.denoiser_of(pipe), "peft_config", {})
 
 

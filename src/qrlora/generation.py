@@ -18,7 +18,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from qrlora.adapter import Adapter, attach, remove_adapters
-from qrlora.composition import Composition, Live
+from qrlora.composition import Composition, Live, giving_way
 from qrlora.composition.parts import check_weights, on_one_basis
 from qrlora.errors import DataError, MismatchError
 from qrlora.families import ModelFamily, size_unit
@@ -93,22 +93,31 @@ def weight_grid(
     *,
     row_weights: Sequence[float],
     column_weights: Sequence[float],
+    share: float = 0.0,
     seed: int = 0,
     steps: int | None = None,
     guidance: float | None = None,
     resolution: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Image.Image:
-    """One labelled picture: a prompt and seed at every pair of weights of two adapters. Errors: as `generate`."""
+    """One labelled picture: a prompt and seed at every pair of weights of two adapters. Errors: as `generate`.
+
+    share: what they give up to each other, where neither's weight is 0.
+    """
     for adapter, weights in ((rows, row_weights), (columns, column_weights)):
         check_weights([(adapter, weight) for weight in weights])
     denoiser: Any = family.denoiser_of(pipe)
     cells: list[list[Image.Image]] = []
-    with attached(pipe, family, [(rows, 1.0), (columns, 1.0)]) as names:
+    pair = [(rows, 1.0), (columns, 1.0)]
+    kept = [(adapter, 1.0) for adapter in giving_way(pair, share)] if share else []
+    with attached(pipe, family, pair + kept) as names:
         for row_weight in row_weights:
             cells.append([])
             for column_weight in column_weights:
-                denoiser.set_adapters(names, [row_weight, column_weight])
+                weights, off = [row_weight, column_weight], [0.0, 0.0]
+                if kept:
+                    weights = off + weights if row_weight and column_weight else weights + off
+                denoiser.set_adapters(names, weights)
                 cells[-1] += one_batch(pipe, family, [(prompt, seed)], steps, guidance, resolution)
                 if progress:
                     progress(sum(map(len, cells)), len(row_weights) * len(column_weights))
@@ -123,11 +132,13 @@ def weight_grid(
 
 @dataclass(frozen=True)
 class Request:
-    """One picture: its prompt, its seed, and the weights of the adapters it is made with, by name; {} for none."""
+    """One picture: its prompt, its seed, the weights of the adapters it is made with, by name ({} for none), and what
+    share they give up to one another."""
 
     prompt: str
     seed: int
     composition: Mapping[str, float]
+    giving_way: float = 0.0
 
 
 def generate_mixed(
@@ -153,7 +164,7 @@ def generate_mixed(
 
     Raises:
         MismatchError: `live` is on another denoiser, a request names an adapter that it lacks, or a weight that is no
-            finite number.
+            finite number, or a share that is not from 0 to 1.
         DataError: as `generate`.
     """
     if live.denoiser is not family.denoiser_of(pipe):
@@ -162,8 +173,9 @@ def generate_mixed(
     images: list[Image.Image] = []
     for start in range(0, len(requests), batch_size):
         batch = requests[start : start + batch_size]
-        rows = [request.composition for request in batch]
-        live.compose(rows[:1] if all(row == rows[0] for row in rows) else rows)
+        rows = [(request.composition, request.giving_way) for request in batch]
+        compositions, shares = zip(*(rows[:1] if all(row == rows[0] for row in rows) else rows), strict=True)
+        live.compose(compositions, shares)
         jobs = [(request.prompt, request.seed) for request in batch]
         images += one_batch(pipe, family, jobs, steps, guidance, resolution, on_step)
     return images
@@ -184,7 +196,9 @@ def attached(pipe: Any, family: ModelFamily, adapters: Sequence[WeightedAdapter]
         with warnings.catch_warnings():
             # Several adapters at once are what is asked for here.
             warnings.filterwarnings("ignore", "Already found a `peft_config`")
-            for name, (adapter, _) in zip(names, adapters, strict=True):
+            named = zip(names, (adapter for adapter, _ in adapters), strict=True)
+            # Those on a basis first: a QR-LoRA layer cannot be put around a plain LoRA.
+            for name, adapter in sorted(named, key=lambda one: not one[1].metadata.on_basis):
                 attach(denoiser, adapter, name)
         if names:
             denoiser.set_adapters(names, [weight for _, weight in adapters])

@@ -84,8 +84,6 @@ def run_generate(options: argparse.Namespace) -> None:
     from qrlora.families import load_pipeline
     from qrlora.generation import generate, weight_grid
 
-    weighted = zip(giving_way(adapters, options.give_way), adapters, strict=True)
-    adapters = [(adapter, weight) for adapter, (_, weight) in weighted]
     pipe, family = load_pipeline(options.model, dtype=getattr(torch, options.dtype))
     bar = Bar("picture")
     names = ("steps", "guidance", "resolution")
@@ -93,9 +91,12 @@ def run_generate(options: argparse.Namespace) -> None:
     if options.grid:
         (rows, _), (columns, _) = adapters
         common |= {"row_weights": options.grid, "column_weights": options.grid, "seed": seeds[0]}
+        common["share"] = options.give_way
         images = [weight_grid(pipe, family, options.prompt[0], rows, columns, **common)]
     else:
-        common |= {"adapters": adapters, "batch_size": options.batch_size}
+        weighted = zip(giving_way(adapters, options.give_way), adapters, strict=True)
+        common |= {"adapters": [(adapter, weight) for adapter, (_, weight) in weighted]}
+        common["batch_size"] = options.batch_size
         images = generate(pipe, family, options.prompt, seeds, **common)
     made = {key: value for key, value in vars(options).items() if key not in ("run", "output", "command")}
     for path, image in zip(paths, images, strict=True):

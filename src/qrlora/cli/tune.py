@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qrlora.cli.evaluate import add_weights
-from qrlora.cli.shared import Bar, Parsers, add_sampling, command, count, number, refuse_to_replace, seed
+from qrlora.cli.shared import Bar, Parsers, add_give_way, add_sampling, command, count, number, refuse_to_replace, seed
 from qrlora.errors import QrloraError
 
 if TYPE_CHECKING:
@@ -56,6 +56,7 @@ def add_tune(commands: Parsers) -> None:
     )
     parser.add_argument("--highest", type=number, default=1.5, help="largest weight (default: 1.5)")
     parser.add_argument("--seed", type=seed, default=0, help="of the search, and of the first picture (default: 0)")
+    add_give_way(parser)
     add_sampling(parser)
     add_weights(parser)
     parser.add_argument("--json", action="store_true", help="print the numbers as JSON")
@@ -143,7 +144,9 @@ def _tuned(options: argparse.Namespace, adapters: list[Adapter], prompts: list[s
     dials, parts = _dials(options, adapters, [name for name, _ in family.denoiser_of(pipe).named_modules()])
     sampling = {name: getattr(options, name) for name in ("steps", "guidance", "resolution")}
     of = {"adapters": [one.digest for one in parts], "model": options.model, "dtype": options.dtype, **sampling}
-    with painting(pipe, family, dict(zip(dials, parts, strict=True)), options.batch_size, sampling) as paint:
+    of |= {"give_way": options.give_way} if options.give_way else {}  # pictures of before are still these
+    turned = dict(zip(dials, parts, strict=True))
+    with painting(pipe, family, turned, options.batch_size, sampling, options.give_way) as paint:
         album = Album(paint, options.output / "pictures", of, prompts, options.seed, options.batch_size)
         album.progress = _Told(options.budget)
         score = scored(album, aims["subject"][1], aims["style"][1])
@@ -199,7 +202,7 @@ def _command(
 
     if not options.per_block:
         paths = [str(path) for path in options.adapters]
-        return command(list(zip(paths, weights, strict=True)), prompt, options.model)
+        return command(list(zip(paths, weights, strict=True)), prompt, options.model, options.give_way)
     file = options.output / f"point-{place}.safetensors"
-    save_adapter(Composition(list(zip(parts, weights, strict=True))).adapter(), file)
+    save_adapter(Composition(list(zip(parts, weights, strict=True)), options.give_way).adapter(), file)
     return command([(str(file), 1.0)], prompt, options.model)

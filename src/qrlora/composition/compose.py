@@ -22,6 +22,7 @@ from qrlora.basis import fingerprint
 from qrlora.composition.parts import (
     basis_difference,
     called,
+    check_share,
     check_weights,
     collected,
     giving_way,
@@ -57,7 +58,7 @@ class Composition:
 
     def __post_init__(self) -> None:
         check_weights(self.parts)
-        giving_way([], self.giving_way)  # a share it has to be
+        check_share(self.giving_way)
         for adapter, _ in self.parts:
             _check_on_its_basis(adapter)
         for (first, _), (second, _) in itertools.combinations(self.parts, 2):

@@ -7,10 +7,14 @@
 On one basis, picture i gets x Wᵀ + (x ΔRᵢᵀ) Qᵀ with ΔRᵢ = Σⱼ λᵢⱼ sⱼ ΔRⱼ. So the ΔR of all adapters lie in one tensor a
 layer, (adapters, rank, in); composing is one product with the weights, (pictures, adapters); and the denoiser computes
 with (pictures, rank, in) and one Q, however many adapters there are.
+
+Giving way changes ΔRᵢ to ΔRᵢ (1 - c V Vᵀ) = (1 - c) ΔRᵢ + c ΔRᵢ (1 - V Vᵀ), so of adapters that are composed so what
+is left of each when it gives all (c = 1) is found once, and lies in another tensor like that one.
 """
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any
@@ -21,9 +25,12 @@ from torch import Tensor, nn
 from qrlora.adapter.model import adapted_layers, attach, remove_adapters
 from qrlora.adapter.record import Adapter
 from qrlora.composition.compose import Composition
-from qrlora.composition.parts import check_weights
+from qrlora.composition.parts import check_share, check_weights, giving_way
 from qrlora.errors import MismatchError, TunerError
 from qrlora.tuner.layer import DeltaR
+
+KEPT = 8
+"""Sets of adapters of which what is left after giving way is remembered."""
 
 
 class Live:
@@ -32,7 +39,8 @@ class Live:
 
     They are attached when this is made and taken off when its `with` block ends. Until `compose` is called, the
     denoiser computes what it would without. Takes 4 bytes for every number of every adapter's ΔR, on the union of the
-    adapters' columns, beside what one adapter takes for every picture.
+    adapters' columns, beside what one adapter takes for every picture; and the same for the adapters of each of the
+    last eight sets that were composed giving way.
 
     Args:
         denoiser: a diffusers denoiser that carries no adapters.
@@ -51,9 +59,11 @@ class Live:
             raise TunerError("a denoiser with adapters", expected="a denoiser without", got=carried, remedy=remedy)
         self._adapters: dict[str, Adapter] = {}
         self._rows: list[dict[str, float]] = [{}]
+        self._shares: list[float] = [0.0]
         self._attached: tuple[str, Adapter] | None = None  # the name in the denoiser, and what was attached under it
         self._layers: dict[str, DeltaR] = {}
         self._stacks: dict[str, Tensor] = {}  # of a layer: (adapters, rank * in) float32, s · ΔR of each
+        self._left: OrderedDict[tuple[str, ...], dict[str, Tensor]] = OrderedDict()  # the same of what gave all
         if adapters:
             self._take(dict(adapters))
 
@@ -62,18 +72,25 @@ class Live:
         """The adapters that a composition may name."""
         return tuple(self._adapters)
 
-    def compose(self, rows: Sequence[Mapping[str, float]]) -> None:
+    def compose(self, rows: Sequence[Mapping[str, float]], giving_way: Sequence[float] | float = 0.0) -> None:
         """From the next step on, one composition for every picture of a batch, in their order.
 
         Args:
             rows: adapters by name with their weights, of any sign; {} is the base model. One row is for all pictures
                 of a batch of any size. n rows serve a batch of n, or of a multiple of n in which every n rows have the
                 same order, as classifier-free guidance makes them.
+            giving_way: as `Composition` has it, of every row or of all.
 
         Raises:
-            MismatchError: no rows, an adapter that is not there, or a weight that is no finite number.
+            MismatchError: no rows, an adapter that is not there, a weight that is no finite number, or a share that is
+                not from 0 to 1.
         """
         wanted = [dict(row) for row in rows]
+        shares = [float(giving_way)] * len(wanted) if isinstance(giving_way, (int, float)) else list(giving_way)
+        if len(shares) != len(wanted):
+            raise MismatchError("shares that do not fit the rows", expected=len(wanted), got=len(shares))
+        for share in shares:
+            check_share(share)
         if not wanted:
             raise MismatchError("no composition", expected="one for every picture, or one for all", got="none")
         unknown = sorted({name for row in wanted for name in row if name not in self._adapters})
@@ -87,7 +104,7 @@ class Live:
         for row in wanted:
             if row:
                 check_weights([(self._adapters[name], weight) for name, weight in row.items()])
-        self._rows = wanted
+        self._rows, self._shares = wanted, shares
         self._write()
 
     def add(self, name: str, adapter: Adapter) -> None:
@@ -115,6 +132,8 @@ class Live:
             raise MismatchError("no such adapter", expected=f"one of {sorted(self._adapters)}", got=name)
         self._adapters.pop(name)
         self._rows = [{other: weight for other, weight in row.items() if other != name} for row in self._rows]
+        for names in [names for names in self._left if name in names]:
+            del self._left[names]
         self._stack()
         self._write()
 
@@ -127,6 +146,7 @@ class Live:
         if self._attached:
             remove_adapters(self.denoiser, [self._attached[0]])
         self._adapters, self._attached, self._layers, self._stacks = {}, None, {}, {}
+        self._left.clear()
 
     def _take(self, adapters: dict[str, Adapter]) -> None:
         """Compute with these adapters; where they are refused, go on with those there are."""
@@ -151,28 +171,51 @@ class Live:
                 self.denoiser.set_adapter(before[0])
             raise
         self._attached = name, blank
+        self._left.clear()  # lay on the columns of what was attached before
         self._layers = {layer: found.lora_A[name] for layer, found in adapted_layers(self.denoiser, name).items()}
 
-    @torch.no_grad()
     def _stack(self) -> None:
-        if self._attached is None:
-            return
-        columns = self._attached[1].metadata.columns
+        if self._attached:
+            self._stacks = self._stacked(list(self._adapters.values()))
+
+    @torch.no_grad()
+    def _stacked(self, adapters: Sequence[Adapter]) -> dict[str, Tensor]:
+        """Of every layer (adapters, rank * in) float32: s · ΔR of each, on the columns of what is attached."""
+        assert self._attached
+        columns, stacks = self._attached[1].metadata.columns, {}
         for layer, delta in self._layers.items():
             width = delta.weight[0].numel()
-            stack = delta.weight.new_zeros(len(self._adapters), len(columns), width, dtype=torch.float32)
-            for place, adapter in enumerate(self._adapters.values()):
+            stack = delta.weight.new_zeros(len(adapters), len(columns), width, dtype=torch.float32)
+            for place, adapter in enumerate(adapters):
                 if layer in adapter.deltas:
                     rows = [columns.index(column) for column in adapter.metadata.columns]
                     stack[place, rows] = adapter.scaling * adapter.deltas[layer].to(stack)
-            self._stacks[layer] = stack.flatten(1)
+            stacks[layer] = stack.flatten(1)
+        return stacks
+
+    def _after_giving(self, names: tuple[str, ...]) -> dict[str, Tensor]:
+        """`_stacked` of what is left of these adapters when each gives all to the others."""
+        if names not in self._left:
+            self._left[names] = self._stacked(giving_way([(self._adapters[name], 1.0) for name in names], 1.0))
+            while len(self._left) > KEPT:
+                self._left.popitem(last=False)
+        self._left.move_to_end(names)
+        return self._left[names]
 
     @torch.no_grad()
     def _write(self) -> None:
+        giving: list[tuple[int, dict[str, float], dict[str, Tensor]]] = []
         table = torch.tensor([[row.get(name, 0.0) for name in self._adapters] for row in self._rows])
+        for place, (row, share) in enumerate(zip(self._rows, self._shares, strict=True)):
+            names = tuple(name for name in self._adapters if row.get(name))
+            if share and len(names) > 1:
+                table[place] *= 1 - share
+                giving.append((place, {name: share * row[name] for name in names}, self._after_giving(names)))
         for layer, delta in self._layers.items():
             stack = self._stacks[layer]
             several = table.to(stack) @ stack
+            for place, weights, left in giving:
+                several[place] += torch.tensor([*weights.values()]).to(stack) @ left[layer]
             delta.hold(several.view(len(table), -1, delta.weight[0].numel()))
 
 

@@ -79,6 +79,12 @@ def row_space(rows: Float[Tensor, "rank in"]) -> Float[Tensor, "dims in"]:
     return (vectors[:, kept] / values[kept].sqrt()).T @ rows
 
 
+def check_share(share: float) -> None:
+    """MismatchError unless it is what can be given up."""
+    if not 0 <= share <= 1:
+        raise MismatchError("no such share to give up", expected="0 to 1", got=share)
+
+
 def giving_way(parts: Sequence[tuple[Adapter, float]], share: float) -> list[Adapter]:
     """The adapters, each less what it gives up to the others: ΔWᵢ (1 - share · V Vᵀ), layer by layer.
 
@@ -86,8 +92,7 @@ def giving_way(parts: Sequence[tuple[Adapter, float]], share: float) -> list[Ada
     basis is needed. What is left is float32, stands on what the adapter stood on, and has lost a triangle. Raises
     MismatchError for a share that is not from 0 to 1, and for layers of one name and different inputs.
     """
-    if not 0 <= share <= 1:
-        raise MismatchError("no such share to give up", expected="0 to 1", got=share)
+    check_share(share)
     if not share:
         return [adapter for adapter, _ in parts]
     widths: dict[str, int] = {}

@@ -266,16 +266,12 @@ def _kept(method: str, pair: tuple[Adapter, Adapter]) -> Sequence[Adapter]:
 
 
 def _grid(setting: Setting, lessons: Sequence[Lesson], pair: tuple[Adapter, Adapter]) -> list[list[Answer]]:
-    """One prompt and seed at every pair of weights: the subject's down the rows, the style's along the columns. Where
-    one is alone, nothing is given up."""
+    """One prompt and seed at every pair of weights: the subject's down the rows, the style's along the columns."""
     weights, budget = setting.budget.weights, setting.budget
     first = questions(lessons[0], lessons[1], budget, setting.seed)["composed"][0]
-    adapters = dict(
-        zip(("subject", "style", "kept subject", "kept style"), (*pair, *_kept(DEFAULT, pair)), strict=True)
-    )
-    names = {True: ("kept subject", "kept style"), False: ("subject", "style")}
-    composed = [dict(zip(names[bool(a and b)], (a, b), strict=True)) for a in weights for b in weights]
-    requests = [Request(first.prompt, first.seed, composition) for composition in composed]
+    adapters = dict(zip(("subject", "style"), pair, strict=True))
+    composed = [{"subject": subject, "style": style} for subject in weights for style in weights]
+    requests = [Request(first.prompt, first.seed, composition, GIVING_WAY[DEFAULT]) for composition in composed]
     options = {"steps": budget.denoising_steps, "guidance": budget.guidance}
     with setting.stage("generate", f"{len(weights)} x {len(weights)} weights"):
         denoiser = setting.family.denoiser_of(setting.pipe)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
+import itertools
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -20,7 +21,7 @@ from PIL import Image
 
 from qrlora.adapter import Adapter
 from qrlora.basis import fingerprint
-from qrlora.composition import Live
+from qrlora.composition import Live, giving_way
 from qrlora.composition.parts import on_one_basis
 from qrlora.errors import DataError, MismatchError
 from qrlora.evaluation.measures import Measure, References, measure
@@ -29,7 +30,7 @@ from qrlora.evaluation.report import png_bytes
 from qrlora.evaluation.tune import Scores, Weights
 from qrlora.families import ModelFamily
 from qrlora.files import write_atomically
-from qrlora.generation import Request, attached, generate_mixed, one_batch
+from qrlora.generation import Request, generate_jobs, generate_mixed
 
 Jobs = Sequence[tuple[Weights, str, int]]
 """Weights, prompt, seed."""
@@ -83,9 +84,15 @@ def _only(adapter: Adapter, layers: Sequence[str]) -> Adapter:
 
 @contextlib.contextmanager
 def painting(
-    pipe: Any, family: ModelFamily, dials: Mapping[str, Adapter], batch_size: int, sampling: Mapping[str, Any]
+    pipe: Any,
+    family: ModelFamily,
+    dials: Mapping[str, Adapter],
+    batch_size: int,
+    sampling: Mapping[str, Any],
+    share: float = 0.0,
 ) -> Iterator[Paint]:
-    """What makes pictures at any weights of these adapters, in the order of the dials, while the block lasts.
+    """What makes pictures at any weights of these adapters, in the order of the dials, while the block lasts; they give
+    up `share` to one another.
 
     On one basis a batch holds different weights, and turning them costs nothing (composition.Live); other adapters
     lie side by side, a batch for each position.
@@ -95,23 +102,22 @@ def painting(
         with Live(denoiser, dials) as live:
 
             def mixed(jobs: Jobs) -> list[Image.Image]:
-                requests = [Request(p, s, dict(zip(dials, weights, strict=True))) for weights, p, s in jobs]
+                requests = [Request(p, s, dict(zip(dials, weights, strict=True)), share) for weights, p, s in jobs]
                 return generate_mixed(pipe, family, requests, live, batch_size=batch_size, **sampling)
 
             yield mixed
         return
-    # Those on a basis first: a QR-LoRA layer cannot be put around a plain LoRA.
-    order = sorted(range(len(dials)), key=lambda place: not list(dials.values())[place].metadata.on_basis)
-    with attached(pipe, family, [(list(dials.values())[place], 1.0) for place in order]) as names:
 
-        def alone(jobs: Jobs) -> list[Image.Image]:
-            images = []
-            for weights, prompt, seed in jobs:
-                denoiser.set_adapters(names, [weights[place] for place in order])
-                images += one_batch(pipe, family, [(prompt, seed)], **sampling)
-            return images
+    def alone(jobs: Jobs) -> list[Image.Image]:
+        images: list[Image.Image] = []
+        for weights, same in itertools.groupby(jobs, key=lambda job: job[0]):
+            parts = list(zip(dials.values(), weights, strict=True))
+            kept = list(zip(giving_way(parts, share), weights, strict=True))
+            asked = [(prompt, seed) for _, prompt, seed in same]
+            images += generate_jobs(pipe, family, asked, adapters=kept, batch_size=batch_size, **sampling)
+        return images
 
-        yield alone
+    yield alone
 
 
 class Album:

@@ -67,7 +67,7 @@ class Limits:
 
 
 class ImageRequest(BaseModel):
-    """OpenAI's fields, of which some have one value here, and four of ours: seed, steps, guidance, composition."""
+    """OpenAI's fields, of which some have one value here, and five of ours, the last."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
@@ -89,6 +89,7 @@ class ImageRequest(BaseModel):
     steps: int | None = Field(None, ge=1, description="denoising steps")
     guidance: float | None = Field(None, ge=0, le=100, description="classifier-free guidance scale")
     composition: Any = Field(None, description="weights of adapters by name, in place of +NAME:WEIGHT in the model")
+    give_way: float | None = Field(None, ge=0, le=1, description="share that adapters give up to one another")
 
 
 class Kept:
@@ -181,7 +182,8 @@ class Service:
         composition = await self.composition(wanted.model, wanted.composition)
         guidance = facts.guidance if wanted.guidance is None else wanted.guidance
         seed = secrets.randbelow(2**32) if wanted.seed is None else wanted.seed
-        pictures = [Picture(wanted.prompt, (seed + i) % 2**63, composition) for i in range(count)]
+        share = wanted.give_way or 0.0
+        pictures = [Picture(wanted.prompt, (seed + i) % 2**63, composition, share) for i in range(count)]
         return self.dispatcher.submit(Settings(steps, guidance, side), pictures, progress=bool(wanted.stream))
 
 

@@ -184,7 +184,8 @@ class Engine:
                 makable.append(index)
             except QrloraError as error:
                 tell(Refused(index, error))
-        requests = [Request(pictures[i].prompt, pictures[i].seed, pictures[i].composition) for i in makable]
+        made = [pictures[i] for i in makable]
+        requests = [Request(one.prompt, one.seed, one.composition, one.giving_way) for one in made]
         options: dict[str, Any] = {"steps": settings.steps, "guidance": settings.guidance, "resolution": settings.side}
         options |= {"batch_size": max(1, len(requests)), "on_step": on_step}
         try:

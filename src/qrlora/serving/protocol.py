@@ -19,11 +19,13 @@ class Settings(NamedTuple):
 
 @dataclass(frozen=True)
 class Picture:
-    """What makes one picture, besides its settings: prompt, seed, adapters' weights by name."""
+    """What makes one picture, besides its settings: prompt, seed, adapters' weights by name, and the share that these
+    give up to one another."""
 
     prompt: str
     seed: int
     composition: Mapping[str, float]
+    giving_way: float = 0.0
 
 
 @dataclass(frozen=True)
