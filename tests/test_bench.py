@@ -22,7 +22,7 @@ from qrlora.bench.plots import freedom, frontier
 from qrlora.cli import main
 from qrlora.errors import DataError
 from qrlora.evaluation.rivals.adapters import ADAPTERS, PRIOR
-from qrlora.evaluation.rivals.deltas import Delta
+from qrlora.evaluation.rivals.deltas import Delta, scaled
 from qrlora.evaluation.rivals.merges import MERGES
 from qrlora.pico import world
 
@@ -138,16 +138,44 @@ def test_weights_are_of_a_row_and_a_pair(small):
         assert digest_of(other, heavier) == digest_of(other, equal), "another pair"
     bench = cells.Bench.open(folder, heavier)
     parts = cells.parts_of(bench, cell, "teapot", "chalk")
-    name = next(iter(parts[1]))
     for one, share in ((cell, 0.5), (replace(cell, weights=(1.0, 0.25)), 0.25)):
-        found = cells.weighted(bench, one, parts, "teapot", "chalk")
-        assert torch.equal(found[0][name].dense(), parts[0][name].dense())
-        torch.testing.assert_close(found[1][name].dense(), share * parts[1][name].dense())
+        weights = cells.weights_of(bench, one, "teapot", "chalk")
+        assert tuple(weights) == (1.0, share)
+        found = cells.merged_of(bench, one, parts, weights, [])
+        for name, delta in found.items():
+            torch.testing.assert_close(delta.dense(), parts[0][name].dense() + share * parts[1][name].dense())
     with pytest.raises(DataError, match="lora\\+dare has no weights yet"):
         plan.balance_of("lora+dare", "teapot", "chalk", {})
     assert plan.balance_of("lora+joint", "teapot", "chalk", {}) == (1, 1)
     for strangers in (("teapot", None), (None, "chalk"), ("my mug", "chalk"), ("mug", "neon")):
         assert plan.key_of(*strangers) == plan.ANY
+
+
+def test_what_a_merge_learns_once_is_summed_at_any_weights(small, monkeypatch):
+    """As a row that learns: halves of the subject, doubles of the style."""
+    folder, scope = small
+    made = []
+
+    def learn(parts, context, *, penalty):
+        made.append((len(parts), len(context.recipes), penalty))
+        return [scaled(part, weight) for part, weight in zip(parts, (0.5, 2.0), strict=True)]
+
+    row = replace(plan.ROWS["lora+ziplora"], options={"penalty": 7.0})
+    monkeypatch.setitem(plan.ROWS, row.name, row)
+    monkeypatch.setitem(MERGES, "ziplora", replace(MERGES["ziplora"], once=learn))
+    bench = cells.Bench.open(folder, replace(scope, balance=scope.balance | {row.name: EQUAL}))
+    lessons = [bench.lesson("subject", "teapot", 0), bench.lesson("style", "chalk", 0)]
+    base = Cell("pair", RIVAL, 0, "teapot", "chalk", row.name)
+    parts = cells.parts_of(bench, base, "teapot", "chalk")
+    for weights in ((1.0, 1.0), (1.4, 0.7)):
+        found = cells.merged_of(bench, replace(base, weights=weights), parts, weights, lessons)
+        for name, delta in found.items():
+            expected = 0.5 * weights[0] * parts[0][name].dense() + 2 * weights[1] * parts[1][name].dense()
+            torch.testing.assert_close(delta.dense(), expected)
+    assert made == [(2, 2, 7.0)]
+    monkeypatch.setitem(plan.ROWS, row.name, replace(row, options={"penalty": 8.0}))
+    cells.merged_of(bench, base, parts, (1.0, 1.0), lessons)
+    assert made[1:] == [(2, 2, 8.0)]
 
 
 def test_seeds_are_averaged_before_pairs():

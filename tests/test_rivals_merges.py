@@ -301,6 +301,15 @@ def test_ziplora_scales_columns(model: tuple[Context, Learned, Learned]) -> None
     assert not diagonal[4:].any() and subject
 
 
+def test_what_ziplora_makes_of_each_part_sums_to_its_merge(model: tuple[Context, Learned, Learned]) -> None:
+    context, subject, style = model
+    make = MERGES["ziplora"].once
+    assert make is not None
+    parts = make([subject, style], context, steps=3, learning_rate=0.1)
+    merged = MERGES["ziplora"](subject, style, context, steps=3, learning_rate=0.1)
+    assert isinstance(merged, dict) and close(merged, dense(MERGES["sum"](*parts)), 1e-6)
+
+
 class Halves:
     """A schedule of two ΔW."""
 

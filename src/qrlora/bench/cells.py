@@ -14,7 +14,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -47,6 +47,8 @@ MADE = 1
 Record = dict[str, Any]
 UNRELATED = (("mug", "ink"), ("lamp", "clay"), ("bottle", "risograph"), ("chair", "pixel"))
 """Seen pairs that no adapter should touch: asked for without a trigger, to see how far the pictures drift."""
+MAKING = ("teach", "once")
+"""Kinds of cells that make what others look at, and look at nothing."""
 BATCH = 8
 TRUE_SCENES = 3_000_000
 """Scene seed of the first true render that pictures are held against: none that the base or the judge was made of."""
@@ -98,7 +100,7 @@ def weights_digest(judged: bool = True) -> str:
 
 def digest_of(cell: Cell, scope: Scope, judged: bool = True) -> str:
     """Of everything that decides the cell's record, or, not judged, its adapter or pictures."""
-    judged = judged and cell.kind != "teach"
+    judged = judged and cell.kind not in MAKING
     version = VERSION if judged else MADE
     decides: dict[str, Any] = {"version": version, "weights": weights_digest(judged), "cell": cell.__dict__}
     decides |= {name: getattr(scope, name) for name in ("steps", "batch_size", "rank")}
@@ -107,14 +109,14 @@ def digest_of(cell: Cell, scope: Scope, judged: bool = True) -> str:
     names = [(role, name) for role in parts for name in (parts[role] if each else [getattr(cell, role)]) if name]
     tuned = [rate_of(cell.adapter, role, name, scope.rates) for role, name in names] if not cell.rates else ()
     decides["rates"] = [*cell.rates, *tuned]
-    if cell.kind != "teach":
+    if cell.kind not in MAKING:
         count = {"alone": "alone", "grid": "grid_weights"}.get(cell.kind, "pictures")
         decides |= {name: getattr(scope, name) for name in ("denoising_steps", "guidance", count)}
     if cell.many:
         decides["among"] = names
     if cell.row:
         decides["options"] = dict(ROWS[cell.row].options)
-    if cell.row and cell.kind != "grid":
+    if cell.row and cell.kind not in ("grid", *MAKING):
         subjects, styles = ([name for role, name in names if role == one] for one in parts)
         pairs = zip(subjects, styles, strict=True)
         decides["balance"] = [cell.weights or balance_of(cell.row, a, b, scope.balance) for a, b in pairs]
@@ -307,18 +309,33 @@ def parts_of(bench: Bench, cell: Cell, subject: str, style: str) -> tuple[Learne
     return bench.learned(cell.taught(subject=subject)), bench.learned(cell.taught(style=style))
 
 
-def weighted(bench: Bench, cell: Cell, parts: tuple[Learned, Learned], subject: str, style: str) -> list[Learned]:
-    """The two at the cell's weights, or those chosen for its row."""
-    weights = cell.weights or balance_of(cell.row, subject, style, bench.scope.balance)
-    return [scaled(part, weight) for part, weight in zip(parts, weights, strict=True)]
+def weights_of(bench: Bench, cell: Cell, subject: str, style: str) -> Sequence[float]:
+    """Of the two: the cell's own, or those chosen for its row."""
+    return cell.weights or balance_of(cell.row, subject, style, bench.scope.balance)
 
 
-def merged_of(bench: Bench, cell: Cell, parts: Sequence[Learned], lessons: Sequence[Lesson]) -> Learned | Schedule:
-    """What the row's merge makes of adapters."""
+def merged_of(
+    bench: Bench, cell: Cell, parts: Sequence[Learned], weights: Sequence[float], lessons: Sequence[Lesson]
+) -> Learned | Schedule:
+    """What the row's merge makes of adapters at these weights."""
     row = ROWS[cell.row]
     recipes = [bench.recipe(lesson, cell.adapter, cell.seed, cell.rate(lesson.role)) for lesson in lessons]
     context = Context(bench.pipe, bench.family, recipes, seed=cell.seed)
-    return MERGES[row.merge].of(parts, context, **row.options)
+    merge, options = MERGES[row.merge], dict(row.options)
+    if merge.once:
+        parts = once(bench, cell, functools.partial(merge.once, parts, context, **options), len(parts))
+        merge, options = MERGES["sum"], {}
+    return merge.of([scaled(part, weight) for part, weight in zip(parts, weights, strict=True)], context, **options)
+
+
+def once(bench: Bench, cell: Cell, make: Callable[[], list[Learned]], count: int) -> list[Learned]:
+    """What the row's merge makes of each part whatever the weights: from files, or made now and kept in them."""
+    file = bench.file(replace(cell, kind="once", weights=()), "adapters")
+    files = [file.with_name(f"{file.stem}-{i}{file.suffix}") for i in range(count)]
+    if not all(one.exists() for one in files):
+        for one, part in zip(files, make(), strict=True):
+            save_learned(one, part)
+    return [load_learned(one) for one in files]
 
 
 def joint(bench: Bench, cell: Cell, lessons: Sequence[Lesson]) -> Learned:
@@ -341,7 +358,7 @@ def pair(bench: Bench, cell: Cell) -> Record:
         merged: Learned | Schedule = joint(bench, cell, lessons)
     else:
         parts = parts_of(bench, cell, cell.subject, cell.style)
-        merged = merged_of(bench, cell, weighted(bench, cell, parts, cell.subject, cell.style), lessons)
+        merged = merged_of(bench, cell, parts, weights_of(bench, cell, cell.subject, cell.style), lessons)
         record["files"] = between(*parts) if cell.row == cell.adapter else None
     record["merge_seconds"] = round(time.perf_counter() - started, 2)
     wanted = pair_wanted(lessons[0], lessons[1], bench.scope.pictures, cell.seed)
@@ -384,8 +401,8 @@ def grid(bench: Bench, cell: Cell) -> Record:
     both = list(product(bench.scope.grid_weights, repeat=2))
 
     def draw() -> UInt8[np.ndarray, "n h w 3"]:
-        each = ([scaled(part, weight) for part, weight in zip(parts, weights, strict=True)] for weights in both)
-        return np.concatenate([bench.draw(wanted, merged_of(bench, cell, two, lessons)) for two in each])
+        merged = (merged_of(bench, cell, parts, weights, lessons) for weights in both)
+        return np.concatenate([bench.draw(wanted, one) for one in merged])
 
     strips = np.split(bench.drawn(cell, draw), len(both))
     found = [{"weights": list(at)} | bench.judged(wanted, strip) for at, strip in zip(both, strips, strict=True)]
@@ -398,11 +415,10 @@ def many(bench: Bench, cell: Cell) -> Record:
     each = cell.many // 2
     lessons = [bench.lesson("subject", name, cell.seed) for name in bench.scope.subjects[:each]]
     styles = [bench.lesson("style", name, cell.seed) for name in bench.scope.styles[:each]]
-    both = [
-        weighted(bench, cell, parts_of(bench, cell, a.called, b.called), a.called, b.called)
-        for a, b in zip(lessons, styles, strict=True)
-    ]
-    merged = merged_of(bench, cell, [a for a, _ in both] + [b for _, b in both], [*lessons, *styles])
+    pairs = [(a.called, b.called) for a, b in zip(lessons, styles, strict=True)]
+    parts = [part for role in zip(*(parts_of(bench, cell, *pair) for pair in pairs), strict=True) for part in role]
+    weights = [w for role in zip(*(weights_of(bench, cell, *pair) for pair in pairs), strict=True) for w in role]
+    merged = merged_of(bench, cell, parts, weights, [*lessons, *styles])
     count = max(1, bench.scope.pictures // each)
     wanted = [w for a, b in zip(lessons, styles, strict=True) for w in pair_wanted(a, b, count, cell.seed)]
     return bench.keep(cell, with_drift(bench, cell, wanted, merged))

@@ -31,7 +31,7 @@ from qrlora.evaluation.rivals.projections import (
     project_style,
     regmean,
 )
-from qrlora.evaluation.rivals.ziplora import ziplora
+from qrlora.evaluation.rivals.ziplora import zipped
 from qrlora.generation import OnStep
 
 DEFAULT_K = 256
@@ -56,6 +56,7 @@ class Merge:
 
     Attributes:
         several: takes any number of parts; otherwise two, subject and style.
+        once: what becomes of each part, if that holds for all weights: the parts are then summed, at any.
         runs: whether it runs the base model, and so needs a context with one.
         options: names of what it lets be tuned.
         adapters: the method of `ADAPTERS` it is meant for; empty if any.
@@ -69,6 +70,7 @@ class Merge:
     several: bool = False
     runs: bool = False
     options: tuple[str, ...] = ()
+    once: Callable[..., list[Learned]] | None = None
     adapters: str = ""
     version: int = 1
 
@@ -92,6 +94,11 @@ class Merge:
 def direct_sum(parts: Sequence[Learned], context: Context | None = None) -> Learned:
     """Σ ΔWᵢ, exact: what loading LoRAs side by side does."""
     return _layerwise(parts, total)
+
+
+def ziplora(parts: Sequence[Learned], context: Context, **options: Any) -> Learned:
+    """The sum of what `zipped` makes of the parts."""
+    return direct_sum(zipped(parts, context, **options))
 
 
 def ties(parts: Sequence[Learned], context: Context | None = None, *, density: float = 0.5) -> Learned:
@@ -252,6 +259,7 @@ _ROWS = (
         "a learned coefficient for every column",
         "arXiv 2311.13600",
         ziplora,
+        once=zipped,
         several=True,
         runs=True,
         options=("penalty", "learning_rate", "steps", "report"),

@@ -1,4 +1,8 @@
-"""ZipLoRA (Shah et al. 2023, arXiv 2311.13600): a coefficient for every column of both ΔW, learned."""
+"""ZipLoRA (Shah et al. 2023, arXiv 2311.13600): a coefficient for every column of both ΔW, learned.
+
+What each part becomes can be summed at other weights afterwards, as the paper scales what it has merged: so its
+coefficients are learned once for all weights.
+"""
 
 from __future__ import annotations
 
@@ -13,13 +17,13 @@ from torch import Tensor, nn
 
 from qrlora.errors import TrainingError
 from qrlora.evaluation.rivals.context import Context, linear_layers
-from qrlora.evaluation.rivals.deltas import Delta, Learned, total
+from qrlora.evaluation.rivals.deltas import Delta, Learned
 
 Mergers = dict[str, nn.Parameter]
 """Layer -> (in,), one coefficient for each column of its ΔW."""
 
 
-def ziplora(
+def zipped(
     parts: Sequence[Learned],
     context: Context,
     *,
@@ -27,8 +31,8 @@ def ziplora(
     learning_rate: float = 0.01,
     steps: int = 100,
     report: Callable[[int, float, float], None] | None = None,
-) -> Learned:
-    """ΔW = Σᵢ ΔWᵢ diag(mᵢ) with m from Σᵢ ‖D(merged; xᵢ) - D(part i; xᵢ)‖² + λ Σ |m₁ ∘ m₂|; m starts at one.
+) -> list[Learned]:
+    """ΔWᵢ diag(mᵢ) of each part, with m from Σᵢ ‖D(merged; xᵢ) - D(part i; xᵢ)‖² + λ Σ |m₁ ∘ m₂|; m starts at one.
 
     λ, learning rate and steps are the paper's. Adapted: x is the training picture, noised, with its caption; the errors
     are means over the prediction, and |m₁ ∘ m₂| the mean over a layer's columns, then over layers, so that λ means the
@@ -56,7 +60,8 @@ def ziplora(
         optimizer.step()
         if report:
             report(step + 1, error.item(), overlap.item())
-    return _merged(parts, mergers)
+    with torch.no_grad():
+        return [{n: _columns(d, m[n]) for n, d in part.items()} for part, m in zip(parts, mergers, strict=True)]
 
 
 def _error(
@@ -109,13 +114,6 @@ def _through(delta: Delta, x: Float[Tensor, "*rows in"]) -> Float[Tensor, "*rows
     return (
         F.linear(x, delta.whole) if delta.factors is None else F.linear(F.linear(x, delta.factors[1]), delta.factors[0])
     )
-
-
-@torch.no_grad()
-def _merged(parts: Sequence[Learned], mergers: Sequence[Mergers]) -> Learned:
-    names = dict.fromkeys(name for part in parts for name in part)
-    terms = list(zip(parts, mergers, strict=True))
-    return {name: total([_columns(part[name], m[name]) for part, m in terms if name in part]) for name in names}
 
 
 def _columns(delta: Delta, merger: Float[Tensor, " in"]) -> Delta:
