@@ -121,6 +121,12 @@ def test_a_composition_is_made_first_and_kept(tiny_sd3: Path, capsys: pytest.Cap
     data = json.loads(Path("evaluation/report.json").read_text())
     pictures = data["groups"]["subject 0.9 + style 1"]["pictures"]
     assert [one["prompt"] for one in pictures] == ["a <c> mug"] * 2 + ["a <c> mug in <s> style"] * 2
+    way = ["evaluate", "subject.safetensors:90", "style.safetensors:90", *prompts[2:], *options, "-o"]
+    assert "style 90, giving way by 1" in said(capsys, [*way, "way", "--give-way", "1"])
+    said(capsys, [*way, "sum"])
+    first = "pictures/00-a-c-mug-in-s-style-seed0.png"
+    kept, summed = (np.asarray(Image.open(Path(folder, first))).astype(int) for folder in ("way", "sum"))
+    assert abs(kept - summed).max() > 1
     # They are measured alike when they are given as pictures.
     again = json.loads(said(capsys, ["evaluate", "evaluation/pictures", "--style", "learn.png", "--json", "-o", "b"]))
     assert again["groups"]["pictures"]["pictures"] == pictures
@@ -128,6 +134,8 @@ def test_a_composition_is_made_first_and_kept(tiny_sd3: Path, capsys: pytest.Cap
     assert "no prompt to ask the adapters for" in refused
     refused = said(capsys, ["evaluate", "subject.safetensors", "mugs", "--style", "learn.png", "-o", "c"], 2)
     assert "adapters and pictures in one evaluation" in refused
+    refused = said(capsys, ["evaluate", "mugs", "--style", "learn.png", "--give-way", "0.5", "-o", "c"], 2)
+    assert "nobody to give way to" in refused
 
 
 @pytest.mark.parametrize(

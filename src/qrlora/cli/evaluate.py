@@ -12,9 +12,12 @@ from typing import TYPE_CHECKING, Any
 from qrlora.cli.shared import (
     Bar,
     Parsers,
+    add_give_way,
     add_sampling,
     add_seeds,
+    check_give_way,
     command,
+    gave_way,
     load_weighted,
     refuse_to_replace,
     seeds_of,
@@ -65,6 +68,7 @@ def add_evaluate(commands: Parsers) -> None:
     add_weights(parser)
     parser.add_argument("--prompt", action="append", help="with adapters, several times; with pictures, their prompt")
     add_seeds(parser)
+    add_give_way(parser)
     add_sampling(parser)
     parser.add_argument("--json", action="store_true", help="print the numbers as JSON")
     parser.add_argument("--brand-schema", action=_Schema, help="print the JSON Schema of brand sheets, and end")
@@ -132,6 +136,7 @@ def run_evaluate(options: argparse.Namespace) -> int:
         raise QrloraError("--strict asks for a brand sheet", expected="--brand TOML", got="none")
     references = references_of(options, sheet)
     adapters = _adapters(options.what)
+    check_give_way(options.give_way, len(adapters))
     # Checked before pictures are made; made ones have a prompt and no mask.
     groups = {"made": _prompts_alone(options)} if adapters else _groups(options)
     everything = [picture for pictures in groups.values() for picture in pictures]
@@ -142,7 +147,7 @@ def run_evaluate(options: argparse.Namespace) -> int:
     if sheet:
         measures += chosen([n for n in sheet.scores if n not in [m.name for m in measures]], everything, references)
     if adapters:
-        groups = {_title(adapters): _made(options, adapters)}
+        groups = {_title(adapters, options.give_way): _made(options, adapters)}
     eyes = Eyes(dict(options.weights), options.device)
     found = assess(groups, references, measures, sheet, eyes, Bar("picture"))
     page = report(found).write(options.output)
@@ -218,8 +223,9 @@ def _prompts_alone(options: argparse.Namespace) -> list[Exhibit]:
     return [Exhibit("", np.zeros((16, 16, 3), np.uint8), None, prompt) for prompt in options.prompt]
 
 
-def _title(adapters: Sequence[tuple[Path, float]]) -> str:
-    return " + ".join(f"{path.stem} {weight:g}" for path, weight in adapters)
+def _title(adapters: Sequence[tuple[Path, float]], share: float) -> str:
+    together = " + ".join(f"{path.stem} {weight:g}" for path, weight in adapters)
+    return f"{together}, giving way by {share:g}" if share else together
 
 
 def _made(options: argparse.Namespace, parts: Sequence[tuple[Path, float]]) -> list[Exhibit]:
@@ -231,7 +237,7 @@ def _made(options: argparse.Namespace, parts: Sequence[tuple[Path, float]]) -> l
     from qrlora.families import load_pipeline
     from qrlora.generation import generate
 
-    adapters, seeds = load_weighted(parts), seeds_of(options)
+    adapters, seeds = gave_way(load_weighted(parts), options.give_way), seeds_of(options)
     pipe, family = load_pipeline(options.model, dtype=getattr(torch, options.dtype))
     sampling = {name: getattr(options, name) for name in ("steps", "guidance", "resolution", "batch_size")}
     images = iter(
@@ -245,6 +251,7 @@ def _made(options: argparse.Namespace, parts: Sequence[tuple[Path, float]]) -> l
             path = picture_file(folder, index, prompt, seed)
             adapter = [f"{file}:{weight:g}" for file, weight in parts]
             made = {"prompt": [prompt], "seed": [seed], "adapter": adapter, "model": options.model, **sampling}
+            made |= {"give_way": options.give_way}
             save_picture(path, next(images), made)
             pictures.append(read(path))
     return pictures

@@ -17,8 +17,10 @@ from qrlora.cli.shared import (
     add_give_way,
     add_sampling,
     add_seeds,
+    check_give_way,
     check_png,
     command,
+    gave_way,
     load_weighted,
     refuse_to_replace,
     seeds_of,
@@ -72,15 +74,11 @@ def run_generate(options: argparse.Namespace) -> None:
             got=[f"{path}:{weight:g}" for path, weight in options.adapter],
             remedy="leave the weights out, or make single pictures without --grid",
         )
-    if options.give_way and len(options.adapter) < 2:
-        raise QrloraError(
-            "nobody to give way to", expected="--adapter twice or more", got=f"{len(options.adapter)} adapters"
-        )
+    check_give_way(options.give_way, len(options.adapter))
     paths = _picture_paths(options, seeds)
     adapters = load_weighted(options.adapter)
     import torch
 
-    from qrlora.composition import giving_way
     from qrlora.families import load_pipeline
     from qrlora.generation import generate, weight_grid
 
@@ -94,9 +92,7 @@ def run_generate(options: argparse.Namespace) -> None:
         common["share"] = options.give_way
         images = [weight_grid(pipe, family, options.prompt[0], rows, columns, **common)]
     else:
-        weighted = zip(giving_way(adapters, options.give_way), adapters, strict=True)
-        common |= {"adapters": [(adapter, weight) for adapter, (_, weight) in weighted]}
-        common["batch_size"] = options.batch_size
+        common |= {"adapters": gave_way(adapters, options.give_way), "batch_size": options.batch_size}
         images = generate(pipe, family, options.prompt, seeds, **common)
     made = {key: value for key, value in vars(options).items() if key not in ("run", "output", "command")}
     for path, image in zip(paths, images, strict=True):

@@ -130,6 +130,19 @@ def add_give_way(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def check_give_way(share: float, adapters: int) -> None:
+    """QrloraError if there is a share to give up and nobody to give way to."""
+    if share and adapters < 2:
+        raise QrloraError("nobody to give way to", expected="two adapters or more", got=f"{adapters} adapters")
+
+
+def gave_way(adapters: Sequence[tuple[Adapter, float]], share: float) -> list[tuple[Adapter, float]]:
+    """What they keep, at their weights."""
+    from qrlora.composition import giving_way
+
+    return [(kept, weight) for kept, (_, weight) in zip(giving_way(adapters, share), adapters, strict=True)]
+
+
 def load_weighted(parts: Sequence[tuple[Path, float]]) -> list[tuple[Adapter, float]]:
     from qrlora.exchange import load_any
 
