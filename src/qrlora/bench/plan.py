@@ -48,7 +48,7 @@ ROWS: dict[str, Row] = {
         *(Row(f"lora+{merge}", "lora", merge) for merge in _MERGES),
         *(Row(f"{DEFAULT}+{merge}", DEFAULT, merge) for merge in _OURS),
         *(Row(f"{name}+project_both_whole", name, "project_both", {"soft": math.inf}) for name in (RIVAL, DEFAULT)),
-        Row("q_random+project_both", "q_random", "project_both"),
+        *(Row(f"{name}+project_both", name, "project_both") for name in ("q_random", f"{DEFAULT}_contrast")),
         Row(f"{DEFAULT}+route_steps_reversed", DEFAULT, "route_steps", {"first": "style"}),
         Row("lora+joint", "lora", "joint"),
         Row(f"{DEFAULT}+joint", DEFAULT, "joint"),
