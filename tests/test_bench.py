@@ -178,6 +178,20 @@ def test_what_a_merge_learns_once_is_summed_at_any_weights(small, monkeypatch):
     assert made[1:] == [(2, 2, 8.0)]
 
 
+def test_what_is_zero_by_construction_foretells_nothing():
+    """Crosstalk rises with the cosine of one row; of the other that is rounding alone."""
+    parts = [(subject, style) for subject in ("teapot", "boot") for style in ("chalk", "gold")]
+    records = []
+    for row, unit in ((RIVAL, 1e-2), (DEFAULT, 1e-9)):
+        for place, (subject, style) in enumerate(parts):
+            found = {"among_subject": 0.8 - 0.1 * place, "among_style": 0.8, "files": {"cosine": unit * place}}
+            records.append(pair(row, subject, style, 0, **found))
+        for part in ({"subject": "teapot"}, {"subject": "boot"}, {"style": "chalk"}, {"style": "gold"}):
+            records.append(alone(row, measured={"among_subject": 0.9, "among_style": 0.9}, **part))
+    told = tables.foretold(records, [RIVAL, DEFAULT])["cosine"]
+    assert told[RIVAL] == pytest.approx(1) and told[DEFAULT] is None and len(told["points"]) == 8
+
+
 def test_seeds_are_averaged_before_pairs():
     records = [pair(RIVAL, "teapot", "chalk", seed, both=both) for seed, both in enumerate((0.0, 1.0, 0.5))]
     records += [pair(RIVAL, "boot", "gold", 0, both=1.0)]

@@ -189,6 +189,10 @@ def against(records: Sequence[Record], row: str, rival: str) -> dict[str, Estima
     return found
 
 
+ROUNDED = 7
+"""Decimals of what the files say: where it is zero by construction, its order is that of rounding errors."""
+
+
 def foretold(records: Sequence[Record], rows: Sequence[str]) -> dict[str, dict[str, Any]]:
     """Measure of the files -> {"all": rank correlation with crosstalk over the pairs of all rows, row: the same within
     it, "points": [[row, value, crosstalk], ...]}. Rows with fewer than 4 pairs have none."""
@@ -198,7 +202,7 @@ def foretold(records: Sequence[Record], rows: Sequence[str]) -> dict[str, dict[s
             if record["kind"] == "pair" and record["row"] == row:
                 for name, value in (record["measured"].get("files") or {}).items():
                     files.setdefault(name, {}).setdefault(row, {})
-                    files[name][row].setdefault((record["subject"], record["style"]), value)
+                    files[name][row].setdefault((record["subject"], record["style"]), round(value, ROUNDED))
     lost = {row: crosstalk(records, row) for row in rows}
     found: dict[str, dict[str, Any]] = {}
     for name, each in files.items():
