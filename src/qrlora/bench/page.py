@@ -40,7 +40,7 @@ def write(folder: Path, scope: Scope, records: Sequence[Record], command: str) -
     """Write report.html, report.json, table.csv and .md, records.jsonl and plots/*.png; returns the page's path."""
     rows = [row for row in scope.rows if by_pair(records, row, "both")]
     found = table(records, rows)
-    beside = {row: against(records, row, RIVAL) for row in rows if row != RIVAL and RIVAL in rows}
+    beside = {row: against(records, row, RIVAL) for row in _order(found) if row != RIVAL and RIVAL in rows}
     told = foretold(records, [row for row in rows if row == ROWS[row].adapter])
     plots = [
         subject_against_style(found),
@@ -115,19 +115,29 @@ def _table(found: Mapping[str, Mapping[str, Any]], scope: Scope) -> Section:
     order = _order(found)
     rows: list[Sequence[Any]] = []
     for row in order:
-        cells = [None if found[row][name] is None else str(found[row][name]) for name in COLUMNS]
         count = found[row]["trained"]
-        rows.append([row, *cells, None if count is None else f"{count:,.0f}"])
+        cells = [_cell(found[row][name]) for name in COLUMNS]
+        rows.append([_name(row), *cells, None if count is None else f"{count:,.0f}"])
     listed = [f"{row}: {about(ROWS[row])}" for row in order]
     lead = f"Mean and 95 % interval over {len(scope.pairs)} pairs; ordered by how often both are recognised."
     return Section("Every method", [Table(header, rows), Prose(listed, listed=True)], lead)
+
+
+def _name(row: str) -> str:
+    """A row's name that may be broken before its merge."""
+    return row.replace("+", "\u200b+")
+
+
+def _cell(found: Estimate | None) -> str | None:
+    """An estimate in two lines, its interval below."""
+    return None if found is None else f"{found.value:.2f}\n{found.low:.2f}\u00a0to\u00a0{found.high:.2f}"
 
 
 def _beside(beside: Mapping[str, Mapping[str, Estimate | None]]) -> Section:
     names = [
         f"{name}_{kind}" for name in ("recognised", "both", "named", "crosstalk") for kind in ("difference", "ratio")
     ]
-    rows = [[row, *(None if each[n] is None else str(each[n]) for n in names)] for row, each in beside.items()]
+    rows = [[_name(row), *(_cell(each[n]) for n in names)] for row, each in beside.items()]
     header = ["method", *(name.replace("_", ", ") for name in names)]
     lead = "On the same pairs, pair by pair: differences less direct LoRA's, and ratios of means."
     return Section(f"Beside {RIVAL}, added directly", [Table(header, rows)], lead)
@@ -137,7 +147,9 @@ def _agreement(data: Mapping[str, Any]) -> Section:
     seeds = sorted({seed for found in data["by seed"].values() for seed in found})
     whole = {row: found for row, found in data["by seed"].items() if found}
     order = sorted(whole, key=lambda row: -fmean(whole[row].values()))
-    rows = [[row, *(f"{whole[row][seed]:.2f}" if seed in whole[row] else None for seed in seeds)] for row in order]
+    rows = [
+        [_name(row), *(f"{whole[row][seed]:.2f}" if seed in whole[row] else None for seed in seeds)] for row in order
+    ]
     said = [f"{name}: {value:+.2f}" for name, value in data["agreement"].items() if value is not None]
     lead = "Recognised, by seed: of the picture learned from, the training and the noise. "
     lead += f"Rank correlation over the rows of seeds {', '.join(said)}." if said else ""
