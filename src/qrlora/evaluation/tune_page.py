@@ -112,7 +112,7 @@ def report(tuning: Tuning) -> Report:
         sections=[
             Section("", [Figures(figures), Prose([explained])]),
             Section("The frontier", [Picture(_plot(tuning), "subject score against style score of all points"),
-                                     Table(["point", *tuning.dials, "subject", "style"], table)]),
+                                     Table(["point", *tuning.dials, "subject score", "style score"], table)]),
             Section("Its pictures", [Matrix(rows, columns, cells, "point")],
                     "The same prompts and seeds in every row, none of them used by the search."),
             Section("To go on with", [Code("\n".join(tuning.commands))]),
