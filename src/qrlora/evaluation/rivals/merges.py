@@ -263,6 +263,7 @@ _ROWS = (
         several=True,
         runs=True,
         options=("penalty", "learning_rate", "steps", "report"),
+        version=2,
     ),
     Merge("klora", "one of the two, by layer and step", "arXiv 2502.18461", klora, options=("k", "alpha", "beta")),
     Merge("route_steps", "one of the two, by step", "ours", route_steps, options=("first", "switch")),
