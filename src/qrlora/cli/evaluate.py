@@ -250,8 +250,8 @@ def _made(options: argparse.Namespace, parts: Sequence[tuple[Path, float]]) -> l
         for seed in seeds:
             path = picture_file(folder, index, prompt, seed)
             adapter = [f"{file}:{weight:g}" for file, weight in parts]
-            made = {"prompt": [prompt], "seed": [seed], "adapter": adapter, "model": options.model, **sampling}
-            made |= {"give_way": options.give_way}
+            made = {"prompt": [prompt], "seed": [seed], "adapter": adapter, "give_way": options.give_way}
+            made |= {"model": options.model, **sampling}
             save_picture(path, next(images), made)
             pictures.append(read(path))
     return pictures

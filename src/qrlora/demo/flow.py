@@ -18,7 +18,7 @@ from jaxtyping import Bool, UInt8
 
 from qrlora.adapter import Adapter, save_adapter
 from qrlora.basis import Basis
-from qrlora.composition import Composition, Live, similarity
+from qrlora.composition import Composition, Live, giving_way, similarity
 from qrlora.demo.plan import (
     DEFAULT,
     GIVING_WAY,
@@ -257,12 +257,8 @@ def _generate_all(
 def _parts(method: str, pair: tuple[Adapter, Adapter], lessons: Sequence[Lesson]) -> list[tuple[Adapter, float]]:
     """What a method of METHODS composes: both adapters, or what they keep of each other's way, at its weights."""
     weights = weights_of(method, lessons[0], lessons[1])
-    return list(zip(_kept(method, pair), weights, strict=True))
-
-
-def _kept(method: str, pair: tuple[Adapter, Adapter]) -> Sequence[Adapter]:
-    share = GIVING_WAY.get(method)
-    return Composition([(adapter, 1.0) for adapter in pair], share).kept() if share else pair
+    kept = giving_way(list(zip(pair, weights, strict=True)), GIVING_WAY.get(method, 0.0))
+    return list(zip(kept, weights, strict=True))
 
 
 def _grid(setting: Setting, lessons: Sequence[Lesson], pair: tuple[Adapter, Adapter]) -> list[list[Answer]]:
