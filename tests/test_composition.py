@@ -77,9 +77,10 @@ def test_giving_way_is_the_bench_s_projection_and_stays_on_the_basis(basis):
     assert_same({n: d.float() for n, d in delta_weights(composed, basis).items()}, expected)
     assert composed.metadata.provenance["giving_way"] == 0.5 and not composed.metadata.triangular
     assert set(composed.metadata.columns) == {*EVEN, *ODD}
-    kept = Composition(parts, 0.5).kept()
-    assert not any(part.metadata.triangular for part in kept) and kept[0].metadata.columns == EVEN
-    summed = Composition([(kept[0], 0.3), (kept[1], 2.0)]).adapter()
+    kept = giving_way(parts, 0.5)
+    assert [weight for _, weight in kept] == [weight for _, weight in parts]
+    assert not any(part.metadata.triangular for part, _ in kept) and kept[0][0].metadata.columns == EVEN
+    summed = Composition([(kept[0][0], 0.3), (kept[1][0], 2.0)]).adapter()
     assert_same(summed.deltas, Composition([(one, 0.3), (two, 2.0)], 0.5).adapter().deltas)
     back = Composition(parts[::-1], 0.5).adapter()
     assert all(torch.allclose(back.deltas[n], d, atol=1e-6) for n, d in composed.deltas.items())

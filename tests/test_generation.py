@@ -85,7 +85,7 @@ def test_in_a_grid_adapters_give_way_where_neither_is_absent(loaded) -> None:
     options: dict[str, Any] = {"row_weights": [1.0], "seed": 3, **STEPS}
     for weight, changed in ((20.0, True), (0.0, False)):
         pairs = list(zip(parts, (1.0, weight), strict=True))
-        kept = list(zip(giving_way(pairs, 1.0), (1.0, weight), strict=True))
+        kept = giving_way(pairs, 1.0)
         expected, summed = (generate(*loaded, ["a mug"], [3], adapters=one, **STEPS)[0] for one in (kept, pairs))
         grid = weight_grid(*loaded, "a mug", *parts, column_weights=[weight], share=1.0, **options)
         assert close(expected, cell(grid)) and close(expected, summed) != changed
@@ -95,7 +95,7 @@ def test_adapters_of_two_kinds_come_in_any_order(loaded) -> None:
     mug, plain = adapter(loaded, "subject"), adapter(loaded, "style", method="lora")
     options: dict[str, Any] = {"row_weights": [0.7], "column_weights": [0.7], "seed": 3, **STEPS}
     for share in (0.0, 1.0):
-        pairs = [(one, 0.7) for one in giving_way([(mug, 1.0), (plain, 1.0)], share)]
+        pairs = giving_way([(mug, 0.7), (plain, 0.7)], share)
         first = generate(*loaded, ["a mug"], [3], adapters=pairs, **STEPS)[0]
         assert close(first, generate(*loaded, ["a mug"], [3], adapters=pairs[::-1], **STEPS)[0])
         for parts in ((mug, plain), (plain, mug)):

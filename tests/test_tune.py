@@ -285,8 +285,7 @@ def test_what_is_painted_is_what_generate_makes(
     with painting(pipe, family, adapters, 2, {"steps": 2}, share) as paint:
         painted = [np.asarray(image).astype(int) for image in paint(jobs)]
     for (weights, prompt, seed), found in zip(jobs, painted, strict=True):
-        weighted = list(zip(adapters.values(), weights, strict=True))
-        weighted = list(zip(giving_way(weighted, share), weights, strict=True))
+        weighted = giving_way(list(zip(adapters.values(), weights, strict=True)), share)
         alone = generate(pipe, family, [prompt], [seed], adapters=weighted, steps=2)[0]
         assert np.abs(found - np.asarray(alone)).max() <= 1
     assert np.abs(painted[0] - painted[2]).max() > 1

@@ -109,7 +109,7 @@ def weight_grid(
     denoiser: Any = family.denoiser_of(pipe)
     cells: list[list[Image.Image]] = []
     pair = [(rows, 1.0), (columns, 1.0)]
-    kept = [(adapter, 1.0) for adapter in giving_way(pair, share)] if share else []
+    kept = giving_way(pair, share) if share else []
     with attached(pipe, family, pair + kept) as names:
         for row_weight in row_weights:
             cells.append([])

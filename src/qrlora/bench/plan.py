@@ -41,6 +41,7 @@ _ADAPTERS = (
 )
 _MERGES = ("ties", "dare", "ziplora", "klora", "nplora", "blora", "activation_weights", "regmean", "project_both")
 _OURS = ("nplora", "project_style", "project_both", "project_activation", "activation_weights", "route_steps")
+_GIVING_WAY = ("q_random", "qrlora_trained", f"{DEFAULT}_contrast")
 ROWS: dict[str, Row] = {
     row.name: row
     for row in (
@@ -48,7 +49,7 @@ ROWS: dict[str, Row] = {
         *(Row(f"lora+{merge}", "lora", merge) for merge in _MERGES),
         *(Row(f"{DEFAULT}+{merge}", DEFAULT, merge) for merge in _OURS),
         *(Row(f"{name}+project_both_whole", name, "project_both", {"soft": math.inf}) for name in (RIVAL, DEFAULT)),
-        *(Row(f"{name}+project_both", name, "project_both") for name in ("q_random", f"{DEFAULT}_contrast")),
+        *(Row(f"{name}+project_both", name, "project_both") for name in _GIVING_WAY),
         Row(f"{DEFAULT}+route_steps_reversed", DEFAULT, "route_steps", {"first": "style"}),
         Row("lora+joint", "lora", "joint"),
         Row(f"{DEFAULT}+joint", DEFAULT, "joint"),

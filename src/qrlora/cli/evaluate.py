@@ -17,7 +17,6 @@ from qrlora.cli.shared import (
     add_seeds,
     check_give_way,
     command,
-    gave_way,
     load_weighted,
     refuse_to_replace,
     seeds_of,
@@ -233,11 +232,12 @@ def _made(options: argparse.Namespace, parts: Sequence[tuple[Path, float]]) -> l
     import torch
 
     from qrlora.cli.generate import picture_file, save_picture
+    from qrlora.composition import giving_way
     from qrlora.evaluation.pictures import read
     from qrlora.families import load_pipeline
     from qrlora.generation import generate
 
-    adapters, seeds = gave_way(load_weighted(parts), options.give_way), seeds_of(options)
+    adapters, seeds = giving_way(load_weighted(parts), options.give_way), seeds_of(options)
     pipe, family = load_pipeline(options.model, dtype=getattr(torch, options.dtype))
     sampling = {name: getattr(options, name) for name in ("steps", "guidance", "resolution", "batch_size")}
     images = iter(

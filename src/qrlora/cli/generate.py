@@ -20,7 +20,6 @@ from qrlora.cli.shared import (
     check_give_way,
     check_png,
     command,
-    gave_way,
     load_weighted,
     refuse_to_replace,
     seeds_of,
@@ -79,6 +78,7 @@ def run_generate(options: argparse.Namespace) -> None:
     adapters = load_weighted(options.adapter)
     import torch
 
+    from qrlora.composition import giving_way
     from qrlora.families import load_pipeline
     from qrlora.generation import generate, weight_grid
 
@@ -92,7 +92,7 @@ def run_generate(options: argparse.Namespace) -> None:
         common["share"] = options.give_way
         images = [weight_grid(pipe, family, options.prompt[0], rows, columns, **common)]
     else:
-        common |= {"adapters": gave_way(adapters, options.give_way), "batch_size": options.batch_size}
+        common |= {"adapters": giving_way(adapters, options.give_way), "batch_size": options.batch_size}
         images = generate(pipe, family, options.prompt, seeds, **common)
     made = {key: value for key, value in vars(options).items() if key not in ("run", "output", "command")}
     for path, image in zip(paths, images, strict=True):

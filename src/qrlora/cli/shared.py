@@ -136,13 +136,6 @@ def check_give_way(share: float, adapters: int) -> None:
         raise QrloraError("nobody to give way to", expected="two adapters or more", got=f"{adapters} adapters")
 
 
-def gave_way(adapters: Sequence[tuple[Adapter, float]], share: float) -> list[tuple[Adapter, float]]:
-    """What they keep, at their weights."""
-    from qrlora.composition import giving_way
-
-    return [(kept, weight) for kept, (_, weight) in zip(giving_way(adapters, share), adapters, strict=True)]
-
-
 def load_weighted(parts: Sequence[tuple[Path, float]]) -> list[tuple[Adapter, float]]:
     from qrlora.exchange import load_any
 

@@ -73,12 +73,7 @@ class Composition:
 
     def adapter(self) -> Adapter:
         """The weighted sum of what each part keeps as an adapter of its own: float32, alpha = rank, a "composition"."""
-        weights = [weight for _, weight in self.parts]
-        return self._filled_by(partial(self._sum, list(zip(self.kept(), weights, strict=True))))
-
-    def kept(self) -> list[Adapter]:
-        """What each part keeps, float32: adapters whose sum at any weights but zero is the composition at those."""
-        return giving_way(self.parts, self.giving_way)
+        return self._filled_by(partial(self._sum, giving_way(self.parts, self.giving_way)))
 
     def blank(self) -> Adapter:
         """Zeros on all layers and columns of the parts."""

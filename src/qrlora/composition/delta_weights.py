@@ -70,7 +70,7 @@ def compose_delta_weights(
             _check_has_basis(adapter, basis)
     _check_same_model(parts)
     shapes = union(adapter.shapes for adapter, _ in parts)
-    less = [(adapter, weight) for adapter, (_, weight) in zip(giving_way(parts, share), parts, strict=True)]
+    less = giving_way(parts, share)
     deltas, ups, kept, lost, uncut = {}, {}, {}, {}, 0.0
     for name in shapes:
         up, down = _stacked(less, bases, name)

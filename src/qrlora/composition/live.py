@@ -196,7 +196,8 @@ class Live:
     def _after_giving(self, names: tuple[str, ...]) -> dict[str, Tensor]:
         """`_stacked` of what is left of these adapters when each gives all to the others."""
         if names not in self._left:
-            self._left[names] = self._stacked(giving_way([(self._adapters[name], 1.0) for name in names], 1.0))
+            left = giving_way([(self._adapters[name], 1.0) for name in names], 1.0)
+            self._left[names] = self._stacked([adapter for adapter, _ in left])
             while len(self._left) > KEPT:
                 self._left.popitem(last=False)
         self._left.move_to_end(names)

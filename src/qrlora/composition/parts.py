@@ -85,8 +85,8 @@ def check_share(share: float) -> None:
         raise MismatchError("no such share to give up", expected="0 to 1", got=share)
 
 
-def giving_way(parts: Sequence[tuple[Adapter, float]], share: float) -> list[Adapter]:
-    """The adapters, each less what it gives up to the others: ΔWᵢ (1 - share · V Vᵀ), layer by layer.
+def giving_way(parts: Sequence[tuple[Adapter, float]], share: float) -> list[tuple[Adapter, float]]:
+    """The parts at their weights, each less what it gives up to the others: ΔWᵢ (1 - share · V Vᵀ), layer by layer.
 
     V (in, k) spans the row spaces of all others' ΔW whose weight is not zero; of ΔW = Q ΔR that is the one of ΔR, so no
     basis is needed. What is left is float32, stands on what the adapter stood on, and has lost a triangle. Raises
@@ -94,7 +94,7 @@ def giving_way(parts: Sequence[tuple[Adapter, float]], share: float) -> list[Ada
     """
     check_share(share)
     if not share:
-        return [adapter for adapter, _ in parts]
+        return list(parts)
     widths: dict[str, int] = {}
     for adapter, _ in parts:
         for name, delta in adapter.deltas.items():
@@ -102,7 +102,7 @@ def giving_way(parts: Sequence[tuple[Adapter, float]], share: float) -> list[Ada
                 raise MismatchError(f"other inputs of {name}", expected=widths[name], got=delta.shape[1])
     spaces = [{n: row_space(_read(a, n)) for n in a.deltas} if weight else {} for a, weight in parts]
     left = []
-    for i, (adapter, _) in enumerate(parts):
+    for i, (adapter, weight) in enumerate(parts):
         others = spaces[:i] + spaces[i + 1 :]
         deltas = {}
         for name, delta in adapter.deltas.items():
@@ -112,7 +112,8 @@ def giving_way(parts: Sequence[tuple[Adapter, float]], share: float) -> list[Ada
                 space = row_space(torch.cat(read))
                 rows = rows - share * (rows @ space.T) @ space
             deltas[name] = rows.float()
-        left.append(replace(adapter, metadata=replace(adapter.metadata, triangular=False), deltas=deltas))
+        metadata = replace(adapter.metadata, triangular=False)
+        left.append((replace(adapter, metadata=metadata, deltas=deltas), weight))
     return left
 
 

@@ -257,8 +257,7 @@ def _generate_all(
 def _parts(method: str, pair: tuple[Adapter, Adapter], lessons: Sequence[Lesson]) -> list[tuple[Adapter, float]]:
     """What a method of METHODS composes: both adapters, or what they keep of each other's way, at its weights."""
     weights = weights_of(method, lessons[0], lessons[1])
-    kept = giving_way(list(zip(pair, weights, strict=True)), GIVING_WAY.get(method, 0.0))
-    return list(zip(kept, weights, strict=True))
+    return giving_way(list(zip(pair, weights, strict=True)), GIVING_WAY.get(method, 0.0))
 
 
 def _grid(setting: Setting, lessons: Sequence[Lesson], pair: tuple[Adapter, Adapter]) -> list[list[Answer]]:

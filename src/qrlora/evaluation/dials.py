@@ -111,8 +111,7 @@ def painting(
     def alone(jobs: Jobs) -> list[Image.Image]:
         images: list[Image.Image] = []
         for weights, same in itertools.groupby(jobs, key=lambda job: job[0]):
-            parts = list(zip(dials.values(), weights, strict=True))
-            kept = list(zip(giving_way(parts, share), weights, strict=True))
+            kept = giving_way(list(zip(dials.values(), weights, strict=True)), share)
             asked = [(prompt, seed) for _, prompt, seed in same]
             images += generate_jobs(pipe, family, asked, adapters=kept, batch_size=batch_size, **sampling)
         return images
