@@ -64,6 +64,20 @@ def test_compositions_are_linear_and_commutative(basis, scale, a, b, c):
         torch.testing.assert_close(delta, scale * whole.deltas[name], rtol=1e-5, atol=1e-5)
 
 
+def test_three_give_way_as_in_the_bench(basis):
+    """Each to both others, also to what these cancel of each other: the third undoes the second on its rows."""
+    one, two = make_adapter(basis, EVEN, seed=1), make_adapter(basis, ODD, seed=2)
+    parts = [(one, 1.0), (two, 1.0), (two, -1.0), (make_adapter(basis, ODD, seed=3), 0.4)]
+    for some in (parts, parts[:3]):
+        learned = [
+            {n: Delta(basis[n].q[:, list(a.metadata.columns)], w * a.scaling * d) for n, d in a.deltas.items()}
+            for a, w in some
+        ]
+        expected = {name: delta.dense() for name, delta in project_both(learned).items()}
+        composed = delta_weights(Composition(some, 0.5).adapter(), basis)
+        assert_same({n: d.float() for n, d in composed.items()}, expected)
+
+
 def test_giving_way_is_the_bench_s_projection_and_stays_on_the_basis(basis):
     """`project_both` of qrlora.evaluation.rivals, which works on factors of ΔW and knows of no basis."""
     one, two = make_adapter(basis, EVEN, seed=1, alpha=3.0), make_adapter(basis, ODD, seed=2)

@@ -88,7 +88,10 @@ class Scope:
     grid_rows: tuple[str, ...] = (RIVAL, "qrlora", DEFAULT, COMPOSED)
     grid_pairs: int = 4
     grid_weights: tuple[float, ...] = (0.7, 1.0, 1.4, 2.0)
-    many_rows: tuple[str, ...] = (RIVAL, "lora+ties", "lora+dare", "qrlora", DEFAULT, "q_random")
+    many_rows: tuple[str, ...] = (
+        *(RIVAL, "lora+ties", "lora+dare", "lora+project_both"),
+        *("qrlora", DEFAULT, COMPOSED, "q_random"),
+    )
     many: tuple[int, ...] = (2, 4, 8)
     rates: Rates = field(default_factory=lambda: rates())
     balance: Balance = field(default_factory=lambda: balance())

@@ -60,19 +60,8 @@ def add_generate(commands: Parsers) -> None:
 def run_generate(options: argparse.Namespace) -> None:
     """Make the pictures and print where they are."""
     seeds = seeds_of(options)
-    if options.grid and (len(options.adapter) != 2 or len(options.prompt) != 1 or len(seeds) != 1):
-        raise QrloraError(
-            "a grid shows two adapters, one prompt and one seed",
-            expected="--adapter twice, --prompt once, one seed",
-            got=f"{len(options.adapter)} adapters, {len(options.prompt)} prompts, {len(seeds)} seeds",
-        )
-    if options.grid and any(weight != 1 for _, weight in options.adapter):
-        raise QrloraError(
-            "a grid sets the weights of both adapters itself",
-            expected="--adapter FILE",
-            got=[f"{path}:{weight:g}" for path, weight in options.adapter],
-            remedy="leave the weights out, or make single pictures without --grid",
-        )
+    if options.grid:
+        _check_grid(options, seeds)
     check_give_way(options.give_way, len(options.adapter))
     paths = _picture_paths(options, seeds)
     adapters = load_weighted(options.adapter)
@@ -98,6 +87,22 @@ def run_generate(options: argparse.Namespace) -> None:
     for path, image in zip(paths, images, strict=True):
         save_picture(path, image, made)
         print(path)
+
+
+def _check_grid(options: argparse.Namespace, seeds: Sequence[int]) -> None:
+    if len(options.adapter) != 2 or len(options.prompt) != 1 or len(seeds) != 1:
+        raise QrloraError(
+            "a grid shows two adapters, one prompt and one seed",
+            expected="--adapter twice, --prompt once, one seed",
+            got=f"{len(options.adapter)} adapters, {len(options.prompt)} prompts, {len(seeds)} seeds",
+        )
+    if any(weight != 1 for _, weight in options.adapter):
+        raise QrloraError(
+            "a grid sets the weights of both adapters itself",
+            expected="--adapter FILE",
+            got=[f"{path}:{weight:g}" for path, weight in options.adapter],
+            remedy="leave the weights out, or make single pictures without --grid",
+        )
 
 
 def _picture_paths(options: argparse.Namespace, seeds: Sequence[int]) -> list[Path]:

@@ -284,7 +284,7 @@ _ROWS = (
         options=("subject_blocks", "style_blocks"),
     ),
     Merge("project_style", "the style outside the subject's rows", "ours", project_style, options=("rank", "soft")),
-    Merge("project_both", "each gives way to the other", "ours", project_both, options=("rank", "soft")),
+    Merge("project_both", "each gives way to the others", "ours", project_both, several=True, options=("rank", "soft")),
     Merge(
         "project_activation",
         "one outside the other's rows, in the metric of their inputs",

@@ -90,9 +90,21 @@ def project_style(
 def project_both(
     parts: Sequence[Learned], context: Context | None = None, *, rank: int | None = None, soft: float = 1.0
 ) -> Learned:
-    """Each gives way to the other in equal measure. Ours."""
-    subject, style = parts
-    return _sum([project_out(subject, style, rank, soft), project_out(style, subject, rank, soft)])
+    """Each gives way to the others in equal measure. Any number of parts. Ours."""
+    others = [_together([*parts[:i], *parts[i + 1 :]]) for i in range(len(parts))]
+    return _sum([project_out(part, read, rank, soft) for part, read in zip(parts, others, strict=True)])
+
+
+def _together(parts: Sequence[Learned]) -> Learned:
+    """One that reads all that any of them reads, as strongly: their rows under one another, so that none cancel."""
+    if len(parts) == 1:
+        return parts[0]
+    read: Learned = {}
+    for name in dict.fromkeys(name for part in parts for name in part):
+        pieces = [part[name].decomposed()[1:] for part in parts if name in part]
+        rows = torch.cat([values[:, None] * right for values, right in pieces])
+        read[name] = Delta(torch.eye(len(rows), dtype=rows.dtype), rows)
+    return read
 
 
 def project_activation(
