@@ -190,6 +190,7 @@ def test_what_is_zero_by_construction_foretells_nothing():
             records.append(alone(row, measured={"among_subject": 0.9, "among_style": 0.9}, **part))
     told = tables.foretold(records, [RIVAL, DEFAULT])["cosine"]
     assert told[RIVAL] == pytest.approx(1) and told[DEFAULT] is None and len(told["points"]) == 8
+    assert tables.table(records, [RIVAL])[RIVAL]["cosine"].value == pytest.approx(1.5e-2)
 
 
 def test_seeds_are_averaged_before_pairs():

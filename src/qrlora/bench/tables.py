@@ -39,6 +39,7 @@ PER_PAIR: tuple[str, ...] = (
         "leaked_style",
     ),
     *("diversity", "energy", "excess", "merge_seconds"),
+    *("cosine", "rows_shared"),
 )
 
 
@@ -81,11 +82,13 @@ def bootstrap(
 
 
 def by_pair(records: Iterable[Record], row: str, measure: str) -> Pairs:
-    """A measure of a row's composed pairs; pairs without it are left out."""
+    """A measure of a row's composed pairs, of their pictures or their files; pairs without it are left out."""
     found: dict[tuple[str, str], list[float]] = defaultdict(list)
     for record in records:
-        value = record["measured"].get(measure)
-        if record["kind"] == "pair" and record["row"] == row and value is not None:
+        if record["kind"] != "pair" or record["row"] != row:
+            continue
+        value = (record["measured"] | (record["measured"].get("files") or {})).get(measure)
+        if value is not None:
             found[record["subject"], record["style"]].append(value)
     return {pair: fmean(values) for pair, values in found.items()}
 
