@@ -96,14 +96,16 @@ def project_both(
 
 
 def _together(parts: Sequence[Learned]) -> Learned:
-    """One that reads all that any of them reads, as strongly: their rows under one another, so that none cancel."""
+    """One that reads all that any of them reads, as strongly: their rows under one another, so that none cancel.
+    Layers that none of them reads are left out."""
     if len(parts) == 1:
         return parts[0]
     read: Learned = {}
     for name in dict.fromkeys(name for part in parts for name in part):
         pieces = [part[name].decomposed()[1:] for part in parts if name in part]
         rows = torch.cat([values[:, None] * right for values, right in pieces])
-        read[name] = Delta(torch.eye(len(rows), dtype=rows.dtype), rows)
+        if len(rows):
+            read[name] = Delta(torch.eye(len(rows), dtype=rows.dtype), rows)
     return read
 
 
