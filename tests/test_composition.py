@@ -65,7 +65,8 @@ def test_compositions_are_linear_and_commutative(basis, scale, a, b, c):
 
 
 def test_three_give_way_as_in_the_bench(basis):
-    """Each to both others, also to what these cancel of each other: the third undoes the second. Who does nothing takes nothing."""
+    """Each to both others, also to what these cancel of each other (the third undoes the second); to one that does
+    nothing nobody gives anything."""
     one, two = make_adapter(basis, EVEN, seed=1), make_adapter(basis, ODD, seed=2)
     parts = [(one, 1.0), (two, 1.0), (two, -1.0), (make_adapter(basis, ODD, seed=3), 0.4)]
     mute = dataclasses.replace(two, deltas={name: torch.zeros_like(delta) for name, delta in two.deltas.items()})

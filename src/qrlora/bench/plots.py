@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import UInt8
+from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -49,7 +51,7 @@ def _pixels(figure: Figure) -> UInt8[np.ndarray, "h w 3"]:
 
 def subject_against_style(found: Mapping[str, Mapping[str, Any]]) -> Plot:
     """Every row at its means, with its intervals, by a number that stands for it beside the plot."""
-    figure, axes = _figure(6)
+    figure, axes = _figure(max(6, 0.16 * len(found)))
     order = sorted(found, key=lambda row: -found[row]["among_subject"].value - found[row]["among_style"].value)
     for number, row in enumerate(order, 1):
         x, y = found[row]["among_style"], found[row]["among_subject"]
@@ -59,7 +61,7 @@ def subject_against_style(found: Mapping[str, Mapping[str, Any]]) -> Plot:
             elinewidth=1.2 if strong else 0.3, ms=7 if strong else 4,
         )  # fmt: skip
         axes.annotate(f"{number}", (x.value, y.value), (4, 3), textcoords="offset points", fontsize=8, color=colour)
-        at = (1.02, 1 - 0.04 * number)
+        at = (1.02, 1 - number * min(0.04, 1 / len(order)))
         axes.annotate(f"{number}  {row}", at, xycoords="axes fraction", fontsize=7.5, color=colour)
     axes.set(
         xlabel="probability of the right style among the world's, composed",
@@ -190,12 +192,14 @@ def foretelling(told: Mapping[str, Mapping[str, Any]], measure: str = "cosine") 
         return None
     figure, axes = _figure()
     rows = list(dict.fromkeys(point[0] for point in told[measure]["points"]))
+    other = itertools.cycle(colormaps["tab20"].colors)  # type: ignore[attr-defined]
     for row in rows:
         points = [(p[1], p[2]) for p in told[measure]["points"] if p[0] == row]
         correlation = told[measure].get(row)
+        colour = COLOURS.get(row) or (OTHER if correlation is None else next(other))
         label = row if correlation is None else f"{row}: {correlation:+.2f}"
         across, up = zip(*points, strict=True)
-        axes.scatter(across, up, s=12, label=label, color=COLOURS.get(row))
+        axes.scatter(across, up, s=12, label=label, color=colour)
     axes.set(xlabel=f"{measure} of the two ΔW, from the files", ylabel="crosstalk, from the pictures")
     axes.legend(fontsize=7, title="rank correlation within", title_fontsize=7)
     whole = told[measure]["all"]
