@@ -558,10 +558,48 @@ def test_rates_of_the_folder_win_and_missing_ones_are_chosen_first(tmp_path, mon
     assert plan.rate_of("lora", "subject", "teapot", scope.rates) == plan.rate_of("lora", "subject", "teapot")
 
 
+def test_what_was_chosen_and_from_what_is_kept_beside_earlier_runs(tmp_path, monkeypatch):
+    def measured(folder, scope, stages, *_):
+        """Every cell as good as its digest says."""
+        for cell in (cell for stage in stages for cell in stage):
+            digest = digest_of(cell, scope)
+            whole = {
+                key: list(value) if isinstance(value, tuple) else value for key, value in vars(cell).items() if value
+            }
+            yield whole | {"digest": digest, "measured": dict.fromkeys(tuning.KEPT, int(digest[:4], 16) / 16**4)}
+
+    monkeypatch.setattr(tuning, "_measured", lambda *given: list(measured(*given)))
+
+    def read():
+        return [json.loads((tmp_path / name).read_text()) for name in (tuning.FILE, tuning.TRIED)]
+
+    tuning.tune(tmp_path, replace(TINY, rows=("lora", "lora+ties")), 1, print, "qrlora bench --tune")
+    chosen, tried = read()
+    assert set(chosen["balance"]) == set(tried["weighed"]) == {"lora", "lora+ties"}
+    assert tuning.choose(tried["tried"]) == chosen["chosen"] and "tried" not in chosen
+    gone = tried["tried"][0] | {"digest": "of another plan"}
+    (tmp_path / tuning.TRIED).write_text(json.dumps(tried | {"tried": [*tried["tried"], gone]}))
+    rates, weights = tuning.tune(tmp_path, replace(TINY, rows=("oft",)), 1, print, "qrlora bench --tune")
+    both, more = read()
+    assert both["chosen"] == chosen["chosen"] | rates and set(both["balance"]) == {"lora", "lora+ties", *weights}
+    assert {one["adapter"] for one in more["tried"]} == {"lora", "oft"} and gone not in more["tried"]
+    assert tuning.choose(more["tried"]) == both["chosen"]
+    assert all(one in more["tried"] for one in tried["tried"])
+    (tmp_path / tuning.TRIED).unlink()
+    tuning.tune(tmp_path, replace(TINY, rows=("oft",)), 1, print, "qrlora bench --tune")
+    assert read()[0] == both, "what is known of lora does not rest on that"
+
+
 def test_packaged_rates_are_of_methods_as_they_are():
     kept = json.loads(files("qrlora.bench").joinpath("rates.json").read_text())
     versions = kept.get("versions", {})
     assert all(ADAPTERS[name].version == versions.get(name, 1) for name in kept["chosen"])
+
+
+def test_packaged_rates_are_the_best_of_what_was_tried():
+    tried = json.loads((Path(__file__).parents[1] / "docs" / "bench" / tuning.TRIED).read_text())
+    assert tuning.choose(tried["tried"]) == plan.rates()
+    assert tuning.balance(tried["weighed"]) == plan.balance()
 
 
 def test_pages_count_what_there_is():

@@ -32,8 +32,10 @@ from qrlora.files import write_atomically
 from qrlora.generation import labelled_grid
 
 COLUMNS = ("recognised", "both", "named", "subject", "style", "crosstalk", "obedience", "energy", "diversity")
-SHOWN = 4
+SHOWN = 3
 """Pictures of a pair on a sheet."""
+BLOCK = 24
+"""Methods below one another on a sheet; the next ones begin beside them."""
 
 
 def write(folder: Path, scope: Scope, records: Sequence[Record], command: str) -> Path:
@@ -49,7 +51,7 @@ def write(folder: Path, scope: Scope, records: Sequence[Record], command: str) -
         with_many(records),
         freedom(records),
         foretelling(told),
-        *sheets(folder, scope, records, rows),
+        *sheets(folder, scope, records, _order(found)),
     ]
     data = _data(scope, records, command, rows) | {
         "table": as_json(found),
@@ -182,15 +184,22 @@ def _pair(scope: Scope, row: str, pair: tuple[str, str]) -> Cell:
 
 
 def _sheet(taught: Sequence[Image.Image], drawn: Mapping[str, Path]) -> UInt8[np.ndarray, "h w 3"]:
-    """What was learned from in the first row, then a row for every method."""
+    """What was learned from in the first row, then a row for every method, in blocks of BLOCK side by side."""
     strips = {row: Image.open(file).convert("RGB") for row, file in drawn.items()}
     side = next(iter(strips.values())).height
     count = min(SHOWN, next(iter(strips.values())).width // side)
-    cells = [[strip.crop((i * side, 0, (i + 1) * side, side)) for i in range(count)] for strip in strips.values()]
     blank = Image.new("RGB", (side, side), "white")
-    first = [[*taught, *[blank] * count][:count]] if taught else []
-    labels = [*(["learned from"] if taught else []), *strips]
-    return np.asarray(labelled_grid([*first, *cells], labels, [""] * count))
+    lines = [("learned from", [*taught, *[blank] * count][:count])] if taught else []
+    for row, strip in strips.items():
+        lines.append((row, [strip.crop((i * side, 0, (i + 1) * side, side)) for i in range(count)]))
+    blocks = []
+    for start in range(0, len(lines), BLOCK):
+        labels, cells = zip(*lines[start : start + BLOCK], strict=True)
+        blocks.append(np.asarray(labelled_grid(cells, labels, [""] * count)))
+    high = max(map(len, blocks))
+    return np.concatenate(
+        [np.pad(b, ((0, high - len(b)), (0, 0), (0, 0)), constant_values=255) for b in blocks], axis=1
+    )
 
 
 def _taught(folder: Path, scope: Scope, pair: tuple[str, str]) -> list[Image.Image]:

@@ -49,12 +49,15 @@ HALVES = ("even", "odd")
 PICTURES = 4
 """Of every pair, to choose weights by."""
 FILE = "rates.json"
+"""In a folder: what was chosen, as the package has its own."""
+TRIED = "tried.json"
+"""Beside it: what it was chosen from."""
 SCORED = ("recognised", "named", "both")
 """What tuning goes by: the same question at three strictnesses, so that it is answered by weak and by good pictures."""
 Weighed = dict[str, dict[str, list[list[float]]]]
 """Row -> pair, as `key_of` has it -> for each of WEIGHTS the values of SCORED."""
 KEPT = (*SCORED, "p_subject", "p_style", "among_subject", "among_style")
-"""What the file keeps of each measurement; the records in the folder have all."""
+"""What TRIED keeps of each measurement; the records in the folder have all."""
 
 
 def cells_alone(scope: Scope) -> list[Cell]:
@@ -113,8 +116,8 @@ def _is_known(row: str, scope: Scope) -> bool:
 
 
 def tune(folder: Path, scope: Scope, workers: int, say: Say, command: str) -> tuple[Rates, Balance]:
-    """Choose, and keep in the folder's FILE what was tried and chosen for the rows and their methods, beside what was
-    there.
+    """Choose, and keep in the folder's FILE what was chosen for the rows and their methods, and in TRIED from what,
+    beside what was there.
 
     What is there of another base model or judge is dropped, and of a method or merge that has changed since; and the
     weights of rows whose rates are others now.
@@ -133,7 +136,9 @@ def tune(folder: Path, scope: Scope, workers: int, say: Say, command: str) -> tu
     weights = balance(weighed)
     stale = {adapter for adapter, rates in chosen.items() if old["chosen"].get(adapter, rates) != rates}
     still = {row: found for row, found in old["balance"].items() if ROWS[row].adapter not in stale}
-    kept = [one for one in old["tried"] if one["adapter"] not in stale]
+    known = replace(scope, rows=tuple(old["chosen"] | chosen))
+    current = {digest_of(cell, known) for cell in cells_alone(known) + cells_summed(known)}
+    kept = [one for one in old["tried"] if one["digest"] in current]
     found = {
         "weights": weights_digest(),
         "command": command,
@@ -141,10 +146,13 @@ def tune(folder: Path, scope: Scope, workers: int, say: Say, command: str) -> tu
         "balance": still | weights,
         "weights tried": WEIGHTS,
         "versions": _versions(old["chosen"] | chosen, still | weights),
-        "weighed": {row: old["weighed"][row] for row in still} | weighed,
+    }
+    source = {
+        "weighed": {row: found for row, found in old["weighed"].items() if row in still} | weighed,
         "tried": list({one["digest"]: one for one in kept + [_brief(one) for one in tried]}.values()),
     }
-    write_atomically(folder / FILE, (json.dumps(rounded(found)).replace('{"kind"', '\n{"kind"') + "\n").encode())
+    for name, content in ((TRIED, source), (FILE, found)):
+        write_atomically(folder / name, (json.dumps(rounded(content)).replace('{"kind"', '\n{"kind"') + "\n").encode())
     return chosen, weights
 
 
@@ -170,8 +178,9 @@ def _versions(chosen: Iterable[str], rows: Iterable[str]) -> dict[str, int]:
 def _kept(folder: Path) -> dict[str, Any]:
     """What an earlier run chose in this folder, of this model and judge, for methods and merges as they are now."""
     nothing: dict[str, Any] = {"chosen": {}, "balance": {}, "weighed": {}, "tried": []}
-    file = folder / FILE
-    old = nothing | (json.loads(file.read_text()) if file.exists() else {})
+    old = dict(nothing)
+    for file in (folder / FILE, folder / TRIED):
+        old |= json.loads(file.read_text()) if file.exists() else {}
     if old.get("weights") != weights_digest():
         return nothing
     versions = old.get("versions", {})  # what is not in it is of the first
@@ -184,8 +193,7 @@ def _kept(folder: Path) -> dict[str, Any]:
         and ROWS[row].adapter in chosen
         and (ROWS[row].merge == "sum" or MERGES[ROWS[row].merge].version == versions.get(row, 1))
     }
-    same = [one for one in old["tried"] if one["adapter"] in chosen and one.get("row") in (None, one["adapter"])]
-    return old | {"chosen": chosen, "balance": rows, "tried": same}
+    return old | {"chosen": chosen, "balance": rows}
 
 
 def choose(tried: Sequence[Record]) -> Rates:
