@@ -146,7 +146,6 @@ def test_weights_are_of_a_row_and_a_pair(small):
             torch.testing.assert_close(delta.dense(), parts[0][name].dense() + share * parts[1][name].dense())
     with pytest.raises(DataError, match="lora\\+dare has no weights yet"):
         plan.balance_of("lora+dare", "teapot", "chalk", {})
-    assert plan.balance_of("lora+joint", "teapot", "chalk", {}) == (1, 1)
     for strangers in (("teapot", None), (None, "chalk"), ("my mug", "chalk"), ("mug", "neon")):
         assert plan.key_of(*strangers) == plan.ANY
 
@@ -176,6 +175,37 @@ def test_what_a_merge_learns_once_is_summed_at_any_weights(small, monkeypatch):
     monkeypatch.setitem(plan.ROWS, row.name, replace(row, options={"penalty": 8.0}))
     cells.merged_of(bench, base, parts, (1.0, 1.0), lessons)
     assert made[1:] == [(2, 2, 8.0)]
+
+
+def test_what_was_taught_together_has_one_rate_and_one_weight(small, monkeypatch):
+    folder, scope = small
+    made = []
+
+    teach = cells.taught
+
+    def taught(method, recipe, *, beside, **given):
+        made.append((method, recipe.learning_rate, recipe.steps, [one.role for one in (recipe, *beside)]))
+        return teach(method, recipe, beside=beside, **given)
+
+    bench = cells.Bench.open(folder, scope)
+    lessons = [bench.lesson("subject", "teapot", 0), bench.lesson("style", "chalk", 0)]
+    base = Cell("pair", "lora", 0, "teapot", "chalk", "lora+joint", rates=(7e-4,))
+    with monkeypatch.context() as patch:
+        patch.setattr(cells, "taught", taught)
+        first, again = (cells.joint(bench, replace(base, weights=(w, w)), lessons) for w in (1.0, 1.4))
+    assert made == [("lora", 7e-4, 2 * scope.steps, ["subject", "style"])]
+    assert all(torch.equal(first[name].dense(), again[name].dense()) for name in first)
+    tried = [cell for cell in tuning.cells_joint(Scope()) if cell.row == "lora+joint"]
+    assert {cell.weights for cell in tried} == set(tuning.weights_of("lora+joint")) == {(1, 1), (1.4, 1.4), (2, 2)}
+    assert len({cell.rates for cell in tried}) == 5 and len({(cell.subject, cell.style) for cell in tried}) == 4
+    found = []
+    for cell in tried:  # gold is best at the lowest rate, candy at the highest of the subject's, at another weight each
+        right = (1.5e-4, (1.4, 1.4)) if cell.style == "gold" else (1.8e-3, (1.0, 1.0))
+        scored = dict.fromkeys(tuning.SCORED, float((*cell.rates, cell.weights) == right))
+        found.append(pair(cell.row, cell.subject, cell.style, **scored) | {"rates": list(cell.rates)})
+    chosen = tuning.choose(found)["lora+joint"]
+    assert chosen == {half: {"even": 1.5e-4, "odd": 1.8e-3} for half in ("even", "odd")}
+    assert plan.joint_rate_of("lora+joint", "teapot", "chalk", {"lora+joint": chosen}) == 1.5e-4
 
 
 def test_what_is_zero_by_construction_foretells_nothing():
@@ -321,8 +351,9 @@ def test_a_changed_method_has_digests_of_its_own(monkeypatch):
     """And one that has not keeps those from before methods had versions."""
     halves = {"even": 1e-3, "odd": 2e-3}
     names = ("lora", "qrlora_disjoint_contrast")
-    scope = replace(TINY, rates={name: {"subject": halves, "style": halves} for name in names}, steps=3, guidance=2.0,
-                    balance={"lora+ties": EQUAL | {HERE: (1.0, 0.7)}})  # fmt: skip
+    rates = {name: {"subject": halves, "style": halves} for name in names}
+    scope = replace(TINY, rates=rates | {"lora+joint": {"even": halves, "odd": halves}}, steps=3, guidance=2.0,
+                    balance={"lora+ties": EQUAL | {HERE: (1.0, 0.7)}, "lora+joint": EQUAL})  # fmt: skip
     monkeypatch.setattr(cells, "weights_digest", lambda judged=True: "w")
     taught, merged = Cell("teach", "lora", 0, "teapot"), Cell("pair", "lora", 0, "teapot", "chalk", "lora+ties")
     changed = Cell("teach", "qrlora_disjoint_contrast", 0, "teapot")
@@ -335,7 +366,18 @@ def test_a_changed_method_has_digests_of_its_own(monkeypatch):
         monkeypatch.setitem(ADAPTERS, "lora", replace(ADAPTERS["lora"], version=other))
         before += (digest_of(taught, scope),)
     assert len(set(before)) == 5
-    assert digest_of(Cell("pair", "lora", 0, "teapot", "chalk", "lora+joint"), scope)
+    together = Cell("pair", "lora", 0, "teapot", "chalk", "lora+joint")
+    slower, lighter = ({"even": {"even": 5e-4, "odd": 2e-3}, "odd": halves}, EQUAL | {HERE: (1.4, 1.4)})
+    others = [
+        replace(scope, rates=scope.rates | {"lora+joint": slower}),
+        replace(scope, balance=scope.balance | {"lora+joint": lighter}),
+    ]
+    assert len({digest_of(together, one) for one in (scope, *others)}) == 3
+    assert digest_of(replace(together, style="mosaic"), others[0]) == digest_of(
+        replace(together, style="mosaic"), scope
+    )
+    others_rate = replace(scope, rates=scope.rates | {"lora": {"subject": slower["even"], "style": halves}})
+    assert digest_of(together, others_rate) == digest_of(together, scope), "it has a rate of its own"
 
 
 def test_what_is_to_stay_as_it_was_is_not_what_drift_is_measured_by():
@@ -540,7 +582,7 @@ def test_rates_of_the_folder_win_and_missing_ones_are_chosen_first(tmp_path, mon
     bare = {name: plan.rates()[name] for name in ("lora", DEFAULT)}
     scope = replace(TINY, rows=wanted, rates=bare, balance={})
     scope = tuning.tuned(tmp_path, scope, 1, lambda said: None, "")
-    assert asked == [("lora+dare", "oft")], "only what neither has"
+    assert asked == [("lora+dare", "lora+joint", "oft")], "only what neither has"
     assert plan.balance_of("lora+ties", "teapot", "chalk", scope.balance) == (1, 0.5) and "lora+dare" in scope.balance
     assert plan.rate_of("lora", "subject", "teapot", scope.rates) == 7e-3
     assert plan.rate_of("lora", "subject", "rocket", scope.rates) == 8e-3
@@ -593,7 +635,7 @@ def test_what_was_chosen_and_from_what_is_kept_beside_earlier_runs(tmp_path, mon
 def test_packaged_rates_are_of_methods_as_they_are():
     kept = json.loads(files("qrlora.bench").joinpath("rates.json").read_text())
     versions = kept.get("versions", {})
-    assert all(ADAPTERS[name].version == versions.get(name, 1) for name in kept["chosen"])
+    assert all(ADAPTERS[ROWS[name].adapter].version == versions.get(name, 1) for name in kept["chosen"])
 
 
 def test_packaged_rates_are_the_best_of_what_was_tried():

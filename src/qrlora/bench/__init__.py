@@ -23,7 +23,7 @@ def about(row: Row) -> str:
     taught = ADAPTERS[row.adapter]
     if row.merge == "sum":
         return f"{taught.about} ({taught.source})"
-    if row.merge == "joint":
+    if row.joint:
         return f"{row.adapter} taught on both pictures at once: the ceiling"
     merge = MERGES[row.merge]
     options = "".join(f", {name} {value}" for name, value in row.options.items())

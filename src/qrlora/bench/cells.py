@@ -25,7 +25,7 @@ from jaxtyping import Float, UInt8
 from PIL import Image
 
 from qrlora import pico
-from qrlora.bench.plan import ROWS, Scope, balance_of, rate_of
+from qrlora.bench.plan import ROWS, Scope, balance_of, joint_rate_of, rate_of
 from qrlora.demo.plan import LESSON_STYLE, LESSON_SUBJECT, NOISE, Lesson, Wanted, lesson_of_world, scene_of_lesson
 from qrlora.evaluation.report import png_bytes
 from qrlora.evaluation.rivals.adapters import ADAPTERS, taught
@@ -107,8 +107,7 @@ def digest_of(cell: Cell, scope: Scope, judged: bool = True) -> str:
     each = cell.many // 2
     parts = {"subject": scope.subjects[:each], "style": scope.styles[:each]}
     names = [(role, name) for role in parts for name in (parts[role] if each else [getattr(cell, role)]) if name]
-    tuned = [rate_of(cell.adapter, role, name, scope.rates) for role, name in names] if not cell.rates else ()
-    decides["rates"] = [*cell.rates, *tuned]
+    decides["rates"] = cell.rates or _tuned(cell, names, scope)
     if cell.kind not in MAKING:
         count = {"alone": "alone", "grid": "grid_weights"}.get(cell.kind, "pictures")
         decides |= {name: getattr(scope, name) for name in ("denoising_steps", "guidance", count)}
@@ -124,10 +123,17 @@ def digest_of(cell: Cell, scope: Scope, judged: bool = True) -> str:
     return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:20]
 
 
+def _tuned(cell: Cell, names: Sequence[tuple[str, str]], scope: Scope) -> list[float]:
+    """The rates of a cell that has none of its own, for these (role, name)."""
+    if cell.row and ROWS[cell.row].joint:
+        return [joint_rate_of(cell.row, cell.subject, cell.style, scope.rates)]
+    return [rate_of(cell.adapter, role, name, scope.rates) for role, name in names]
+
+
 def _versions(cell: Cell) -> dict[str, int]:
     """Of the cell's method and merge, where one has changed since it was first measured."""
     versions = {"adapter_version": ADAPTERS[cell.adapter].version}
-    if cell.row and ROWS[cell.row].merge in MERGES:  # "joint" is none
+    if cell.row and not ROWS[cell.row].joint:
         versions["merge_version"] = MERGES[ROWS[cell.row].merge].version
     return {name: version for name, version in versions.items() if version != 1}
 
@@ -340,9 +346,10 @@ def once(bench: Bench, cell: Cell, make: Callable[[], list[Learned]], count: int
 
 def joint(bench: Bench, cell: Cell, lessons: Sequence[Lesson]) -> Learned:
     """Both taught at once to one adapter, in twice the steps, so that each picture is seen as often as alone."""
-    file = bench.file(cell, "adapters")
+    file = bench.file(replace(cell, kind="once", weights=()), "adapters")
     if not file.exists():
-        recipes = [bench.recipe(lesson, cell.adapter, cell.seed) for lesson in lessons]
+        rate = cell.rate("subject") or joint_rate_of(cell.row, cell.subject, cell.style, bench.scope.rates)
+        recipes = [bench.recipe(lesson, cell.adapter, cell.seed, rate) for lesson in lessons]
         longer = {"steps": 2 * bench.scope.steps, "cooldown_steps": bench.scope.steps}
         recipes[0] = recipes[0].replace(**longer)
         found = taught(cell.adapter, recipes[0], pipe=bench.pipe, family=bench.family, beside=recipes[1:])
@@ -354,11 +361,12 @@ def pair(bench: Bench, cell: Cell) -> Record:
     """A subject and a style composed: the judge's verdict, closeness to true renders, and what the files say."""
     lessons = [bench.lesson("subject", cell.subject, cell.seed), bench.lesson("style", cell.style, cell.seed)]
     started, record = time.perf_counter(), Record()
-    if ROWS[cell.row].merge == "joint":
-        merged: Learned | Schedule = joint(bench, cell, lessons)
+    weights = weights_of(bench, cell, cell.subject, cell.style)
+    if ROWS[cell.row].joint:
+        merged: Learned | Schedule = scaled(joint(bench, cell, lessons), weights[0])
     else:
         parts = parts_of(bench, cell, cell.subject, cell.style)
-        merged = merged_of(bench, cell, parts, weights_of(bench, cell, cell.subject, cell.style), lessons)
+        merged = merged_of(bench, cell, parts, weights, lessons)
         record["files"] = between(*parts) if cell.row == cell.adapter else None
     record["merge_seconds"] = round(time.perf_counter() - started, 2)
     wanted = pair_wanted(lessons[0], lessons[1], bench.scope.pictures, cell.seed)

@@ -25,7 +25,7 @@ from qrlora.bench.plots import (
     subject_against_style,
     with_many,
 )
-from qrlora.bench.run import adapters_of, facts, write_records
+from qrlora.bench.run import facts, write_records
 from qrlora.bench.tables import Estimate, against, agreement, as_json, by_pair, by_seed, foretold, table
 from qrlora.evaluation.report import Code, Picture, Prose, Report, Section, Table, png_bytes
 from qrlora.files import write_atomically
@@ -85,7 +85,7 @@ def _data(scope: Scope, records: Sequence[Record], command: str, rows: Sequence[
         "command": command,
         "weights": weights_digest(),
         "plan": {name: value for name, value in facts(scope).items() if name not in ("rates", "balance")},
-        "rates": {name: scope.rates[name] for name in adapters_of(scope)},
+        "rates": {ROWS[row].rated: scope.rates[ROWS[row].rated] for row in rows},
         "balance": {row: scope.balance[row] for row in rows if row in scope.balance},
         "by seed": {row: by_seed(records, row, "recognised") for row in rows},
         "agreement": agreement(records, rows, "recognised"),
@@ -97,7 +97,7 @@ def _opening(scope: Scope, found: Mapping[str, Mapping[str, Any]], beside: Mappi
     ours = next((row for row in (COMPOSED, DEFAULT) if row in beside), None)
     if ours is None:
         return f"Neither {COMPOSED} nor {DEFAULT} stands beside {RIVAL} in this run."
-    merged = [row for row in found if ROWS[row].merge != "joint"]
+    merged = [row for row in found if not ROWS[row].joint]
     best, seen = (max(merged, key=lambda row: found[row][name].value) for name in ("both", "recognised"))
     mine, other = found[ours], found[RIVAL]
     times, lost = beside[ours]["both_ratio"], beside[ours]["crosstalk_ratio"]

@@ -31,6 +31,16 @@ class Row:
     merge: str = "sum"
     options: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def joint(self) -> bool:
+        """Whether subject and style are taught together, and nothing is merged."""
+        return self.merge == "joint"
+
+    @property
+    def rated(self) -> str:
+        """What its learning rates are kept under: joint training has its own."""
+        return self.name if self.joint else self.adapter
+
 
 _ADAPTERS = (
     *("lora", "qrlora_disjoint", "qrlora", "q_random", "pissa", "orthogonal", "q_minor", "qrlora_dense"),
@@ -59,7 +69,8 @@ ROWS: dict[str, Row] = {
 
 
 Rates = dict[str, dict[str, dict[str, float]]]
-"""Method -> role -> half of the parts -> learning rate."""
+"""Method -> role -> half of the parts -> learning rate; row of joint training -> the subject's half -> the style's ->
+learning rate."""
 Balance = dict[str, dict[str, tuple[float, float]]]
 """Row -> pair, as `key_of` has it -> weights of subject and style in a composition."""
 ANY = "any"
@@ -160,20 +171,24 @@ def key_of(subject: str | None, style: str | None) -> str:
 
 def rate_of(adapter: str, role: str, name: str | None, known: Rates | None = None) -> float:
     """For one part, of the rates given or the package's. Raises DataError if the method has not been tuned."""
+    return _rates_of(adapter, known)[role][half_of(role, name)]
+
+
+def joint_rate_of(row: str, subject: str, style: str, known: Rates | None = None) -> float:
+    """For a subject and a style that a row teaches together; as `rate_of`."""
+    return _rates_of(row, known)[half_of("subject", subject)][half_of("style", style)]
+
+
+def _rates_of(name: str, known: Rates | None) -> dict[str, dict[str, float]]:
     known = rates() if known is None else known
-    if adapter not in known:
-        remedy = f"qrlora bench --tune --rows {adapter}"
-        raise DataError(f"{adapter} has no learning rate yet", expected=", ".join(known), got=adapter, remedy=remedy)
-    return known[adapter][role][half_of(role, name)]
+    if name not in known:
+        remedy = f"qrlora bench --tune --rows {name}"
+        raise DataError(f"{name} has no learning rate yet", expected=", ".join(known), got=name, remedy=remedy)
+    return known[name]
 
 
 def balance_of(row: str, subject: str | None, style: str | None, known: Balance | None = None) -> tuple[float, float]:
-    """Weights of a subject and a style in a row's composition of them. Raises DataError if they were never chosen.
-
-    What was taught together has none to choose: 1 and 1.
-    """
-    if ROWS[row].merge == "joint":
-        return 1.0, 1.0
+    """Weights of a subject and a style in a row's composition of them. Raises DataError if they were never chosen."""
     known = balance() if known is None else known
     if row not in known:
         remedy = f"qrlora bench --tune --rows {row}"

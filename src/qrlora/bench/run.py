@@ -37,7 +37,7 @@ def cells_of(scope: Scope) -> Iterator[list[Cell]]:
         teaching = [
             Cell("teach", ROWS[row].adapter, seed, subject, style)
             for row in scope.rows
-            if ROWS[row].merge != "joint"
+            if not ROWS[row].joint
             for subject, style in [*((s, "") for s in scope.subjects), *(("", t) for t in scope.styles)]
         ]
         yield list(dict.fromkeys(teaching))

@@ -110,7 +110,7 @@ def crosstalk(records: Sequence[Record], row: str, score: str = "among") -> Pair
     score: "among", the probability of the name among the world's, or "p", which pictures that show nothing well lose,
     too."""
     adapter = ROWS[row].adapter
-    if ROWS[row].merge == "joint":
+    if ROWS[row].joint:
         return {}
     parts = []
     for place, role in enumerate(("subject", "style")):

@@ -12,6 +12,9 @@ have neither its subject nor its style.
 
 Only the ladder's place differs where a method is known to want smaller steps: all weights at once, rotations, and what
 starts from both factors or large singular values.
+
+Joint training has one rate for both parts, and one weight: for every two halves the rate, of all that its method has on
+either ladder, at which their lessons, taught together, are best at the best of EQUAL.
 """
 
 from __future__ import annotations
@@ -40,6 +43,8 @@ SUMMED = ((1.0, 1.0), (1.0, 0.7), (1.4, 0.7), (1.4, 1.0), (1.4, 1.4))
 """Weights of subject and style in the sums that rates are chosen by."""
 WEIGHTS = (*SUMMED, (2.0, 1.0), (2.0, 1.4), (2.0, 2.0))
 """Of subject and style in a composition."""
+EQUAL = tuple(weights for weights in WEIGHTS if weights[0] == weights[1])
+"""Of what was taught together."""
 LESSONS = {
     "subject": {"even": "rocket", "odd": "robot"},
     "style": {"even": "gold", "odd": "candy"},
@@ -55,7 +60,7 @@ TRIED = "tried.json"
 SCORED = ("recognised", "named", "both")
 """What tuning goes by: the same question at three strictnesses, so that it is answered by weak and by good pictures."""
 Weighed = dict[str, dict[str, list[list[float]]]]
-"""Row -> pair, as `key_of` has it -> for each of WEIGHTS the values of SCORED."""
+"""Row -> pair, as `key_of` has it -> for each of the row's weights the values of SCORED."""
 KEPT = (*SCORED, "p_subject", "p_style", "among_subject", "among_style")
 """What TRIED keeps of each measurement; the records in the folder have all."""
 
@@ -83,14 +88,31 @@ def cells_summed(scope: Scope) -> list[Cell]:
     ]
 
 
+def cells_joint(scope: Scope) -> list[Cell]:
+    """Every two lessons taught together, at every rate of either ladder and each of EQUAL; the first weights first."""
+    return [
+        Cell("pair", ROWS[row].adapter, 0, subject, style, row, rates=(rate,), weights=weights)
+        for weights in EQUAL
+        for row in scope.rows
+        if ROWS[row].joint
+        for subject, style in product(*(lessons.values() for lessons in LESSONS.values()))
+        for rate in sorted({rate for role in LADDER for rate in ladder(ROWS[row].adapter, role)})
+    ]
+
+
 def cells_weighed(rows: Iterable[str]) -> list[Cell]:
-    """Every row's compositions of all reserved pairs, at each of WEIGHTS."""
+    """Every row's compositions of all reserved pairs, at each of its weights; the first weights first."""
     return [
         Cell("pair", ROWS[row].adapter, 0, *pair, row, weights=weights)
         for row in rows
+        for weights in weights_of(row)
         for pair in product(world.RESERVED_SUBJECTS, world.RESERVED_STYLES)
-        for weights in WEIGHTS
     ]
+
+
+def weights_of(row: str) -> tuple[tuple[float, float], ...]:
+    """Those that are tried."""
+    return EQUAL if ROWS[row].joint else WEIGHTS
 
 
 def ladder(adapter: str, role: str) -> list[float]:
@@ -112,7 +134,7 @@ def tuned(folder: Path, scope: Scope, workers: int, say: Say, command: str) -> S
 
 
 def _is_known(row: str, scope: Scope) -> bool:
-    return ROWS[row].adapter in scope.rates and (row in scope.balance or ROWS[row].merge == "joint")
+    return ROWS[row].rated in scope.rates and row in scope.balance
 
 
 def tune(folder: Path, scope: Scope, workers: int, say: Say, command: str) -> tuple[Rates, Balance]:
@@ -123,21 +145,24 @@ def tune(folder: Path, scope: Scope, workers: int, say: Say, command: str) -> tu
     weights of rows whose rates are others now.
     """
     scope = replace(scope, seeds=(0,))
-    adapters, old = adapters_of(scope), _kept(folder)
-    tried = _measured(folder, scope, [cells_alone(scope), cells_summed(scope)], workers, say)
+    old = _kept(folder)
+    tried = _measured(folder, scope, [cells_alone(scope), [*cells_summed(scope), *cells_joint(scope)]], workers, say)
     chosen = choose(tried)
-    rows = dict.fromkeys([*adapters, *(row for row in scope.rows if ROWS[row].merge != "joint")])
+    rows = dict.fromkeys([*adapters_of(scope), *scope.rows])
     at_rates = replace(scope, rates=scope.rates | chosen, pictures=PICTURES)
     cells = cells_weighed(rows)
     teaching = dict.fromkeys(
-        one for cell in cells for one in (cell.taught(subject=cell.subject), cell.taught(style=cell.style))
+        one
+        for cell in cells
+        if not ROWS[cell.row].joint
+        for one in (cell.taught(subject=cell.subject), cell.taught(style=cell.style))
     )
     weighed = scores(_measured(folder, at_rates, [list(teaching), cells], workers, say)[len(teaching) :])
     weights = balance(weighed)
-    stale = {adapter for adapter, rates in chosen.items() if old["chosen"].get(adapter, rates) != rates}
-    still = {row: found for row, found in old["balance"].items() if ROWS[row].adapter not in stale}
+    stale = {name for name, rates in chosen.items() if old["chosen"].get(name, rates) != rates}
+    still = {row: found for row, found in old["balance"].items() if ROWS[row].rated not in stale}
     known = replace(scope, rows=tuple(old["chosen"] | chosen))
-    current = {digest_of(cell, known) for cell in cells_alone(known) + cells_summed(known)}
+    current = {digest_of(cell, known) for of_all in (cells_alone, cells_summed, cells_joint) for cell in of_all(known)}
     kept = [one for one in old["tried"] if one["digest"] in current]
     found = {
         "weights": weights_digest(),
@@ -170,9 +195,13 @@ def _measured(folder: Path, scope: Scope, stages: Sequence[list[Cell]], workers:
 
 def _versions(chosen: Iterable[str], rows: Iterable[str]) -> dict[str, int]:
     """Method or row -> version of the method or of the row's merge."""
-    return {name: ADAPTERS[name].version for name in chosen} | {
-        row: MERGES[ROWS[row].merge].version for row in rows if ROWS[row].merge != "sum"
-    }
+    rated = {name: ADAPTERS[ROWS[name].adapter].version for name in chosen}
+    return rated | {row: MERGES[ROWS[row].merge].version for row in rows if not _is_sum(row)}
+
+
+def _is_sum(row: str) -> bool:
+    """Whether a version of its rates says all."""
+    return ROWS[row].joint or ROWS[row].merge == "sum"
 
 
 def _kept(folder: Path) -> dict[str, Any]:
@@ -184,30 +213,32 @@ def _kept(folder: Path) -> dict[str, Any]:
     if old.get("weights") != weights_digest():
         return nothing
     versions = old.get("versions", {})  # what is not in it is of the first
-    chosen = {a: r for a, r in old["chosen"].items() if a in ADAPTERS and ADAPTERS[a].version == versions.get(a, 1)}
+    chosen = {
+        name: rates
+        for name, rates in old["chosen"].items()
+        if name in ROWS and ADAPTERS[ROWS[name].adapter].version == versions.get(name, 1)
+    }
     rows = {
         row: {key: (float(a), float(b)) for key, (a, b) in found.items()}
         for row, found in old["balance"].items()
         if row in ROWS
         and old.get("weights tried") == [list(weights) for weights in WEIGHTS]
-        and ROWS[row].adapter in chosen
-        and (ROWS[row].merge == "sum" or MERGES[ROWS[row].merge].version == versions.get(row, 1))
+        and ROWS[row].rated in chosen
+        and (_is_sum(row) or MERGES[ROWS[row].merge].version == versions.get(row, 1))
     }
     return old | {"chosen": chosen, "balance": rows}
 
 
 def choose(tried: Sequence[Record]) -> Rates:
-    """Method -> role -> half -> the rates best on that half's lessons, alone and composed; the lower of equal ones."""
+    """The rates best on each half's lessons, alone and composed, or on two halves' lessons taught together; the lower
+    of equal ones."""
+    of_two = [record for record in tried if "row" in record]
     alone = {
         (r["adapter"], r.get("subject") or r["style"], *r["rates"]): _mean(r["measured"])
         for r in tried
         if "row" not in r
     }
-    composed: dict[tuple[Any, ...], float] = {}
-    for record in tried:
-        if "row" in record:
-            key = (record["adapter"], record["subject"], record["style"], *record["rates"])
-            composed[key] = max(composed.get(key, 0.0), _mean(record["measured"]))
+    composed = _at_best(record for record in of_two if not ROWS[record["row"]].joint)
     chosen: Rates = {adapter: {role: {} for role in LESSONS} for adapter in dict.fromkeys(key[0] for key in alone)}
     for adapter, half in product(chosen, HALVES):
         subject, style = (LESSONS[role][half] for role in LESSONS)
@@ -219,7 +250,21 @@ def choose(tried: Sequence[Record]) -> Rates:
         best = max(sorted(total), key=lambda rates: total[rates])
         for role, rate in zip(LESSONS, best, strict=True):
             chosen[adapter][role][half] = rate
+    jointly = _at_best(record for record in of_two if ROWS[record["row"]].joint)
+    for row, half, other in product(dict.fromkeys(key[0] for key in jointly), HALVES, HALVES):
+        parts = [LESSONS["subject"][half], LESSONS["style"][other]]
+        at = {key[-1]: both for key, both in jointly.items() if [*key[:-1]] == [row, *parts]}
+        chosen.setdefault(row, {}).setdefault(half, {})[other] = max(sorted(at), key=lambda rate: at[rate])
     return chosen
+
+
+def _at_best(composed: Iterable[Record]) -> dict[tuple[Any, ...], float]:
+    """(row, subject, style, *rates) -> the mean of SCORED at the best weights."""
+    found: dict[tuple[Any, ...], float] = {}
+    for record in composed:
+        key = (record["row"], record["subject"], record["style"], *record["rates"])
+        found[key] = max(found.get(key, 0.0), _mean(record["measured"]))
+    return found
 
 
 def scores(records: Iterable[Record]) -> Weighed:
@@ -230,27 +275,27 @@ def scores(records: Iterable[Record]) -> Weighed:
         of_pair[tuple(record["weights"])] = [record["measured"][name] for name in SCORED]
     weighed: Weighed = {}
     for (row, key), of_pair in found.items():
-        weighed.setdefault(row, {})[key] = [of_pair[weights] for weights in WEIGHTS]
+        weighed.setdefault(row, {})[key] = [of_pair[weights] for weights in weights_of(row)]
     return weighed
 
 
 def balance(weighed: Weighed) -> Balance:
-    """Row -> pair -> the best of WEIGHTS over all pairs with neither its subject nor its style; of ANY, over all."""
+    """Row -> pair -> the best weights over all pairs with neither its subject nor its style; of ANY, over all."""
     pairs = list(product(world.RESERVED_SUBJECTS, world.RESERVED_STYLES))
     others = {
         key_of(*pair): [key_of(*one) for one in pairs if one[0] != pair[0] and one[1] != pair[1]] for pair in pairs
     }
     others[ANY] = list(others)
     return {
-        row: {key: _best([of_row[one] for one in those]) for key, those in others.items()}
+        row: {key: _best(weights_of(row), [of_row[one] for one in those]) for key, those in others.items()}
         for row, of_row in weighed.items()
     }
 
 
-def _best(scored: Sequence[list[list[float]]]) -> tuple[float, float]:
-    """Of WEIGHTS, given the scores of several pairs at each of them; the first of equal ones."""
+def _best(weights: Sequence[tuple[float, float]], scored: Sequence[list[list[float]]]) -> tuple[float, float]:
+    """Of these, given the scores of several pairs at each of them; the first of equal ones."""
     means = [fmean(map(fmean, at)) for at in zip(*scored, strict=True)]
-    return WEIGHTS[means.index(max(means))]
+    return weights[means.index(max(means))]
 
 
 def _mean(scored: Record) -> float:
