@@ -459,6 +459,9 @@ def test_the_report_says_what_the_records_say(small):
     assert data["table"]["lora"]["energy"][0] == pytest.approx(drawn["measured"]["energy"], abs=1e-3)
     rows = list(csv.DictReader((folder / "table.csv").read_text().splitlines()))
     assert {row["row"] for row in rows} == set(scope.rows)
+    lines = (folder / "table.md").read_text().splitlines()
+    assert len(lines) == 2 + len(scope.rows) + 1 + 2 + len(scope.rows) - 1, "every row, and every other beside lora"
+    assert any(re.fullmatch(r"\| qrlora_disjoint \| .* \| 0\.4\d \|", line) for line in lines), "numbers trained"
     assert "The aim is not met" in html, "two steps teach nothing"
     assert {file.stem for file in (folder / "plots").iterdir()} >= {"subject-against-style", "crosstalk", "many"}
 
@@ -642,6 +645,18 @@ def test_packaged_rates_are_the_best_of_what_was_tried():
     tried = json.loads((Path(__file__).parents[1] / "docs" / "bench" / tuning.TRIED).read_text())
     assert tuning.choose(tried["tried"]) == plan.rates()
     assert tuning.balance(tried["weighed"]) == plan.balance()
+
+
+def test_the_page_has_the_numbers_of_the_records_beside_it():
+    docs = Path(__file__).parents[1] / "docs"
+    table, said = (docs / "bench" / "table.md").read_text().splitlines(), (docs / "bench.md").read_text().splitlines()
+    assert set(table) <= set(said)
+    records = run.read_records(docs / "bench" / "records.jsonl")
+    listed = {line.split(" | ")[0].strip("| "): line for line in table[2 : table.index("")]}
+    assert set(listed) == {row for row in ROWS if tables.by_pair(records, row, "both")}
+    for row, line in listed.items():
+        means = [np.mean(list(tables.by_pair(records, row, name).values())) for name in ("recognised", "both", "named")]
+        assert [float(cell.split()[0]) for cell in line.split(" | ")[1:4]] == pytest.approx(means, abs=0.00501)
 
 
 def test_pages_count_what_there_is():

@@ -32,6 +32,7 @@ from qrlora.files import write_atomically
 from qrlora.generation import labelled_grid
 
 COLUMNS = ("recognised", "both", "named", "subject", "style", "crosstalk", "obedience", "energy", "diversity")
+RATIOS = ("recognised", "named", "crosstalk")
 SHOWN = 3
 """Pictures of a pair on a sheet."""
 BLOCK = 24
@@ -61,7 +62,7 @@ def write(folder: Path, scope: Scope, records: Sequence[Record], command: str) -
     (folder / "plots").mkdir(parents=True, exist_ok=True)
     write_records(folder / "records.jsonl", records)
     write_atomically(folder / "table.csv", _csv(found).encode())
-    write_atomically(folder / "table.md", _markdown(found).encode())
+    write_atomically(folder / "table.md", _markdown(found, beside).encode())
     for plot in plots:
         if plot:
             write_atomically(
@@ -214,13 +215,23 @@ def _measured() -> Section:
     return Section("What was measured", [Prose(listed, listed=True)])
 
 
-def _markdown(found: Mapping[str, Mapping[str, Any]]) -> str:
-    """The page's table, for other pages."""
+def _markdown(found: Mapping[str, Mapping[str, Any]], beside: Mapping[str, Mapping[str, Estimate | None]]) -> str:
+    """The page's table, and ratios beside the rival (in bold, intervals that leave out 1), for other pages."""
     lines = ["| method | " + " | ".join(COLUMNS) + " |", "|---" * (1 + len(COLUMNS)) + "|"]
-    for row in _order(found):
-        cells = ["–" if found[row][name] is None else str(found[row][name]) for name in COLUMNS]
-        lines.append(f"| {row} | " + " | ".join(cells) + " |")
+    lines += [_line([row, *(found[row][name] for name in COLUMNS)]) for row in _order(found)]
+    if beside:
+        heads = [f"{name}, of {RIVAL}'s" for name in (*RATIOS, "numbers trained")]
+        lines += ["", "| method | " + " | ".join(heads) + " |", "|---" * (1 + len(heads)) + "|"]
+    for row, each in beside.items():
+        ratios = [each[f"{name}_ratio"] for name in RATIOS]
+        said = [f"**{r}**" if r and (r.low > 1 or r.high < 1) else r for r in ratios]
+        mine, theirs = found[row]["trained"], found[RIVAL]["trained"]
+        lines.append(_line([row, *said, f"{mine / theirs:.2f}" if mine and theirs else None]))
     return "\n".join(lines) + "\n"
+
+
+def _line(cells: Sequence[Any]) -> str:
+    return "| " + " | ".join("–" if cell is None else str(cell) for cell in cells) + " |"
 
 
 def _order(found: Mapping[str, Mapping[str, Any]]) -> list[str]:
