@@ -272,7 +272,7 @@ def test_a_constant_lead_has_no_uncertainty_when_paired():
 
 
 def test_no_ratio_to_nothing():
-    assert tables.ratio([0.5, 0.25], [0.0, 0.0]) is None
+    assert tables.ratio([0.5, 0.25], [0.0, 0.0]) is None and tables.ratio([0.5, 0.25], [0.1, -0.2]) is None
 
 
 def test_bootstrap_covers():

@@ -87,6 +87,7 @@ def crosstalk_bars(found: Mapping[str, Mapping[str, Any]]) -> Plot | None:
     values = [e.value for e in each]
     axes.barh(rows, values, xerr=spread, color=[COLOURS.get(row, OTHER) for row in rows], error_kw={"elinewidth": 1})
     axes.axvline(0, color="black", linewidth=0.8)
+    axes.margins(y=0.01)
     axes.tick_params(axis="y", labelsize=8)
     axes.set_xlabel("probability alone less probability composed, mean of subject and style")
     said = "Shorter is better; below zero, composing helped. Lines are 95 % intervals over pairs."
@@ -201,7 +202,7 @@ def foretelling(told: Mapping[str, Mapping[str, Any]], measure: str = "cosine") 
         across, up = zip(*points, strict=True)
         axes.scatter(across, up, s=12, label=label, color=colour)
     axes.set(xlabel=f"{measure} of the two ΔW, from the files", ylabel="crosstalk, from the pictures")
-    axes.legend(fontsize=7, title="rank correlation within", title_fontsize=7)
+    figure.legend(loc="outside right upper", fontsize=7, title="rank correlation within", title_fontsize=7)
     whole = told[measure]["all"]
     said = "" if whole is None else f"Rank correlation over all pairs of all methods: {whole:+.2f}. "
     others = ", ".join(f"{n} {e['all']:+.2f}" for n, e in told.items() if n != measure and e["all"] is not None)

@@ -62,8 +62,8 @@ def estimate(values: Sequence[float]) -> Estimate:
 
 
 def ratio(values: Sequence[float], others: Sequence[float]) -> Estimate | None:
-    """Mean of values over mean of others, pair by pair the same pairs; None if the others are all zero."""
-    if not any(others):
+    """Mean of values over mean of others, pair by pair the same pairs; None if that of the others is not above 0."""
+    if fmean(others) <= 0:
         return None
     with np.errstate(divide="ignore", invalid="ignore"):
         return bootstrap(np.stack([values, others], axis=1).astype(float), lambda means: means[..., 0] / means[..., 1])
