@@ -87,7 +87,7 @@ def _data(scope: Scope, records: Sequence[Record], command: str, rows: Sequence[
         "weights": weights_digest(),
         "plan": {name: value for name, value in facts(scope).items() if name not in ("rates", "balance")},
         "rates": {ROWS[row].rated: scope.rates[ROWS[row].rated] for row in rows},
-        "balance": {row: scope.balance[row] for row in rows if row in scope.balance},
+        "balance": {row: scope.balance[row] for row in rows},
         "by seed": {row: by_seed(records, row, "recognised") for row in rows},
         "agreement": agreement(records, rows, "recognised"),
     }
