@@ -584,22 +584,22 @@ def test_rates_of_the_folder_win_and_missing_ones_are_chosen_first(tmp_path, mon
     wanted = ("lora", "lora+ties", "lora+dare", "lora+joint", "oft")
     bare = {name: plan.rates()[name] for name in ("lora", DEFAULT)}
     scope = replace(TINY, rows=wanted, rates=bare, balance={})
-    scope = tuning.tuned(tmp_path, scope, 1, lambda said: None, "")
+    scope = tuning.tuned(tmp_path, scope, 1, lambda said: None)
     assert asked == [("lora+dare", "lora+joint", "oft")], "only what neither has"
     assert plan.balance_of("lora+ties", "teapot", "chalk", scope.balance) == (1, 0.5) and "lora+dare" in scope.balance
     assert plan.rate_of("lora", "subject", "teapot", scope.rates) == 7e-3
     assert plan.rate_of("lora", "subject", "rocket", scope.rates) == 8e-3
     assert "oft" in scope.rates and "qrlora_disjoint" in scope.rates
     monkeypatch.setitem(ADAPTERS, "lora", replace(ADAPTERS["lora"], version=2))
-    scope = tuning.tuned(tmp_path, replace(TINY, rows=("lora",)), 1, lambda said: None, "")
+    scope = tuning.tuned(tmp_path, replace(TINY, rows=("lora",)), 1, lambda said: None)
     assert plan.rate_of("lora", "subject", "teapot", scope.rates) != 7e-3, "that was chosen for another lora"
     kept["versions"] = {"lora": 2}
     (tmp_path / tuning.FILE).write_text(json.dumps(kept))
-    scope = tuning.tuned(tmp_path, replace(TINY, rows=("lora",)), 1, lambda said: None, "")
+    scope = tuning.tuned(tmp_path, replace(TINY, rows=("lora",)), 1, lambda said: None)
     assert plan.rate_of("lora", "subject", "teapot", scope.rates) == 7e-3
     kept["weights"] = "another base model"
     (tmp_path / tuning.FILE).write_text(json.dumps(kept))
-    scope = tuning.tuned(tmp_path, replace(TINY, rows=("lora",)), 1, lambda said: None, "")
+    scope = tuning.tuned(tmp_path, replace(TINY, rows=("lora",)), 1, lambda said: None)
     assert plan.rate_of("lora", "subject", "teapot", scope.rates) == plan.rate_of("lora", "subject", "teapot")
 
 
@@ -618,20 +618,20 @@ def test_what_was_chosen_and_from_what_is_kept_beside_earlier_runs(tmp_path, mon
     def read():
         return [json.loads((tmp_path / name).read_text()) for name in (tuning.FILE, tuning.TRIED)]
 
-    tuning.tune(tmp_path, replace(TINY, rows=("lora", "lora+ties")), 1, print, "qrlora bench --tune")
+    tuning.tune(tmp_path, replace(TINY, rows=("lora", "lora+ties")), 1, print)
     chosen, tried = read()
     assert set(chosen["balance"]) == set(tried["weighed"]) == {"lora", "lora+ties"}
     assert tuning.choose(tried["tried"]) == chosen["chosen"] and "tried" not in chosen
     gone = tried["tried"][0] | {"digest": "of another plan"}
     (tmp_path / tuning.TRIED).write_text(json.dumps(tried | {"tried": [*tried["tried"], gone]}))
-    rates, weights = tuning.tune(tmp_path, replace(TINY, rows=("oft",)), 1, print, "qrlora bench --tune")
+    rates, weights = tuning.tune(tmp_path, replace(TINY, rows=("oft",)), 1, print)
     both, more = read()
     assert both["chosen"] == chosen["chosen"] | rates and set(both["balance"]) == {"lora", "lora+ties", *weights}
     assert {one["adapter"] for one in more["tried"]} == {"lora", "oft"} and gone not in more["tried"]
     assert tuning.choose(more["tried"]) == both["chosen"]
     assert all(one in more["tried"] for one in tried["tried"])
     (tmp_path / tuning.TRIED).unlink()
-    tuning.tune(tmp_path, replace(TINY, rows=("oft",)), 1, print, "qrlora bench --tune")
+    tuning.tune(tmp_path, replace(TINY, rows=("oft",)), 1, print)
     assert read()[0] == both, "what is known of lora does not rest on that"
 
 

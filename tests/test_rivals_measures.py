@@ -39,7 +39,7 @@ def by_svd(a: Learned, b: Learned) -> dict[str, float]:
         "cosine": cross / math.sqrt(aa * bb),
         "energy_a": math.sqrt(aa),
         "energy_b": math.sqrt(bb),
-        "energy_kept": sum(float((x + y).square().sum()) for x, y in zip(one, two, strict=True)) / (aa + bb),
+        "energy_of_sum": sum(float((x + y).square().sum()) for x, y in zip(one, two, strict=True)) / (aa + bb),
         "rows_shared": sum(shared["rows"]) / 2,
         "columns_shared": sum(shared["columns"]) / 2,
     }
@@ -58,12 +58,12 @@ def test_a_part_is_wholly_like_itself_and_not_like_what_is_orthogonal() -> None:
     same = between(a, {name: delta.scaled(-2.0) for name, delta in a.items()})
     assert same["cosine"] == pytest.approx(-1) and same["layer_cosine_max"] == pytest.approx(-1)
     assert same["rows_shared"] == pytest.approx(1) and same["columns_shared"] == pytest.approx(1)
-    assert same["energy_kept"] == pytest.approx(1 / 5)
+    assert same["energy_of_sum"] == pytest.approx(1 / 5)
     rows = {n: Delta(d.factors[0], torch.eye(d.shape[1])[3:6]) for n, d in a.items() if d.factors}
     other = {n: Delta(d.factors[0], torch.eye(d.shape[1])[:3]) for n, d in a.items() if d.factors}
     apart = between(rows, other)
     assert (apart["cosine"], apart["rows_shared"]) == pytest.approx((0, 0), abs=1e-9)
-    assert apart["columns_shared"] == pytest.approx(1) and apart["energy_kept"] == pytest.approx(1)
+    assert apart["columns_shared"] == pytest.approx(1) and apart["energy_of_sum"] == pytest.approx(1)
 
 
 def test_chance_levels_are_what_chance_gives() -> None:
@@ -93,7 +93,7 @@ def test_layers_of_one_alone_count_for_energy_only() -> None:
     found = between(a, b)
     assert found["energy_a"] == pytest.approx(math.sqrt(6)) and found["energy_b"] == pytest.approx(math.sqrt(3))
     zero = between(a, {"a": Delta(torch.zeros(20, 1), torch.zeros(1, 12))})
-    assert zero["cosine"] == zero["rows_shared"] == zero["cosine_by_chance"] == 0 and zero["energy_kept"] == 1
+    assert zero["cosine"] == zero["rows_shared"] == zero["cosine_by_chance"] == 0 and zero["energy_of_sum"] == 1
 
 
 def test_other_models_are_refused() -> None:

@@ -107,7 +107,7 @@ def digest_of(cell: Cell, scope: Scope, judged: bool = True) -> str:
     each = cell.many // 2
     parts = {"subject": scope.subjects[:each], "style": scope.styles[:each]}
     names = [(role, name) for role in parts for name in (parts[role] if each else [getattr(cell, role)]) if name]
-    decides["rates"] = cell.rates or _tuned(cell, names, scope)
+    decides["rates"] = _rates(cell, names, scope)
     if cell.kind not in MAKING:
         count = {"alone": "alone", "grid": "grid_weights"}.get(cell.kind, "pictures")
         decides |= {name: getattr(scope, name) for name in ("denoising_steps", "guidance", count)}
@@ -123,8 +123,10 @@ def digest_of(cell: Cell, scope: Scope, judged: bool = True) -> str:
     return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:20]
 
 
-def _tuned(cell: Cell, names: Sequence[tuple[str, str]], scope: Scope) -> list[float]:
-    """The rates of a cell that has none of its own, for these (role, name)."""
+def _rates(cell: Cell, names: Sequence[tuple[str, str]], scope: Scope) -> Sequence[float]:
+    """The cell's own, or the tuned ones for these (role, name); what is taught jointly has one for both."""
+    if cell.rates:
+        return cell.rates
     if cell.row and ROWS[cell.row].joint:
         return [joint_rate_of(cell.row, cell.subject, cell.style, scope.rates)]
     return [rate_of(cell.adapter, role, name, scope.rates) for role, name in names]
@@ -348,7 +350,7 @@ def joint(bench: Bench, cell: Cell, lessons: Sequence[Lesson]) -> Learned:
     """Both taught at once to one adapter, in twice the steps, so that each picture is seen as often as alone."""
     file = bench.file(replace(cell, kind="once", weights=()), "adapters")
     if not file.exists():
-        rate = cell.rate("subject") or joint_rate_of(cell.row, cell.subject, cell.style, bench.scope.rates)
+        (rate,) = _rates(cell, (), bench.scope)
         recipes = [bench.recipe(lesson, cell.adapter, cell.seed, rate) for lesson in lessons]
         longer = {"steps": 2 * bench.scope.steps, "cooldown_steps": bench.scope.steps}
         recipes[0] = recipes[0].replace(**longer)

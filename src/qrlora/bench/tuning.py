@@ -120,7 +120,7 @@ def ladder(adapter: str, role: str) -> list[float]:
     return [float(f"{rate * SLOWER.get(adapter, 1):.2g}") for rate in LADDER[role]]
 
 
-def tuned(folder: Path, scope: Scope, workers: int, say: Say, command: str) -> Scope:
+def tuned(folder: Path, scope: Scope, workers: int, say: Say) -> Scope:
     """The plan with rates and weights for all its rows: the folder's before the package's, and those that neither has
     chosen now."""
     kept = _kept(folder)
@@ -129,7 +129,7 @@ def tuned(folder: Path, scope: Scope, workers: int, say: Say, command: str) -> S
     if not rows:
         return known
     say(f"no learning rates or weights yet for {', '.join(rows)}: chosen first")
-    rates, weights = tune(folder, replace(known, rows=rows), workers, say, command)
+    rates, weights = tune(folder, replace(known, rows=rows), workers, say)
     return replace(known, rates=known.rates | rates, balance=known.balance | weights)
 
 
@@ -137,7 +137,7 @@ def _is_known(row: str, scope: Scope) -> bool:
     return ROWS[row].rated in scope.rates and row in scope.balance
 
 
-def tune(folder: Path, scope: Scope, workers: int, say: Say, command: str) -> tuple[Rates, Balance]:
+def tune(folder: Path, scope: Scope, workers: int, say: Say) -> tuple[Rates, Balance]:
     """Choose, and keep in the folder's FILE what was chosen for the rows and their methods, and in TRIED from what,
     beside what was there.
 
@@ -166,7 +166,6 @@ def tune(folder: Path, scope: Scope, workers: int, say: Say, command: str) -> tu
     kept = [one for one in old["tried"] if one["digest"] in current]
     found = {
         "weights": weights_digest(),
-        "command": command,
         "chosen": old["chosen"] | chosen,
         "balance": still | weights,
         "weights tried": WEIGHTS,

@@ -61,9 +61,8 @@ def run_bench(options: argparse.Namespace) -> None:
         sys.stdout.write("".join(f"{row.name:36} {bench.about(row)}\n" for row in plan.ROWS.values()))
         return
     scope = scope_of(options)
-    said = shlex.join(["qrlora", "bench", *_asked(options)])
     if options.tune:
-        rates, balance = tuning.tune(options.out, scope, options.workers, _say, said)
+        rates, balance = tuning.tune(options.out, scope, options.workers, _say)
         for adapter, found in rates.items():
             each = [f"{role} {' or '.join(f'{rate:g}' for rate in halves.values())}" for role, halves in found.items()]
             print(f"{adapter:28} rates: {', '.join(each)}")
@@ -71,9 +70,9 @@ def run_bench(options: argparse.Namespace) -> None:
             print(f"{row:28} weights: {' or '.join(f'{a:g}, {b:g}' for a, b in dict.fromkeys(weights.values()))}")
         return
     given = run.read_records(options.records) if options.records else []
-    scope = tuning.tuned(options.out, scope, options.workers, _say, said)
+    scope = tuning.tuned(options.out, scope, options.workers, _say)
     records = run.run(options.out, scope, options.workers, _say, given)
-    print(page.write(options.out, scope, records, said))
+    print(page.write(options.out, scope, records, shlex.join(["qrlora", "bench", *_asked(options)])))
 
 
 def scope_of(options: argparse.Namespace) -> Scope:
@@ -92,7 +91,7 @@ def scope_of(options: argparse.Namespace) -> Scope:
 
 def _asked(options: argparse.Namespace) -> list[str]:
     """The options that decide the result, as they would be typed."""
-    words = [f"--{name}" for name in ("small", "tune") if getattr(options, name)]
+    words = ["--small"] if options.small else []
     for name in ("rows", "subjects", "styles", "seeds"):
         if getattr(options, name) is not None:
             words += [f"--{name}", ",".join(map(str, getattr(options, name)))]

@@ -321,5 +321,5 @@ def _interference(setting: Setting, pair: tuple[Adapter, Adapter]) -> dict[str, 
         "shared_rows": total.shared_rows[0][1],
         "shared_rows_by_chance": fmean(len(delta) / delta.shape[1] for delta in pair[0].deltas.values()),
         "shared_columns": len(common),
-        "energy_kept": total.sum_energy / sum(total.energy),
+        "energy_of_sum": total.sum_energy / sum(total.energy),
     }

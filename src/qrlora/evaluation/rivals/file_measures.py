@@ -42,7 +42,7 @@ def between(a: Learned, b: Learned) -> dict[str, float]:
     columns_by_chance
     rank_a, rank_b       mean effective ranks (0.99 of the energy)
     energy_a, energy_b   ‖a‖, ‖b‖
-    energy_kept          ‖a + b‖² / (‖a‖² + ‖b‖²): above 1 where they reinforce each other, below where they cancel
+    energy_of_sum        ‖a + b‖² / (‖a‖² + ‖b‖²): above 1 where they reinforce each other, below where they cancel
 
     Raises MismatchError if they have no layer in common, or one of other shapes.
     """
@@ -67,7 +67,7 @@ def between(a: Learned, b: Learned) -> dict[str, float]:
     for side, name in enumerate("ab"):
         found[f"rank_{name}"] = _mean([float(layer.ranks[side]) for layer in both])
         found[f"energy_{name}"] = math.sqrt(energies[side])
-    found["energy_kept"] = 1 + _ratio(2 * crossed, sum(energies))
+    found["energy_of_sum"] = 1 + _ratio(2 * crossed, sum(energies))
     return found
 
 
