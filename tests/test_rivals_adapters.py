@@ -125,7 +125,7 @@ def test_trained_parameters_are_counted(pipe: Any, recipe: Recipe) -> None:
         for count in (lambda o, i: RANK * (o + i), lambda o, i: RANK * i, lambda o, i: RANK * o, lambda o, i: o * i)
     )
     counted = {m: taught(m, recipe.replace(steps=1), pipe=pipe[0], family=pipe[1]).trained for m in ADAPTERS}
-    assert counted["lora"] == counted["lora_preserve"] == counted["pissa"] == counted["olora"] == both
+    assert counted["lora"] == counted["pissa"] == counted["olora"] == both
     assert {counted[method] for method in FROZEN_UP} == {inputs_only}
     assert counted["transposed"] == counted["transposed_disjoint"] == counted["orthogonal"] == outputs_only
     assert counted["full"] == whole
@@ -372,8 +372,7 @@ def test_lessons_against_leakage_ask_for_what_the_base_does(pipe: Any, recipe: R
 
 
 def test_a_subject_is_held_to_nothing(recipe: Recipe) -> None:
-    for method in ("qrlora_disjoint_preserve", "lora_preserve"):
-        assert ADAPTERS[method].lesson(recipe) == recipe
+    assert ADAPTERS["qrlora_disjoint_preserve"].lesson(recipe) == recipe
 
 
 @pytest.mark.parametrize(

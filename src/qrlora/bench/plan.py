@@ -46,7 +46,7 @@ _ADAPTERS = (
     *("lora", "qrlora_disjoint", "qrlora", "q_random", "pissa", "orthogonal", "q_minor", "qrlora_dense"),
     *("q_activation", "q_gradient"),
     *("q_random_each", "transposed", "transposed_disjoint", "qrlora_trained", "mica", "olora", "oft", "full"),
-    *("q_free_4", "qrlora_wide", "q_cayley", f"{DEFAULT}_preserve", "lora_preserve"),
+    *("q_free_4", "qrlora_wide", "q_cayley", f"{DEFAULT}_preserve"),
     *(f"{DEFAULT}_contrast", f"{DEFAULT}_masked", "qrlora_penalty"),
 )
 _MERGES = ("ties", "dare", "ziplora", "klora", "nplora", "blora", "activation_weights", "regmean", "project_both")
@@ -62,7 +62,6 @@ ROWS: dict[str, Row] = {
         *(Row(f"{name}+project_both", name, "project_both") for name in _GIVING_WAY),
         Row(f"{DEFAULT}+route_steps_reversed", DEFAULT, "route_steps", {"first": "style"}),
         Row("lora+joint", "lora", "joint"),
-        Row(f"{DEFAULT}+joint", DEFAULT, "joint"),
     )
 }
 """Name -> row. Adapters alone stand for their direct sum."""

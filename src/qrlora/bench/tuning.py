@@ -36,7 +36,7 @@ from qrlora.files import write_atomically
 from qrlora.pico import world
 
 LADDER = {"subject": (1.5e-3, 3e-3, 6e-3), "style": (5e-4, 1.5e-3, 5e-3)}
-SLOWER = {"lora": 0.3, "lora_preserve": 0.3, "pissa": 0.3, "olora": 0.3, "qrlora_trained": 0.3, "oft": 0.3, "full": 0.1}
+SLOWER = {"lora": 0.3, "pissa": 0.3, "olora": 0.3, "qrlora_trained": 0.3, "oft": 0.3, "full": 0.1}
 SLOWER |= {"q_free_4": 0.3, "q_cayley": 0.3}
 """Method -> what its ladder is multiplied with."""
 SUMMED = ((1.0, 1.0), (1.0, 0.7), (1.4, 0.7), (1.4, 1.0), (1.4, 1.4))

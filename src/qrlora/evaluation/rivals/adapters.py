@@ -50,8 +50,8 @@ PRIOR = (
     "a photo of a blue <k9> in neon style",
     "a photo of a green sofa in <r2> style",
 )
-"""What the rows called `_preserve` leave as the base draws it when a style is taught: other new words. No subject and
-no style that the bench measures drift by."""
+"""What `qrlora_disjoint_preserve` leaves as the base draws it when a style is taught: other new words.
+No subject and no style that the bench measures drift by."""
 PENALTY = 1e-3
 """How much of a row of ΔR is added to its gradient in `qrlora_penalty`, where the row's column is the other role's."""
 NEUTRAL = "thing"
@@ -471,13 +471,6 @@ def _own_rows(layers: Mapping[str, Any], recipe: Recipe) -> None:
 _ROWS = (
     AdapterMethod(
         "lora", "A random, B zero, both train", "Hu et al. 2021, arXiv 2106.09685", _by_recipe(method="lora")
-    ),
-    AdapterMethod(
-        "lora_preserve",
-        "LoRA, a style taught to leave what other new words call as the base draws it",
-        "control of qrlora_disjoint_preserve",
-        _by_recipe(method="lora"),
-        _prior,
     ),
     AdapterMethod(
         "pissa",
