@@ -659,6 +659,12 @@ def test_the_page_has_the_numbers_of_the_records_beside_it():
         assert [float(cell.split()[0]) for cell in line.split(" | ")[1:4]] == pytest.approx(means, abs=0.00501)
 
 
+def test_the_records_are_of_all_that_the_bench_measures_as_it_is(tmp_path):
+    records = run.read_records(Path(__file__).parents[1] / "docs" / "bench" / "records.jsonl")
+    cells = [cell for stage in run.cells_of(Scope()) for cell in stage]
+    assert run.missing(tmp_path, Scope(), cells, records) == [] and len(records) == len(cells)
+
+
 def test_pages_count_what_there_is():
     root = Path(__file__).parents[1]
     names = ("README.md", "README.ja.md", "docs/bench.md")
