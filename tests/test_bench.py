@@ -665,6 +665,19 @@ def test_the_records_are_of_all_that_the_bench_measures_as_it_is(tmp_path):
     assert run.missing(tmp_path, Scope(), cells, records) == [] and len(records) == len(cells)
 
 
+@pytest.mark.parametrize(("count", "blocks"), [(3, 1), (page.BLOCK, 1), (page.BLOCK + 1, 2), (2 * page.BLOCK + 1, 3)])
+def test_a_sheet_shows_every_row_in_blocks_of_one_height(tmp_path, count, blocks):
+    colours = [(200, 2 * i, 50) for i in range(count)]
+    files = {f"row {i:02}": tmp_path / f"{i}.png" for i in range(count)}
+    for file, colour in zip(files.values(), colours, strict=True):
+        Image.new("RGB", (64 * page.SHOWN, 64), colour).save(file)
+    seen = page._sheet([], files)
+    assert {tuple(pixel) for pixel in seen.reshape(-1, 3)} >= set(colours)
+    one, two = (page._sheet([], dict(list(files.items())[:rows])) for rows in (1, 2))
+    assert seen.shape[1] == blocks * one.shape[1]
+    assert len(seen) == len(one) + (-(-count // blocks) - 1) * (len(two) - len(one))
+
+
 def test_pages_count_what_there_is():
     root = Path(__file__).parents[1]
     names = ("README.md", "README.ja.md", "docs/bench.md")

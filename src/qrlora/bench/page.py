@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
@@ -35,8 +36,8 @@ COLUMNS = ("recognised", "both", "named", "subject", "style", "crosstalk", "obed
 RATIOS = ("recognised", "named", "crosstalk")
 SHOWN = 3
 """Pictures of a pair on a sheet."""
-BLOCK = 24
-"""Methods below one another on a sheet; the next ones begin beside them."""
+BLOCK = 30
+"""Most lines below one another on a sheet: more are laid in blocks of equal height, side by side."""
 
 
 def write(folder: Path, scope: Scope, records: Sequence[Record], command: str) -> Path:
@@ -185,7 +186,7 @@ def _pair(scope: Scope, row: str, pair: tuple[str, str]) -> Cell:
 
 
 def _sheet(taught: Sequence[Image.Image], drawn: Mapping[str, Path]) -> UInt8[np.ndarray, "h w 3"]:
-    """What was learned from in the first row, then a row for every method, in blocks of BLOCK side by side."""
+    """What was learned from in the first row, then a row for every method, in blocks side by side."""
     strips = {row: Image.open(file).convert("RGB") for row, file in drawn.items()}
     side = next(iter(strips.values())).height
     count = min(SHOWN, next(iter(strips.values())).width // side)
@@ -194,8 +195,9 @@ def _sheet(taught: Sequence[Image.Image], drawn: Mapping[str, Path]) -> UInt8[np
     for row, strip in strips.items():
         lines.append((row, [strip.crop((i * side, 0, (i + 1) * side, side)) for i in range(count)]))
     blocks = []
-    for start in range(0, len(lines), BLOCK):
-        labels, cells = zip(*lines[start : start + BLOCK], strict=True)
+    size = math.ceil(len(lines) / math.ceil(len(lines) / BLOCK))
+    for start in range(0, len(lines), size):
+        labels, cells = zip(*lines[start : start + size], strict=True)
         blocks.append(np.asarray(labelled_grid(cells, labels, [""] * count)))
     high = max(map(len, blocks))
     return np.concatenate(

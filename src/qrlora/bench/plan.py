@@ -62,6 +62,7 @@ ROWS: dict[str, Row] = {
         *(Row(f"{name}+project_both", name, "project_both") for name in _GIVING_WAY),
         Row(f"{DEFAULT}+route_steps_reversed", DEFAULT, "route_steps", {"first": "style"}),
         Row("lora+joint", "lora", "joint"),
+        Row(f"{DEFAULT}+joint", DEFAULT, "joint"),
     )
 }
 """Name -> row. Adapters alone stand for their direct sum."""
