@@ -193,7 +193,7 @@ def foretelling(told: Mapping[str, Mapping[str, Any]], measure: str = "cosine") 
         return None
     figure, axes = _figure()
     rows = list(dict.fromkeys(point[0] for point in told[measure]["points"]))
-    other = itertools.cycle(colormaps["tab20"].colors)  # type: ignore[attr-defined]
+    other = itertools.cycle(colormaps["tab20"].colors[1:])  # type: ignore[attr-defined]  # the first is like lora's
     for row in rows:
         points = [(p[1], p[2]) for p in told[measure]["points"] if p[0] == row]
         correlation = told[measure].get(row)
