@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import importlib
+import io
 import json
 import re
 from dataclasses import replace
@@ -676,6 +677,13 @@ def test_a_sheet_shows_every_row_in_blocks_of_one_height(tmp_path, count, blocks
     one, two = (page._sheet([], dict(list(files.items())[:rows])) for rows in (1, 2))
     assert seen.shape[1] == blocks * one.shape[1]
     assert len(seen) == len(one) + (-(-count // blocks) - 1) * (len(two) - len(one))
+
+
+def test_a_sheet_keeps_the_colours_of_its_smallest_pictures():
+    green = np.random.default_rng(0).integers((60, 80, 0), (200, 220, 90), (600, 600, 3), dtype=np.uint8)
+    green[100:140, 100:140] = teal = (20, 150, 170)
+    seen = np.asarray(Image.open(io.BytesIO(page._jpeg(green))))[108:132, 108:132]
+    assert np.abs(seen.astype(int) - teal).max() <= 4
 
 
 def test_pages_count_what_there_is():

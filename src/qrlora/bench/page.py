@@ -41,20 +41,21 @@ BLOCK = 30
 
 
 def write(folder: Path, scope: Scope, records: Sequence[Record], command: str) -> Path:
-    """Write report.html, report.json, table.csv and .md, records.jsonl and plots/*.png; returns the page's path."""
+    """Write report.html, report.json, table.csv and .md, records.jsonl and plots/*; returns the page's path."""
     rows = [row for row in scope.rows if by_pair(records, row, "both")]
     found = table(records, rows)
     beside = {row: against(records, row, RIVAL) for row in _order(found) if row != RIVAL and RIVAL in rows}
     told = foretold(records, [row for row in rows if row == ROWS[row].adapter])
-    plots = [
+    charts = [
         subject_against_style(found),
         crosstalk_bars(found),
         across_weights(records),
         with_many(records),
         freedom(records),
         foretelling(told),
-        *sheets(folder, scope, records, _order(found)),
     ]
+    plots = [chart for chart in charts if chart]
+    drawn = sheets(folder, scope, records, _order(found))
     data = _data(scope, records, command, rows) | {
         "table": as_json(found),
         f"against {RIVAL}": as_json(beside),
@@ -65,16 +66,16 @@ def write(folder: Path, scope: Scope, records: Sequence[Record], command: str) -
     write_atomically(folder / "table.csv", _csv(found).encode())
     write_atomically(folder / "table.md", _markdown(found, beside).encode())
     for plot in plots:
-        if plot:
-            write_atomically(
-                folder / "plots" / f"{plot.name}.png", png_bytes(Image.fromarray(plot.pixels).quantize(256))
-            )
+        png = png_bytes(Image.fromarray(plot.pixels).quantize(256))
+        write_atomically(folder / "plots" / f"{plot.name}.png", png)
+    for sheet in drawn:
+        write_atomically(folder / "plots" / f"{sheet.name}.jpg", _jpeg(sheet.pixels))
     sections = [
         Section("", [Prose([_opening(scope, found, beside)]), Code(command)]),
         _table(found, scope),
         *([_beside(beside)] if beside else []),
         *([_agreement(data)] if data["agreement"] else []),
-        *(Section(plot.title, [Picture(plot.pixels, plot.title), Prose([plot.said])]) for plot in plots if plot),
+        *(Section(each.title, [Picture(each.pixels, each.title), Prose([each.said])]) for each in (*plots, *drawn)),
         _measured(),
     ]
     under = f"{len(scope.subjects)} subjects x {len(scope.styles)} styles, {len(scope.seeds)} seeds, one picture each"
@@ -203,6 +204,14 @@ def _sheet(taught: Sequence[Image.Image], drawn: Mapping[str, Path]) -> UInt8[np
     return np.concatenate(
         [np.pad(b, ((0, high - len(b)), (0, 0), (0, 0)), constant_values=255) for b in blocks], axis=1
     )
+
+
+def _jpeg(pixels: UInt8[np.ndarray, "h w 3"]) -> bytes:
+    """In full colour: 256 colours for all of a sheet change those of its smaller things, and as PNG it is four times as
+    large."""
+    stream = io.BytesIO()
+    Image.fromarray(pixels).save(stream, "JPEG", quality=92, subsampling=0)
+    return stream.getvalue()
 
 
 def _taught(folder: Path, scope: Scope, pair: tuple[str, str]) -> list[Image.Image]:
