@@ -29,7 +29,7 @@ from qrlora.adapter.record import triangular_mask
 from qrlora.basis import TURNED, VERSIONS, Basis, fingerprint, marks, turned
 from qrlora.cli.inspect import describe
 from qrlora.composition import Composition, similarity
-from qrlora.errors import AdapterFileError, MismatchError, TunerError
+from qrlora.errors import AdapterFileError, MismatchError, OutputError, TunerError
 from qrlora.files import write_atomically
 from qrlora.tuner import QRLoraConfig
 from samples import SHAPES, changed, delta_weights, make_adapter, make_basis, make_lora
@@ -293,7 +293,7 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(basis, tmp_path
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, step, fail)
-    with pytest.raises(AdapterFileError, match="No space left"):
+    with pytest.raises(OutputError, match="No space left"):
         save_adapter(new, folder / "mine.safetensors")
     assert [path.name for path in folder.iterdir()] == ["mine.safetensors"]
     assert_equal(load_adapter(folder / "mine.safetensors"), old)
@@ -325,6 +325,8 @@ def test_a_killed_writer_leaves_the_old_file(basis, tmp_path):
     assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
     assert len(list(tmp_path.iterdir())) == 2  # what the killed one left has a name that nothing reads
     assert_equal(load_adapter(tmp_path / "mine.safetensors"), make_adapter(basis))
+    save_adapter(make_adapter(basis, seed=9), tmp_path / "mine.safetensors")
+    assert len(list(tmp_path.iterdir())) == 1  # and the next writer removes it
 
 
 # Onto models and off again

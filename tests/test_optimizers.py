@@ -14,7 +14,7 @@ from PIL import Image
 from torch import nn
 
 from qrlora.errors import RecipeError
-from qrlora.training import checkpoint
+from qrlora.training import checkpoint, outputs
 from qrlora.training.loop import train
 from qrlora.training.optimizers import PACKAGES, evaluated, optimizer_for
 from qrlora.training.recipe import Recipe
@@ -55,7 +55,7 @@ def test_resuming_restores_the_whole_state(recipe: Recipe) -> None:
     """Tensors, nested ones and numbers: what follows is the same, bit for bit, and so is what is saved then."""
     whole, optimizer = start(recipe)
     quadratic(recipe, whole, optimizer, 5)
-    checkpoint.folder(recipe).parent.mkdir(exist_ok=True)
+    outputs.folder(recipe).parent.mkdir(exist_ok=True)
     checkpoint.save(recipe, {}, 5, {"p": whole}, optimizer, loss_scale=8.0)
     quadratic(recipe, whole, optimizer, 5)
     resumed, other = start(recipe)

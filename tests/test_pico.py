@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
+import signal
 from dataclasses import replace
 
 import diffusers
@@ -14,6 +16,7 @@ import torch
 from diffusers import StableDiffusion3Pipeline
 
 from qrlora import pico
+from qrlora.errors import TrainingError
 from qrlora.families import load_pipeline, load_structure
 from qrlora.generation import generate_jobs
 from qrlora.pico import evaluate, train, world
@@ -212,3 +215,38 @@ def test_a_decoder_trained_alone_leaves_the_rest_as_it_was(pipe, tmp_path):
             assert torch.equal(getattr(found, part).state_dict()[name], weight), name
     moved = found.vae.decoder.conv_out.conv.bias - original.vae.decoder.conv_out.conv.bias
     assert moved.detach().numpy() == pytest.approx(0.5, abs=1e-2)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_pretraining_that_is_told_to_end_is_saved_and_goes_on_bit_for_bit(tmp_path, number):
+    def run(work, steps=6):
+        work.mkdir(exist_ok=True)
+        layer = torch.nn.Linear(3, 1)
+        torch.nn.init.ones_(layer.weight), torch.nn.init.zeros_(layer.bias)
+        made = train.Run(
+            work, "line", {"line": layer}, [torch.optim.AdamW(layer.parameters(), 0.1)], steps, lambda _: 1
+        )
+        made.restore()
+        return made, layer
+
+    def loss_of(step):
+        x = torch.randn(4, 3, generator=torch.Generator().manual_seed(step))
+        return (layer(x) - x.sum(1, keepdim=True) ** 2).square().mean()
+
+    def interrupting(step):
+        if step == 2:
+            os.kill(os.getpid(), number)
+        return loss_of(step)
+
+    whole, layer = run(tmp_path / "whole")
+    whole.go(loss_of)
+    weight = layer.weight.detach().clone()
+    stopped, layer = run(tmp_path / "stopped")
+    with pytest.raises(KeyboardInterrupt, match="after step 3"):
+        stopped.go(interrupting)
+    resumed, layer = run(tmp_path / "stopped")
+    assert resumed.step == 3
+    resumed.go(loss_of)
+    assert torch.equal(layer.weight, weight)
+    with pytest.raises(TrainingError, match="more steps"):
+        run(tmp_path / "stopped", steps=5)

@@ -107,7 +107,7 @@ def test_float16_scales_its_loss_and_takes_an_overflowing_step_again(
     adapters, scales = [], []
     for scale in (2.0**16, 2.0**60):
         monkeypatch.setattr(loop, "LOSS_SCALE", scale)
-        adapters.append(train(recipe))
+        adapters.append(train(recipe, restart=True))
         with safetensors.safe_open(checkpoint.path_of(recipe, 6), framework="pt") as stream:
             scales.append(float(stream.metadata()["loss_scale"]))
         assert (first_moments(recipe) - moments).norm() < 0.05 * moments.norm()  # gradients of the size they are

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import shutil
 import signal
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +16,10 @@ import torch
 from PIL import Image
 
 from qrlora.adapter import Adapter, load_adapter
-from qrlora.errors import DataError, ModelError, RecipeError, TrainingError, TunerError
+from qrlora.errors import DataError, ModelError, OutputError, RecipeError, TrainingError, TunerError
 from qrlora.families import load_pipeline
 from qrlora.generation import generate
-from qrlora.training import checkpoint
+from qrlora.training import checkpoint, loop, monitor, outputs, placement
 from qrlora.training.loop import Progress, TrainingInterrupted, order, pace, train
 from qrlora.training.recipe import Recipe
 
@@ -112,20 +115,23 @@ def test_resumed_run_is_the_uninterrupted_run_bit_for_bit(recipe: Recipe, change
         assert resumed.ups and all(torch.equal(whole.ups[name], resumed.ups[name]) for name in whole.ups)
 
 
-def test_ctrl_c_saves_and_resumes(recipe: Recipe) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_ctrl_c_and_its_kin_save_and_resume(recipe: Recipe, number: signal.Signals) -> None:
     recipe = recipe.replace(cooldown_steps=4)
     whole = train(recipe)
-    checkpoints = checkpoint.folder(recipe)
+    checkpoints = outputs.folder(recipe)
 
     def press(progress: Progress) -> None:
         if progress.step == 4:
-            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), number)
+            if number != signal.SIGINT:  # a second Ctrl-C is another test's
+                os.kill(os.getpid(), number)
 
-    handler = signal.getsignal(signal.SIGINT)
+    handler = signal.getsignal(number)
     with pytest.raises(TrainingInterrupted, match="after step 4") as interrupt:
         train(recipe, progress=press)
     assert interrupt.value.checkpoint == checkpoints / "step-000004.safetensors"
-    assert signal.getsignal(signal.SIGINT) is handler
+    assert signal.getsignal(number) is handler
     assert same(whole, train(recipe, resume=True))
     with pytest.raises(TrainingInterrupted, match="nothing saved"):
         train(recipe.replace(output=None), progress=press)
@@ -143,8 +149,122 @@ def test_second_ctrl_c_does_not_wait(recipe: Recipe) -> None:
 
 def test_only_the_newest_checkpoints_are_kept(recipe: Recipe) -> None:
     train(recipe.replace(checkpoint_every=2, checkpoints_kept=2))
-    names = sorted(path.name for path in checkpoint.folder(recipe).iterdir())
+    names = sorted(path.name for path in outputs.folder(recipe).iterdir())
     assert names == ["step-000004.safetensors", "step-000006.safetensors"]
+
+
+def test_another_runs_checkpoints_are_neither_trained_over_nor_removed_unless_it_is_said(recipe: Recipe) -> None:
+    train(recipe.replace(checkpoint_every=3, checkpoints_kept=2))
+    assert recipe.output is not None
+    before = {path: path.read_bytes() for path in [recipe.output, *outputs.folder(recipe).iterdir()]}
+    other = recipe.replace(seed=1, steps=2, checkpoint_every=1)
+    with pytest.raises(RecipeError, match=r"(?s)earlier run.*step-000006.*--resume.*-o.*--restart"):
+        train(other)
+    with pytest.raises(ModelError):  # given up only by a run that can begin
+        train(other.replace(model=str(recipe.images[0])), restart=True)
+    assert {path: path.read_bytes() for path in before} == before
+    (outputs.folder(recipe) / "notes.txt").touch()
+    assert same(train(other, restart=True), load_adapter(recipe.output))
+    assert sorted(path.name for path in outputs.folder(recipe).iterdir()) == ["notes.txt", "step-000002.safetensors"]
+
+
+def test_a_disk_too_small_is_said_before_the_model_is_loaded(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a size that is no less than what is written, and not much more."""
+    asked: list[int] = []
+    monkeypatch.setattr(placement, "check_room", lambda _, size: asked.append(size))
+    for changes in ({}, {"method": "lora"}, {"train_basis": True, "columns": "first"}):
+        train(recipe.replace(checkpoint_every=3, steps=3, **changes), restart=True)
+        assert recipe.output is not None
+        adapter, state = recipe.output.stat().st_size, outputs.path_of(recipe, 3).stat().st_size
+        assert 0.6 * (adapter + 2 * state) < asked[-1] < 1.1 * (adapter + 2 * state)
+    monkeypatch.undo()
+    monkeypatch.setattr(loop, "load_pipeline", lambda *_, **__: pytest.fail("the model is loaded"))
+    usage = shutil.disk_usage(recipe.images[0])
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=asked[0] - 1))
+    with pytest.raises(OutputError, match=r"no room for .*mug\.safetensors"):
+        train(recipe.replace(checkpoint_every=3), restart=True)
+
+
+def test_a_disk_that_fails_on_the_way_costs_nothing_that_was_trained(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Checkpoints are passed over, and the adapter goes to the cache: a folder deleted, a disk full for good."""
+    monkeypatch.setenv("QRLORA_CACHE", str(tmp_path / "cache"))
+    whole = train(recipe.replace(output=None))
+    folder = tmp_path / "out"
+    recipe = recipe.replace(output=folder / "mug.safetensors", checkpoint_every=2)
+    replace = os.replace
+
+    def full(source: Any, target: Any) -> None:
+        if Path(target).is_relative_to(folder):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        replace(source, target)
+
+    for spoil in (lambda: shutil.rmtree(folder), lambda: monkeypatch.setattr(os, "replace", full)):
+        folder.mkdir(exist_ok=True)
+
+        def on_the_way(progress: Progress, spoil: Any = spoil) -> None:
+            if progress.step == 3:
+                spoil()
+
+        with pytest.raises(OutputError, match=r"cannot write .*mug\.safetensors; it was saved as") as error:
+            train(recipe, progress=on_the_way, restart=True)
+        assert error.value.saved and same(load_adapter(error.value.saved), whole)
+        assert "training goes on without this checkpoint" in caplog.text
+        caplog.clear()
+
+
+def test_an_interrupted_run_without_a_disk_saves_its_checkpoint_elsewhere(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("QRLORA_CACHE", str(tmp_path / "cache"))
+    whole, folder = train(recipe.replace(output=None)), tmp_path / "out"
+    folder.mkdir()
+    recipe = recipe.replace(output=folder / "mug.safetensors")
+
+    def press(progress: Progress) -> None:
+        if progress.step == 4:
+            shutil.rmtree(folder)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(OutputError, match=r"step-000004\.safetensors; it was saved as") as error:
+        train(recipe, progress=press)
+    assert error.value.saved
+    outputs.folder(recipe).mkdir(parents=True)
+    shutil.move(error.value.saved, outputs.folder(recipe))
+    assert same(whole, train(recipe, resume=True))
+
+
+def test_a_tracker_that_cannot_write_ends_the_run_with_a_checkpoint(
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(self: Any, run: Any, *_: Any) -> None:
+        if run.step == 2:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "events.out")
+
+    whole = train(recipe.replace(output=None))
+    with monkeypatch.context() as patch:
+        patch.setattr(monitor.Monitor, "after_step", full)
+        with pytest.raises(OutputError, match=r"(?s)stopped after step 2: events.out.*step-000002.*--resume"):
+            train(recipe)
+    assert same(whole, train(recipe, resume=True))
+
+
+def test_two_runs_do_not_share_an_output(recipe: Recipe) -> None:
+    def second(progress: Progress) -> None:
+        refused = []
+
+        def run() -> None:
+            with pytest.raises(OutputError, match=f"(?s)another run is writing.*process {os.getpid()}"):
+                train(recipe)
+            refused.append(True)
+
+        thread = threading.Thread(target=run)
+        thread.start()
+        thread.join()
+        assert refused
+
+    train(recipe.replace(steps=1), progress=second)
 
 
 @pytest.mark.parametrize("method", ["qrlora", "lora"])
@@ -157,6 +277,8 @@ def test_resume_refuses_another_run_and_a_damaged_checkpoint(recipe: Recipe) -> 
     with pytest.raises(RecipeError, match="nothing to resume"):
         train(recipe, resume=True)
     train(recipe.replace(checkpoint_every=6))
+    with pytest.raises(RecipeError, match=r"(?s)step-000006.* more steps.*got: +5"):
+        train(recipe.replace(steps=5), resume=True)
     with pytest.raises(RecipeError, match="another run") as error:
         train(recipe.replace(learning_rate=0.5, rank=1), resume=True)
     assert set(error.value.expected) == {"learning_rate", "rank"}

@@ -14,7 +14,6 @@ import functools
 import hashlib
 import json
 import math
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,8 +24,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from qrlora.errors import BasisError
-from qrlora.files import write_atomically
+from qrlora.errors import BasisError, OutputError
+from qrlora.files import default_cache_dir, make_folder, write_atomically
 
 VERSIONS = {"exact": 1, "fast": 2}
 """Algorithm -> its version, part of every fingerprint and cache name: raise it when a weight would get another Q."""
@@ -128,11 +127,6 @@ def turned(first: Sequence[float], second: Sequence[float]) -> float:
     ΔW on Q' is off by that share of itself. Above ``TURNED`` an adapter is refused.
     """
     return math.sqrt(sum((a - b) ** 2 for a, b in zip(first, second, strict=True)) / len(first))
-
-
-def default_cache_dir() -> Path:
-    """Folder of cached bases: $QRLORA_CACHE, else ~/.cache/qrlora."""
-    return Path(os.environ.get("QRLORA_CACHE") or Path.home() / ".cache" / "qrlora")
 
 
 class Basis(Mapping[str, LayerBasis]):
@@ -506,12 +500,12 @@ def _read_columns(path: Path, matrix: Float[Tensor, "out in"], rank: int) -> Flo
 
 def _cache(path: Path, content: bytes) -> None:
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, content)
-    except OSError as error:
+        make_folder(path.parent)
+        write_atomically(path, content, rescue=False)
+    except OutputError as error:
         raise BasisError(
             "a basis cannot be cached",
             expected=f"a writable folder {path.parent}",
-            got=error,
+            got=error.got,
             remedy="free space there, or point QRLORA_CACHE to another folder",
         ) from error

@@ -10,6 +10,7 @@
     ├── DataError           a picture, caption or folder that cannot be used
     ├── BrandError          a brand sheet with unknown, missing or contradictory fields
     ├── TrainingError       a training run that broke down
+    ├── OutputError         a file or folder that cannot be written, or that another run is writing
     └── RequestError        an HTTP request that the server does not fulfil
 
 Each message says what was expected, what was got, and what to do about it.
@@ -17,6 +18,7 @@ Each message says what was expected, what was got, and what to do about it.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 
@@ -66,6 +68,14 @@ class BrandError(QrloraError):
 
 class TrainingError(QrloraError):
     """A training run that broke down: its loss or gradient is no longer finite."""
+
+
+class OutputError(QrloraError):
+    """A file or folder that cannot be written. `saved` is where its content is instead, if it could be saved at all."""
+
+    def __init__(self, what: str, *, saved: Path | None = None, **said: Any):
+        super().__init__(what, **said)
+        self.saved = saved
 
 
 class RequestError(QrloraError):

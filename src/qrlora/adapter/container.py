@@ -36,7 +36,7 @@ def about(path: Path) -> Iterator[None]:
         what = f"{path}: {error.what}"
         raise AdapterFileError(what, expected=error.expected, got=error.got, remedy=error.remedy) from error
     except OSError as error:
-        raise AdapterFileError(f"{path}: cannot be read or written", got=error) from error
+        raise AdapterFileError(f"{path}: cannot be read", got=error) from error
 
 
 def check_is_file(path: Path) -> None:

@@ -22,7 +22,7 @@ import dataclasses
 import hashlib
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -60,18 +60,19 @@ def save_adapter(
     *,
     names: Mapping[str, str] | None = None,
     notes: Mapping[str, str] | None = None,
+    check: Callable[[Path], None] | None = None,
 ) -> None:
     """Write `adapter` to a .safetensors file, all or nothing: an interrupted write leaves what was there before.
 
     The LoRA and kohya spellings of an adapter on a basis need that `basis` (or one with more layers) for its Q; the
     kohya spelling needs `names`, layer -> name. `notes` is metadata for other programs, keys as `NOTES` allows; the
-    digest of the tensors is added to them.
-    Raises AdapterFileError (unknown spelling, NaN, no such folder, other suffix), MismatchError (another basis, none).
+    digest of the tensors is added to them. `check` may refuse the written file before it gets its name.
+    Raises AdapterFileError (unknown spelling, NaN, other suffix), MismatchError (another basis, none), OutputError
+    (says where the file was written instead).
     """
     path = Path(path)
     require(spelling in SPELLINGS, "unknown spelling", expected=" or ".join(SPELLINGS), got=spelling)
     require(path.suffix == ".safetensors", "adapters are safetensors", expected="*.safetensors", got=path.name)
-    require(path.parent.is_dir(), "no such folder", expected="an existing folder", got=path.parent)
     if spelling == "compact":
         require(
             adapter.metadata.on_basis,
@@ -91,9 +92,7 @@ def save_adapter(
     metadata = encode_metadata(adapter, spelling, names)
     if notes:
         metadata |= {**notes, **_content_digests(tensors)}
-    data = safetensors.torch.save(tensors, metadata=metadata)
-    with about(path):
-        write_atomically(path, data)
+    write_atomically(path, safetensors.torch.save(tensors, metadata=metadata), check=check)
 
 
 def load_adapter(path: str | Path) -> Adapter:

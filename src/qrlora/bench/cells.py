@@ -34,7 +34,7 @@ from qrlora.evaluation.rivals.deltas import Learned, load_learned, save_learned,
 from qrlora.evaluation.rivals.file_measures import between
 from qrlora.evaluation.rivals.merges import MERGES, Schedule, drawing
 from qrlora.families import load_pipeline
-from qrlora.files import write_atomically
+from qrlora.files import make_folder, write_atomically
 from qrlora.generation import one_batch
 from qrlora.pico import world
 from qrlora.pico.judge import WEIGHTS, Judge
@@ -160,7 +160,7 @@ class Bench:
         """Where a part of a cell lies: "records", "adapters" or "pictures"."""
         ending = {"records": "json", "adapters": "safetensors", "pictures": "png"}[part]
         path = self.folder / part / f"{digest_of(cell, self.scope, judged=part == 'records')}.{ending}"
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         return path
 
     def lesson(self, role: str, name: str, seed: int) -> Lesson:
@@ -170,7 +170,7 @@ class Bench:
         """
         names = list(world.SUBJECTS if role == "subject" else world.STYLES)
         file = self.folder / "lessons" / f"{role}-{name.replace(' ', '-')}-{seed}.png"
-        file.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(file.parent)
         if role == "subject":
             mask = world.render(scene_of_lesson(role, name, seed))[1]
             pixels = Image.fromarray((mask * 255 + 0.5).astype(np.uint8))

@@ -29,7 +29,7 @@ from qrlora.bench.plots import (
 from qrlora.bench.run import facts, write_records
 from qrlora.bench.tables import Estimate, against, agreement, as_json, by_pair, by_seed, foretold, table
 from qrlora.evaluation.report import Code, Picture, Prose, Report, Section, Table, png_bytes
-from qrlora.files import write_atomically
+from qrlora.files import make_folder, write_atomically
 from qrlora.generation import labelled_grid
 
 COLUMNS = ("recognised", "both", "named", "subject", "style", "crosstalk", "obedience", "energy", "diversity")
@@ -61,7 +61,7 @@ def write(folder: Path, scope: Scope, records: Sequence[Record], command: str) -
         f"against {RIVAL}": as_json(beside),
         "foretold": {name: {k: v for k, v in each.items() if k != "points"} for name, each in told.items()},
     }
-    (folder / "plots").mkdir(parents=True, exist_ok=True)
+    make_folder(folder / "plots")
     write_records(folder / "records.jsonl", records)
     write_atomically(folder / "table.csv", _csv(found).encode())
     write_atomically(folder / "table.md", _markdown(found, beside).encode())

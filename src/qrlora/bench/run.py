@@ -133,8 +133,10 @@ _BENCH: list[Bench] = []
 
 
 def _begin(folder: Path, scope: Scope, threads: int) -> None:
-    """A worker's own base model and judge. Ctrl-C is the parent's to take; without a parent there is nothing to do."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """A worker's own base model and judge. Signals are the parent's to take; without it there is nothing to do."""
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        if hasattr(signal, name):  # Windows has no SIGHUP
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
     threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     torch.set_num_threads(threads)
     _BENCH.append(Bench.open(folder, scope))

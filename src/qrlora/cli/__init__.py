@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import difflib
+import os
 import re
 import sys
 from collections.abc import Sequence
 from importlib.metadata import version
+from pathlib import Path
 
 from qrlora.cli.basis import add_basis
 from qrlora.cli.bench import add_bench
@@ -23,7 +26,8 @@ from qrlora.cli.similarity import add_similarity
 from qrlora.cli.study import add_study
 from qrlora.cli.train import add_train
 from qrlora.cli.tune import add_tune
-from qrlora.errors import QrloraError
+from qrlora.files import disk_error
+from qrlora.interrupts import ended, say
 from qrlora.quiet import hush
 
 hush()  # here, not in `main`: the processes that a command starts import this before anything that is heavy
@@ -33,31 +37,44 @@ LESS = "lower --batch-size or --resolution, load the model with --dtype bfloat16
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code: 0 done, 1 done and found wanting (where a command says so), 2 wrong input
-    (said on stderr), 130 interrupted."""
+    (said on stderr), 130 interrupted by Ctrl-C, 143 by SIGTERM, 129 by SIGHUP."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     parser = build_parser(arguments)
     options, unknown = parser.parse_known_args(arguments)
     if unknown:
         _refuse(parser, options.command, unknown)
+    return _run(options)
+
+
+def _run(options: argparse.Namespace) -> int:
+    """As `main`. What a command claims by `cli.shared.claim` is held until it ends."""
+
+    def work() -> int:
+        with contextlib.ExitStack() as options.claims:
+            code = options.run(options) or 0
+            _flush()
+            return code
+
+    name = f"qrlora {options.command}"
     try:
-        return options.run(options) or 0
-    except QrloraError as error:
-        print(f"qrlora {options.command}: {error}", file=sys.stderr)
-        return 2
+        return ended(name, work)
     except (MemoryError, RuntimeError) as error:
         # What torch raises where memory ends, on a GPU and on a CPU; any other RuntimeError is a fault of this package.
         if isinstance(error, RuntimeError) and not re.search("out of memory|allocate memory", str(error)):
             raise
-        print(f"qrlora {options.command}: memory is used up\n  got:      {error}\n  remedy:   " + LESS, file=sys.stderr)
+        say(f"{name}: memory is used up\n  got:      {error}\n  remedy:   {LESS}")
         return 2
-    except OSError as error:  # a full disk, a missing right: about the file, so the user's to mend
-        print(f"qrlora {options.command}: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt as interrupt:
-        print(f"\nqrlora {options.command}: {str(interrupt) or 'interrupted'}", file=sys.stderr)
-        if getattr(interrupt, "checkpoint", None):
-            print("continue with the same command and --resume", file=sys.stderr)
-        return 130
+
+
+def _flush() -> None:
+    """Bring what was printed to where it goes, so that a full disk there is no silent one."""
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        with contextlib.suppress(OSError):  # or the interpreter would try again, and fail, as it ends
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if not isinstance(error, BrokenPipeError):  # whoever read it had enough
+            raise disk_error(error, Path("the standard output")) from error
 
 
 def _refuse(parser: argparse.ArgumentParser, command: str, unknown: Sequence[str]) -> None:

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qrlora.cli.shared import Parsers, command, count, seed
+from qrlora.cli.shared import Parsers, claim, command, count, seed
 
 if TYPE_CHECKING:
     from qrlora.bench.plan import Scope
@@ -61,6 +61,7 @@ def run_bench(options: argparse.Namespace) -> None:
         sys.stdout.write("".join(f"{row.name:36} {bench.about(row)}\n" for row in plan.ROWS.values()))
         return
     scope = scope_of(options)
+    claim(options, options.out, folder=True)
     if options.tune:
         rates, balance = tuning.tune(options.out, scope, options.workers, _say)
         for adapter, found in rates.items():

@@ -14,6 +14,8 @@ from qrlora.cli.shared import (
     Parsers,
     add_give_way,
     bases_of,
+    check_room_for,
+    claim,
     command,
     count,
     load_weighted,
@@ -52,6 +54,7 @@ def add_compose(commands: Parsers) -> None:
 def run_compose(options: argparse.Namespace) -> None:
     """Write the composition of the parts, and print their interference or what the truncation lost."""
     refuse_default_output(options, "composition.safetensors")
+    claim(options, options.output)
     from qrlora.adapter import save_adapter
     from qrlora.composition import Composition, compose_delta_weights
 
@@ -67,6 +70,7 @@ def run_compose(options: argparse.Namespace) -> None:
         report, lines = interference.to_dict(), _interference_lines(interference)
         if options.give_way:
             report["energy_kept"] = composition.energy_kept()
+        check_room_for(options.output, adapter, options.spelling)
         basis = bases_of(options.model, [adapter])[0] if options.spelling == "lora" else None
         save_adapter(adapter, options.output, spelling=options.spelling, basis=basis)
     if options.give_way:

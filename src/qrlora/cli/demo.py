@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from qrlora.cli.shared import Parsers, command, count, seed
+from qrlora.cli.shared import Parsers, claim, command, count, seed
 
 
 def add_demo(commands: Parsers) -> None:
@@ -25,6 +25,7 @@ def add_demo(commands: Parsers) -> None:
 
 def run_demo(options: argparse.Namespace) -> None:
     """Run the demo and print where its report is."""
+    claim(options, options.out, folder=True)
     from qrlora import demo
 
     chosen = {

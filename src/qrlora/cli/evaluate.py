@@ -16,6 +16,7 @@ from qrlora.cli.shared import (
     add_sampling,
     add_seeds,
     check_give_way,
+    claim,
     command,
     load_weighted,
     refuse_to_replace,
@@ -124,11 +125,11 @@ def run_evaluate(options: argparse.Namespace) -> int:
     """Measure, print and write; returns the exit code."""
     if options.output == Path(DEFAULT_OUTPUT):
         refuse_to_replace(options.output / "report.html")
+    claim(options, options.output, folder=True)
     from qrlora.evaluation.assessment import assess, report
     from qrlora.evaluation.brand import Sheet
     from qrlora.evaluation.learned import Eyes
     from qrlora.evaluation.measures import chosen
-    from qrlora.files import write_atomically
 
     sheet = Sheet.load(options.brand) if options.brand else None
     if options.strict and sheet is None:
@@ -149,8 +150,7 @@ def run_evaluate(options: argparse.Namespace) -> int:
         groups = {_title(adapters, options.give_way): _made(options, adapters)}
     eyes = Eyes(dict(options.weights), options.device)
     found = assess(groups, references, measures, sheet, eyes, Bar("picture"))
-    page = report(found).write(options.output)
-    write_atomically(options.output / "pictures.csv", found.csv().encode())
+    page = report(found).write(options.output, {"pictures.csv": found.csv().encode()})
     print(json.dumps(found.data(), indent=2, ensure_ascii=False) if options.json else table(found))
     if not options.json:
         print(page)
@@ -231,10 +231,11 @@ def _made(options: argparse.Namespace, parts: Sequence[tuple[Path, float]]) -> l
     """The pictures of a composition, kept in the output folder."""
     import torch
 
-    from qrlora.cli.generate import picture_file, save_picture
+    from qrlora.cli.generate import described_png, picture_file
     from qrlora.composition import giving_way
     from qrlora.evaluation.pictures import read
     from qrlora.families import load_pipeline
+    from qrlora.files import write_all
     from qrlora.generation import generate
 
     adapters, seeds = giving_way(load_weighted(parts), options.give_way), seeds_of(options)
@@ -244,17 +245,16 @@ def _made(options: argparse.Namespace, parts: Sequence[tuple[Path, float]]) -> l
         generate(pipe, family, options.prompt, seeds, adapters=adapters, progress=Bar("picture made"), **sampling)
     )
     folder = options.output / "pictures"
-    folder.mkdir(parents=True, exist_ok=True)
-    pictures = []
+    pictures: dict[Path, bytes] = {}
     for index, prompt in enumerate(options.prompt):
         for seed in seeds:
             path = picture_file(folder, index, prompt, seed)
             adapter = [f"{file}:{weight:g}" for file, weight in parts]
             made = {"prompt": [prompt], "seed": [seed], "adapter": adapter, "give_way": options.give_way}
             made |= {"model": options.model, **sampling}
-            save_picture(path, next(images), made)
-            pictures.append(read(path))
-    return pictures
+            pictures[path] = described_png(next(images), made)
+    write_all(pictures, make_folder=True)
+    return [read(path) for path in pictures]
 
 
 def table(found: Assessment) -> str:

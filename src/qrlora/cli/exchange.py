@@ -13,6 +13,8 @@ from qrlora.cli.shared import (
     Bar,
     Parsers,
     basis_in,
+    check_room_for,
+    claim,
     command,
     refuse_default_output,
     refuse_to_replace,
@@ -46,17 +48,21 @@ def add_export(commands: Parsers) -> None:
 
 def run_export(options: argparse.Namespace) -> None:
     """Write the file and print how many of its layers match, by whose rules."""
+    if options.output:
+        claim(options, options.output)
     import torch
 
     from qrlora.exchange import export_adapter, load_any, target_of
     from qrlora.families import load_pipeline
 
     adapter = load_any(options.file)
+    check_room_for(options.output or Path(options.file.name), adapter, "lora")
     pipe, family = load_pipeline(_model_of(adapter, options.model))
     target = target_of(options.program, family.name)
     output = options.output or Path(f"{options.file.stem}-{target}.safetensors")
     if options.output is None:
         refuse_to_replace(output)
+        claim(options, output)
     basis = basis_in(family.denoiser_of(pipe), adapter)
     dtype = getattr(torch, options.dtype) if options.dtype else None
     export = export_adapter(adapter, output, target, pipe, family, basis=basis, dtype=dtype)
@@ -103,13 +109,15 @@ def _add_basis_flags(parser: Any) -> None:
 
 def run_import(options: argparse.Namespace) -> None:
     """Write the adapter and print, layer by layer, how much of it a projection kept."""
+    output = options.output or Path(f"{options.file.stem}-imported.safetensors")
+    if options.output is None:
+        refuse_to_replace(output)
+    projected = options.like or options.basis_rank
+    claim(options, output, 0 if projected or not options.file.is_file() else options.file.stat().st_size)
     from qrlora.adapter import load_adapter, save_adapter
     from qrlora.exchange import Onto, import_file
     from qrlora.families import load_pipeline
 
-    output = options.output or Path(f"{options.file.stem}-imported.safetensors")
-    if options.output is None:
-        refuse_to_replace(output)
     like = load_adapter(options.like) if options.like else None
     onto = Onto.like(like) if like else _onto(options)
     model = options.model or (like.metadata.base_model if like else "")
@@ -188,6 +196,7 @@ def run_extract(options: argparse.Namespace) -> None:
     refuse_default_output(options, "extracted.safetensors")
     if (options.rank is None) == (options.basis_rank is None):
         raise QrloraError("one way to extract", expected="--rank or --basis-rank", got="both or neither")
+    claim(options, options.output)
     from qrlora.adapter import save_adapter
     from qrlora.adapter.model import base_weights
     from qrlora.basis import Basis

@@ -19,6 +19,7 @@ from qrlora.cli.shared import (
     add_seeds,
     check_give_way,
     check_png,
+    claim,
     command,
     load_weighted,
     refuse_to_replace,
@@ -27,6 +28,7 @@ from qrlora.cli.shared import (
     weights,
 )
 from qrlora.errors import QrloraError
+from qrlora.files import make_folder, write_all
 
 
 def add_generate(commands: Parsers) -> None:
@@ -64,6 +66,7 @@ def run_generate(options: argparse.Namespace) -> None:
         _check_grid(options, seeds)
     check_give_way(options.give_way, len(options.adapter))
     paths = _picture_paths(options, seeds)
+    _claim(options, paths)
     adapters = load_weighted(options.adapter)
     import torch
 
@@ -83,10 +86,9 @@ def run_generate(options: argparse.Namespace) -> None:
     else:
         common |= {"adapters": giving_way(adapters, options.give_way), "batch_size": options.batch_size}
         images = generate(pipe, family, options.prompt, seeds, **common)
-    made = {key: value for key, value in vars(options).items() if key not in ("run", "output", "command")}
-    for path, image in zip(paths, images, strict=True):
-        save_picture(path, image, made)
-        print(path)
+    made = {key: value for key, value in vars(options).items() if key not in ("run", "claims", "output", "command")}
+    write_all({path: described_png(image, made) for path, image in zip(paths, images, strict=True)})
+    print(*paths, sep="\n")
 
 
 def _check_grid(options: argparse.Namespace, seeds: Sequence[int]) -> None:
@@ -127,8 +129,17 @@ def _picture_paths(options: argparse.Namespace, seeds: Sequence[int]) -> list[Pa
     for path in paths:
         if options.output is None:
             refuse_to_replace(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
     return paths
+
+
+def _claim(options: argparse.Namespace, paths: Sequence[Path]) -> None:
+    """Try the file or folder that the pictures go to, and hold it."""
+    if options.grid or paths == [options.output]:
+        make_folder(paths[0].parent)
+        claim(options, paths[0])
+    else:
+        least = len(paths) * (options.resolution or 0) ** 2  # bytes: a third of the pixels as they are
+        claim(options, paths[0].parent, least, folder=True)
 
 
 def picture_file(folder: Path, index: int, prompt: str, seed: int) -> Path:
@@ -136,16 +147,14 @@ def picture_file(folder: Path, index: int, prompt: str, seed: int) -> Path:
     return folder / f"{index:02d}-{re.sub(r'[^a-z0-9]+', '-', prompt.lower()).strip('-')[:60]}-seed{seed}.png"
 
 
-def save_picture(path: Path, image: Any, made: Mapping[str, Any]) -> None:
-    """A PNG that says how it was made, written whole or not at all."""
+def described_png(image: Any, made: Mapping[str, Any]) -> bytes:
+    """A PNG that says how it was made."""
     from io import BytesIO
 
     from PIL.PngImagePlugin import PngInfo
-
-    from qrlora.files import write_atomically
 
     info = PngInfo()
     info.add_itxt("qrlora", json.dumps(made, default=str, ensure_ascii=False))
     stream = BytesIO()
     image.save(stream, "PNG", pnginfo=info)
-    write_atomically(path, stream.getvalue())
+    return stream.getvalue()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import math
 import sys
 import time
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qrlora.errors import QrloraError
+from qrlora.files import check_room, claimed
 
 if TYPE_CHECKING:
     from qrlora.adapter import Adapter
@@ -65,10 +67,11 @@ class Bar:
             seconds_left = (time.perf_counter() - self.started) / done * (of - done)
         minutes, seconds = divmod(round(seconds_left), 60)
         text = f"{self.unit} {done}/{of}  {note}{'  ' if note else ''}{minutes}:{seconds:02d} left"
-        if sys.stderr.isatty():
-            print(f"\r{text}\x1b[K", end="\n" if done == of else "", file=sys.stderr, flush=True)
-        elif done == of or done * 10 // of != (done - 1) * 10 // of:
-            print(text, file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError):  # the terminal may be gone, the work need not be
+            if sys.stderr.isatty():
+                print(f"\r{text}\x1b[K", end="\n" if done == of else "", file=sys.stderr, flush=True)
+            elif done == of or done * 10 // of != (done - 1) * 10 // of:
+                print(text, file=sys.stderr, flush=True)
 
 
 def weighted_path(text: str) -> tuple[Path, float]:
@@ -179,6 +182,20 @@ def basis_in(denoiser: Any, adapter: Adapter) -> Basis | None:
         return None
     weights_of = base_weights(denoiser, adapter.deltas, meta)
     return Basis.of(weights_of, meta.basis_rank, algorithm=meta.algorithm, seed=meta.basis_seed)
+
+
+def claim(options: argparse.Namespace, path: Path, size: int = 0, *, folder: bool = False) -> None:
+    """Try the output of a command before anything heavy is imported, and hold it until the command ends."""
+    options.claims.enter_context(claimed(path, size, folder=folder))
+
+
+def check_room_for(path: Path, adapter: Adapter, spelling: str) -> None:
+    """OutputError unless there is room for this adapter's file."""
+    from qrlora.adapter.file import tensor_shapes
+
+    shapes = tensor_shapes(adapter.metadata, adapter.shapes, spelling)
+    width = max((delta.element_size() for delta in adapter.deltas.values()), default=0)
+    check_room(path, width * sum(map(math.prod, shapes.values())))
 
 
 def check_png(path: Path) -> None:

@@ -7,8 +7,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from qrlora.cli.shared import MODEL_HELP, Parsers, bases_of, check_png, command
+from qrlora.cli.shared import MODEL_HELP, Parsers, bases_of, check_png, claim, command
 from qrlora.errors import QrloraError
+from qrlora.files import make_folder, write_atomically
 
 
 def add_similarity(commands: Parsers) -> None:
@@ -29,12 +30,13 @@ def add_similarity(commands: Parsers) -> None:
 
 def run_similarity(options: argparse.Namespace) -> None:
     """Print the cosines, and draw them if asked."""
+    if options.plot:
+        check_png(options.plot)
+        make_folder(options.plot.parent)
+        claim(options, options.plot)
     from qrlora.composition import similarity
     from qrlora.exchange import load_any
 
-    if options.plot:
-        check_png(options.plot)
-        options.plot.parent.mkdir(parents=True, exist_ok=True)
     first, second = load_any(options.first), load_any(options.second)
     bases = [None, None] if options.files_only else bases_of(options.model, [first, second])
     found = similarity(first, second, *bases)
@@ -60,8 +62,6 @@ def _plot_similarity(found: Any, path: Path, title: str) -> None:
     from io import BytesIO
 
     from matplotlib.figure import Figure
-
-    from qrlora.files import write_atomically
 
     # A panel each: ΔR and ΔW have the same cosines on one basis, and the curves would hide one another.
     names, symbols = list(found.layers), {"q": "Q", "r": "R", "delta_r": "ΔR", "delta_w": "ΔW", "a": "A", "b": "B"}

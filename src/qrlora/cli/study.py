@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from qrlora.cli.evaluate import add_pictures
-from qrlora.cli.shared import Parsers, command, count, refuse_to_replace, seed
+from qrlora.cli.shared import Parsers, claim, command, count, refuse_to_replace, seed
 from qrlora.errors import QrloraError
 
 DEFAULT_OUTPUT = "study"
@@ -49,13 +49,14 @@ def run_study(options: argparse.Namespace) -> None:
     if options.tally:
         _tally(options)
         return
-    from qrlora.evaluation.pictures import gather
-    from qrlora.evaluation.study import QUESTION, make
-    from qrlora.files import write_atomically
-
     folder = options.output or Path(DEFAULT_OUTPUT)
     if options.output is None:
         refuse_to_replace(folder / KEY)
+    claim(options, folder, folder=True)
+    from qrlora.evaluation.pictures import gather
+    from qrlora.evaluation.study import QUESTION, make
+    from qrlora.files import write_all
+
     if options.catch < 0:
         raise QrloraError("a number of catch trials", expected="0 or more", got=options.catch)
     names = [str(path.resolve().name) for path in options.folders]
@@ -74,9 +75,8 @@ def run_study(options: argparse.Namespace) -> None:
         seed=options.seed,
         by_order=options.by_order,
     )
-    folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(folder / KEY, (json.dumps(key, indent=1, ensure_ascii=False) + "\n").encode())
-    write_atomically(folder / "vote.html", page.encode())
+    known = (json.dumps(key, indent=1, ensure_ascii=False) + "\n").encode()
+    write_all({folder / KEY: known, folder / "vote.html": page.encode()})
     asked = sum(trial["kind"] == "pair" for trial in key["trials"].values())
     print(f"{folder / 'vote.html'}: {asked} pairs and {len(key['trials']) - asked} catch trials, to send to people")
     print(f"{folder / KEY}: keep it; without it the votes cannot be read")
@@ -84,6 +84,8 @@ def run_study(options: argparse.Namespace) -> None:
 
 def _tally(options: argparse.Namespace) -> None:
     """Print the count, and write a report if an output is named."""
+    if options.output:
+        claim(options, options.output, folder=True)
     from qrlora.evaluation.tally import lines, report, tally
 
     if options.folders:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from qrlora.cli.shared import OVERWRITE_HELP, Bar, Parsers, command, refuse_to_replace
 from qrlora.errors import QrloraError
+from qrlora.files import make_folder
 
 if TYPE_CHECKING:
     from qrlora.training.recipe import Recipe
@@ -28,7 +30,9 @@ def add_train(commands: Parsers, with_recipe: bool) -> None:
     )
     if not with_recipe:
         return
-    parser.add_argument("--resume", action="store_true", help="continue an interrupted run from its newest checkpoint")
+    again = parser.add_mutually_exclusive_group()
+    again.add_argument("--resume", action="store_true", help="continue an interrupted run from its newest checkpoint")
+    again.add_argument("--restart", action="store_true", help="give up an earlier run's checkpoints, and begin anew")
     parser.add_argument(
         "--judge",
         metavar="NAME",
@@ -95,16 +99,18 @@ def recipe_of(options: argparse.Namespace) -> Recipe:
 
 def run_train(options: argparse.Namespace) -> None:
     """Train one adapter and say what came of it."""
+    from qrlora.training.outputs import held
+
     recipe = recipe_of(options)
     output = recipe.output or Path(f"{recipe.role}.safetensors")
-    if output.is_dir():  # said now, not after the training that would be lost
-        raise QrloraError(f"{output} is a folder", expected="-o *.safetensors", got="a folder", remedy="name a file")
     if recipe.output is None and not options.resume:
         refuse_to_replace(output)
-    output.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(output.parent)
     recipe = recipe.replace(output=output)
+    if os.environ.get("RANK", "0") == "0":  # of several processes the first alone writes
+        options.claims.enter_context(held(recipe, options.resume, options.restart))
     score = _judge(options.judge, recipe.model) if options.judge else None
-    from accelerate import PartialState
+    from accelerate import PartialState  # what was refused so far was refused before torch is loaded
 
     from qrlora.training.loop import train
 
@@ -114,6 +120,7 @@ def run_train(options: argparse.Namespace) -> None:
         progress=lambda p: bar(p.step, p.steps, f"loss {p.loss:.4f}", p.seconds_left),
         preparing=_shown_if_long(),
         resume=options.resume,
+        restart=options.restart,
         score=score,
     )
     main = PartialState().is_main_process

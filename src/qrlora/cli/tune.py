@@ -10,7 +10,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qrlora.cli.evaluate import add_weights
-from qrlora.cli.shared import Bar, Parsers, add_give_way, add_sampling, command, count, number, refuse_to_replace, seed
+from qrlora.cli.shared import (
+    Bar,
+    Parsers,
+    add_give_way,
+    add_sampling,
+    claim,
+    command,
+    count,
+    number,
+    refuse_to_replace,
+    seed,
+)
 from qrlora.errors import QrloraError
 
 if TYPE_CHECKING:
@@ -69,6 +80,7 @@ def run_tune(options: argparse.Namespace) -> None:
         refuse_to_replace(options.output / "report.html")
     if options.highest <= 0:
         raise QrloraError("no weights to search", expected="--highest above 0", got=options.highest)
+    claim(options, options.output, folder=True)
     import json
 
     from qrlora.evaluation.tune_page import lines, report

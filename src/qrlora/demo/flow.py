@@ -34,7 +34,7 @@ from qrlora.demo.plan import (
 from qrlora.evaluation import Share
 from qrlora.evaluation.report import png_bytes
 from qrlora.families import ModelFamily, load_pipeline
-from qrlora.files import write_atomically
+from qrlora.files import make_folder
 from qrlora.generation import Request, generate_jobs, generate_mixed
 from qrlora.pico import world
 from qrlora.pico.judge import Judge
@@ -175,11 +175,10 @@ def run(
     budget = budget if steps is None else replace(budget, steps=steps)
     setting = load(model, judge, budget, seed, say)
     out = Path(out)
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out / "adapters")
     outcome = _experiment(setting, out, subject, style, _command(subject, style, seed, steps))
     setting.say("page")
-    write_atomically(out / "summary.png", png_bytes(summary(outcome)))
-    return report(outcome).write(out)
+    return report(outcome).write(out, {"summary.png": png_bytes(summary(outcome))})
 
 
 def load(model: str, judge: Judge | None, budget: Budget, seed: int, say: Say | None) -> Setting:
@@ -282,7 +281,6 @@ def _save(
     """All adapters as files, and the default's composed at these weights; returns the bytes of the subject's: both
     spellings of the default's, and plain LoRA's."""
     folder = out / "adapters"
-    folder.mkdir(exist_ok=True)
     for pair in learned.values():
         for adapter in pair:
             spelling = "compact" if adapter.metadata.on_basis else "lora"

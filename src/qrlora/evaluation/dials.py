@@ -29,7 +29,7 @@ from qrlora.evaluation.pictures import Exhibit
 from qrlora.evaluation.report import png_bytes
 from qrlora.evaluation.tune import Scores, Weights
 from qrlora.families import ModelFamily
-from qrlora.files import write_atomically
+from qrlora.files import make_folder, write_all
 from qrlora.generation import Request, generate_jobs, generate_mixed
 
 Jobs = Sequence[tuple[Weights, str, int]]
@@ -135,7 +135,7 @@ class Album:
         self.paint, self.folder, self.of, self.prompts, self.seed = paint, folder, dict(of), tuple(prompts), seed
         self.batch_size, self.made = batch_size, 0
         self.progress: Callable[[int], None] = lambda _: None
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
 
     def job(self, weights: Weights, number: int) -> tuple[Weights, str, int]:
         """The prompt and seed of this number."""
@@ -148,8 +148,8 @@ class Album:
         self.progress(len(wanted) - len(missing))
         for start in range(0, len(missing), self.batch_size):
             batch = missing[start : start + self.batch_size]
-            for job, image in zip(batch, self.paint(batch), strict=True):
-                write_atomically(self._file(job), png_bytes(image))
+            images = zip(batch, self.paint(batch), strict=True)
+            write_all({self._file(job): png_bytes(image) for job, image in images})
             self.made += len(batch)
             self.progress(len(batch))
         return [self._read(job) for job in wanted]

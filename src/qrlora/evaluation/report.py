@@ -12,7 +12,7 @@ import base64
 import io
 import json
 import string
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import singledispatch
 from html import escape
@@ -25,7 +25,7 @@ from jaxtyping import UInt8
 from PIL import Image
 
 from qrlora.evaluation.shares import Share
-from qrlora.files import write_atomically
+from qrlora.files import make_folder, write_all
 
 TONES = ("", "good", "bad", "note")
 
@@ -154,15 +154,15 @@ class Report:
             footer=escape(self.footer),
         )
 
-    def write(self, folder: Path) -> Path:
-        """Write report.json and report.html into ``folder`` (made if missing), each whole or not at all.
+    def write(self, folder: Path, beside: Mapping[str, bytes] | None = None) -> Path:
+        """Write report.json, report.html and files beside them into ``folder`` (made if missing), each whole or not.
 
         Returns the page's path. Raises ValueError if the data holds NaN or infinity, which JSON cannot say.
         """
         data = json.dumps(self.data, indent=2, ensure_ascii=False, allow_nan=False)
-        folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(folder / "report.json", (data + "\n").encode())
-        write_atomically(folder / "report.html", self.html().encode())
+        make_folder(folder)
+        contents = {"report.json": (data + "\n").encode(), "report.html": self.html().encode(), **(beside or {})}
+        write_all({folder / name: content for name, content in contents.items()})
         return folder / "report.html"
 
 

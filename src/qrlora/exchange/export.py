@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
-import secrets
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,17 +69,16 @@ def export_adapter(
     names = _names(adapter, family, denoiser) if target == "kohya" else None
     notes = notes_for(adapter, meta.family or family.name, path.stem, family.resolution(pipe))
     spelling = "lora" if target == "diffusers" else "kohya"
-    unchecked = path.with_name(f".{path.stem}.{secrets.token_hex(4)}{path.suffix}")
-    try:
-        save_adapter(adapter, unchecked, spelling, basis, names=names, notes=notes)
+    matched: dict[str, int] = {}
+
+    def check(written: Path) -> None:
         # diffusers reads both forms, so a kohya file has to pass both sets of rules
         targets = TARGETS if target == "kohya" else ("diffusers",)
-        matched = {name: count_matches(unchecked, name, family, denoiser) for name in targets}
+        matched.update({name: count_matches(written, name, family, denoiser) for name in targets})
         short = {name: found for name, found in matched.items() if found != len(adapter.deltas)}
         require(not short, "layers would be left out", expected=len(adapter.deltas), got=short)
-        os.replace(unchecked, path)
-    finally:
-        unchecked.unlink(missing_ok=True)
+
+    save_adapter(adapter, path, spelling, basis, names=names, notes=notes, check=check)
     return Export(len(adapter.deltas), matched)
 
 

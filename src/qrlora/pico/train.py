@@ -8,8 +8,11 @@ pipeline. The same code runs on CPU and GPU.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import json
 import math
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -26,7 +29,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import CLIPTokenizer
 
-from qrlora.files import write_atomically
+from qrlora.errors import TrainingError
+from qrlora.files import check_room, claimed, disk_error, write_atomically
+from qrlora.interrupts import deferred, ended
 from qrlora.pico import model, world
 
 CHUNK = 500
@@ -91,6 +96,7 @@ def render_stage(work: Path, plan: Plan, workers: int = 2) -> None:
     scenes = scenes_of(plan)
     files = [(p, scenes[i * CHUNK : (i + 1) * CHUNK]) for i, p in enumerate(_chunks(work, plan, "pictures"))]
     todo = [(path, part) for path, part in files if not path.exists()]
+    check_room(work, len(todo) * CHUNK * world.SIZE**2 * 3, folder=True)
     with ProcessPoolExecutor(workers) as pool:
         for done, _ in enumerate(pool.map(_render_chunk, *zip(*todo, strict=True)) if todo else []):
             log(work, "render", step=done + 1, of=len(todo))
@@ -100,8 +106,19 @@ def log(work: Path, stage: str, **facts: object) -> None:
     """One line of JSON in the log file, and on the terminal."""
     line = json.dumps({"stage": stage, "time": round(time.time()), **facts})
     print(line, flush=True)
-    with open(work / "log.jsonl", "a") as file:
-        file.write(line + "\n")
+    path = work / "log.jsonl"
+    try:
+        with open(path, "a") as file:
+            file.write(line + "\n")
+    except OSError as error:
+        raise disk_error(error, path) from error
+
+
+def _saved(state: dict[str, Any]) -> bytes:
+    """What torch.save writes; to a file on a full disk it would write with errors of its own."""
+    stream = io.BytesIO()
+    torch.save(state, stream)
+    return stream.getvalue()
 
 
 def _tensor(pictures: np.ndarray) -> Float[Tensor, "b 3 h w"]:
@@ -188,6 +205,13 @@ class Run:
         if self.file.exists():
             state = torch.load(self.file, weights_only=True)
             self.step = state["step"]
+            if self.step > self.steps:
+                raise TrainingError(
+                    f"{self.file} has more steps behind it than are asked for",
+                    expected=f"{self.step} or more",
+                    got=self.steps,
+                    remedy="ask for more steps, or name another --work",
+                )
             for name, module in self.modules.items():
                 module.load_state_dict(state["modules"][name])
             for optimiser, saved in zip(self.optimisers, state["optimisers"], strict=True):
@@ -197,38 +221,41 @@ class Run:
         """Write a checkpoint whole."""
         modules = {n: m.state_dict() for n, m in self.modules.items()}
         state = {"step": self.step, "modules": modules, "optimisers": [o.state_dict() for o in self.optimisers]}
-        write_atomically(self.file, lambda f: torch.save(state, f))
+        write_atomically(self.file, _saved(state))
 
     def go(self, loss_of: Callable[[int], Tensor], every: int = 100) -> None:
         """Run to the last step. ``loss_of(step)`` draws all its randomness from the step's own seed."""
-        started, total = time.time(), 0.0
-        while self.step < self.steps:
-            factor = self.schedule(self.step / self.steps)
-            for optimiser in self.optimisers:
-                for group in optimiser.param_groups:
-                    group["lr"] = group["base_lr"] * factor
-                optimiser.zero_grad(set_to_none=True)
-            loss = loss_of(self.step)
-            loss.backward()
-            if not math.isfinite(loss.item()):
-                raise FloatingPointError(f"{self.name}: loss is {loss.item()} at step {self.step}")
-            for module in self.modules.values():
-                nn.utils.clip_grad_norm_(module.parameters(), 1.0)
-            for optimiser in self.optimisers:
-                optimiser.step()
-            self.step += 1
-            total += loss.item()
-            if self.step % every == 0 or self.step == self.steps:
-                self.save()
-                seconds = (time.time() - started) / every
-                log(
-                    self.work,
-                    self.name,
-                    step=self.step,
-                    loss=round(total / every, 5),
-                    seconds_per_step=round(seconds, 3),
-                )
-                started, total = time.time(), 0.0
+        started, losses = time.time(), list[float]()
+        with deferred() as interrupted:
+            while self.step < self.steps:
+                losses.append(self._one(loss_of))
+                if self.step % every == 0 or self.step == self.steps:
+                    self.save()
+                    seconds, mean = (time.time() - started) / len(losses), sum(losses) / len(losses)
+                    facts = {"step": self.step, "loss": round(mean, 5), "seconds_per_step": round(seconds, 3)}
+                    log(self.work, self.name, **facts)
+                    started, losses = time.time(), []
+                if interrupted():
+                    self.save()
+                    raise KeyboardInterrupt(f"interrupted after step {self.step}; the same command goes on from there")
+
+    def _one(self, loss_of: Callable[[int], Tensor]) -> float:
+        """One step; returns its loss."""
+        factor = self.schedule(self.step / self.steps)
+        for optimiser in self.optimisers:
+            for group in optimiser.param_groups:
+                group["lr"] = group["base_lr"] * factor
+            optimiser.zero_grad(set_to_none=True)
+        loss = loss_of(self.step)
+        loss.backward()
+        if not math.isfinite(loss.item()):
+            raise FloatingPointError(f"{self.name}: loss is {loss.item()} at step {self.step}")
+        for module in self.modules.values():
+            nn.utils.clip_grad_norm_(module.parameters(), 1.0)
+        for optimiser in self.optimisers:
+            optimiser.step()
+        self.step += 1
+        return loss.item()
 
 
 def trapezoid(progress: float, warm: float = 0.02, cool: float = 0.3) -> float:
@@ -263,7 +290,7 @@ def autoencoder_stage(work: Path, plan: Plan) -> None:
     vae = model.load(Path(plan.start)).vae if plan.start else model.autoencoder()
     if not plan.start:
         model.start_from_principal_components(vae, _tensor(np.load(_chunks(work, plan, "pictures")[0])))
-    write_atomically(work / "autoencoder.pt", lambda f: torch.save({"modules": {"vae": vae.state_dict()}}, f))
+    write_atomically(work / "autoencoder.pt", _saved({"modules": {"vae": vae.state_dict()}}))
 
 
 def decoder_stage(work: Path, plan: Plan) -> None:
@@ -316,7 +343,7 @@ def latents_stage(work: Path, plan: Plan) -> None:
             write_atomically(target, partial(np.save, arr=z))
     sample = np.load(_chunks(work, plan, "latents")[0]).astype(np.float32)
     facts = {"scaling_factor": float(1 / sample.std())}
-    (work / "latents.json").write_text(json.dumps(facts))
+    write_atomically(work / "latents.json", json.dumps(facts).encode())
     log(work, "latents", **facts)
 
 
@@ -452,19 +479,23 @@ def _arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def main() -> None:
+def main() -> int:
     """Run the stages named on the command line."""
     args = _arguments()
     plan = Plan(**{name: getattr(args, name) for name in asdict(Plan())})
-    args.work.mkdir(parents=True, exist_ok=True)
     if plan.threads:
         torch.set_num_threads(plan.threads)
-    for stage in args.stages.split(","):
-        if stage == "export":
-            export_stage(args.work, plan, args.target)
-        else:
-            globals()[f"{stage}_stage"](args.work, plan)
+    stages = args.stages.split(",")
+    with contextlib.ExitStack() as claims:
+        for folder in (args.work, args.target) if "export" in stages else (args.work,):
+            claims.enter_context(claimed(folder, folder=True))
+        for stage in stages:
+            if stage == "export":
+                export_stage(args.work, plan, args.target)
+            else:
+                globals()[f"{stage}_stage"](args.work, plan)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(ended("qrlora.pico.train", main))

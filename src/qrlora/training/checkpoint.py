@@ -21,28 +21,11 @@ from torch import nn
 
 from qrlora.errors import RecipeError
 from qrlora.files import write_atomically
+from qrlora.training.outputs import newest, path_of
 from qrlora.training.recipe import Recipe
 
 Record = dict[str, Any]
 """What a checkpoint and the run that continues it must agree on, as JSON values."""
-
-
-def folder(recipe: Recipe) -> Path:
-    """Where the checkpoints of a run with an output lie."""
-    assert recipe.output is not None
-    return recipe.output.with_suffix(".checkpoints")
-
-
-def newest(recipe: Recipe) -> Path | None:
-    """The checkpoint of the most steps, if there is any."""
-    if recipe.output is None:
-        return None
-    return max(folder(recipe).glob("step-*.safetensors"), default=None, key=lambda path: path.name)
-
-
-def path_of(recipe: Recipe, step: int) -> Path:
-    """The file of the checkpoint after `step` steps."""
-    return folder(recipe) / f"step-{step:06d}.safetensors"
 
 
 def save(
@@ -52,8 +35,12 @@ def save(
     parameters: dict[str, nn.Parameter],
     optimizer: torch.optim.Optimizer,
     loss_scale: float = 1.0,
+    rescue: bool = False,
 ) -> Path:
-    """Write the state after `step` steps, whole or not at all, then drop the oldest beyond `checkpoints_kept`."""
+    """Write the state after `step` steps, whole or not at all, then drop the oldest beyond `checkpoints_kept`.
+
+    rescue: where it cannot be written, write it elsewhere; the OutputError says where.
+    """
     tensors = {f"parameter.{name}": parameter.data for name, parameter in parameters.items()}
     state = dict(_leaves(optimizer.state_dict()["state"]))
     tensors |= {f"optimizer.{key}": value for key, value in state.items() if isinstance(value, torch.Tensor)}
@@ -63,13 +50,12 @@ def save(
     }
     metadata = {"step": step, "run": record, "loss_scale": loss_scale, "optimizer": numbers}
     path = path_of(recipe, step)
-    path.parent.mkdir(exist_ok=True)
     whole = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
     words = {key: json.dumps(value) for key, value in metadata.items()}
-    write_atomically(path, safetensors.torch.save(whole, metadata=words))
+    write_atomically(path, safetensors.torch.save(whole, metadata=words), rescue=rescue, make_folder=True)
     others = sorted(set(path.parent.glob("step-*.safetensors")) - {path})
     for old in others[: max(0, len(others) + 1 - recipe.checkpoints_kept)]:
-        old.unlink()
+        old.unlink(missing_ok=True)
     return path
 
 
@@ -88,16 +74,10 @@ def load(
     """Put the newest checkpoint's state in place; returns the steps it has behind it, and its loss scale.
 
     Raises:
-        RecipeError: no output, no checkpoint, a damaged one, or one of another run (lists the fields that differ).
+        RecipeError: it is damaged, or of another run (lists the fields that differ).
     """
     path = newest(recipe)
-    if path is None:
-        raise RecipeError(
-            "nothing to resume",
-            expected=f"a checkpoint in {folder(recipe)}" if recipe.output else "a recipe with an output",
-            got="none",
-            remedy="start without resume",
-        )
+    assert path is not None, "held() looked"
     try:
         with safetensors.safe_open(path, framework="pt") as stream:
             metadata = {key: json.loads(value) for key, value in (stream.metadata() or {}).items()}

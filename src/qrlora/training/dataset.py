@@ -32,10 +32,9 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool2d
 
-from qrlora.basis import default_cache_dir
 from qrlora.errors import DataError
 from qrlora.families import ModelFamily
-from qrlora.files import write_atomically
+from qrlora.files import default_cache_dir, make_folder, write_atomically
 from qrlora.training.pictures import OpenPicture, Size, View, nearest_size, open_picture, views
 from qrlora.training.recipe import TRIGGER
 
@@ -478,6 +477,6 @@ def _cached(key: str, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Ten
         except SafetensorError:
             path.unlink(missing_ok=True)  # by another process, perhaps
     tensors = {name: tensor.contiguous() for name, tensor in compute().items()}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, safetensors.torch.save(tensors))
+    make_folder(path.parent)
+    write_atomically(path, safetensors.torch.save(tensors), rescue=False)
     return tensors

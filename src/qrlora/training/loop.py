@@ -14,17 +14,16 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
+import logging
 import math
 import re
-import signal
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from importlib.metadata import version
-from types import FrameType
+from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -35,19 +34,24 @@ from peft.utils.error import NoMatchingPeftModuleError
 from torch import Tensor, nn
 
 from qrlora.adapter import Adapter, adapter_from_model, remove_adapters, save_adapter
-from qrlora.errors import RecipeError, TrainingError
+from qrlora.errors import OutputError, QrloraError, RecipeError, TrainingError
 from qrlora.families import ModelFamily, family_of, load_pipeline, size_unit
-from qrlora.training import checkpoint, monitor
+from qrlora.families.stored import stored_weights
+from qrlora.files import disk_error
+from qrlora.interrupts import deferred
+from qrlora.training import checkpoint, monitor, outputs
 from qrlora.training.dataset import EncodedDataset, Example, Report, encode, find_pictures, load_examples
 from qrlora.training.optimizers import evaluated, optimizer_for
 from qrlora.training.pictures import PLAIN, bucket_sizes, check_resolution
-from qrlora.training.placement import check_fits, encoders_alone, settle
+from qrlora.training.placement import check_disk, check_fits, encoders_alone, settle
 from qrlora.training.preservation import Preservation, record
 from qrlora.training.processes import anywhere, check_divisible, processes_here, share, summed
 from qrlora.training.recipe import Recipe
 from qrlora.tuner import QRLoraConfig
 
 T = TypeVar("T")
+
+log = logging.getLogger(__name__)
 
 ADAPTER_NAME = "trained"
 LOSS_SCALE = 2.0**16
@@ -65,7 +69,8 @@ class Progress:
 
 
 class TrainingInterrupted(KeyboardInterrupt):
-    """Ctrl-C, taken after a whole step. `checkpoint` is what `resume` continues from; None if the run has no output."""
+    """Ctrl-C, SIGTERM or SIGHUP, taken after a whole step. `checkpoint` is what `resume` continues from; None if there
+    is no output."""
 
     def __init__(self, step: int, saved: object):
         self.step, self.checkpoint = step, saved
@@ -119,6 +124,7 @@ def train(
     progress: Callable[[Progress], None] | None = None,
     preparing: Report | None = None,
     resume: bool = False,
+    restart: bool = False,
     score: monitor.Score | None = None,
 ) -> Adapter:
     """Train one adapter; write it to `recipe.output` if that is set.
@@ -135,34 +141,45 @@ def train(
         preparing: called after every picture that was read or encoded before the first step.
         resume: continue from the newest checkpoint beside `recipe.output`, to the same ΔR as an uninterrupted run
             (bit for bit on a CPU).
+        restart: give up the checkpoints of an earlier run that lie there, once this one is ready for its first step.
         score: how good the pictures of a sample sheet are. The step that scores best is what is returned and written,
             and training stops after `recipe.patience` sheets without a better one; its provenance says so.
 
     Raises:
         ModelError, DataError, BasisError, TunerError: the model, the pictures or the basis cannot be used.
-        RecipeError: nothing to resume, the checkpoint is of another run, a package is missing, or the processes are
-            too many or too few.
+        RecipeError: nothing to resume, the checkpoint is of another run or has more steps, checkpoints of an earlier
+            run are there, a package is missing, or the processes are too many or too few.
+        OutputError: the output cannot be written, or another run is writing it; if its disk fails at the end, it says
+            where the adapter is instead.
         TrainingError: the loss or the gradient is no longer finite; says at which step.
-        TrainingInterrupted: Ctrl-C; a checkpoint was written if there is an output.
+        TrainingInterrupted: Ctrl-C, SIGTERM or SIGHUP; a checkpoint was written if there is an output.
     """
     started = time.perf_counter()
     monitor.check(recipe, score)
     accelerator = processes_here(**monitor.trackers(recipe))
     check_divisible(recipe, accelerator.num_processes, accelerator.distributed_type.value, given=pipe is not None)
     report, progress = (preparing, progress) if accelerator.is_main_process else (None, None)
-    ready = _prepare(recipe, pipe, family, accelerator, report)
-    del pipe  # with it go the encoders, unless it is the caller's
-    with adapter_on(ready.denoiser, ready.family, recipe, accelerator) as parameters:
-        run = _run(recipe, ready, accelerator, parameters, score)
-        if resume:
-            run.step, run.loss_scale = checkpoint.load(recipe, run.record, parameters, run.optimizer)
-            run.watch.resume(checkpoint.path_of(recipe, run.step))
-        with run.watch.watching(run):
-            loss = _run_steps(run, progress)
-        adapter = run.watch.chosen(run, _provenance(ready.examples, loss, time.perf_counter() - started))
-    if recipe.output and accelerator.is_main_process:
-        save_adapter(adapter, recipe.output, spelling="compact" if adapter.metadata.on_basis else "lora")
-    accelerator.wait_for_everyone()
+    with outputs.held(recipe, resume, restart) if accelerator.is_main_process else contextlib.nullcontext():
+        ready = _prepare(recipe, pipe, family, accelerator, report)
+        del pipe  # with it go the encoders, unless it is the caller's
+        with adapter_on(ready.denoiser, ready.family, recipe, accelerator) as parameters:
+            run = _run(recipe, ready, accelerator, parameters, score)
+            if resume:
+                run.step, run.loss_scale = checkpoint.load(recipe, run.record, parameters, run.optimizer)
+                run.watch.resume(outputs.path_of(recipe, run.step))
+            elif restart and accelerator.is_main_process:
+                outputs.give_up(recipe)
+            return _trained(run, ready.examples, progress, started)
+
+
+def _trained(run: Run, examples: list[Example], progress: Callable[[Progress], None] | None, started: float) -> Adapter:
+    """What the run's remaining steps lead to, written."""
+    with run.watch.watching(run), deferred() as interrupted:  # a whole adapter is written whole
+        loss = _run_steps(run, interrupted, progress)
+        adapter = run.watch.chosen(run, _provenance(examples, loss, time.perf_counter() - started))
+        if run.recipe.output and run.accelerator.is_main_process:
+            save_adapter(adapter, run.recipe.output, spelling="compact" if adapter.metadata.on_basis else "lora")
+    run.accelerator.wait_for_everyone()
     return adapter
 
 
@@ -204,7 +221,8 @@ def train_attached(
     ready = _prepare(recipe, pipe, family, accelerator, None, beside)
     with attach(ready.denoiser, ready.family, recipe, functools.partial(_losses, recipe, ready)) as attached:
         run = _run(recipe, ready, accelerator, attached.parameters, None)
-        _run_steps(run, progress)
+        with deferred() as interrupted:
+            _run_steps(run, interrupted, progress)
         with evaluated(run.optimizer):
             return attached.read()
 
@@ -231,16 +249,11 @@ def _prepare(
     beside: Sequence[Recipe] = (),
 ) -> Prepared:
     """The denoiser where its bases are to be computed, and what the encoders make of pictures and prompts."""
-    if recipe.output and not recipe.output.parent.is_dir():
-        raise RecipeError(
-            f"nowhere to write {recipe.output}",
-            expected="an existing folder",
-            got=recipe.output.parent,
-            remedy="create it",
-        )
     find_pictures(recipe.images)  # a misspelt path should not cost the loading of a model
     device, alone = (accelerator.device, True) if pipe is None else (pipe.device, False)
     if pipe is None:
+        if accelerator.is_main_process:
+            _check_disk(recipe)
         pipe, family = load_pipeline(recipe.model, dtype=getattr(torch, recipe.dtype), device="cpu")
         check_fits(pipe, family, recipe, device, accelerator.num_processes)
     family = family or family_of(pipe)
@@ -257,6 +270,17 @@ def _prepare(
         denoiser.to(device)  # where bases are computed faster
     kept = pipe if recipe.preserve else None
     return Prepared(kept, family, denoiser, scheduler, examples, replace(data, device=device), sampler)
+
+
+def _check_disk(recipe: Recipe) -> None:
+    """Raise OutputError if there is no room for what training writes, by the shapes in the model's files."""
+    if recipe.output is None:
+        return
+    try:
+        weights, _ = stored_weights(recipe.model, recipe.targets)
+    except QrloraError:  # loading the model says it, or can read what this cannot
+        return
+    check_disk(recipe, weights.shapes.values())
 
 
 def _run(
@@ -383,22 +407,35 @@ def adapter_on(
             denoiser.disable_gradient_checkpointing()
 
 
-def _run_steps(run: Run, progress: Callable[[Progress], None] | None) -> float:
+def _run_steps(run: Run, interrupted: Callable[[], bool], progress: Callable[[Progress], None] | None) -> float:
     """Every remaining step, with checkpoints; returns the last loss."""
     recipe, first, started, loss = run.recipe, run.step, time.perf_counter(), float("nan")
-    with _deferred_interrupt() as interrupted:
-        while run.step < recipe.steps and not run.watch.satisfied:
-            loss, norm = _step(run)
-            run.step += 1
+    while run.step < recipe.steps and not run.watch.satisfied:
+        loss, norm = _step(run)
+        run.step += 1
+        try:
             run.watch.after_step(run, loss, norm)
             if progress:
                 each = (time.perf_counter() - started) / (run.step - first)
                 progress(Progress(run.step, recipe.steps, loss, each * (recipe.steps - run.step)))
-            if recipe.checkpoint_every and (run.step % recipe.checkpoint_every == 0 or run.step == recipe.steps):
-                _save_checkpoint(run)
-            if anywhere(run.accelerator, interrupted()):
-                raise TrainingInterrupted(run.step, _save_checkpoint(run))
+        except OSError as error:  # a tracker's disk is full: no log is worth the steps so far
+            raise _stopped(run, error) from error
+        if anywhere(run.accelerator, interrupted()):
+            raise TrainingInterrupted(run.step, _save_checkpoint(run))
+        if recipe.checkpoint_every and (run.step % recipe.checkpoint_every == 0 or run.step == recipe.steps):
+            try:
+                _save_checkpoint(run, rescue=False)
+            except OutputError as error:
+                log.warning("%s\ntraining goes on without this checkpoint", error)
     return loss
+
+
+def _stopped(run: Run, error: OSError) -> OutputError:
+    """What to say of a run that ends because something beside it cannot be written; it has been saved. Only the main
+    process writes, so only it comes here, and does not wait for the others."""
+    said, saved = disk_error(error), _write_checkpoint(run, rescue=True)
+    then = f"{said.remedy}; then continue from {saved} with --resume" if saved else said.remedy
+    return OutputError(f"training stopped after step {run.step}: {said.what}", got=said.got, remedy=then)
 
 
 def _step(run: Run) -> tuple[float, float]:
@@ -531,20 +568,32 @@ def _mix(seed: int, counter: int) -> int:
     return (z ^ (z >> 31)) & (2**63 - 1)
 
 
-def _save_checkpoint(run: Run) -> object:
+def _save_checkpoint(run: Run, rescue: bool = True) -> Path | None:
     """Written by the main process alone, and there when any process goes on."""
+    failed = None
+    if run.accelerator.is_main_process:
+        try:
+            _write_checkpoint(run, rescue)
+        except OutputError as error:
+            failed = error
+    run.accelerator.wait_for_everyone()
+    if failed:
+        raise failed
+    return outputs.path_of(run.recipe, run.step) if run.recipe.output else None
+
+
+def _write_checkpoint(run: Run, rescue: bool) -> Path | None:
     if run.recipe.output is None:
         return None
-    if run.accelerator.is_main_process:
-        saved = checkpoint.save(run.recipe, run.record, run.step, run.parameters, run.optimizer, run.loss_scale)
-        run.watch.keep(saved)
-    run.accelerator.wait_for_everyone()
-    return checkpoint.path_of(run.recipe, run.step)
+    state = (run.parameters, run.optimizer, run.loss_scale)
+    saved = checkpoint.save(run.recipe, run.record, run.step, *state, rescue)
+    run.watch.keep(saved)
+    return saved
 
 
 def _kept(run: Run) -> str:
     """What is left after a breakdown, for the error message."""
-    newest = checkpoint.newest(run.recipe)
+    newest = outputs.newest(run.recipe)
     return f"; the last good checkpoint is {newest}" if newest else ""
 
 
@@ -561,26 +610,3 @@ def _provenance(examples: list[Example], loss: float, seconds: float) -> dict[st
         "seconds": round(seconds, 1),
         "versions": {name: version(name) for name in ("qrlora", "torch", "peft", "diffusers", "transformers")},
     }
-
-
-@contextlib.contextmanager
-def _deferred_interrupt() -> Iterator[Callable[[], bool]]:
-    """Ctrl-C waits for the end of the step, so that what is saved is whole; a second one does not wait.
-
-    Signals reach the main thread only; elsewhere nothing is deferred.
-    """
-    pressed = threading.Event()
-
-    def handle(number: int, frame: FrameType | None) -> None:
-        if pressed.is_set():
-            raise KeyboardInterrupt
-        pressed.set()
-
-    if threading.current_thread() is not threading.main_thread():
-        yield pressed.is_set
-        return
-    before = signal.signal(signal.SIGINT, handle)
-    try:
-        yield pressed.is_set
-    finally:
-        signal.signal(signal.SIGINT, before)

@@ -10,6 +10,7 @@ import contextlib
 import copy
 import dataclasses
 import json
+import logging
 import math
 import textwrap
 import time
@@ -26,7 +27,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from qrlora.adapter import Adapter, load_adapter, save_adapter
-from qrlora.errors import RecipeError, TrainingError
+from qrlora.errors import OutputError, RecipeError, TrainingError
 from qrlora.families import ModelFamily
 from qrlora.files import write_atomically
 from qrlora.generation import labelled_grid, one_batch
@@ -35,6 +36,8 @@ from qrlora.training.recipe import TRIGGER, Recipe
 
 if TYPE_CHECKING:
     from qrlora.training.loop import Run
+
+log = logging.getLogger(__name__)
 
 Score = Callable[[Sequence[Image.Image]], float]
 """How good the pictures of a sample sheet are, prompt after prompt, every seed of each; higher is better."""
@@ -295,8 +298,10 @@ class Monitor:
         if self.recipe.output:
             sheet = self.sampler.sheet(images, f"{self.recipe.model}, step {run.step} of {self.recipe.steps}")
             path = self.recipe.output.with_suffix(".samples") / f"step-{run.step:06d}.png"
-            path.parent.mkdir(exist_ok=True)
-            write_atomically(path, lambda stream: sheet.save(stream, "PNG"))
+            try:
+                write_atomically(path, lambda stream: sheet.save(stream, "PNG"), rescue=False, make_folder=True)
+            except OutputError as error:  # no picture of the way is worth the way
+                log.warning("%s\ntraining goes on", error)
 
     def _consider(self, run: Run, images: Sequence[Image.Image]) -> None:
         """Score the pictures, and keep this step's adapter if none was better."""

@@ -7,7 +7,8 @@ processes. The adapter is attached before that, so its basis is that of the weig
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection, Iterator
+import math
+from collections.abc import Collection, Iterable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,7 +18,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from qrlora.families import ModelFamily, refuse_if_larger
-from qrlora.training.optimizers import needed
+from qrlora.files import check_room
+from qrlora.training.optimizers import STATE_BYTES, needed
 from qrlora.training.recipe import Recipe
 
 BYTES = {"int8": 1.0, "nf4": 0.5 + 1 / 64}
@@ -37,6 +39,19 @@ def check_fits(pipe: Any, family: ModelFamily, recipe: Recipe, device: torch.dev
     own = stored_bytes(denoiser, recipe.quantize) / (processes if recipe.fsdp else 1)
     together = [encoders + own] if recipe.preserve else [encoders, own]
     refuse_if_larger(int(max(together)), device, recipe.model)
+
+
+def check_disk(recipe: Recipe, shapes: Iterable[tuple[int, ...]]) -> None:
+    """Raise OutputError unless there is room for the adapter of layers of these shapes, and for its checkpoints."""
+    if recipe.output is None:
+        return
+    sides = [(shape[0], math.prod(shape[1:])) for shape in shapes]
+    rows, pairs = (recipe.rank * sum(numbers) for numbers in ([s[1] for s in sides], [sum(s) for s in sides]))
+    alone = recipe.method == "qrlora" and not recipe.train_basis
+    adapter = 4 * (rows if alone else 2 * pairs if recipe.train_basis else pairs)  # float32; a trained basis is a pair
+    state = int((4 + STATE_BYTES[recipe.optimizer]) * (rows if alone else pairs))
+    together = recipe.checkpoints_kept + 1 if recipe.checkpoint_every else 1  # an interrupted run writes one
+    check_room(recipe.output, adapter + together * state)
 
 
 def module_bytes(module: nn.Module) -> int:

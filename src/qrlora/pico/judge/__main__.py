@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import sys
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
@@ -26,7 +27,8 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from qrlora import pico
-from qrlora.files import write_atomically
+from qrlora.files import claimed, write_atomically
+from qrlora.interrupts import ended
 from qrlora.pico import model, world
 from qrlora.pico.judge import WEIGHTS, Judge, defects
 from qrlora.pico.judge.colours import VISIBLE, quantiles
@@ -317,7 +319,7 @@ def export(work: Path, plan: Plan, target: Path, network: Network, turns: list[n
     log(work, "judge-export", **measured)
 
 
-def main() -> None:
+def main() -> int:
     """Run what is left to do."""
     parser = argparse.ArgumentParser(prog="python -m qrlora.pico.judge", description=__doc__.split("\n\n")[0])
     parser.add_argument("--work", type=Path, required=True, help="folder for pictures, checkpoints and the log")
@@ -326,14 +328,14 @@ def main() -> None:
         parser.add_argument("--" + name.replace("_", "-"), type=type(value), default=value)
     args = parser.parse_args()
     plan = Plan(**{name: getattr(args, name) for name in asdict(Plan())})
-    for folder in (args.work, args.target):
-        folder.mkdir(parents=True, exist_ok=True)
     cv2.setNumThreads(1)
-    turns = rendered(args.work, plan)
-    known = Judge.load(Path(plan.start)).network if plan.start else None
-    network = known or train_network(args.work, plan, turns[: plan.train_turns])
-    export(args.work, plan, args.target, network, turns)
+    with claimed(args.work, folder=True), claimed(args.target, folder=True):
+        turns = rendered(args.work, plan)
+        known = Judge.load(Path(plan.start)).network if plan.start else None
+        network = known or train_network(args.work, plan, turns[: plan.train_turns])
+        export(args.work, plan, args.target, network, turns)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(ended("qrlora.pico.judge", main))
