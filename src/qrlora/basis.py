@@ -15,18 +15,21 @@ import hashlib
 import json
 import math
 import os
+import stat
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from jaxtyping import Float
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
 from qrlora.errors import BasisError
 from qrlora.files import write_atomically
+from qrlora.reading import parsing
 
 VERSIONS = {"exact": 1, "fast": 2}
 """Algorithm -> its version, part of every fingerprint and cache name: raise it when a weight would get another Q."""
@@ -131,8 +134,31 @@ def turned(first: Sequence[float], second: Sequence[float]) -> float:
 
 
 def default_cache_dir() -> Path:
-    """Folder of cached bases: $QRLORA_CACHE, else ~/.cache/qrlora."""
-    return Path(os.environ.get("QRLORA_CACHE") or Path.home() / ".cache" / "qrlora")
+    """Folder of all that is cached: $QRLORA_CACHE, else ~/.cache/qrlora.
+
+    A user without a home (a container's number without a passwd entry) has one among the temporary files.
+    """
+    if named := os.environ.get("QRLORA_CACHE"):
+        return Path(named)
+    try:
+        return Path.home() / ".cache" / "qrlora"
+    except RuntimeError:
+        return _temporary_cache_dir()
+
+
+def _temporary_cache_dir() -> Path:
+    """One that nobody else can have put anything in."""
+    folder = Path(tempfile.gettempdir(), f"qrlora-{os.getuid()}")
+    folder.mkdir(mode=0o700, exist_ok=True)
+    found = folder.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o022:
+        raise BasisError(
+            f"{folder} cannot be the cache",
+            expected="a folder that this user alone can write to",
+            got="one of another user, or open to others",
+            remedy="set QRLORA_CACHE to a folder of your own",
+        )
+    return folder
 
 
 class Basis(Mapping[str, LayerBasis]):
@@ -478,11 +504,11 @@ def _with_coordinates(matrix: Float[Tensor, "out in"], scale: float, q: Float[Te
 def _read_columns(path: Path, matrix: Float[Tensor, "out in"], rank: int) -> Float[Tensor, "out rank"]:
     shape = (matrix.shape[0], rank)
     remedy = f"delete {path}; it will be computed again"
-    try:
-        with safe_open(path, framework="pt") as file:
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
-    except SafetensorError as error:
-        raise BasisError("a cached basis cannot be read", expected="safetensors", got=error, remedy=remedy) from error
+    with (
+        parsing("a cached basis cannot be read", BasisError, expected="safetensors", remedy=remedy),
+        safe_open(path, framework="pt") as file,
+    ):
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
     q = tensors.get("q")
     if q is None or tuple(q.shape) != shape or q.dtype != torch.float32:
         got = {key: (str(value.dtype), tuple(value.shape)) for key, value in tensors.items()}

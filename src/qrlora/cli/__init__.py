@@ -8,6 +8,7 @@ import re
 import sys
 from collections.abc import Sequence
 from importlib.metadata import version
+from io import TextIOWrapper
 
 from qrlora.cli.basis import add_basis
 from qrlora.cli.bench import add_bench
@@ -34,6 +35,9 @@ LESS = "lower --batch-size or --resolution, load the model with --dtype bfloat16
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code: 0 done, 1 done and found wanting (where a command says so), 2 wrong input
     (said on stderr), 130 interrupted."""
+    for stream in (sys.stdout, sys.stderr):  # a file name that is no UTF-8, a terminal without Δ
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     arguments = list(sys.argv[1:] if argv is None else argv)
     parser = build_parser(arguments)
     options, unknown = parser.parse_known_args(arguments)

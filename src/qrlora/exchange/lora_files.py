@@ -27,9 +27,11 @@ from qrlora.adapter import Adapter, AdapterMetadata, load_adapter
 from qrlora.adapter.container import about, check_finite, parse_json
 from qrlora.adapter.metadata import is_number
 from qrlora.adapter.record import require
+from qrlora.errors import AdapterFileError
 from qrlora.exchange.names import LAYERS_PER_BLOCK, PREFIX, module_of
 from qrlora.exchange.published import as_lora, is_published, is_whole, load_published
 from qrlora.exchange.tensors import file_digest, read_tensor_file
+from qrlora.reading import parsing
 
 _PAIRS = (
     re.compile(r"(?P<layer>.+)\.lora_(?P<side>[AB])(\.\w+)?\.weight"),
@@ -109,11 +111,8 @@ def _flux_from_kohya(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """FLUX under its original names, where q, k and v are one layer: diffusers' own conversion splits them."""
     from diffusers import FluxPipeline
 
-    try:
+    with parsing("diffusers cannot convert this FLUX LoRA", AdapterFileError, expected="kohya's keys"):
         return dict(FluxPipeline.lora_state_dict(dict(tensors)))
-    except (ValueError, KeyError, RuntimeError) as error:
-        require(False, "diffusers cannot convert this FLUX LoRA", expected="kohya's keys", got=error)
-        raise
 
 
 def _layers_of(tensors: Mapping[str, Tensor], layers_per_block: int) -> Layers:
