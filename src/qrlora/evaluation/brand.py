@@ -332,6 +332,7 @@ def _explain(item: Any) -> str:
         near = difflib.get_close_matches(place[-1], model.model_fields, n=1, cutoff=0.5)
         return f"unknown field {name!r}" + (f": did you mean {near[0]!r}?" if near else "")
     if item["type"] == "missing":
-        return f"{name!r} is required: {SECTIONS[place[0]].model_fields[place[-1]].description}"
+        field = SECTIONS[place[0]].model_fields.get(place[-1])  # None of one in a list
+        return f"{name!r} is required" + (f": {field.description}" if field else "")
     said = item["msg"].removeprefix("Value error, ")
     return f"{name} = {item['input']!r}: {said}" if name and name != "scores" else said
