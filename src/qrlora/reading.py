@@ -143,7 +143,7 @@ def plain_int(text: str) -> int:
 def plain_number(value: Any) -> Any:
     """A field of a recipe or brand sheet that is to hold numbers: text in plain notation as one, others as they are."""
     if isinstance(value, bool):
-        raise ValueError("expected a number")
+        raise ValueError(f"expected a number, got {value}")
     if isinstance(value, (list, tuple)):
         return [plain_number(one) for one in value]
     if isinstance(value, dict):

@@ -170,7 +170,7 @@ def _prompt(path: Path, record: str) -> str:
     if len(prompts) == 1:
         return prompts[0]
     # The record is of the whole run; the file's number says which of its prompts the picture is of.
-    number = re.match(r"(\d+)-.*-seed\d+$", path.stem)
+    number = re.match(r"([0-9]+)-.*-seed[0-9]+$", path.stem)
     return prompts[int(number[1])] if number and int(number[1]) < len(prompts) else ""
 
 

@@ -224,6 +224,8 @@ def _too_large(path: Path, expected: str, got: str) -> DataError:
 def _upright(path: Path) -> Image.Image:
     """The one frame of a file, decoded whole and turned as its camera was held."""
     with _opened(path) as opened:
+        opened.verify()  # PNG's checksums up to its end, of which decoding needs neither
+    with _opened(path) as opened:
         _refuse_animation(opened, path)
         opened.load()
         picture = ImageOps.exif_transpose(opened)

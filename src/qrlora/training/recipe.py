@@ -205,8 +205,9 @@ class Recipe(BaseModel):
     @classmethod
     def _counted(cls, value: Any) -> Any:
         """Accept 10, and "10,1" from the command line."""
-        listed = [part.strip() for part in value.split(",")] if isinstance(value, str) else [value] if isinstance(value, int) else value
-        return plain_number(listed)
+        if isinstance(value, str):
+            value = [part.strip() for part in value.split(",")]
+        return plain_number([value] if isinstance(value, int) else value)
 
     @field_validator("preserve", "sample_prompts", mode="before")
     @classmethod
