@@ -31,7 +31,9 @@ def bytes_changed(data: bytes, rng: random.Random, raw: Sequence[bytes] = ()) ->
         at = rng.randrange(len(changed) + 1)
         end = min(len(changed), at + rng.choice((1, 1, 2, 4, 16, 200)))
         kind = rng.randrange(8 if raw else 7)
-        if kind == 0 and changed:
+        if not changed:
+            changed += rng.randbytes(4)
+        elif kind == 0:
             changed[at % len(changed)] ^= 1 << rng.randrange(8)
         elif kind == 1:
             changed[at:end] = rng.randbytes(end - at)

@@ -80,8 +80,8 @@ def weighted_path(text: str) -> tuple[Path, float]:
             return Path(path), plain_float(weight)
         except ValueError as error:
             if path.endswith(".safetensors") or Path(path).is_file():
-                expected = "a finite number behind the last colon"
-                raise QrloraError(f"no weight of {path}", expected=expected, got=repr(weight)[:100]) from error
+                said = f"expected a finite number behind the last colon of {text[:200]!r}"
+                raise argparse.ArgumentTypeError(said) from error
     return Path(text), 1.0  # the last colon belongs to the path
 
 
