@@ -417,14 +417,18 @@ def test_a_cmyk_picture_trains(tiny_sd3: Path) -> None:
         ("basis", "--rank", "0"),
         ("basis", "--basis-rank", "-4"),
         ("demo", "--steps", "0"),
+        ("study", "--catch", "-1"),
+        ("extract", "--rank", "0"),
+        ("import", "--alpha", "nan"),
     ],
 )
 def test_numbers_that_cannot_be_are_named(
     command: str, option: str, value: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    needed = {"generate": ["--prompt", "a"], "compose": ["a.safetensors"], "basis": [], "demo": []}[command]
+    needed = {"generate": ["--prompt", "a"], "compose": ["a.safetensors"], "basis": [], "demo": [], "study": []}
+    needed |= {"extract": ["a", "--base", "b"], "import": ["a.safetensors"]}
     with pytest.raises(SystemExit) as ended:
-        main([command, *needed, option, value])
+        main([command, *needed[command], option, value])
     assert ended.value.code == 2
     assert f"argument {option}: expected a" in capsys.readouterr().err
 

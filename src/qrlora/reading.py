@@ -59,6 +59,8 @@ def _described(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     said = str(error)
+    if errors := getattr(error, "errors", None):  # pydantic's, without its links
+        said = "; ".join(f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in errors()[:5])
     return f"{type(error).__name__}: {said}" if said else type(error).__name__
 
 

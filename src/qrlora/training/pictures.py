@@ -201,17 +201,17 @@ def _cut(picture: Image.Image, size: Size, resampling: Image.Resampling, view: V
 @contextlib.contextmanager
 def _reading(path: Path) -> Iterator[None]:
     """What Pillow raises over a file, in words."""
-    if not path.is_file():
-        raise DataError(f"no such picture: {path}", remedy="check the path")
-    size = path.stat().st_size
-    if size > LARGEST_FILE:
-        raise _too_large(path, f"{LARGEST_FILE} bytes at most", f"{size} bytes")
     with parsing(
         f"unreadable picture: {path}",
         DataError,
         expected="a complete PNG, JPEG, WebP, AVIF, TIFF, BMP or GIF file",
         remedy="open it in an image editor and save it again as PNG, or leave it out",
     ):
+        if not path.is_file():
+            raise DataError(f"no such picture: {path}", remedy="check the path")
+        size = path.stat().st_size
+        if size > LARGEST_FILE:
+            raise _too_large(path, f"{LARGEST_FILE} bytes at most", f"{size} bytes")
         yield
 
 
