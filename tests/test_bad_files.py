@@ -202,7 +202,7 @@ def test_missing_and_unknown_metadata_are_all_listed(good, tmp_path):
         ("rank", "3", "rank and columns disagree"),
         ("rank", "true", "wrong type"),
         ("rank", "4.0", "wrong type"),
-        ("alpha", "NaN", "wrong type"),
+        ("alpha", "NaN", "no JSON"),
         ("alpha", "1" + "0" * 400, "wrong type"),
         ("alpha", '"4"', "wrong type"),
         ("columns", "[3,2,1,0]", "not a set"),

@@ -15,7 +15,7 @@ from qrlora.errors import BrandError
 from qrlora.evaluation.brand import Sheet, logo_match
 from qrlora.evaluation.pictures import Exhibit
 from qrlora.pico import world
-from qrlora.training.recipe import tomllib
+from qrlora.reading import tomllib
 
 ROOT = Path(__file__).parents[1]
 RED, BLUE, WHITE = (215, 38, 61), (0, 0, 255), (255, 255, 255)

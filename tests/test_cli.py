@@ -417,14 +417,18 @@ def test_a_cmyk_picture_trains(tiny_sd3: Path) -> None:
         ("basis", "--rank", "0"),
         ("basis", "--basis-rank", "-4"),
         ("demo", "--steps", "0"),
+        ("study", "--catch", "-1"),
+        ("extract", "--rank", "0"),
+        ("import", "--alpha", "nan"),
     ],
 )
 def test_numbers_that_cannot_be_are_named(
     command: str, option: str, value: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    needed = {"generate": ["--prompt", "a"], "compose": ["a.safetensors"], "basis": [], "demo": []}[command]
+    needed = {"generate": ["--prompt", "a"], "compose": ["a.safetensors"], "basis": [], "demo": [], "study": []}
+    needed |= {"extract": ["a", "--base", "b"], "import": ["a.safetensors"]}
     with pytest.raises(SystemExit) as ended:
-        main([command, *needed, option, value])
+        main([command, *needed[command], option, value])
     assert ended.value.code == 2
     assert f"argument {option}: expected a" in capsys.readouterr().err
 
@@ -432,9 +436,13 @@ def test_numbers_that_cannot_be_are_named(
 def test_a_weight_that_is_no_number_makes_no_picture(
     work: Path, tiny_sd3: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    adapter = f"{work / 'mug.safetensors'}:nan"
-    assert main(["generate", "--model", str(tiny_sd3), "--steps", "1", "--prompt", "a", "--adapter", adapter]) == 2
-    assert "finite weights" in capsys.readouterr().err and not list(Path().rglob("*.png"))
+    for weight in ("nan", "1_0", "x"):
+        adapter = f"{work / 'mug.safetensors'}:{weight}"
+        with pytest.raises(SystemExit) as ended:
+            main(["generate", "--model", str(tiny_sd3), "--steps", "1", "--prompt", "a", "--adapter", adapter])
+        assert ended.value.code == 2 and "expected a finite number" in capsys.readouterr().err
+        assert main(["evaluate", adapter, "--palette", "#fff"]) == 2
+        assert "expected a finite number" in capsys.readouterr().err and not list(Path().rglob("*.png"))
 
 
 @pytest.mark.parametrize("output", ["mug", "mug.bin", "."])

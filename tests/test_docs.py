@@ -12,7 +12,8 @@ import pytest
 from qrlora.cli import build_parser
 from qrlora.cli.train import recipe_of
 from qrlora.families import FAMILIES
-from qrlora.training.recipe import Recipe, tomllib
+from qrlora.reading import tomllib
+from qrlora.training.recipe import Recipe
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]

@@ -687,7 +687,7 @@ def test_kept_pictures_are_bounded_and_expire(monkeypatch: pytest.MonkeyPatch) -
     ("arguments", "said"),
     [
         (["--adapters", "nowhere"], "nowhere is no folder"),
-        (["--adapters", ".", "--api-key-file", "none"], "none is no file"),
+        (["--adapters", ".", "--api-key-file", "none"], "cannot read the API keys in none"),
         (["--adapters", ".", "--api-key-file", "empty"], "empty holds no key"),
         (["--adapters", ".", "--port", "99999"], "cannot listen"),
         (["--adapters", ".", "--host", "192.0.2.1"], "cannot listen"),

@@ -20,12 +20,13 @@ from pathlib import Path
 
 import torch
 from jaxtyping import Float
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
 from qrlora.errors import BasisError, OutputError
 from qrlora.files import default_cache_dir, make_folder, write_atomically
+from qrlora.reading import parsing
 
 VERSIONS = {"exact": 1, "fast": 2}
 """Algorithm -> its version, part of every fingerprint and cache name: raise it when a weight would get another Q."""
@@ -472,11 +473,11 @@ def _with_coordinates(matrix: Float[Tensor, "out in"], scale: float, q: Float[Te
 def _read_columns(path: Path, matrix: Float[Tensor, "out in"], rank: int) -> Float[Tensor, "out rank"]:
     shape = (matrix.shape[0], rank)
     remedy = f"delete {path}; it will be computed again"
-    try:
-        with safe_open(path, framework="pt") as file:
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
-    except SafetensorError as error:
-        raise BasisError("a cached basis cannot be read", expected="safetensors", got=error, remedy=remedy) from error
+    with (
+        parsing("a cached basis cannot be read", BasisError, expected="safetensors", remedy=remedy),
+        safe_open(path, framework="pt") as file,
+    ):
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
     q = tensors.get("q")
     if q is None or tuple(q.shape) != shape or q.dtype != torch.float32:
         got = {key: (str(value.dtype), tuple(value.shape)) for key, value in tensors.items()}

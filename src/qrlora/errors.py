@@ -21,17 +21,33 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+LONGEST = 4000
+"""Characters of each part of a message: a damaged file of 400 000 keys is told from a good one by the first hundred."""
+
 
 class QrloraError(ValueError):
     """Base of all errors raised on purpose; the command line prints it without a traceback."""
 
     def __init__(self, what: str, *, expected: object = None, got: object = None, remedy: str | None = None):
         self.what, self.expected, self.got, self.remedy = what, expected, got, remedy
-        lines = [what]
-        lines += [f"  expected: {expected}"] if expected is not None else []
-        lines += [f"  got:      {got}"] if got is not None else []
+        lines = [_bounded(what)]
+        lines += [f"  expected: {_bounded(expected)}"] if expected is not None else []
+        lines += [f"  got:      {_bounded(got)}"] if got is not None else []
         lines += [f"  remedy:   {remedy}"] if remedy else []
         super().__init__("\n".join(lines))
+
+
+def _bounded(part: object) -> str:
+    """Text of bounded length that can be encoded, whatever a damaged file or file name put into it."""
+    text = str(part)
+    if len(text) > LONGEST:
+        text = f"{text[: LONGEST // 2]} [... {len(text) - LONGEST} characters ...] {text[-LONGEST // 2 :]}"
+    return printable(text)
+
+
+def printable(text: str) -> str:
+    """The text with escapes for what UTF-8 cannot encode: bytes of file names, halves of surrogate pairs."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 class BasisError(QrloraError):

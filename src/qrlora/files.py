@@ -53,8 +53,31 @@ _ELSE = "check the disk, or name an output on another one"
 
 
 def default_cache_dir() -> Path:
-    """Folder of everything cached: $QRLORA_CACHE, else ~/.cache/qrlora."""
-    return Path(os.environ.get("QRLORA_CACHE") or Path.home() / ".cache" / "qrlora")
+    """Folder of everything cached: $QRLORA_CACHE, else ~/.cache/qrlora.
+
+    A user without a home (a container's number without a passwd entry) has one among the temporary files.
+    """
+    if named := os.environ.get("QRLORA_CACHE"):
+        return Path(named)
+    try:
+        return Path.home() / ".cache" / "qrlora"
+    except RuntimeError:
+        return _temporary_cache_dir()
+
+
+def _temporary_cache_dir() -> Path:
+    """One that nobody else can have put anything in."""
+    folder = Path(tempfile.gettempdir(), f"qrlora-{os.getuid()}")
+    folder.mkdir(mode=0o700, exist_ok=True)
+    found = folder.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o022:
+        raise OutputError(
+            f"{folder} cannot be the cache",
+            expected="a folder that this user alone can write to",
+            got="one of another user, or open to others",
+            remedy="set QRLORA_CACHE to a folder of your own",
+        )
+    return folder
 
 
 def disk_error(error: OSError, path: Path | None = None, saved: Path | None = None) -> OutputError:

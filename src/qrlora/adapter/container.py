@@ -6,9 +6,7 @@ All complaints are AdapterFileError.
 
 from __future__ import annotations
 
-import json
 import os
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +17,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from qrlora import reading
 from qrlora.adapter.record import require
 from qrlora.errors import AdapterFileError
 
@@ -83,12 +82,6 @@ def read_header(stream: BinaryIO) -> dict[str, Any]:
     return header
 
 
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    twice = sorted(name for name, times in Counter(name for name, _ in pairs).items() if times > 1)
-    require(not twice, "keys named twice", expected="each once", got=twice, remedy="take the original file")
-    return dict(pairs)
-
-
 def check_entries(raw: Any, header: Mapping[str, Any]) -> None:
     """Refuse metadata that is no map of strings, and tensors without a shape or of a dtype that is no adapter's."""
     strings = isinstance(raw, dict) and all(isinstance(value, str) for value in raw.values())
@@ -109,15 +102,9 @@ def check_entries(raw: Any, header: Mapping[str, Any]) -> None:
 
 def read_tensors(data: bytes) -> dict[str, Tensor]:
     """All tensors of a whole safetensors file in memory; refuses truncated, overlapping or trailing data."""
-    try:
+    what, expected = f"truncated or damaged ({len(data)} bytes)", "tensor data as the header describes it"
+    with reading.parsing(what, AdapterFileError, expected=expected, remedy="download or copy it again"):
         return safetensors.torch.load(data)
-    except safetensors.SafetensorError as error:
-        raise AdapterFileError(
-            "truncated or damaged",
-            expected="tensor data as the header describes it",
-            got=f"{len(data)} bytes in all: {error}",
-            remedy="download or copy it again",
-        ) from error
 
 
 def check_finite(tensors: Mapping[str, Tensor]) -> None:
@@ -139,13 +126,8 @@ def check_keys(what: str, expected: Iterable[str], got: Mapping[str, Any]) -> No
 
 
 def parse_json(text: str | bytes, what: str) -> Any:
-    """Any JSON value without doubled keys."""
-    try:
-        return json.loads(text, object_pairs_hook=_no_duplicates)
-    except AdapterFileError:
-        raise
-    except (ValueError, RecursionError) as error:
-        raise AdapterFileError(f"{what} is no JSON", expected="JSON", got=error, remedy="export it again") from error
+    """Any JSON value, as `reading.parse_json`."""
+    return reading.parse_json(text, what, AdapterFileError)
 
 
 def is_whole(value: Any) -> bool:

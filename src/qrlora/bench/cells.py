@@ -38,6 +38,7 @@ from qrlora.files import make_folder, write_atomically
 from qrlora.generation import one_batch
 from qrlora.pico import world
 from qrlora.pico.judge import WEIGHTS, Judge
+from qrlora.training.pictures import open_picture
 from qrlora.training.recipe import Recipe
 
 VERSION = 2
@@ -213,7 +214,7 @@ class Bench:
         file = self.file(cell, "pictures")
         if not file.exists():
             write_atomically(file, png_bytes(Image.fromarray(np.concatenate(list(draw()), axis=1))))
-        strip = np.asarray(Image.open(file).convert("RGB"))
+        strip = np.asarray(open_picture(file).image)
         return np.stack(np.split(strip, strip.shape[1] // world.SIZE, axis=1))
 
     def draw(self, wanted: Sequence[Wanted], merged: Learned | Schedule | None) -> UInt8[np.ndarray, "n h w 3"]:

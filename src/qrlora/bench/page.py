@@ -31,6 +31,7 @@ from qrlora.bench.tables import Estimate, against, agreement, as_json, by_pair, 
 from qrlora.evaluation.report import Code, Picture, Prose, Report, Section, Table, png_bytes
 from qrlora.files import make_folder, write_atomically
 from qrlora.generation import labelled_grid
+from qrlora.training.pictures import open_picture
 
 COLUMNS = ("recognised", "both", "named", "subject", "style", "crosstalk", "obedience", "energy", "diversity")
 RATIOS = ("recognised", "named", "crosstalk")
@@ -188,7 +189,7 @@ def _pair(scope: Scope, row: str, pair: tuple[str, str]) -> Cell:
 
 def _sheet(taught: Sequence[Image.Image], drawn: Mapping[str, Path]) -> UInt8[np.ndarray, "h w 3"]:
     """What was learned from in the first row, then a row for every method, in blocks side by side."""
-    strips = {row: Image.open(file).convert("RGB") for row, file in drawn.items()}
+    strips = {row: open_picture(file).image for row, file in drawn.items()}
     side = next(iter(strips.values())).height
     count = min(SHOWN, next(iter(strips.values())).width // side)
     blank = Image.new("RGB", (side, side), "white")
@@ -218,7 +219,7 @@ def _taught(folder: Path, scope: Scope, pair: tuple[str, str]) -> list[Image.Ima
     """The two pictures learned from, as far as they are here."""
     names = (f"subject-{pair[0]}", f"style-{pair[1]}")
     files = [folder / "lessons" / f"{name.replace(' ', '-')}-{scope.seeds[0]}.png" for name in names]
-    return [Image.open(file).convert("RGB") for file in files if file.exists()]
+    return [open_picture(file).image for file in files if file.exists()]
 
 
 def _measured() -> Section:

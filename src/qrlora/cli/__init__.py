@@ -10,6 +10,7 @@ import re
 import sys
 from collections.abc import Sequence
 from importlib.metadata import version
+from io import TextIOWrapper
 from pathlib import Path
 
 from qrlora.cli.basis import add_basis
@@ -38,6 +39,9 @@ LESS = "lower --batch-size or --resolution, load the model with --dtype bfloat16
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code: 0 done, 1 done and found wanting (where a command says so), 2 wrong input
     (said on stderr), 130 interrupted by Ctrl-C, 143 by SIGTERM, 129 by SIGHUP."""
+    for stream in (sys.stdout, sys.stderr):  # a file name that is no UTF-8, a terminal without Δ
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     arguments = list(sys.argv[1:] if argv is None else argv)
     parser = build_parser(arguments)
     options, unknown = parser.parse_known_args(arguments)

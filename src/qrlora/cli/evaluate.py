@@ -181,7 +181,10 @@ def _adapters(what: Sequence[str]) -> list[tuple[Path, float]]:
     """The arguments as weighted adapters, if that is what they are; none if they are pictures."""
     if not what:
         raise QrloraError("nothing to evaluate", expected="pictures, folders of pictures, or adapters")
-    parts = [weighted_path(text) for text in what]
+    try:
+        parts = [weighted_path(text) for text in what]
+    except argparse.ArgumentTypeError as error:
+        raise QrloraError(str(error)) from error
     are = [path.suffix == ".safetensors" for path, _ in parts]
     if any(are) and not all(are):
         got = [text for text, is_adapter in zip(what, are, strict=True) if not is_adapter]

@@ -16,6 +16,8 @@ from qrlora.cli.shared import (
     check_room_for,
     claim,
     command,
+    count,
+    number,
     refuse_default_output,
     refuse_to_replace,
 )
@@ -91,7 +93,7 @@ def add_import(commands: Parsers) -> None:
     parser.add_argument("--model", help=f"{MODEL_HELP}; with it every layer is checked, and projection is possible")
     _add_basis_flags(parser)
     parser.add_argument("--like", type=Path, metavar="ADAPTER", help="project onto this adapter's basis and columns")
-    parser.add_argument("--alpha", type=float, help="of a file that does not say (default: its rank)")
+    parser.add_argument("--alpha", type=number, help="of a file that does not say (default: its rank)")
     parser.add_argument("--without-text-encoder", action="store_true", help="leave a text encoder's layers out")
     parser.add_argument("--role", choices=("subject", "style"), default="", help="what it is about")
     parser.add_argument("--trigger", default="", help="the word that calls it")
@@ -101,7 +103,7 @@ def add_import(commands: Parsers) -> None:
 
 def _add_basis_flags(parser: Any) -> None:
     parser.add_argument(
-        "--basis-rank", type=int, metavar="RANK", help="project onto the base model's basis of this rank"
+        "--basis-rank", type=count, metavar="RANK", help="project onto the base model's basis of this rank"
     )
     parser.add_argument("--columns", default="first", help="columns of it: first, i/n, subject, style (default: all)")
     parser.add_argument("--triangular", action="store_true", help="keep the projected ΔR upper triangular")
@@ -182,7 +184,7 @@ def add_extract(commands: Parsers) -> None:
         "model", metavar="TUNED", help="the fine-tuned model: a folder in the diffusers layout or hub id"
     )
     parser.add_argument("--base", required=True, help=MODEL_HELP)
-    parser.add_argument("--rank", type=int, help="of a plain LoRA: truncated SVD of each layer's difference")
+    parser.add_argument("--rank", type=count, help="of a plain LoRA: truncated SVD of each layer's difference")
     _add_basis_flags(parser)
     parser.add_argument("--targets", metavar="NAME,NAME", help="layers whose names end in one of these")
     parser.add_argument("--role", choices=("subject", "style"), default="", help="what it is about")

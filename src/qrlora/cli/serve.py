@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from qrlora.cli.shared import MODEL_HELP, Parsers, command, count
 from qrlora.errors import QrloraError
+from qrlora.reading import read_text
 
 if TYPE_CHECKING:
     from qrlora.serving.app import Limits
@@ -120,9 +121,8 @@ def _run_on_ray(options: argparse.Namespace, limits: Limits) -> None:
 def _api_keys(path: Path | None) -> tuple[str, ...]:
     if path is None:
         return tuple(os.environ.get(KEY_VARIABLE, "").split())
-    if not path.is_file():
-        raise QrloraError(f"{path} is no file", expected="a file of API keys, one a line")
-    keys = tuple(line.strip() for line in path.read_text().splitlines() if line.strip())
+    text = read_text(path, "the API keys in", QrloraError)
+    keys = tuple(line.strip() for line in text.split("\n") if line.strip())
     if not keys:
         raise QrloraError(f"{path} holds no key", expected="one a line", got="none", remedy="leave --api-key-file out")
     return keys

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from qrlora.errors import QrloraError
 from qrlora.files import check_room, claimed
+from qrlora.reading import plain_float, plain_int
 
 if TYPE_CHECKING:
     from qrlora.adapter import Adapter
@@ -79,35 +80,42 @@ def weighted_path(text: str) -> tuple[Path, float]:
     path, colon, weight = text.rpartition(":")
     if colon and path and not Path(text).exists():
         try:
-            return Path(path), float(weight)
-        except ValueError:  # the last colon belongs to the path
-            pass
-    return Path(text), 1.0
+            return Path(path), plain_float(weight)
+        except ValueError as error:
+            if path.endswith(".safetensors") or Path(path).is_file():
+                said = f"expected a finite number behind the last colon of {text[:200]!r}"
+                raise argparse.ArgumentTypeError(said) from error
+    return Path(text), 1.0  # the last colon belongs to the path
 
 
 def weights(text: str) -> list[float]:
     """`0,0.5,1` as numbers."""
-    return [number(part) for part in text.split(",")]
+    return [number(part.strip()) for part in text.split(",")]
 
 
 def number(text: str) -> float:
     """A finite number."""
-    return _checked(text, float, "a finite number", math.isfinite)
+    return _checked(text, plain_float, "a finite number", math.isfinite)
 
 
 def count(text: str) -> int:
     """A whole number from 1."""
-    return _checked(text, int, "a whole number from 1", lambda value: value >= 1)
+    return _checked(text, plain_int, "a whole number from 1", lambda value: value >= 1)
+
+
+def whole(text: str) -> int:
+    """A whole number from 0."""
+    return _checked(text, plain_int, "a whole number from 0", lambda value: value >= 0)
 
 
 def share(text: str) -> float:
     """A number from 0 to 1."""
-    return _checked(text, float, "a number from 0 to 1", lambda value: 0 <= value <= 1)
+    return _checked(text, plain_float, "a number from 0 to 1", lambda value: 0 <= value <= 1)
 
 
 def seed(text: str) -> int:
     """A whole number that seeds a torch generator."""
-    return _checked(text, int, "a whole number from 0, below 2^63", lambda value: 0 <= value < 2**63)
+    return _checked(text, plain_int, "a whole number from 0, below 2^63", lambda value: 0 <= value < 2**63)
 
 
 def _checked(text: str, kind: Callable[[str], Any], expected: str, holds: Callable[[Any], bool]) -> Any:

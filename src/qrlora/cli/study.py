@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
-from typing import Any
 
 from qrlora.cli.evaluate import add_pictures
-from qrlora.cli.shared import Parsers, claim, command, count, refuse_to_replace, seed
-from qrlora.errors import QrloraError
+from qrlora.cli.shared import Parsers, claim, command, count, refuse_to_replace, seed, whole
+from qrlora.errors import DataError, QrloraError
+from qrlora.reading import read_json
 
 DEFAULT_OUTPUT = "study"
 KEY = "key.json"
@@ -31,14 +31,14 @@ def add_study(commands: Parsers) -> None:
     add_pictures(parser, "--reference", "shown above every pair")
     parser.add_argument("--trials", type=count, help="at most so many pairs for each person (default: all)")
     parser.add_argument(
-        "--catch", type=int, default=4, metavar="COUNT", help="trials with a right answer, to find who guesses (4)"
+        "--catch", type=whole, default=4, metavar="COUNT", help="trials with a right answer, to find who guesses (4)"
     )
     parser.add_argument("--by-order", action="store_true", help="compare first with first, whatever their names")
     parser.add_argument("--seed", type=seed, default=0, help="of what is drawn by chance (default: 0)")
     parser.add_argument("--tally", nargs="+", type=Path, metavar="JSON", help="count these files instead")
     parser.add_argument("--key", type=Path, help=f"with --tally: the study's key (default: {DEFAULT_OUTPUT}/{KEY})")
     parser.add_argument(
-        "--misses", type=int, default=1, metavar="COUNT", help="with --tally: catch trials that one may miss (1)"
+        "--misses", type=whole, default=1, metavar="COUNT", help="with --tally: catch trials that one may miss (1)"
     )
     parser.add_argument("--json", action="store_true", help="with --tally: print the numbers as JSON")
     parser.add_argument("-o", "--output", type=Path, help="folder (default: study/); with --tally, for a report")
@@ -57,8 +57,6 @@ def run_study(options: argparse.Namespace) -> None:
     from qrlora.evaluation.study import QUESTION, make
     from qrlora.files import write_all
 
-    if options.catch < 0:
-        raise QrloraError("a number of catch trials", expected="0 or more", got=options.catch)
     names = [str(path.resolve().name) for path in options.folders]
     unique = names if len(set(names)) == len(names) else [str(path) for path in options.folders]
     if len(set(unique)) < len(unique):
@@ -86,29 +84,16 @@ def _tally(options: argparse.Namespace) -> None:
     """Print the count, and write a report if an output is named."""
     if options.output:
         claim(options, options.output, folder=True)
-    from qrlora.evaluation.tally import lines, report, tally
+    from qrlora.evaluation.tally import checked_key, lines, report, tally
 
     if options.folders:
         raise QrloraError("--tally counts votes of a study that was made", got=[str(path) for path in options.folders])
-    key = _read(options.key or Path(DEFAULT_OUTPUT) / KEY, "the key of a study")
-    missing = [name for name in ("study", "question", "arms", "pictures", "trials") if name not in key]
-    if missing:
-        raise QrloraError("no key of a study", expected=f"{KEY} as qrlora study wrote it", got=f"without {missing}")
-    found = tally([_read(path, "votes") for path in options.tally], key, options.misses)
+    key_file = options.key or Path(DEFAULT_OUTPUT) / KEY
+    key = checked_key(read_json(key_file, "the key of a study", DataError), str(key_file))
+    votes = [read_json(path, "the votes", DataError) for path in options.tally]
+    found = tally(votes, key, options.misses, [str(path) for path in options.tally])
     print(json.dumps(found.to_dict(), indent=2, ensure_ascii=False) if options.json else "\n".join(lines(found)))
     if options.output:
         page = report(found).write(options.output)
         if not options.json:
             print(page)
-
-
-def _read(path: Path, what: str) -> dict[str, Any]:
-    try:
-        read = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise QrloraError(f"cannot read {what}: {path}", got=error.strerror, remedy="check the path") from error
-    except ValueError as error:
-        raise QrloraError(f"{path} is not JSON", expected=what, got=error) from error
-    if not isinstance(read, dict):
-        raise QrloraError(f"{path} is not {what}", expected="a JSON object", got=type(read).__name__)
-    return read

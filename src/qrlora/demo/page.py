@@ -40,6 +40,7 @@ from qrlora.evaluation import (
 from qrlora.evaluation.report import Block
 from qrlora.generation import labelled_grid
 from qrlora.pico import world
+from qrlora.training.pictures import open_picture
 
 NAMES = {"qrlora": "QR-LoRA", "qrlora_published": "QR-LoRA, as published", "lora": "LoRA"}
 TITLES = {
@@ -72,7 +73,7 @@ def report(outcome: Outcome) -> Report:
 
 def summary(outcome: Outcome) -> Image.Image:
     """The run in one picture: what was learned from and composed, the subject in other styles, the style elsewhere."""
-    learned = [np.asarray(Image.open(one.file).convert("RGB")) for one in (outcome.subject, outcome.style)]
+    learned = [np.asarray(open_picture(one.file).image) for one in (outcome.subject, outcome.style)]
     composed, *alone = (list(outcome.answers[DEFAULT][name].pixels) for name in ("composed", *SETS[:2]))
     rows = [[*learned, *composed], *alone]
     count = min(6, *(len(row) for row in rows))
@@ -89,7 +90,7 @@ def _opening(outcome: Outcome) -> Section:
     composed = outcome.answers[DEFAULT]["composed"]
     learned = [
         Picture(
-            np.asarray(Image.open(lesson.file).convert("RGB")),
+            np.asarray(open_picture(lesson.file).image),
             f"{lesson.about}: the picture that the {lesson.role} was learned from",
             f"The {lesson.role}, from one picture: {lesson.about}. In prompts: {lesson.trigger}",
             enlarge=3,

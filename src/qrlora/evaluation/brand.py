@@ -10,31 +10,36 @@ What cannot be judged, such as the colours of a subject without a mask, is not p
 from __future__ import annotations
 
 import difflib
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import cv2
 import numpy as np
 from jaxtyping import UInt8
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from qrlora.errors import BrandError
 from qrlora.evaluation.measures import MEASURES
 from qrlora.evaluation.pictures import Exhibit, hex_colour
 from qrlora.evaluation.shares import Share
+from qrlora.reading import plain_number, read_toml
 from qrlora.training.pictures import open_picture
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 LOGO_SIZES = 16
 """Widths at which a logo is looked for, in equal ratios; between two of them the match falls by little."""
+MOST_LINES = 100
+"""Wrong fields that an error lists."""
 LEAST_LOGO = 8  # pixels a side; below, anything matches
 
 Hex = Annotated[str, AfterValidator(hex_colour)]
@@ -44,6 +49,13 @@ Where = Literal["picture", "subject"]
 
 class _Part(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _plain(cls, value: Any, about: Any) -> Any:
+        """true is no number, and "1_0" is none."""
+        annotation = cls.model_fields[about.field_name].annotation
+        return plain_number(value) if {int, float} & {annotation, *get_args(annotation)} else value
 
 
 class Palette(_Part):
@@ -197,7 +209,7 @@ class Sheet(_Part):
         try:
             return cls.model_validate(dict(fields))
         except ValidationError as error:
-            lines = "\n".join(f"  - {line}" for line in dict.fromkeys(map(_explain, error.errors())))
+            lines = "\n".join(f"  - {line}" for line in dict.fromkeys(map(_explain, error.errors()[:MOST_LINES])))
             remedy = "docs/evaluate.md describes every field"
             raise BrandError(f"this brand sheet cannot be used:\n{lines}", remedy=remedy) from error
 
@@ -205,13 +217,7 @@ class Sheet(_Part):
     def load(cls, path: str | Path) -> Sheet:
         """Read a sheet. Paths in it count from its own folder."""
         path = Path(path)
-        try:
-            fields = tomllib.loads(path.read_text(encoding="utf-8"))
-        except OSError as error:
-            got, remedy = error.strerror, "check the path"
-            raise BrandError(f"cannot read the brand sheet {path}", got=got, remedy=remedy) from error
-        except ValueError as error:
-            raise BrandError(f"{path} is not TOML", got=error, remedy="see brands/brand.toml") from error
+        fields = read_toml(path, "the brand sheet", BrandError, remedy="see brands/brand.toml")
         for logo in fields.get("logo", []) if isinstance(fields.get("logo"), list) else []:
             if isinstance(logo, dict) and isinstance(logo.get("picture"), str):
                 logo["picture"] = path.parent / logo["picture"]
@@ -326,6 +332,7 @@ def _explain(item: Any) -> str:
         near = difflib.get_close_matches(place[-1], model.model_fields, n=1, cutoff=0.5)
         return f"unknown field {name!r}" + (f": did you mean {near[0]!r}?" if near else "")
     if item["type"] == "missing":
-        return f"{name!r} is required: {SECTIONS[place[0]].model_fields[place[-1]].description}"
+        field = SECTIONS[place[0]].model_fields.get(place[-1])  # None of one in a list
+        return f"{name!r} is required" + (f": {field.description}" if field else "")
     said = item["msg"].removeprefix("Value error, ")
     return f"{name} = {item['input']!r}: {said}" if name and name != "scores" else said

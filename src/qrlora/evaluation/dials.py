@@ -31,6 +31,7 @@ from qrlora.evaluation.tune import Scores, Weights
 from qrlora.families import ModelFamily
 from qrlora.files import make_folder, write_all
 from qrlora.generation import Request, generate_jobs, generate_mixed
+from qrlora.training.pictures import open_picture
 
 Jobs = Sequence[tuple[Weights, str, int]]
 """Weights, prompt, seed."""
@@ -159,8 +160,7 @@ class Album:
         return self.folder / f"{hashlib.sha256(said.encode()).hexdigest()[:20]}.png"
 
     def _read(self, job: tuple[Weights, str, int]) -> Exhibit:
-        with Image.open(self._file(job)) as image:
-            return Exhibit(f"seed {job[2]}", np.asarray(image.convert("RGB")), None, job[1])
+        return Exhibit(f"seed {job[2]}", np.asarray(open_picture(self._file(job)).image), None, job[1])
 
 
 def scored(

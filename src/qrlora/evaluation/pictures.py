@@ -7,7 +7,6 @@ Read as the trainer reads them (docs/data.md): upright, in sRGB, on white where 
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from jaxtyping import Float, UInt8
 from PIL import Image, ImageOps
 
 from qrlora.errors import DataError
+from qrlora.reading import inside, parse_json, read_text, visible
 from qrlora.training.dataset import MASK, SUFFIXES
 from qrlora.training.pictures import open_picture
 
@@ -137,11 +137,10 @@ def picture_files(paths: Iterable[Path]) -> list[Path]:
                 raise DataError(f"{what}: {path}", expected=sorted(SUFFIXES), got=path.suffix or None, remedy=remedy)
             files.append(path)
             continue
-        inside = sorted(f for f in path.iterdir() if f.suffix.lower() in SUFFIXES and not f.name.startswith("."))
-        inside = [f for f in inside if not f.stem.endswith(MASK)]
-        if not inside:
+        found = [f for f in visible(path) if f.suffix.lower() in SUFFIXES and not f.stem.endswith(MASK)]
+        if not found:
             raise DataError(f"no pictures in {path}", expected=sorted(SUFFIXES), remedy="check the path")
-        files += inside
+        files += [inside(f, path, DataError) for f in found]
     return files
 
 
@@ -158,19 +157,28 @@ def read(path: Path) -> Exhibit:
     transparent = picture.alpha is not None and picture.alpha.getextrema()[0] < 255  # type: ignore[operator]
     mask = None
     if beside or transparent:
+        beside = beside and inside(beside, path.parent, DataError)
         mask = np.asarray(picture.mask(beside, picture.image.size)).astype(np.float32) / 255
-    return Exhibit(path.name, np.asarray(picture.image), mask, _prompt(path))
+    return Exhibit(path.name, np.asarray(picture.image), mask, _prompt(path, picture.record))
 
 
-def _prompt(path: Path) -> str:
+def _prompt(path: Path, record: str) -> str:
     words = path.with_suffix(".txt")
     if words.is_file():
-        return words.read_text(encoding="utf-8").strip()
-    with Image.open(path) as opened:
-        made = opened.info.get("qrlora", "")
-    prompts = json.loads(made).get("prompt", []) if made else []
+        return read_text(inside(words, path.parent, DataError), "the prompt", DataError).strip()
+    prompts = _prompts(path, record) if record else []
     if len(prompts) == 1:
         return prompts[0]
     # The record is of the whole run; the file's number says which of its prompts the picture is of.
-    number = re.match(r"(\d+)-.*-seed\d+$", path.stem)
+    number = re.match(r"([0-9]+)-.*-seed[0-9]+$", path.stem)
     return prompts[int(number[1])] if number and int(number[1]) < len(prompts) else ""
+
+
+def _prompts(path: Path, record: str) -> list[str]:
+    """The prompts of a run, out of the record in one of its pictures."""
+    expected, remedy = "the record of qrlora generate", f"write the prompt into {path.stem}.txt beside it"
+    made = parse_json(record, f"the record in {path}", DataError, expected=expected, remedy=remedy)
+    prompts = made.get("prompt", []) if isinstance(made, dict) else None
+    if not isinstance(prompts, list) or not all(isinstance(prompt, str) for prompt in prompts):
+        raise DataError(f"no prompt in the record in {path}", expected=expected, got=record[:200], remedy=remedy)
+    return prompts

@@ -14,18 +14,19 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Float
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from qrlora.errors import DataError
 from qrlora.evaluation.report import Block, Prose, Report, Section, Table
 from qrlora.evaluation.shares import Share, Z
+from qrlora.reading import parsing
 
 MISSES = 1
 """Catch trials that a rater may miss: anyone's finger slips once."""
-CHOICES = ("left", "right", "tie")
 
 
 @dataclass(frozen=True)
@@ -106,14 +107,76 @@ class Vote:
     choice: str
 
 
-def tally(results: Sequence[Mapping[str, Any]], key: Mapping[str, Any], misses: int = MISSES) -> Tally:
-    """Count the results of a study by its key.
+class _Part(BaseModel):
+    model_config = ConfigDict(strict=True, coerce_numbers_to_str=True)
+
+
+class _Shown(_Part):
+    arm: str | None
+
+
+class _Trial(_Part):
+    kind: Literal["pair", "same", "spoilt"]
+    a: str
+    b: str
+    right: str | None = None
+
+
+class _Key(_Part):
+    """What the count needs of a key."""
+
+    study: str
+    question: str
+    arms: list[str] = Field(min_length=2)
+    pictures: dict[str, _Shown]
+    trials: dict[str, _Trial]
+
+    @model_validator(mode="after")
+    def _consistent(self) -> _Key:
+        for name, trial in self.trials.items():
+            sides = [self.pictures[side].arm if side in self.pictures else "" for side in (trial.a, trial.b)]
+            known = [side in self.arms for side in sides]
+            if not (all(known) if trial.kind == "pair" else trial.right in (trial.a, trial.b, "tie")):
+                raise ValueError(f"trial {name} is between pictures or arms that are none")
+        if len(set(self.arms)) < len(self.arms):
+            raise ValueError("an arm named twice")
+        return self
+
+
+class _Answer(_Part):
+    trial: str
+    left: str
+    right: str
+    choice: Literal["left", "right", "tie"]
+
+
+class _Result(_Part):
+    """What the count needs of a rater's file."""
+
+    study: str
+    rater: str
+    votes: list[_Answer]
+
+
+def checked_key(found: object, what: str = "this") -> dict[str, Any]:
+    """The key of a study out of JSON. what: its file. DataError if it is none."""
+    with parsing(f"{what} is no key of a study", DataError, expected="key.json as qrlora study wrote it"):
+        return _Key.model_validate(found).model_dump()
+
+
+def tally(
+    results: Sequence[object], key: Mapping[str, Any], misses: int = MISSES, names: Sequence[str] | None = None
+) -> Tally:
+    """Count the results of a study by its key, both as JSON values. names: of the results' files, for errors.
 
     Raises:
-        DataError: results of another study, of one rater twice, or that are no results.
+        DataError: results of another study, of one rater twice, or that are no results, or no key.
     """
-    votes = [vote for result in results for vote in _votes(result, key)]
-    _refuse_twice([str(result["rater"]) for result in results])
+    key = checked_key(key)
+    named = zip(names or [f"file {i + 1}" for i in range(len(results))], results, strict=True)
+    each = [_votes(result, key, name) for name, result in named]
+    votes = [vote for _, listed in each for vote in listed]
+    _refuse_twice([rater for rater, _ in each])
     excluded = {
         rater: reason
         for rater in dict.fromkeys(v.rater for v in votes)
@@ -137,29 +200,22 @@ def tally(results: Sequence[Mapping[str, Any]], key: Mapping[str, Any], misses: 
     )
 
 
-def _votes(result: Mapping[str, Any], key: Mapping[str, Any]) -> list[Vote]:
-    """The votes of one file, checked against the key and turned to its sides."""
-    try:
-        if result["study"] != key["study"]:
+def _votes(found: object, key: Mapping[str, Any], name: str) -> tuple[str, list[Vote]]:
+    """The rater and the votes of one file, checked against the key and turned to its sides."""
+    expected = "the file that the study's page saved, unchanged"
+    with parsing(f"{name}: these are no votes of this study", DataError, expected=expected):
+        result = _Result.model_validate(found)
+        if result.study != key["study"]:
             remedy = "name the key.json that was written with the page"
-            raise DataError("votes of another study", expected=key["study"], got=result["study"], remedy=remedy)
-        votes, rater, seen = [], str(result["rater"]), set()
-        for vote in result["votes"]:
-            trial = key["trials"][vote["trial"]]
-            sides = {"left": vote["left"], "right": vote["right"]}
-            if (
-                {trial["a"], trial["b"]} != set(sides.values())
-                or vote["choice"] not in CHOICES
-                or vote["trial"] in seen
-            ):
-                raise KeyError(vote["trial"])
-            seen.add(vote["trial"])
-            side = "tie" if vote["choice"] == "tie" else "a" if sides[vote["choice"]] == trial["a"] else "b"
-            votes.append(Vote(rater, vote["trial"], side))
-    except (KeyError, TypeError, AttributeError) as error:
-        expected = "the file that the study's page saved, unchanged"
-        raise DataError("these are no votes of this study", expected=expected, got=repr(error)) from error
-    return votes
+            raise DataError(f"{name}: votes of another study", expected=key["study"], got=result.study, remedy=remedy)
+        votes: dict[str, Vote] = {}
+        for answer in result.votes:
+            trial, sides = key["trials"][answer.trial], {"left": answer.left, "right": answer.right}
+            if {trial["a"], trial["b"]} != set(sides.values()) or answer.trial in votes:
+                raise ValueError(f"trial {answer.trial} has other pictures, or two answers")
+            side = "tie" if answer.choice == "tie" else "a" if sides[answer.choice] == trial["a"] else "b"
+            votes[answer.trial] = Vote(result.rater, answer.trial, side)
+    return result.rater, list(votes.values())
 
 
 def _refuse_twice(raters: Sequence[str]) -> None:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import io
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from qrlora.evaluation.assessment import thumbnail
 from qrlora.evaluation.pictures import Exhibit
@@ -124,6 +122,7 @@ def report(tuning: Tuning) -> Report:
 
 def _plot(tuning: Tuning) -> np.ndarray:
     """(h, w, 3) uint8: all guesses in pale grey, second looks with their errors, the frontier as a numbered line."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure as Plot
 
     plot = Plot(figsize=(9, 5), layout="constrained")
@@ -139,9 +138,10 @@ def _plot(tuning: Tuning) -> np.ndarray:
     axes.set(xlabel=f"subject: {tuning.aims[0]}", ylabel=f"style: {tuning.aims[1]}")
     axes.legend(loc="best", frameon=False)
     axes.grid(alpha=0.25)
-    stream = io.BytesIO()
-    plot.savefig(stream, format="png", dpi=120)
-    return np.asarray(Image.open(stream).convert("RGB"))
+    plot.set_dpi(120)
+    canvas = FigureCanvasAgg(plot)
+    canvas.draw()
+    return np.array(canvas.buffer_rgba())[..., :3]
 
 
 def _columns(points: Sequence[Scores]) -> tuple[list[float], list[float]]:

@@ -27,9 +27,11 @@ from qrlora.adapter import Adapter, AdapterMetadata, load_adapter
 from qrlora.adapter.container import about, check_finite, parse_json
 from qrlora.adapter.metadata import is_number
 from qrlora.adapter.record import require
+from qrlora.errors import AdapterFileError
 from qrlora.exchange.names import LAYERS_PER_BLOCK, PREFIX, module_of
 from qrlora.exchange.published import as_lora, is_published, is_whole, load_published
 from qrlora.exchange.tensors import file_digest, read_tensor_file
+from qrlora.reading import parsing
 
 _PAIRS = (
     re.compile(r"(?P<layer>.+)\.lora_(?P<side>[AB])(\.\w+)?\.weight"),
@@ -109,11 +111,8 @@ def _flux_from_kohya(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """FLUX under its original names, where q, k and v are one layer: diffusers' own conversion splits them."""
     from diffusers import FluxPipeline
 
-    try:
+    with parsing("diffusers cannot convert this FLUX LoRA", AdapterFileError, expected="kohya's keys"):
         return dict(FluxPipeline.lora_state_dict(dict(tensors)))
-    except (ValueError, KeyError, RuntimeError) as error:
-        require(False, "diffusers cannot convert this FLUX LoRA", expected="kohya's keys", got=error)
-        raise
 
 
 def _layers_of(tensors: Mapping[str, Tensor], layers_per_block: int) -> Layers:
@@ -163,7 +162,9 @@ def _diffusers_config(raw: Mapping[str, str]) -> dict[str, Any]:
 def _checked_config(config: Any) -> dict[str, Any]:
     require(isinstance(config, dict), "the LoRA's configuration is no JSON object", expected="{...}", got=config)
     require(not config.get("use_dora"), "a DoRA", expected="use_dora false", got=True, remedy="it is no plain LoRA")
-    alphas = {"": config.get("lora_alpha", 1)} | dict(config.get("alpha_pattern") or {})
+    patterns = config.get("alpha_pattern") or {}
+    require(isinstance(patterns, dict), "alpha_pattern is no JSON object", expected="{...}", got=patterns)
+    alphas = {"": config.get("lora_alpha", 1)} | patterns
     wrong = {key: value for key, value in alphas.items() if not is_number(value)}
     require(not wrong, "lora_alpha is no number", expected="a finite number", got=wrong)
     return config
@@ -220,7 +221,8 @@ def _scaling(layer: str, rank: int, own: Tensor | None, config: Mapping[str, Any
         return float(own) / rank
     if config.get("lora_alpha") is not None:
         patterns: dict[str, Any] = config.get("alpha_pattern") or {}
-        found: Any = patterns.get(get_pattern_key(list(patterns), layer), config["lora_alpha"])
+        with parsing("alpha_pattern does not work", AdapterFileError, expected="regular expressions"):
+            found: Any = patterns.get(get_pattern_key(list(patterns), layer), config["lora_alpha"])
         return float(found) / (math.sqrt(rank) if config.get("use_rslora") else rank)
     return 1.0 if alpha is None else alpha / rank
 

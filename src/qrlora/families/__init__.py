@@ -34,6 +34,7 @@ from qrlora.families.sd import SD
 from qrlora.families.sd3 import SD3
 from qrlora.families.sdxl import SDXL
 from qrlora.families.z_image import Z_IMAGE
+from qrlora.reading import parsing, visible
 
 __all__ = [
     "EMBEDDED",
@@ -154,7 +155,9 @@ def _unloadable(model: str, family: ModelFamily) -> Iterator[None]:
     """What the libraries raise about a model that is not whole, as one error."""
     try:
         yield
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError, ImportError, AttributeError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # of foreign code alone
         raise ModelError(
             f"the base model {model!r} cannot be loaded",
             expected=f"a complete {family.pipeline_class} folder",
@@ -169,8 +172,8 @@ def weight_bytes(folder: Path, dtype: torch.dtype) -> int:
     Variants (`model.fp16.safetensors`) do not count, nor does what is not there to be read.
     """
     total = 0
-    for path in folder.glob("*.safetensors"):
-        if len(path.suffixes) > 1:
+    for path in visible(folder):
+        if path.suffix != ".safetensors" or len(path.suffixes) > 1:
             continue
         with (
             contextlib.suppress(SafetensorError),
@@ -216,17 +219,15 @@ def find_model(model: str) -> tuple[str, Path, dict[str, Any], ModelFamily]:
 
 def _read_index(path: Path, model: str) -> dict[str, Any]:
     """The index of a pipeline: its class name, and the class of each component."""
-    try:
-        index = json.loads(path.read_text())
+    with parsing(
+        f"{model!r} is not a base model in the diffusers layout",
+        ModelError,
+        expected=f"a folder with a {INDEX} that names its pipeline class",
+        remedy="give the folder that a pipeline's save_pretrained wrote, a hub id, or 'pico'",
+    ):
+        index = json.loads(path.read_text(encoding="utf-8-sig"))
         index["_class_name"].strip()
         return index
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ModelError(
-            f"{model!r} is not a base model in the diffusers layout",
-            expected=f"a folder with a {INDEX} that names its pipeline class",
-            got=f"{type(error).__name__}: {error}",
-            remedy="give the folder that a pipeline's save_pretrained wrote, a hub id, or 'pico'",
-        ) from error
 
 
 def from_hub(model: str, download: Callable[..., str], *arguments: Any, **options: Any) -> str:

@@ -16,12 +16,13 @@ import torch
 from huggingface_hub import snapshot_download
 from peft import LoraConfig
 from peft.tuners.tuners_utils import check_target_module_exists
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
 from qrlora.errors import ModelError, TunerError
 from qrlora.families import find_model, from_hub
 from qrlora.families.base import ModelFamily
+from qrlora.reading import parsing
 
 _FILE = "diffusion_pytorch_model.safetensors"
 _FLOATING = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
@@ -89,15 +90,9 @@ def stored_weights(
 
 
 def _opened(path: Path) -> Any:
-    try:
+    remedy = "download the model again"
+    with parsing(f"the weights in {path} cannot be read", ModelError, expected="a safetensors file", remedy=remedy):
         return safe_open(path, framework="pt")
-    except (SafetensorError, OSError) as error:
-        raise ModelError(
-            f"the weights in {path} cannot be read",
-            expected="a safetensors file",
-            got=error,
-            remedy="download the model again",
-        ) from error
 
 
 def _weight_files(folder: Path, model: str) -> list[Path]:
@@ -106,10 +101,8 @@ def _weight_files(folder: Path, model: str) -> list[Path]:
     if not index.is_file():
         names = {_FILE}
     else:
-        try:
-            names = {str(name) for name in json.loads(index.read_text())["weight_map"].values()}
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ModelError(f"{index} is no index of weights", got=error, remedy="download the model again") from error
+        with parsing(f"{index} is no index of weights", ModelError, remedy="download the model again"):
+            names = {str(name) for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()}
     missing = sorted(name for name in names if Path(name).name != name or not (folder / name).is_file())
     if missing:
         raise ModelError(
@@ -135,10 +128,8 @@ def _targeted(file: Any, targets: str | Sequence[str]) -> list[str]:
 
 
 def _refuse_quantised(folder: Path, model: str) -> None:
-    try:
-        config = json.loads((folder / "config.json").read_text())
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{folder} is no denoiser", expected="a config.json", got=error) from error
+    with parsing(f"{folder} is no denoiser", ModelError, expected="a config.json", remedy="download the model again"):
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     if isinstance(config, dict) and config.get("quantization_config"):
         raise ModelError(
             f"{model!r} is quantised, and only its own backend can read its weights",

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import hashlib
 import hmac
 import json
 import secrets
 import time
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Coroutine, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -274,12 +275,22 @@ def error_response(error: RequestError) -> JSONResponse:
     return JSONResponse(error_body(error), error.status, headers)
 
 
+def _spellings(key: str) -> list[bytes]:
+    """The bytes in which clients send a key: UTF-8, or Latin-1 if it can be written so."""
+    spelt = [key.encode("utf-8", "surrogateescape")]
+    with suppress(UnicodeEncodeError):
+        spelt.append(key.encode("latin-1"))
+    return spelt
+
+
 def authorise(request: Request, keys: Sequence[str]) -> None:
     """Raise RequestError (401) unless the request bears one of these keys, or there are none."""
     given = request.headers.get("authorization", "")
     scheme, _, token = given.partition(" ")
-    # Every key is compared, each in a time that does not depend on where it differs.
-    equal = [hmac.compare_digest(token.encode(), key.encode()) for key in keys]
+    # Every key is compared, each in a time that does not depend on where it differs or how long it is.
+    digest = hashlib.sha256(token.encode("latin-1")).digest()  # the header's bytes, as Starlette decoded them
+    spelt = [one for key in keys for one in _spellings(key)]
+    equal = [hmac.compare_digest(digest, hashlib.sha256(one).digest()) for one in spelt]
     if keys and not (scheme.lower() == "bearer" and any(equal)):
         raise RequestError(
             "wrong API key" if given else "no API key",

@@ -16,9 +16,10 @@ import torch
 
 from qrlora.adapter import Adapter, load_adapter
 from qrlora.composition import Live
-from qrlora.errors import AdapterFileError, MismatchError, QrloraError
+from qrlora.errors import AdapterFileError, MismatchError, QrloraError, printable
 from qrlora.families import EMBEDDED, load_pipeline, size_unit
 from qrlora.generation import Request, generate_mixed
+from qrlora.reading import visible
 from qrlora.serving.names import RESERVED
 from qrlora.serving.protocol import Event, Facts, Made, Picture, Refused, Settings, Step
 
@@ -45,7 +46,7 @@ class Shelf:
     def scan(self) -> None:
         """Read what came or changed since the last time, and forget what went."""
         with self._lock:
-            files = {path.stem: path for path in sorted(self.folder.glob("*.safetensors"))}
+            files = {printable(path.stem): path for path in visible(self.folder) if path.suffix == ".safetensors"}
             for name in set(self._stamps) - set(files):
                 self._forget(name)
             for name, path in files.items():
@@ -64,7 +65,7 @@ class Shelf:
         """Serve this one no more, until its file changes."""
         self.adapters.pop(name, None)
         # Folders are the operator's business: requests see this text too.
-        self.left_out[name] = str(error).replace(f"{self.folder}/", "")
+        self.left_out[name] = printable(str(error)).replace(printable(f"{self.folder}/"), "")
         log.warning("adapter %s is not served: %s", name, error)
 
     def _forget(self, name: str) -> None:
@@ -73,10 +74,10 @@ class Shelf:
 
 
 def _read(path: Path) -> Adapter:
-    if set(path.stem) & set(RESERVED):
+    if set(path.stem) & set(RESERVED) or path.stem != printable(path.stem):
         raise AdapterFileError(
             f"{path.name}: a name that a request cannot spell",
-            expected=f"none of {RESERVED}",
+            expected=f"text in UTF-8 without {RESERVED}",
             got=path.stem,
             remedy="rename the file",
         )
@@ -98,7 +99,7 @@ class Engine:
     def __init__(self, model: str, folder: str | Path, dtype: str = "float32", threads: int | None = None):
         if threads:
             torch.set_num_threads(threads)
-        self.model = model if model in EMBEDDED or not Path(model).is_dir() else Path(model).resolve().name
+        self.model = model if model in EMBEDDED or not Path(model).is_dir() else printable(Path(model).resolve().name)
         self.pipe, self.family = load_pipeline(model, dtype=getattr(torch, dtype))
         self.shelf = Shelf(Path(folder))
         self.shelf.scan()

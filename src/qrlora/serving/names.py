@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 
 from qrlora.errors import RequestError
+from qrlora.reading import plain_float
 
 WEIGHTS = 100.0
 """Weights are from minus this to this: far beyond, pictures are noise, and then no numbers at all."""
@@ -51,7 +52,7 @@ def _named(model: str, base: str, adapters: Collection[str]) -> list[tuple[str, 
     for part in model[len(base) :].split("+")[1:]:
         name, colon, weight = part.partition(":")
         try:
-            pairs.append((name, float(weight) if colon else 1.0))
+            pairs.append((name, plain_float(weight) if colon else 1.0))
         except ValueError:
             pairs.append((name, weight))
     return pairs

@@ -9,18 +9,20 @@ step.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import safetensors
 import safetensors.torch
 import torch
-from safetensors import SafetensorError
 from torch import nn
 
 from qrlora.errors import RecipeError
 from qrlora.files import write_atomically
+from qrlora.reading import parse_json, parsing
 from qrlora.training.outputs import newest, path_of
 from qrlora.training.recipe import Recipe
 
@@ -78,16 +80,35 @@ def load(
     """
     path = newest(recipe)
     assert path is not None, "held() looked"
-    try:
+    with _parsing(path):
         with safetensors.safe_open(path, framework="pt") as stream:
-            metadata = {key: json.loads(value) for key, value in (stream.metadata() or {}).items()}
+            metadata = {key: parse_json(value, key, RecipeError) for key, value in (stream.metadata() or {}).items()}
             tensors = {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118 (no iterator)
         step, run, scale, numbers = (metadata[key] for key in ("step", "run", "loss_scale", "optimizer"))
-    except (OSError, SafetensorError, KeyError, ValueError) as error:
-        raise RecipeError(f"damaged checkpoint {path}", got=error, remedy="delete it, and resume again") from error
+        if type(step) is not int or step < 0 or not isinstance(run, dict) or not 0 < scale < math.inf:
+            raise ValueError("step, run or loss_scale are none")
     _same_run(path, run, record)
+    with _parsing(path):
+        _restore(tensors, numbers, parameters, optimizer)
+    return step, scale
+
+
+def _parsing(path: Path) -> AbstractContextManager[None]:
+    return parsing(f"damaged checkpoint {path}", RecipeError, remedy="delete it, and resume again")
+
+
+def _restore(
+    tensors: Mapping[str, torch.Tensor],
+    numbers: Mapping[str, Any],
+    parameters: dict[str, nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+) -> None:
+    """Put parameters and the optimiser's state in place; any exception is the file's fault."""
     for name, parameter in parameters.items():
-        parameter.data.copy_(tensors[f"parameter.{name}"])
+        stored = tensors[f"parameter.{name}"]
+        if stored.shape != parameter.shape:
+            raise ValueError(f"{name} is {tuple(stored.shape)} instead of {tuple(parameter.shape)}")
+        parameter.data.copy_(stored)
     state: dict[int, Any] = {}
     leaves = {name.removeprefix("optimizer."): tensors[name] for name in tensors if name.startswith("optimizer.")}
     for key, value in (leaves | numbers["state"]).items():
@@ -98,7 +119,6 @@ def load(
         nested[last] = value
     group = optimizer.state_dict()["param_groups"][0] | numbers["group"]
     optimizer.load_state_dict({"state": state, "param_groups": [group]})
-    return step, scale
 
 
 def _same_run(path: Path, run: Record, now: Record) -> None:

@@ -28,13 +28,13 @@ import safetensors.torch
 import torch
 from jaxtyping import Float, Int
 from PIL import Image
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool2d
 
 from qrlora.errors import DataError
 from qrlora.families import ModelFamily
 from qrlora.files import default_cache_dir, make_folder, write_atomically
+from qrlora.reading import inside, parse_json, parsing, read_text, visible
 from qrlora.training.pictures import OpenPicture, Size, View, nearest_size, open_picture, views
 from qrlora.training.recipe import TRIGGER
 
@@ -176,15 +176,15 @@ def find_pictures(images: Sequence[Path], repeats: Sequence[int] = ()) -> list[S
             _refuse_orphans([path], [other for other in images if other.parent == path.parent])
             sources = []
         else:
-            sources = [Source(path, _sidecar(path), _mask_of(path, _masks(path.parent.iterdir())))]
+            sources = [Source(path, _sidecar(path), _mask_of(path, _masks(visible(path.parent))))]
         found += [replace(source, repeats=source.repeats * times) for source in sources]
     return found
 
 
 def _folder(folder: Path) -> list[Source]:
     """The pictures of a folder; if it has none, those of its folders `10_name`, as often as they say."""
-    inside = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
-    counts = {path: re.match(r"([1-9]\d*)_", path.name) for path in inside}
+    folders = [inside(path, folder, DataError) for path in visible(folder) if path.is_dir()]
+    counts = {path: re.match(r"([1-9][0-9]{0,8})_", path.name) for path in folders}
     if _files(folder) or not any(counts.values()):
         return _pictures(folder)
     if others := [path.name for path, count in counts.items() if count is None]:
@@ -200,7 +200,7 @@ def _folder(folder: Path) -> list[Source]:
 
 def _files(folder: Path) -> list[Path]:
     """Pictures and masks that lie directly in a folder."""
-    return sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
+    return [inside(path, folder, DataError) for path in visible(folder) if path.suffix.lower() in SUFFIXES]
 
 
 def _pictures(folder: Path) -> list[Source]:
@@ -234,22 +234,27 @@ def _pictures(folder: Path) -> list[Source]:
 def _metadata(path: Path) -> dict[str, Source]:
     """What each line says of the picture it names."""
     rows = {}
-    for number, line in enumerate(_text(path).splitlines(), 1):
+    # Not splitlines: JSON may hold what that takes for the end of a line.
+    for number, line in enumerate(_text(path).split("\n"), 1):
         if not line.strip():
             continue
-        try:
-            row = json.loads(line)
-            name, text = str(row["file_name"]), str(row["text"])
-            mask = path.parent / row["mask"] if row.get("mask") else None
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise DataError(
-                f"line {number} of {path} cannot be used",
-                expected='{"file_name": "mug.png", "text": "a photo of a [trigger] mug"}, and "mask": a file, if any',
-                got=line[:200],
-                remedy="correct the line",
-            ) from error
-        rows[name] = Source(path.parent / name, text, mask)
+        what = f"line {number} of {path}"
+        name, text, mask = _row(parse_json(line, what, DataError, expected=_ROW, remedy="correct the line"), what)
+        mask_file = inside(path.parent / mask, path.parent, DataError) if mask else None
+        rows[name] = Source(path.parent / name, text, mask_file)
     return rows
+
+
+_ROW = '{"file_name": "mug.png", "text": "a photo of a [trigger] mug"}, and "mask": a file, if any'
+
+
+def _row(row: Any, what: str) -> Sequence[str]:
+    """Name, caption and mask that a line of the metadata gives; "" without a mask."""
+    row = {"mask": ""} | row if isinstance(row, dict) else {}
+    fields = ["" if key == "mask" and row.get(key) is None else row.get(key) for key in ("file_name", "text", "mask")]
+    if not all(isinstance(field, str) for field in fields):
+        raise DataError(f"{what} cannot be used", expected=_ROW, got=str(row)[:200], remedy="correct the line")
+    return fields
 
 
 def _is_mask(path: Path) -> bool:
@@ -294,12 +299,7 @@ def _sidecar(picture: Path) -> str | None:
 
 
 def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")  # some editors begin a file with a byte order mark
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"captions that are no text: {path}", expected="UTF-8", got=error, remedy="save the file again as UTF-8"
-        ) from error
+    return read_text(inside(path, path.parent, DataError), "captions", DataError)
 
 
 def load_examples(
@@ -473,8 +473,9 @@ def _cached(key: str, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Ten
     path = default_cache_dir() / "encoded" / f"{hashlib.sha256(key.encode()).hexdigest()}.safetensors"
     if path.is_file():
         try:
-            return safetensors.torch.load(path.read_bytes())
-        except SafetensorError:
+            with parsing(f"damaged {path}", DataError):
+                return safetensors.torch.load(path.read_bytes())
+        except DataError:
             path.unlink(missing_ok=True)  # by another process, perhaps
     tensors = {name: tensor.contiguous() for name, tensor in compute().items()}
     make_folder(path.parent)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import io
 import math
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,15 @@ import numpy as np
 from PIL import Image, ImageCms, ImageOps
 
 from qrlora.errors import DataError
+from qrlora.reading import parsing
 
+FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "TIFF", "BMP", "GIF")
+"""What Pillow may take a file for, whatever its name. Not among them: formats that are programs (PostScript, which
+Pillow hands to Ghostscript) or that nobody keeps pictures in. JPEG includes MPO, which phones write."""
+LARGEST_FILE = 2**29
+"""Bytes of a picture file: those of the largest picture, uncompressed in 16 bits a channel."""
+LARGEST_PICTURE = 2**28 // 3
+"""Pixels of a picture, 89 million: 256 MiB in RGB. A file of 21 KB may claim twice as many."""
 LARGEST_ENLARGEMENT = 4
 """A picture smaller than what it is trained at by more than this factor would teach the model blur."""
 BUCKET_STEPS = 16
@@ -51,9 +60,6 @@ def views(flip: bool, shift: int) -> list[View]:
     """The picture as it is; moved by ``shift`` pixels to each side, unless 0; with ``flip`` the mirror images, too."""
     moves = [(0, 0), *([(shift, 0), (-shift, 0), (0, shift), (0, -shift)] if shift else [])]
     return [View(mirrored, *move) for mirrored in (False, True)[: 1 + flip] for move in moves]
-
-
-_PICTURE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
 
 
 def bucket_sizes(resolution: int, unit: int, largest: int | None = None) -> list[Size]:
@@ -94,11 +100,13 @@ def check_resolution(resolution: int, unit: int, largest: int | None) -> None:
 
 @dataclass(frozen=True)
 class OpenPicture:
-    """A picture file, read: `image` in RGB, and its transparency (mode L, white where opaque) if it has any."""
+    """A picture file, read: `image` in RGB, its transparency (mode L, white where opaque) if it has any, and the
+    record that `qrlora generate` wrote into it (JSON), or ""."""
 
     path: Path
     image: Image.Image
     alpha: Image.Image | None
+    record: str = ""
 
     def shown(self, size: Size, view: View = PLAIN) -> Image.Image:
         """The middle of the picture, in this size.
@@ -161,12 +169,14 @@ def open_picture(path: Path) -> OpenPicture:
     """A picture file, turned upright (EXIF), in sRGB, on white where transparent.
 
     Raises:
-        DataError: missing, unreadable, animated, or in a format whose colours would have to be guessed.
+        DataError: missing, unreadable, too large, animated, or in a format that is not among `FORMATS` or whose
+            colours would have to be guessed.
     """
     with _reading(path):
         picture = _upright(path)
         alpha = picture.convert("RGBA").getchannel("A") if picture.has_transparency_data else None
-        return OpenPicture(path, _to_srgb(picture, path), alpha)
+        record = picture.info.get("qrlora", "")
+        return OpenPicture(path, _to_srgb(picture, path), alpha, record if isinstance(record, str) else "")
 
 
 def _read_mask(path: Path) -> Image.Image:
@@ -191,24 +201,31 @@ def _cut(picture: Image.Image, size: Size, resampling: Image.Resampling, view: V
 @contextlib.contextmanager
 def _reading(path: Path) -> Iterator[None]:
     """What Pillow raises over a file, in words."""
-    if not path.is_file():
-        raise DataError(f"no such picture: {path}", remedy="check the path")
-    try:
+    with parsing(
+        f"unreadable picture: {path}",
+        DataError,
+        expected="a complete PNG, JPEG, WebP, AVIF, TIFF, BMP or GIF file",
+        remedy="open it in an image editor and save it again as PNG, or leave it out",
+    ):
+        if not path.is_file():
+            raise DataError(f"no such picture: {path}", remedy="check the path")
+        size = path.stat().st_size
+        if size > LARGEST_FILE:
+            raise _too_large(path, f"{LARGEST_FILE} bytes at most", f"{size} bytes")
         yield
-    except DataError:
-        raise
-    except _PICTURE_ERRORS as error:
-        raise DataError(
-            f"unreadable picture: {path}",
-            expected="a complete PNG, JPEG, WebP, TIFF, BMP, GIF or AVIF file",
-            got=f"{type(error).__name__}: {error}",
-            remedy="open it in an image editor and save it again as PNG, or leave it out",
-        ) from error
+
+
+def _too_large(path: Path, expected: str, got: str) -> DataError:
+    return DataError(
+        f"picture too large: {path}", expected=expected, got=got, remedy="scale it down in an image editor"
+    )
 
 
 def _upright(path: Path) -> Image.Image:
     """The one frame of a file, decoded whole and turned as its camera was held."""
-    with Image.open(path) as opened:
+    with _opened(path) as opened:
+        opened.verify()  # PNG's checksums up to its end, of which decoding needs neither
+    with _opened(path) as opened:
         _refuse_animation(opened, path)
         opened.load()
         picture = ImageOps.exif_transpose(opened)
@@ -220,6 +237,21 @@ def _upright(path: Path) -> Image.Image:
             remedy="save it as an 8-bit PNG",
         )
     return picture
+
+
+def _opened(path: Path) -> Image.Image:
+    """A picture file with its header read, and no pixel."""
+    most = f"{LARGEST_PICTURE // 10**6} million pixels at most"
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the size is checked below
+            opened = Image.open(path, formats=FORMATS)
+    except Image.DecompressionBombError as error:
+        raise _too_large(path, most, str(error)) from error
+    if opened.width * opened.height > LARGEST_PICTURE:
+        with opened:
+            raise _too_large(path, most, f"{opened.width} x {opened.height}")
+    return opened
 
 
 def _refuse_animation(opened: Image.Image, path: Path) -> None:
@@ -250,17 +282,12 @@ def _to_srgb(picture: Image.Image, path: Path) -> Image.Image:
 
 def _apply_profile(picture: Image.Image, profile: bytes, path: Path) -> Image.Image:
     """From the embedded profile's colours to sRGB; a profile for another kind of picture does not apply."""
-    try:
+    remedy = "save the picture again as an sRGB PNG"
+    with parsing(f"unreadable colour profile in {path}", DataError, remedy=remedy):
         embedded = ImageCms.ImageCmsProfile(io.BytesIO(profile))
         space = embedded.profile.xcolor_space.strip()
         if {"RGB": "RGB", "CMYK": "CMYK", "GRAY": "L"}.get(space) != picture.mode:
             return picture
         converted = ImageCms.profileToProfile(picture, embedded, ImageCms.createProfile("sRGB"), outputMode="RGB")
-    except (OSError, ImageCms.PyCMSError) as error:
-        raise DataError(
-            f"unreadable colour profile in {path}",
-            got=f"{type(error).__name__}: {error}",
-            remedy="save the picture again as an sRGB PNG",
-        ) from error
     assert converted is not None  # None only for in-place conversion
     return converted

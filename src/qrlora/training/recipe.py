@@ -13,19 +13,14 @@ import difflib
 import hashlib
 import json
 import re
-import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from qrlora.errors import RecipeError
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
+from qrlora.reading import parsing, plain_number, read_toml
 
 TRIGGER = "[trigger]"
 """In a caption: the place of the trigger."""
@@ -181,7 +176,7 @@ class Recipe(BaseModel):
     @classmethod
     def _defaults(cls, data: Any) -> Any:
         """Fill what depends on other fields, so that a recipe once made is complete and explicit."""
-        if not isinstance(data, Mapping) or data.get("role") not in TRIGGERS:
+        if not isinstance(data, Mapping) or str(data.get("role")) not in TRIGGERS:
             return data
         role, noun = data["role"], data.get("noun") or ""
         defaults = {
@@ -194,6 +189,13 @@ class Recipe(BaseModel):
             defaults["learning_rate"] = 1.0
         return defaults | {key: value for key, value in data.items() if value is not None}
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _plain(cls, value: Any, about: Any) -> Any:
+        """Numbers of the command line come as text; true is no number, and 1_0 is none."""
+        annotation = cls.model_fields[about.field_name].annotation
+        return plain_number(value) if {int, float} & {annotation, *get_args(annotation)} else value
+
     @field_validator("images", mode="before")
     @classmethod
     def _one_or_many(cls, value: Any) -> Any:
@@ -203,7 +205,9 @@ class Recipe(BaseModel):
     @classmethod
     def _counted(cls, value: Any) -> Any:
         """Accept 10, and "10,1" from the command line."""
-        return value.split(",") if isinstance(value, str) else (value,) if isinstance(value, int) else value
+        if isinstance(value, str):
+            value = [part.strip() for part in value.split(",")]
+        return plain_number([value] if isinstance(value, int) else value)
 
     @field_validator("preserve", "sample_prompts", mode="before")
     @classmethod
@@ -227,9 +231,9 @@ class Recipe(BaseModel):
     @classmethod
     def _listed_columns(cls, value: Any) -> Any:
         """Accept "0,2,4" from the command line."""
-        if isinstance(value, str) and all(part.strip().isdigit() for part in value.split(",")):
+        if isinstance(value, str) and re.fullmatch(r"[0-9]{1,9}( *, *[0-9]{1,9})*", value):
             return tuple(int(part) for part in value.split(","))
-        return value
+        return value if isinstance(value, str) else plain_number(value)
 
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:
@@ -272,13 +276,10 @@ class Recipe(BaseModel):
             RecipeError: no such file, not TOML, or not a valid recipe.
         """
         path = Path(path)
-        try:
-            fields = tomllib.loads(path.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise RecipeError(f"cannot read the recipe {path}", got=error.strerror, remedy="check the path") from error
-        except ValueError as error:
-            raise RecipeError(f"{path} is not TOML", got=error, remedy="see recipes/ for examples") from error
-        return cls.of(_anchored(fields, path.parent) | dict(overrides or {}))
+        fields = read_toml(path, "the recipe", RecipeError, remedy="see recipes/ for examples")
+        with parsing(f"a path in {path} cannot be followed", RecipeError, remedy="correct it"):
+            fields = _anchored(fields, path.parent)
+        return cls.of(fields | dict(overrides or {}))
 
     @classmethod
     def file_schema(cls) -> dict[str, Any]:
@@ -354,10 +355,10 @@ def _plain(facts: dict[str, Any]) -> dict[str, Any]:
 def _explain(error: ValidationError) -> list[str]:
     """One line per wrong field."""
     lines = []
-    for item in error.errors():
+    for number, item in enumerate(error.errors()):
         name = ".".join(str(part) for part in item["loc"][:1])
         if item["type"] == "extra_forbidden":
-            near = difflib.get_close_matches(name, Recipe.model_fields, n=1, cutoff=0.5)
+            near = difflib.get_close_matches(name, Recipe.model_fields, n=1, cutoff=0.5) if number < 20 else []
             lines.append(f"unknown field {name!r}" + (f": did you mean {near[0]!r}?" if near else ""))
         elif item["type"] == "missing":
             # Without a role, what would be filled from it is missing too: naming the role is enough.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -154,7 +155,8 @@ def resolve_columns(columns: str | Sequence[int], r: int, basis_rank: int | None
 def _residue(columns: str) -> tuple[int, int]:
     """(i, n) of ``i/n`` or of a named set."""
     start, slash, step = NAMED_COLUMNS.get(columns, columns).partition("/")
-    if slash and start.isdecimal() and step.isdecimal() and int(start) < int(step):
+    numbers = re.fullmatch(r"[0-9]{1,9}/[0-9]{1,9}", f"{start}{slash}{step}")
+    if numbers and int(start) < int(step):
         return int(start), int(step)
     raise TunerError(
         "unknown columns",

@@ -14,13 +14,14 @@ from pathlib import Path
 import safetensors.torch
 import torch
 from jaxtyping import Float
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from qrlora.adapter import Adapter
 from qrlora.basis import Basis
 from qrlora.errors import AdapterFileError, MismatchError
 from qrlora.files import write_atomically
+from qrlora.reading import parsing
 
 NOTHING = 1e-12
 """Singular values below this share of the largest are none."""
@@ -169,16 +170,13 @@ def save_learned(path: Path | str, learned: Learned, metadata: Mapping[str, str]
 def load_learned(path: Path | str) -> Learned:
     """What `save_learned` wrote. Raises AdapterFileError for any other file."""
     parts: dict[str, dict[str, Tensor]] = {}
-    try:
+    expected = "a file that save_learned wrote"
+    with parsing(f"{path} holds no ΔW", AdapterFileError, expected=expected, remedy="train it again"):
         with safe_open(path, framework="pt") as file:
             for key in file.keys():  # noqa: SIM118 (not a dict)
                 name, _, part = key.rpartition(".")
                 parts.setdefault(name, {})[part] = file.get_tensor(key)
         return {name: Delta(**tensors) for name, tensors in parts.items()}
-    except (OSError, SafetensorError, TypeError, MismatchError) as error:
-        raise AdapterFileError(
-            f"{path} holds no ΔW", expected="a file that save_learned wrote", got=error, remedy="train it again"
-        ) from error
 
 
 def metadata_of(path: Path | str) -> dict[str, str]:

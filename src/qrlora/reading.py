@@ -1,0 +1,176 @@
+"""Reading what comes from outside: files, JSON, TOML and numbers as text, with one kind of error for all of it.
+
+    with parsing(f"{path} is not TOML", RecipeError, remedy="see recipes/ for examples"):
+        fields = tomllib.loads(read_text(path, "the recipe", RecipeError))
+
+Parsers and foreign converters raise whatever they like over damaged input (RuntimeError, KeyError, RecursionError,
+AssertionError). `parsing` turns all of it into one of our errors that names the file. It belongs around the call of the
+parser and the checks of what it returned, never around our own arithmetic, whose faults have to stay visible.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import re
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from qrlora.errors import QrloraError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+LARGEST_TEXT = 2**24
+"""Bytes of a text file that is read; a metadata.jsonl of 100 000 long captions has fewer."""
+LARGEST_TOML = 2**20
+MOST_DOTS = 100
+"""On one line of TOML, outside strings: tomllib takes time in the square of the parts of a dotted key."""
+NUMBER = re.compile(r"[+-]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]+)?")
+
+
+@contextmanager
+def parsing(
+    what: str, kind: type[QrloraError], *, expected: object = None, remedy: str = "take the original file"
+) -> Iterator[None]:
+    """Raise ``kind(what, ...)`` for any exception of the parser called inside; our own errors pass.
+
+    what: the sentence that says which file is at fault.
+    """
+    try:
+        yield
+    except QrloraError:
+        raise
+    except BaseException as error:
+        # A panic in a Rust extension is no Exception; KeyboardInterrupt and SystemExit are not the parser's.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise kind(what, expected=expected, got=_described(error), remedy=remedy) from error
+
+
+def _described(error: BaseException) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    said = str(error)
+    if errors := getattr(error, "errors", None):  # pydantic's, without its links
+        said = "; ".join(f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in errors()[:5])
+    return f"{type(error).__name__}: {said}" if said else type(error).__name__
+
+
+def read_text(path: Path, what: str, kind: type[QrloraError], largest: int = LARGEST_TEXT) -> str:
+    """A file in UTF-8, without the byte order mark that some editors begin it with. what: what it should be."""
+    remedy = "check the path; if it is right, save the file again as UTF-8"
+    with parsing(f"cannot read {what} {path}", kind, expected="a text file in UTF-8", remedy=remedy):
+        with path.open("rb") as stream:
+            data = stream.read(largest + 1)
+        if len(data) > largest:
+            raise kind(
+                f"cannot read {what} {path}: too large",
+                expected=f"{largest} bytes at most",
+                got="more",
+                remedy="name the file that was meant, or divide it",
+            )
+        return io.StringIO(data.decode("utf-8-sig"), newline=None).read()
+
+
+def read_json(path: Path, what: str, kind: type[QrloraError]) -> Any:
+    """Any JSON value of a file; errors as `read_text` and `parse_json`."""
+    return parse_json(read_text(path, what, kind), str(path), kind)
+
+
+def parse_json(
+    text: str | bytes, what: str, kind: type[QrloraError], *, expected: str = "JSON", remedy: str = "export it again"
+) -> Any:
+    """Any JSON value. Refused is also what other programs cannot read or write again: keys named twice, NaN and
+    infinite numbers, halves of surrogate pairs."""
+    with parsing(f"{what} is no JSON", kind, expected=expected, remedy=remedy):
+        value = json.loads(text, object_pairs_hook=_each_once, parse_constant=_no_constant, parse_float=_finite)
+        if (b"\\u" if isinstance(text, bytes) else "\\u") in text:  # type: ignore[operator]  # both are of one type
+            json.dumps(value, ensure_ascii=False).encode()
+        return value
+
+
+def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    twice = sorted(name for name, times in Counter(name for name, _ in pairs).items() if times > 1)
+    if twice:
+        raise ValueError(f"keys named twice: {twice}")
+    return dict(pairs)
+
+
+def _no_constant(text: str) -> float:
+    raise ValueError(f"{text} is no JSON number")
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text[:40]} is larger than any number")
+    return value
+
+
+def read_toml(path: Path, what: str, kind: type[QrloraError], *, remedy: str) -> dict[str, Any]:
+    """The tables of a TOML file."""
+    text = read_text(path, what, kind, LARGEST_TOML)
+    with parsing(f"{path} is not TOML", kind, remedy=remedy):
+        bare = re.sub(r"\"[^\"\n]*\"|'[^'\n]*'", "", text)
+        dots = max((line.count(".") for line in bare.splitlines()), default=0)
+        if dots > MOST_DOTS:
+            raise ValueError(f"a line with {dots} dots outside strings")
+        return tomllib.loads(text)
+
+
+def plain_float(text: str) -> float:
+    """A finite number in plain decimal notation. ValueError for what Python reads besides: 1_0, full-width digits,
+    blanks, nan, infinity."""
+    value = float(text) if NUMBER.fullmatch(text) else math.nan
+    if not math.isfinite(value):
+        raise ValueError(f"expected a finite number, got {text[:40]!r}")
+    return value
+
+
+def plain_int(text: str) -> int:
+    """A whole number in plain decimal notation; ValueError as `plain_float`."""
+    if not re.fullmatch(r"[+-]?[0-9]{1,20}", text):
+        raise ValueError(f"expected a whole number, got {text[:40]!r}")
+    return int(text)
+
+
+def plain_number(value: Any) -> Any:
+    """A field of a recipe or brand sheet that is to hold numbers: text in plain notation as one, others as they are."""
+    if isinstance(value, bool):
+        raise ValueError(f"expected a number, got {value}")
+    if isinstance(value, (list, tuple)):
+        return [plain_number(one) for one in value]
+    if isinstance(value, dict):
+        return {key: plain_number(one) for key, one in value.items()}
+    if not isinstance(value, str):
+        return value
+    return int(value) if re.fullmatch(r"[+-]?[0-9]{1,20}", value) else plain_float(value)
+
+
+def inside(path: Path, folder: Path, kind: type[QrloraError]) -> Path:
+    """``path``, if its file lies in ``folder``, symbolic links followed; ``kind`` otherwise.
+
+    For what a folder or a file in it leads to; what a user names lies wherever the user says.
+    """
+    with parsing(f"{path} leads nowhere", kind, expected=f"a file inside {folder}", remedy="correct the path"):
+        if not path.resolve().is_relative_to(folder.resolve()):
+            raise kind(
+                f"{path} leads out of its folder",
+                expected=f"a file inside {folder}",
+                got=path.resolve(),
+                remedy="copy the file into the folder",
+            )
+    return path
+
+
+def visible(folder: Path) -> list[Path]:
+    """What lies in a folder, in order, without hidden files and macOS's `._*`."""
+    return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
