@@ -13,6 +13,7 @@ from typing import Any
 
 from qrlora.adapter.container import check_keys, is_whole, parse_json
 from qrlora.adapter.record import Adapter, AdapterMetadata, require
+from qrlora.tensor_file import DIGEST, NOTES
 
 
 def is_number(value: Any) -> bool:
@@ -29,12 +30,11 @@ _KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
 }
 _FIELDS = {f"qrlora.{field.name}": str(field.type) for field in dataclasses.fields(AdapterMetadata)}
 _OTHER_KEYS = ("qrlora.format", "qrlora.layers", "qrlora.recipe_digest")
-NOTES = ("modelspec.", "ss_", "sshs_")  # what Stability's ModelSpec, kohya's scripts and A1111 call theirs
 
 
 def own(raw: Mapping[str, str]) -> dict[str, str]:
-    """The metadata without what was written for other programs."""
-    return {key: value for key, value in raw.items() if not key.startswith(NOTES)}
+    """The metadata without what was written for other programs, and without the digest, which is checked before."""
+    return {key: value for key, value in raw.items() if key != DIGEST and not key.startswith(NOTES)}
 
 
 def _to_json(value: Any) -> str:
