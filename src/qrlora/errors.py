@@ -100,7 +100,7 @@ class PictureError(QrloraError):
     """Pictures that came out as numbers that are not finite.
 
     Attributes:
-        images: of the whole call in their order, None for those that failed.
+        images: all pictures of the call in their order, None for those that failed.
     """
 
     def __init__(self, what: str, *, images: Sequence[Any] = (), **said: Any):

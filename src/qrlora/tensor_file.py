@@ -9,8 +9,10 @@ Sizes are checked before anything is read or parsed: of the file, of its header,
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
+import logging
 import math
 import os
 from collections import Counter
@@ -34,6 +36,9 @@ MOST_HEADER_BYTES = 10_000_000
 MOST_TENSORS = 50_000
 AGAIN = "download or copy it again"
 
+log = logging.getLogger(__name__)
+
+_IDENTITY = "qrlora.entry"
 _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
@@ -99,6 +104,36 @@ def read(path: Path, shapes: Mapping[str, tuple[int, ...]], most_bytes: int) -> 
     return tensors, header.get("__metadata__", {})
 
 
+def read_entry(
+    path: Path, identity: str, shapes: Mapping[str, tuple[int, ...]] | None = None, most_bytes: int = 2**30
+) -> dict[str, Tensor] | None:
+    """The tensors of a cache's entry that `packed_entry` made; None, with a note, for one that cannot be trusted.
+
+    It is then to be made again: what is cached costs time alone.
+    """
+    try:
+        tensors, words = read(path, shapes or {}, most_bytes)
+        require(words.get(_IDENTITY, identity) == identity, "another entry's content", expected=identity, got=words)
+    except (TensorFileError, OSError) as error:
+        note(f"the cache's {path} is damaged and is made again: {getattr(error, 'what', error)}")
+        return None
+    if not {DIGEST, _IDENTITY} <= set(words):
+        note(f"what is cached in {path.parent} without a digest, by an older version, is made again")
+        return None
+    return tensors
+
+
+def packed_entry(tensors: Mapping[str, Tensor], identity: str) -> Callable[[BinaryIO], None]:
+    """An entry of a cache. identity: what it was made of and how, as a digest."""
+    return packed(tensors, {_IDENTITY: identity})
+
+
+@functools.cache
+def note(text: str) -> None:
+    """Tell the user, once, what is no error."""
+    log.warning(text)
+
+
 def read_header(stream: BinaryIO, most_bytes: int = MOST_BYTES) -> Header:
     """The header of a stream: entries that are objects, and metadata that maps text to text, if there is any."""
     size = os.fstat(stream.fileno()).st_size
@@ -145,7 +180,7 @@ def read_tensors(stream: BinaryIO, header: Header) -> tuple[dict[str, Tensor], s
     entries = {key: entry for key, entry in header.items() if key != "__metadata__"}
     places = check_layout(entries, size)
     whole = torch.empty(size, dtype=torch.uint8)
-    into = memoryview(whole.numpy())
+    into = memoryview(whole.numpy())  # type: ignore[arg-type]
     read = 0
     while size > read and (some := stream.readinto(into[read:])):  # type: ignore[attr-defined]
         read += some
@@ -182,7 +217,9 @@ def check_layout(entries: Mapping[str, Header], size: int) -> dict[str, tuple[in
 
 
 def _place(key: str, entry: Header) -> tuple[int, int]:
-    dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
+    dtype: Any = entry.get("dtype")
+    shape: Any = entry.get("shape")
+    offsets: Any = entry.get("data_offsets")
     known = isinstance(dtype, str) and dtype in _DTYPES
     counted = all(isinstance(part, list) and all(is_whole(n) and n >= 0 for n in part) for part in (shape, offsets))
     begin, end = offsets if known and counted and len(offsets) == 2 else (0, -1)

@@ -7,7 +7,6 @@ and its digest are checked by qrlora.tensor_file. All complaints are AdapterFile
 from __future__ import annotations
 
 import hashlib
-import logging
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -19,11 +18,9 @@ from torch import Tensor
 
 from qrlora.adapter.record import require
 from qrlora.errors import AdapterFileError, MismatchError, TensorFileError, bounded
-from qrlora.tensor_file import DIGEST, is_whole, parse_json, read_header, read_tensors
+from qrlora.tensor_file import DIGEST, is_whole, note, parse_json, read_header, read_tensors
 
 __all__ = ["is_whole", "parse_json", "read_header", "read_tensors"]
-
-log = logging.getLogger(__name__)
 
 DTYPES = ("F32", "F16", "BF16")
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -93,7 +90,7 @@ def check_said_hashes(path: Path, metadata: Mapping[str, str], tensors: Mapping[
     if said and not known:
         by_key = hashlib.sha256()
         for key in sorted(tensors):
-            by_key.update(tensors[key].reshape(-1).view(torch.uint8).numpy())
+            by_key.update(tensors[key].reshape(-1).view(torch.uint8).numpy().data)
         require(
             by_key.hexdigest() == said,
             "damaged or changed: its tensors are not those that modelspec.hash_sha256 was taken of",
@@ -102,13 +99,13 @@ def check_said_hashes(path: Path, metadata: Mapping[str, str], tensors: Mapping[
             remedy="download it again; if a program that you trust changed it, remove that field from its metadata",
         )
     if kohya and not known and not said:
-        log.warning("%s: changed or damaged since kohya's scripts wrote it, by its sshs_model_hash", path)
+        note(f"{path}: changed or damaged since kohya's scripts wrote it, by its sshs_model_hash")
 
 
 def note_undigested(path: Path, metadata: Mapping[str, str]) -> None:
     """Say of a file of ours without a digest that damage to it would not be found."""
     if DIGEST not in metadata:
-        log.warning("%s: written by an older version, without a digest: damage to it cannot be found", path)
+        note(f"{path}: written by an older version, without a digest: damage to it cannot be found")
 
 
 def check_finite(tensors: Mapping[str, Tensor], remedy: str = "train again at a lower learning rate") -> None:

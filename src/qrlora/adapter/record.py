@@ -208,8 +208,8 @@ class Adapter:
 
     @functools.cached_property
     def strength(self) -> float:
-        """A bound of the numbers that the adapter makes at weight 1: of the length of every row of s · ΔR, times that of
-        every row of an up of its own. What null-space projection leaves of a row is never longer than the row."""
+        """A bound of the numbers that the adapter makes at weight 1: of the length of every row of s · ΔR, times that
+        of every row of an up of its own. What null-space projection leaves of a row is never longer than the row."""
         lengths = {layer: _longest_row(delta) for layer, delta in self.deltas.items()}
         if self.ups is not None:
             lengths = {layer: length * _longest_row(self.ups[layer]) for layer, length in lengths.items()}

@@ -24,11 +24,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import safetensors.torch
 import torch
 from jaxtyping import Float, Int
 from PIL import Image
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool2d
 
@@ -36,6 +34,7 @@ from qrlora.basis import default_cache_dir
 from qrlora.errors import DataError
 from qrlora.families import ModelFamily
 from qrlora.files import write_atomically
+from qrlora.tensor_file import packed_entry, read_entry
 from qrlora.training.pictures import OpenPicture, Size, View, nearest_size, open_picture, views
 from qrlora.training.recipe import TRIGGER
 
@@ -470,14 +469,13 @@ def _encoders_digest(pipe: Any, family: ModelFamily) -> str:
 
 
 def _cached(key: str, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-    """The tensors kept under this key, or computed and kept now. A damaged entry is made anew."""
-    path = default_cache_dir() / "encoded" / f"{hashlib.sha256(key.encode()).hexdigest()}.safetensors"
-    if path.is_file():
-        try:
-            return safetensors.torch.load(path.read_bytes())
-        except SafetensorError:
-            path.unlink(missing_ok=True)  # by another process, perhaps
+    """The tensors kept under this key, or computed and kept now. A damaged entry is made anew, with a note."""
+    identity = hashlib.sha256(key.encode()).hexdigest()
+    path = default_cache_dir() / "encoded" / f"{identity}.safetensors"
+    kept = read_entry(path, identity) if path.is_file() else None
+    if kept is not None:
+        return kept
     tensors = {name: tensor.contiguous() for name, tensor in compute().items()}
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, safetensors.torch.save(tensors))
+    write_atomically(path, packed_entry(tensors, identity))
     return tensors
