@@ -23,6 +23,7 @@ from qrlora.composition import Composition, Live, giving_way
 from qrlora.composition.parts import check_weights, on_one_basis
 from qrlora.errors import DataError, MismatchError, PictureError
 from qrlora.families import ModelFamily, size_unit
+from qrlora.tensor_file import note
 
 WeightedAdapter = tuple[Adapter, float]
 OnStep = Callable[[int, int], None]
@@ -295,6 +296,18 @@ def not_finite(jobs: Sequence[tuple[str, int]], images: Sequence[Image.Image | N
         remedy="lower the adapters' weights or the guidance; a model in float16 may need bfloat16 or float32 (dtype)",
         images=images,
     )
+
+
+def or_black(make: Callable[[], list[Image.Image]]) -> list[Image.Image]:
+    """The pictures that a call makes, black in place of those that are not finite, with a note.
+
+    For sheets beside longer work, which one such picture must not end."""
+    try:
+        return make()
+    except PictureError as error:
+        note(str(error))
+        size = next((image.size for image in error.images if image is not None), (SMALLEST_CELL, SMALLEST_CELL))
+        return [Image.new("RGB", size) if image is None else image for image in error.images]
 
 
 def _whole(images: Sequence[Image.Image | None], jobs: Sequence[tuple[str, int]]) -> list[Image.Image]:

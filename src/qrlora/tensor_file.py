@@ -33,7 +33,7 @@ MOST_BYTES = 2**33
 """More than any adapter has: one of rank 128 on every matrix of the largest model here takes half of it in float32."""
 MOST_HEADER_BYTES = 10_000_000
 """Enough for thousands of tensors and, in the notes, the tags of a large data set."""
-MOST_TENSORS = 50_000
+MOST_TENSORS = 20_000
 AGAIN = "download or copy it again"
 
 log = logging.getLogger(__name__)
@@ -158,7 +158,7 @@ def read_header(stream: BinaryIO, most_bytes: int = MOST_BYTES) -> Header:
     require(len(text) == length, "truncated in its header", expected=length, got=len(text), remedy=AGAIN)
     # Counted before it is parsed, which would take the memory that is to be spared.
     parts = {what: text.count(sign) for what, sign in (("objects", b"{"), ("lists", b"["), ("values", b":"))}
-    most = {"objects": MOST_TENSORS, "lists": 4 * MOST_TENSORS, "values": 8 * MOST_TENSORS}
+    most = {"objects": MOST_TENSORS, "lists": 5 * MOST_TENSORS, "values": 20 * MOST_TENSORS}
     many = {what: number for what, number in parts.items() if number > most[what]}
     require(not many, "too many tensors", expected=f"at most {MOST_TENSORS}", got=many, remedy="name an adapter")
     header = parse_json(text, "the header")
