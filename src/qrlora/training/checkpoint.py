@@ -121,6 +121,8 @@ def _read(path: Path, size: int) -> tuple[dict[str, torch.Tensor], dict[str, Any
     """Tensors and metadata of a checkpoint of `size` bytes of parameters; RecipeError if it is damaged."""
     try:
         tensors, words = read(path, {}, most_bytes=max(2**30, 64 * size))
+        if unknown := sorted(set(words) - {DIGEST, *_METADATA}):  # the digest under a damaged name is no older file
+            raise _damaged(path, f"unknown metadata {unknown}")
         if DIGEST not in words:
             note(f"{path}: written by an older version, without a digest: damage to it cannot be found")
         return tensors, {key: parse_json(words[key], key) for key in _METADATA}
