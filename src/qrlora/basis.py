@@ -17,16 +17,15 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from jaxtyping import Float
-from safetensors import safe_open
-from safetensors.torch import save
 from torch import Tensor
 
 from qrlora.errors import BasisError, OutputError
 from qrlora.files import default_cache_dir, make_folder, write_atomically
-from qrlora.reading import parsing
+from qrlora.tensor_file import packed_entry, read_entry
 
 VERSIONS = {"exact": 1, "fast": 2}
 """Algorithm -> its version, part of every fingerprint and cache name: raise it when a weight would get another Q."""
@@ -201,13 +200,12 @@ def cached_layer_basis(
     matrix, scale = _checked_matrix(weight, rank, algorithm, name)
     path = cache_path(digest, rank, algorithm=algorithm, seed=seed, cache_dir=cache_dir)
     with _full_precision(matrix.device.type):
-        if path.exists():
-            q = _read_columns(path, matrix, rank).to(matrix.device)
-        else:
+        q = _read_columns(path, matrix, rank) if path.exists() else None
+        if q is None:
             q = _orthonormal_columns(matrix, rank, algorithm, seed, name)
             # R is QᵀW and cheap to have again, so the file holds Q alone.
-            _cache(path, save({"q": q.cpu()}))
-        return _with_coordinates(matrix, scale, q)
+            _cache(path, packed_entry({"q": q.cpu()}, path.stem))
+        return _with_coordinates(matrix, scale, q.to(matrix.device))
 
 
 def cache_path(
@@ -470,36 +468,25 @@ def _with_coordinates(matrix: Float[Tensor, "out in"], scale: float, q: Float[Te
     return LayerBasis(q=q, r=r if scale == 1 else r / scale, energy=min(energies[0] / energies[1], 1.0))
 
 
-def _read_columns(path: Path, matrix: Float[Tensor, "out in"], rank: int) -> Float[Tensor, "out rank"]:
-    shape = (matrix.shape[0], rank)
-    remedy = f"delete {path}; it will be computed again"
-    with (
-        parsing("a cached basis cannot be read", BasisError, expected="safetensors", remedy=remedy),
-        safe_open(path, framework="pt") as file,
-    ):
-        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
-    q = tensors.get("q")
-    if q is None or tuple(q.shape) != shape or q.dtype != torch.float32:
-        got = {key: (str(value.dtype), tuple(value.shape)) for key, value in tensors.items()}
-        raise BasisError("a cached basis is not what its name says", expected=f"q {shape}", got=got, remedy=remedy)
-    off = _off_orthonormal(q)
-    if not off <= _CACHED:  # NaN is not
-        raise BasisError(
-            "a cached basis is damaged", expected="orthonormal columns", got=f"off by {off:.3g}", remedy=remedy
-        )
+def _read_columns(path: Path, matrix: Float[Tensor, "out in"], rank: int) -> Float[Tensor, "out rank"] | None:
+    """Q of the cache; None, with a note, if the file is not what was written."""
+    found = read_entry(path, path.stem, {"q": (matrix.shape[0], rank)})
+    if found is None:
+        return None
+    q = found["q"].float()
     below = torch.tril(q.T @ matrix[:, :rank].cpu(), diagonal=-1).abs().max()
-    share = float(below / torch.linalg.vector_norm(matrix).cpu())
-    if not share <= _CACHED:
+    off = {"QᵀQ = 1": _off_orthonormal(q), "QᵀW = R": float(below / torch.linalg.vector_norm(matrix).cpu())}
+    if not all(share <= _CACHED for share in off.values()):  # NaN is not
         raise BasisError(
             "a cached basis is of another weight",
-            expected="QᵀW = R, a triangle",
-            got=f"off by {share:.3g}",
-            remedy=remedy,
+            expected=f"orthonormal columns with QᵀW = R, a triangle, to {_CACHED}",
+            got=f"off by {off}",
+            remedy=f"delete {path}; it will be computed again",
         )
     return q
 
 
-def _cache(path: Path, content: bytes) -> None:
+def _cache(path: Path, content: Callable[[BinaryIO], None]) -> None:
     try:
         make_folder(path.parent)
         write_atomically(path, content, rescue=False)

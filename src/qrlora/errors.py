@@ -3,6 +3,7 @@
     QrloraError (a ValueError)
     ├── BasisError          a weight has no basis of the rank asked for (NaN, zero, rank too large, ...)
     ├── TunerError          an adapter configuration that cannot work on this model (DoRA, other columns, ...)
+    ├── TensorFileError     a safetensors file that is damaged, too large or not what its digest was taken of
     ├── AdapterFileError    a file that is not a well-formed adapter
     ├── MismatchError       two things that do not belong together (adapter and basis, adapter and adapter)
     ├── ModelError          a base model that cannot be found, read or recognised
@@ -11,38 +12,50 @@
     ├── BrandError          a brand sheet with unknown, missing or contradictory fields
     ├── TrainingError       a training run that broke down
     ├── OutputError         a file or folder that cannot be written, or that another run is writing
+    ├── PictureError        pictures that came out as numbers that are not finite
     └── RequestError        an HTTP request that the server does not fulfil
 
-Each message says what was expected, what was got, and what to do about it.
+Each message says what was expected, what was got, and what to do about it. It is bounded, however long a list the
+caller has to tell (:func:`bounded`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-LONGEST = 4000
-"""Characters of each part of a message: a damaged file of 400 000 keys is told from a good one by the first hundred."""
+MOST_LISTED = 20
+MOST_CHARACTERS = 4000
+
+
+def bounded(value: object) -> object:
+    """The value as a message may show it: itself, or the first entries of a long list, or the start of a long text."""
+    if isinstance(value, Collection) and not isinstance(value, (str, bytes)) and len(value) > MOST_LISTED:
+        first = islice(value.items() if isinstance(value, Mapping) else value, MOST_LISTED)
+        text = str(dict(first) if isinstance(value, Mapping) else list(first))  # type: ignore[arg-type]
+        return f"{_start(text[:-1])}, and {len(value) - MOST_LISTED} more{text[-1]}"
+    text = str(value)
+    return _start(text) if len(text) > MOST_CHARACTERS else value
+
+
+def _start(text: str) -> str:
+    more = len(text) - MOST_CHARACTERS
+    return text if more <= 0 else f"{text[:MOST_CHARACTERS]} (and {more} more characters)"
 
 
 class QrloraError(ValueError):
     """Base of all errors raised on purpose; the command line prints it without a traceback."""
 
     def __init__(self, what: str, *, expected: object = None, got: object = None, remedy: str | None = None):
+        what, expected, got = str(bounded(what)), bounded(expected), bounded(got)
         self.what, self.expected, self.got, self.remedy = what, expected, got, remedy
-        lines = [_bounded(what)]
-        lines += [f"  expected: {_bounded(expected)}"] if expected is not None else []
-        lines += [f"  got:      {_bounded(got)}"] if got is not None else []
+        lines = [what]
+        lines += [f"  expected: {expected}"] if expected is not None else []
+        lines += [f"  got:      {got}"] if got is not None else []
         lines += [f"  remedy:   {remedy}"] if remedy else []
-        super().__init__("\n".join(lines))
-
-
-def _bounded(part: object) -> str:
-    """Text of bounded length that can be encoded, whatever a damaged file or file name put into it."""
-    text = str(part)
-    if len(text) > LONGEST:
-        text = f"{text[: LONGEST // 2]} [... {len(text) - LONGEST} characters ...] {text[-LONGEST // 2 :]}"
-    return printable(text)
+        super().__init__(printable("\n".join(lines)))
 
 
 def printable(text: str) -> str:
@@ -56,6 +69,10 @@ class BasisError(QrloraError):
 
 class TunerError(QrloraError):
     """An adapter configuration that cannot work on this model."""
+
+
+class TensorFileError(QrloraError):
+    """A safetensors file that is damaged, too large or not what its digest was taken of."""
 
 
 class AdapterFileError(QrloraError):
@@ -92,6 +109,18 @@ class OutputError(QrloraError):
     def __init__(self, what: str, *, saved: Path | None = None, **said: Any):
         super().__init__(what, **said)
         self.saved = saved
+
+
+class PictureError(QrloraError):
+    """Pictures that came out as numbers that are not finite.
+
+    Attributes:
+        images: all pictures of the call in their order, None for those that failed.
+    """
+
+    def __init__(self, what: str, *, images: Sequence[Any] = (), **said: Any):
+        super().__init__(what, **said)
+        self.images = list(images)
 
 
 class RequestError(QrloraError):

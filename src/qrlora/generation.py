@@ -14,14 +14,16 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from qrlora.adapter import Adapter, attach, remove_adapters
 from qrlora.composition import Composition, Live, giving_way
 from qrlora.composition.parts import check_weights, on_one_basis
-from qrlora.errors import DataError, MismatchError
+from qrlora.errors import DataError, MismatchError, PictureError
 from qrlora.families import ModelFamily, size_unit
+from qrlora.tensor_file import note
 
 WeightedAdapter = tuple[Adapter, float]
 OnStep = Callable[[int, int], None]
@@ -56,6 +58,7 @@ def generate(
     Raises:
         MismatchError: an adapter does not belong to this model.
         DataError: a prompt is longer than the model reads, or the model makes no pictures of that size.
+        PictureError: pictures whose numbers are not finite; it holds the others.
     """
     jobs = [(prompt, seed) for prompt in prompts for seed in seeds]
     options: dict[str, Any] = {"steps": steps, "guidance": guidance, "resolution": resolution}
@@ -75,13 +78,13 @@ def generate_jobs(
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Image.Image]:
     """One picture per (prompt, seed) pair, in their order. Arguments and errors: as `generate`."""
-    images: list[Image.Image] = []
+    images: list[Image.Image | None] = []
     with attached(pipe, family, _as_one(adapters)):
         for start in range(0, len(jobs), batch_size):
-            images += one_batch(pipe, family, jobs[start : start + batch_size], steps, guidance, resolution)
+            images += _batch(pipe, family, jobs[start : start + batch_size], steps, guidance, resolution)
             if progress:
                 progress(len(images), len(jobs))
-    return images
+    return _whole(images, jobs)
 
 
 def weight_grid(
@@ -165,20 +168,20 @@ def generate_mixed(
     Raises:
         MismatchError: `live` is on another denoiser, a request names an adapter that it lacks, or a weight that is no
             finite number, or a share that is not from 0 to 1.
-        DataError: as `generate`.
+        DataError, PictureError: as `generate`. One request's numbers never reach another's picture.
     """
     if live.denoiser is not family.denoiser_of(pipe):
         remedy = "make it of the denoiser that is to make the pictures"
         raise MismatchError("live compositions of another denoiser", expected="this pipeline's", remedy=remedy)
-    images: list[Image.Image] = []
+    images: list[Image.Image | None] = []
+    jobs = [(request.prompt, request.seed) for request in requests]
     for start in range(0, len(requests), batch_size):
         batch = requests[start : start + batch_size]
         rows = [(request.composition, request.giving_way) for request in batch]
         compositions, shares = zip(*(rows[:1] if all(row == rows[0] for row in rows) else rows), strict=True)
         live.compose(compositions, shares)
-        jobs = [(request.prompt, request.seed) for request in batch]
-        images += one_batch(pipe, family, jobs, steps, guidance, resolution, on_step)
-    return images
+        images += _batch(pipe, family, jobs[start : start + batch_size], steps, guidance, resolution, on_step)
+    return _whole(images, jobs)
 
 
 @contextlib.contextmanager
@@ -227,23 +230,37 @@ def one_batch(
 
     `on_step` and errors: as `generate_mixed`.
     """
+    return _whole(_batch(pipe, family, jobs, steps, guidance, resolution, on_step), jobs)
+
+
+def _batch(
+    pipe: Any,
+    family: ModelFamily,
+    jobs: Sequence[tuple[str, int]],
+    steps: int | None = None,
+    guidance: float | None = None,
+    resolution: int | None = None,
+    on_step: OnStep | None = None,
+) -> list[Image.Image | None]:
+    """As `one_batch`, with None for a picture whose latents or pixels are not finite."""
     prompts = [prompt for prompt, _ in jobs]
     own, unit = family.resolution(pipe), size_unit(pipe)
     side = own if resolution is None else resolution
     own_steps, own_guidance = family.sampling(pipe)
     options = family.prompt_options(pipe, prompts)
     options[family.guidance_argument] = own_guidance if guidance is None else guidance
-    if on_step:
-        options["callback_on_step_end"] = _after_each_step(on_step)
+    watch = _Watch(on_step)
     try:
         if side % unit:  # FLUX's pipeline would make pictures of another size, and say so in a log only
             raise ValueError(f"{side} is no multiple of {unit}")
-        return pipe(
+        pixels = pipe(
             prompt=prompts,
             generator=[torch.Generator().manual_seed(seed) for _, seed in jobs],
             num_inference_steps=own_steps if steps is None else steps,
             height=side,
             width=side,
+            callback_on_step_end=watch,
+            output_type="np",
             **options,
         ).images
     except ValueError as error:
@@ -251,16 +268,54 @@ def one_batch(
             raise
         expected = f"a multiple of {unit} pixels; {own} is its own"
         raise DataError("this model makes no pictures of that size", expected=expected, got=error) from error
+    finite = [bool(latents and np.isfinite(one).all()) for latents, one in zip(watch.finite, pixels, strict=True)]
+    return [pipe.image_processor.numpy_to_pil(one)[0] if ok else None for one, ok in zip(pixels, finite, strict=True)]
 
 
-def _after_each_step(on_step: OnStep) -> Callable[..., dict[str, Any]]:
-    """What diffusers calls after a step: it is to change nothing."""
+class _Watch:
+    """What diffusers calls after a step: it changes nothing, and looks whether each picture's latents are finite."""
 
-    def call(pipe: Any, step: int, *_: Any) -> dict[str, Any]:
-        on_step(step + 1, pipe.num_timesteps)
+    def __init__(self, on_step: OnStep | None):
+        self._on_step = on_step
+        self.finite: list[bool] = []
+
+    def __call__(self, pipe: Any, step: int, _: Any, tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+        if step + 1 == pipe.num_timesteps:  # what was not finite once stays so
+            self.finite = torch.isfinite(tensors["latents"].flatten(1)).all(1).tolist()
+        if self._on_step:
+            self._on_step(step + 1, pipe.num_timesteps)
         return {}
 
-    return call
+
+def not_finite(jobs: Sequence[tuple[str, int]], images: Sequence[Image.Image | None] = ()) -> PictureError:
+    """The error about these (prompt, seed) pairs; `images` are all of the call."""
+    return PictureError(
+        f"{len(jobs)} pictures came out as NaN or Inf, and would have been black",
+        expected="finite numbers",
+        got="; ".join(f"{prompt!r} with seed {seed}" for prompt, seed in jobs),
+        remedy="lower the adapters' weights or the guidance; a model in float16 may need bfloat16 or float32 (dtype)",
+        images=images,
+    )
+
+
+def or_black(make: Callable[[], list[Image.Image]]) -> list[Image.Image]:
+    """The pictures that a call makes, black in place of those that are not finite, with a note.
+
+    For sheets beside longer work, which one such picture must not end."""
+    try:
+        return make()
+    except PictureError as error:
+        note(str(error))
+        size = next((image.size for image in error.images if image is not None), (SMALLEST_CELL, SMALLEST_CELL))
+        return [Image.new("RGB", size) if image is None else image for image in error.images]
+
+
+def _whole(images: Sequence[Image.Image | None], jobs: Sequence[tuple[str, int]]) -> list[Image.Image]:
+    """The pictures, if all of them are there."""
+    failed = [job for job, image in zip(jobs, images, strict=True) if image is None]
+    if failed:
+        raise not_finite(failed, images)
+    return [image for image in images if image is not None]
 
 
 def _labels(rows: Adapter, columns: Adapter) -> tuple[str, str]:

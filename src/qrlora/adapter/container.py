@@ -1,28 +1,28 @@
 """The container of adapter files: safetensors, read with suspicion.
 
-Every check that needs no knowledge of adapters is here: kind of file, header, dtypes, completeness, finite numbers.
-All complaints are AdapterFileError.
+What is asked of every LoRA file is here: its kind, dtypes, finite numbers, the hashes that it says of itself. Its sizes
+and its digest are checked by qrlora.tensor_file. All complaints are AdapterFileError, of which `about` names the file.
 """
 
 from __future__ import annotations
 
-import os
+import hashlib
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
-import safetensors
-import safetensors.torch
 import torch
 from torch import Tensor
 
-from qrlora import reading
 from qrlora.adapter.record import require
-from qrlora.errors import AdapterFileError
+from qrlora.errors import AdapterFileError, MismatchError, TensorFileError, bounded
+from qrlora.tensor_file import DIGEST, is_whole, note, parse_json, read_header, read_tensors
+
+__all__ = ["is_whole", "parse_json", "read_header", "read_tensors"]
 
 DTYPES = ("F32", "F16", "BF16")
-MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
@@ -31,7 +31,7 @@ def about(path: Path) -> Iterator[None]:
     """Put the file's name before any complaint about it."""
     try:
         yield
-    except AdapterFileError as error:
+    except (AdapterFileError, TensorFileError, MismatchError) as error:
         what = f"{path}: {error.what}"
         raise AdapterFileError(what, expected=error.expected, got=error.got, remedy=error.remedy) from error
     except OSError as error:
@@ -60,34 +60,10 @@ def check_is_file(path: Path) -> None:
     )
 
 
-def read_header(stream: BinaryIO) -> dict[str, Any]:
-    """The JSON header of a safetensors stream, a dict of unchecked entries; refuses what is too short or too long."""
-    size = os.fstat(stream.fileno()).st_size
-    require(size > 0, "empty file", expected="a .safetensors file", got="0 bytes", remedy="download it again")
-    require(
-        size >= 8, "truncated", expected="8 bytes of header length", got=f"{size} bytes", remedy="download it again"
-    )
-    length = int.from_bytes(stream.read(8), "little")
-    require(
-        length <= MAX_HEADER_BYTES,
-        "oversized header, or no safetensors file",
-        expected=f"at most {MAX_HEADER_BYTES} bytes",
-        got=length,
-        remedy="take the original file",
-    )
-    text = stream.read(length)
-    require(len(text) == length, "truncated in its header", expected=length, got=len(text), remedy="download it again")
-    header = parse_json(text, "the header")
-    require(isinstance(header, dict), "the header is no JSON object", expected="{...}", got=type(header).__name__)
-    return header
-
-
-def check_entries(raw: Any, header: Mapping[str, Any]) -> None:
-    """Refuse metadata that is no map of strings, and tensors without a shape or of a dtype that is no adapter's."""
-    strings = isinstance(raw, dict) and all(isinstance(value, str) for value in raw.values())
-    require(strings, "metadata is no map of strings", expected="text for text", got=raw)
+def check_entries(header: Mapping[str, Any]) -> None:
+    """Refuse tensors without a shape or of a dtype that is no adapter's. `header` is without the metadata."""
     for key, entry in header.items():
-        sizes = entry.get("shape") if isinstance(entry, dict) else None
+        sizes = entry.get("shape")
         shaped = isinstance(sizes, list) and all(is_whole(size) and size >= 0 for size in sizes)
         require(shaped, f"{key}: malformed entry", expected="dtype, shape and data_offsets", got=entry)
     wrong = {key: entry.get("dtype") for key, entry in header.items() if str(entry.get("dtype")) not in DTYPES}
@@ -100,17 +76,43 @@ def check_entries(raw: Any, header: Mapping[str, Any]) -> None:
     )
 
 
-def read_tensors(data: bytes) -> dict[str, Tensor]:
-    """All tensors of a whole safetensors file in memory; refuses truncated, overlapping or trailing data."""
-    what, expected = f"truncated or damaged ({len(data)} bytes)", "tensor data as the header describes it"
-    with reading.parsing(what, AdapterFileError, expected=expected, remedy="download or copy it again"):
-        return safetensors.torch.load(data)
+def check_said_hashes(path: Path, metadata: Mapping[str, str], tensors: Mapping[str, Tensor], body_digest: str) -> None:
+    """Refuse a file that ModelSpec's hash says is another; say so where kohya's hash does.
+
+    ModelSpec's is of all tensor data. Programs that write it hash the bytes after the header, or tensor after tensor in
+    the order of their keys or (kohya's merging scripts) of the model, which the file does not tell; those write kohya's
+    `sshs_model_hash`, of the bytes after the header, beside it. That one stays behind where other programs rename keys
+    or round, so alone it proves nothing.
+    """
+    said = metadata.get("modelspec.hash_sha256", "").lower().removeprefix("0x")
+    kohya = metadata.get("sshs_model_hash", "").lower()
+    known = body_digest in (said, kohya)
+    if said and not known:
+        by_key = hashlib.sha256()
+        for key in sorted(tensors):
+            by_key.update(tensors[key].reshape(-1).view(torch.uint8).numpy().data)
+        require(
+            by_key.hexdigest() == said,
+            "damaged or changed: its tensors are not those that modelspec.hash_sha256 was taken of",
+            expected=f"SHA-256 {said}",
+            got=f"SHA-256 {body_digest}",
+            remedy="download it again; if a program that you trust changed it, remove that field from its metadata",
+        )
+    if kohya and not known and not said:
+        note(f"{path}: changed or damaged since kohya's scripts wrote it, by its sshs_model_hash")
 
 
-def check_finite(tensors: Mapping[str, Tensor]) -> None:
+def note_undigested(path: Path, metadata: Mapping[str, str]) -> None:
+    """Say of a file of ours without a digest that damage to it would not be found."""
+    if DIGEST not in metadata:
+        note(f"{path}: written by an older version, without a digest: damage to it cannot be found")
+
+
+def check_finite(tensors: Mapping[str, Tensor], remedy: str = "train again at a lower learning rate") -> None:
     """Refuse NaN and Inf, naming every tensor that has one."""
-    bad = sorted(key for key, tensor in tensors.items() if not bool(torch.isfinite(tensor).all()))
-    require(not bad, "NaN or Inf", expected="finite numbers", got=bad, remedy="train again at a lower learning rate")
+    extremes = {key: tensor.detach().aminmax() for key, tensor in tensors.items() if tensor.numel()}
+    bad = sorted(key for key, both in extremes.items() if not all(math.isfinite(value) for value in both))
+    require(not bad, "NaN or Inf", expected="finite numbers", got=bad, remedy=remedy)
 
 
 def check_keys(what: str, expected: Iterable[str], got: Mapping[str, Any]) -> None:
@@ -119,17 +121,7 @@ def check_keys(what: str, expected: Iterable[str], got: Mapping[str, Any]) -> No
     require(
         not missing and not unexpected,
         f"{what}: keys missing or unknown",
-        expected=f"all of the format's keys; missing: {missing or 'none'}",
-        got=f"unexpected: {unexpected or 'none'}",
+        expected=f"all of the format's keys; missing: {bounded(missing or 'none')}",
+        got=f"unexpected: {bounded(unexpected or 'none')}",
         remedy="take the original file; a newer qrlora may also have written it",
     )
-
-
-def parse_json(text: str | bytes, what: str) -> Any:
-    """Any JSON value, as `reading.parse_json`."""
-    return reading.parse_json(text, what, AdapterFileError)
-
-
-def is_whole(value: Any) -> bool:
-    """True for an integer that is no bool."""
-    return type(value) is int

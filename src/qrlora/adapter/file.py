@@ -11,22 +11,20 @@ and `<name>.alpha` = rank. Which name stands for which layer is in the metadata,
 
 The metadata of all three describes the tensors of that very file, every field as a string under `qrlora.<field>`; plus
 `qrlora.format` (the spelling), `qrlora.layers` (JSON: layer -> [shape of the base weight, its digest, marks of Q], in
-older files without the marks) and `qrlora.recipe_digest`. Notes for other programs (`NOTES`: modelspec.*, ss_*) may
-stand beside them and are not read.
+older files without the marks), `qrlora.recipe_digest` and `qrlora.digest` (see qrlora.tensor_file; older files have
+none). Notes for other programs (`NOTES`: modelspec.*, ss_*) may stand beside them; only their hashes are read.
 A reader MUST refuse a file with any other key, a missing key, or a tensor that these do not call for.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import math
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -37,6 +35,8 @@ from qrlora.adapter.container import (
     check_finite,
     check_is_file,
     check_keys,
+    check_said_hashes,
+    note_undigested,
     parse_json,
     read_header,
     read_tensors,
@@ -44,8 +44,9 @@ from qrlora.adapter.container import (
 from qrlora.adapter.metadata import decode_layers, decode_metadata, decode_names, encode_metadata, is_number, own
 from qrlora.adapter.record import Adapter, AdapterMetadata, require, triangular_mask
 from qrlora.basis import Basis
-from qrlora.errors import MismatchError
+from qrlora.errors import MismatchError, bounded
 from qrlora.files import write_atomically
+from qrlora.tensor_file import check_digest, packed
 
 SPELLINGS = ("compact", "lora", "kohya")
 ORTHONORMAL = 0.05  # what rounding Q to bfloat16 leaves of QᵀQ = I, with room; a scaled or foreign Q is far beyond it
@@ -89,10 +90,8 @@ def save_adapter(
         adapter = _folded(adapter)
         tensors = _lora_tensors(adapter, basis, names if spelling == "kohya" else None)
     check_finite(tensors)
-    metadata = encode_metadata(adapter, spelling, names)
-    if notes:
-        metadata |= {**notes, **_content_digests(tensors)}
-    write_atomically(path, safetensors.torch.save(tensors, metadata=metadata), check=check)
+    metadata = encode_metadata(adapter, spelling, names) | dict(notes or {})
+    write_atomically(path, packed(tensors, metadata, for_others=bool(notes)), check=check)
 
 
 def load_adapter(path: str | Path) -> Adapter:
@@ -105,16 +104,30 @@ def load_adapter(path: str | Path) -> Adapter:
     with about(path):
         check_is_file(path)
         with path.open("rb") as stream:
-            header = read_header(stream)
-            raw = header.pop("__metadata__", {})
-            check_entries(raw, header)
-            ours = any(key.startswith("qrlora.") for key in raw)
+            whole = read_header(stream)
+            header = {key: entry for key, entry in whole.items() if key != "__metadata__"}
+            raw = whole.get("__metadata__", {})
+            check_entries(header)
+            ours = is_ours(raw)
             plan = _plan_ours(raw) if ours else _plan_foreign(raw, header)
             plan.check_header(header)
-            stream.seek(0)
-            tensors = read_tensors(stream.read())
+            tensors, body_digest = read_tensors(stream, whole)
+        check_digest(whole, body_digest)
+        check_said_hashes(path, raw, tensors, body_digest)
         check_finite(tensors)
-        return plan.adapter(tensors, path.stem)
+        adapter = plan.adapter(tensors, path.stem)
+        adapter.check_strength()
+    if ours:
+        note_undigested(path, raw)
+    return adapter
+
+
+def is_adapter_file(path: Path) -> bool:
+    """Whether a file is one that `load_adapter` knows for ours, by its header alone. AdapterFileError for no such."""
+    with about(path):
+        check_is_file(path)
+        with path.open("rb") as stream:
+            return is_ours(read_header(stream).get("__metadata__", {}))
 
 
 def _folded(adapter: Adapter) -> Adapter:
@@ -122,13 +135,6 @@ def _folded(adapter: Adapter) -> Adapter:
     deltas = {name: (adapter.scaling * delta.float()).to(delta.dtype) for name, delta in adapter.deltas.items()}
     metadata = dataclasses.replace(adapter.metadata, alpha=float(adapter.metadata.rank))
     return dataclasses.replace(adapter, metadata=metadata, deltas=deltas)
-
-
-def _content_digests(tensors: dict[str, Tensor]) -> dict[str, str]:
-    """SHA-256 of the file's bytes after its header, under the names that modelspec and A1111 look for."""
-    data = safetensors.torch.save(tensors)
-    digest = hashlib.sha256(data[8 + int.from_bytes(data[:8], "little") :]).hexdigest()
-    return {"modelspec.hash_sha256": f"0x{digest}", "sshs_model_hash": digest}
 
 
 def _compact_tensors(adapter: Adapter) -> dict[str, Tensor]:
@@ -245,6 +251,11 @@ class _Plan:
         return Adapter(meta, deltas, self.shapes, self.digests, None if meta.on_basis else ups, name, self.marks)
 
 
+def is_ours(raw: Mapping[str, str]) -> bool:
+    """Whether metadata is of a file that `save_adapter` wrote."""
+    return any(key.startswith("qrlora.") for key in raw)
+
+
 def _plan_ours(raw: Mapping[str, str]) -> _Plan:
     raw = own(raw)
     meta = decode_metadata(raw)
@@ -272,8 +283,8 @@ def _plan_foreign(raw: Mapping[str, str], header: Mapping[str, Any]) -> _Plan:
     require(
         bool(layers) and not unexpected and not missing,
         "neither a qrlora adapter nor a plain LoRA with diffusers' keys",
-        expected=f"transformer.<layer>.lora_A/lora_B.weight only; missing: {missing or 'none'}",
-        got=f"unexpected: {unexpected or 'none'}",
+        expected=f"transformer.<layer>.lora_A/lora_B.weight only; missing: {bounded(missing or 'none')}",
+        got=f"unexpected: {bounded(unexpected or 'none')}",
         remedy="read it with qrlora.exchange.load_any, or convert it once: qrlora import FILE",
     )
     denoisers = sorted({denoiser for denoiser, _ in layers})

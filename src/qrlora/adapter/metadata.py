@@ -13,6 +13,9 @@ from typing import Any
 
 from qrlora.adapter.container import check_keys, is_whole, parse_json
 from qrlora.adapter.record import Adapter, AdapterMetadata, require
+from qrlora.errors import TunerError
+from qrlora.tensor_file import DIGEST, NOTES
+from qrlora.tuner.config import resolve_columns
 
 
 def is_number(value: Any) -> bool:
@@ -29,12 +32,11 @@ _KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
 }
 _FIELDS = {f"qrlora.{field.name}": str(field.type) for field in dataclasses.fields(AdapterMetadata)}
 _OTHER_KEYS = ("qrlora.format", "qrlora.layers", "qrlora.recipe_digest")
-NOTES = ("modelspec.", "ss_", "sshs_")  # what Stability's ModelSpec, kohya's scripts and A1111 call theirs
 
 
 def own(raw: Mapping[str, str]) -> dict[str, str]:
-    """The metadata without what was written for other programs."""
-    return {key: value for key, value in raw.items() if not key.startswith(NOTES)}
+    """The metadata without what was written for other programs, and without the digest, which is checked before."""
+    return {key: value for key, value in raw.items() if key != DIGEST and not key.startswith(NOTES)}
 
 
 def _to_json(value: Any) -> str:
@@ -84,7 +86,44 @@ def decode_metadata(raw: Mapping[str, str]) -> AdapterMetadata:
         got=meta.recipe_digest,
         remedy="the metadata was edited: take the original file",
     )
+    _check_recipe(meta, raw["qrlora.format"])
     return meta
+
+
+def _check_recipe(meta: AdapterMetadata, spelling: str) -> None:
+    """Refuse an adapter that its own recipe contradicts, as far as the recipe says anything.
+
+    Where Q and R are trained both, the rank is twice the recipe's; spellings for loaders have the scaling inside.
+    """
+    recipe, got = meta.recipe, dict[str, Any](method=meta.method, rank=meta.rank)
+    both = recipe.get("train_basis") is True
+    said: dict[str, Any] = {"method": "qrlora_train_basis" if both else recipe.get("method")}
+    rank, alpha, columns = (recipe.get(name) for name in ("rank", "alpha", "columns"))  # type: Any, Any, Any
+    if is_whole(rank) and rank > 0:
+        said["rank"] = rank * (2 if both else 1)
+        if is_number(alpha) and spelling == "compact":
+            said["alpha / rank"], got["alpha / rank"] = round(alpha / rank, 6), round(meta.scaling, 6)
+        if isinstance(columns, (str, list)) and meta.on_basis:
+            said["columns"], got["columns"] = _resolved(columns, rank, meta.basis_rank), list(meta.columns)
+    if meta.on_basis:
+        said["triangular"], got["triangular"] = recipe.get("triangular"), meta.triangular
+    differ = {name: value for name, value in said.items() if value is not None and value != got[name]}
+    require(
+        not differ,
+        "the adapter and the recipe in it contradict each other",
+        expected=differ,
+        got={name: got[name] for name in differ},
+        remedy="the metadata was edited: take the original file; one that an older version projected onto a basis has "
+        "to be projected again (qrlora import --like)",
+    )
+
+
+def _resolved(columns: str | list[Any], rank: Any, basis_rank: int) -> list[Any] | str:
+    """The numbers of a recipe's columns; the words themselves where they fit no such basis."""
+    try:
+        return list(resolve_columns(columns, rank, basis_rank))
+    except (TunerError, TypeError):
+        return str(columns)
 
 
 def decode_layers(text: str) -> tuple[dict[str, tuple[int, ...]], dict[str, str], dict[str, tuple[float, ...]]]:

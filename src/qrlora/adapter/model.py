@@ -76,7 +76,7 @@ def attach(model: nn.Module, adapter: Adapter, adapter_name: str = "default") ->
 
     Raises:
         MismatchError: the model lacks a layer, a weight is not the one that the basis was made of, or the Q computed
-            from it is not the one that ΔR was trained on.
+            from it is not the one that ΔR was trained on; or the adapter is not finite in the model's dtype.
         TunerError: the name is taken, or a layer carries a stock LoRA already.
         BasisError: a weight has no basis.
     """
@@ -84,19 +84,20 @@ def attach(model: nn.Module, adapter: Adapter, adapter_name: str = "default") ->
     if adapter_name in taken:
         remedy = "choose another name, or delete that adapter first"
         raise TunerError("adapter name in use", expected=f"none of {taken}", got=adapter_name, remedy=remedy)
+    adapter.check_strength()
     check_fits(model, adapter)
     config = _config_for(adapter)
     _inject(model, config, adapter_name)
-    if adapter.marks:
-        try:
+    try:
+        if adapter.marks:
             adapter.check_marks(basis_marks(model, adapter_name))
-        except MismatchError:
-            _take_off(model, adapter_name)
-            raise
-    for name, layer in adapted_layers(model, adapter_name).items():
-        _write(layer.lora_A[adapter_name].weight, adapter.deltas[name])
-        if adapter.ups is not None:
-            _write(layer.lora_B[adapter_name].weight, adapter.ups[name])
+        for name, layer in adapted_layers(model, adapter_name).items():
+            _write(layer.lora_A[adapter_name].weight, adapter.deltas[name], name)
+            if adapter.ups is not None:
+                _write(layer.lora_B[adapter_name].weight, adapter.ups[name], name)
+    except MismatchError:
+        _take_off(model, adapter_name)
+        raise
 
 
 def remove_adapters(denoiser: Any, names: Sequence[str]) -> None:
@@ -126,8 +127,15 @@ def _take_off(model: Any, name: str) -> None:
 
 
 @torch.no_grad()
-def _write(parameter: nn.Parameter, matrix: Tensor) -> None:
+def _write(parameter: nn.Parameter, matrix: Tensor, layer: str) -> None:
     parameter.copy_(matrix.reshape(parameter.shape))
+    if not bool(torch.isfinite(parameter).all()):
+        raise MismatchError(
+            f"{layer}: the adapter has numbers that this model's dtype does not hold",
+            expected=f"up to {torch.finfo(parameter.dtype).max:.3g} in {parameter.dtype}",
+            got=f"{float(matrix.abs().max()):.3g}",
+            remedy="load the model in bfloat16 or float32",
+        )
     parameter.requires_grad_(False)  # diffusers makes what it activates trainable
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import math
@@ -14,10 +15,11 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from qrlora.basis import TURNED, VERSIONS, Basis, fingerprint, marks, turned, version_of
-from qrlora.errors import AdapterFileError, MismatchError
+from qrlora.errors import AdapterFileError, MismatchError, bounded
 
 FORMAT_VERSION = 1
 METHODS = ("qrlora", "qrlora_train_basis", "lora")
+LARGEST = torch.finfo(torch.float32).max
 ROLES = ("", "subject", "style", "composition")
 
 
@@ -204,6 +206,26 @@ class Adapter:
                 whole.update(self.ups[layer].detach().float().cpu().contiguous().numpy().tobytes())
         return whole.hexdigest()
 
+    @functools.cached_property
+    def strength(self) -> float:
+        """A bound of the numbers that the adapter makes at weight 1: of the length of every row of s · ΔR, times that
+        of every row of an up of its own. What null-space projection leaves of a row is never longer than the row."""
+        lengths = {layer: _longest_row(delta) for layer, delta in self.deltas.items()}
+        if self.ups is not None:
+            lengths = {layer: length * _longest_row(self.ups[layer]) for layer, length in lengths.items()}
+        # Multiplied one by one, because max() passes over NaN.
+        return max((abs(self.scaling) * length for length in lengths.values()), key=lambda x: (x != x, x))
+
+    def check_strength(self, weight: float = 1.0, largest: float = LARGEST) -> None:
+        """Raise MismatchError if the adapter at this weight is beyond the numbers that it is computed in."""
+        if not abs(weight) * self.strength <= largest:  # NaN is not, nor is 0 times infinity
+            raise MismatchError(
+                f"{self.name or 'the adapter'} is not finite at weight {weight:g}: its pictures would be black",
+                expected=f"a weight, times alpha / rank, times the longest row of ΔR, of at most {largest:.3g}",
+                got=f"{abs(weight) * self.strength:.3g}; alpha {self.metadata.alpha:g}, rank {self.metadata.rank}",
+                remedy="lower the weight; if it is 1 already, leave this file out: its alpha or its numbers are wrong",
+            )
+
     def parameters(self) -> ParameterCount:
         """Count what was trained: r·in per layer, less the zeros of the triangle; with r·out where Q trains too.
 
@@ -291,11 +313,17 @@ class Adapter:
         self.check_marks({name: marks(basis[name].q) for name in self.marks})
 
 
+def _longest_row(matrix: Float[Tensor, "rows width"]) -> float:
+    """A bound of its rows' lengths, from its largest entry; NaN if there is one."""
+    low, high = (float(value) for value in matrix.detach().aminmax())
+    return max(-low, high) * math.sqrt(matrix.shape[1])
+
+
 def _same_layers(what: str, deltas: Mapping[str, Any], others: Mapping[str, Any]) -> None:
     missing, unexpected = sorted(set(deltas) - set(others)), sorted(set(others) - set(deltas))
     require(
         not missing and not unexpected,
         f"{what} and ΔR name different layers",
-        expected=f"the layers of ΔR; missing: {missing}",
-        got=f"unexpected: {unexpected}",
+        expected=f"the layers of ΔR; missing: {bounded(missing)}",
+        got=f"unexpected: {bounded(unexpected)}",
     )

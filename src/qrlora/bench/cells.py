@@ -35,7 +35,7 @@ from qrlora.evaluation.rivals.file_measures import between
 from qrlora.evaluation.rivals.merges import MERGES, Schedule, drawing
 from qrlora.families import load_pipeline
 from qrlora.files import make_folder, write_atomically
-from qrlora.generation import one_batch
+from qrlora.generation import one_batch, or_black
 from qrlora.pico import world
 from qrlora.pico.judge import WEIGHTS, Judge
 from qrlora.training.pictures import open_picture
@@ -224,7 +224,10 @@ class Bench:
         options = (self.scope.denoising_steps, self.scope.guidance)
         with drawing(self.family.denoiser_of(self.pipe), merged or {}) as on_step:
             for start in range(0, len(jobs), BATCH):
-                images += one_batch(self.pipe, self.family, jobs[start : start + BATCH], *options, on_step=on_step)
+                batch = jobs[start : start + BATCH]
+                images += or_black(
+                    functools.partial(one_batch, self.pipe, self.family, batch, *options, on_step=on_step)
+                )
         return np.stack([np.asarray(image) for image in images])
 
     def judged(self, wanted: Sequence[Wanted], pixels: UInt8[np.ndarray, "n h w 3"]) -> Record:

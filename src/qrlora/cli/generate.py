@@ -27,7 +27,7 @@ from qrlora.cli.shared import (
     weighted_path,
     weights,
 )
-from qrlora.errors import QrloraError
+from qrlora.errors import PictureError, QrloraError
 from qrlora.files import make_folder, write_all
 
 
@@ -75,7 +75,8 @@ def run_generate(options: argparse.Namespace) -> None:
     from qrlora.generation import generate, weight_grid
 
     pipe, family = load_pipeline(options.model, dtype=getattr(torch, options.dtype))
-    bar = Bar("picture")
+    bar, failed = Bar("picture"), None
+    images: list[Any]
     names = ("steps", "guidance", "resolution")
     common: dict[str, Any] = {**{name: getattr(options, name) for name in names}, "progress": bar}
     if options.grid:
@@ -85,10 +86,16 @@ def run_generate(options: argparse.Namespace) -> None:
         images = [weight_grid(pipe, family, options.prompt[0], rows, columns, **common)]
     else:
         common |= {"adapters": giving_way(adapters, options.give_way), "batch_size": options.batch_size}
-        images = generate(pipe, family, options.prompt, seeds, **common)
+        try:
+            images = generate(pipe, family, options.prompt, seeds, **common)
+        except PictureError as error:
+            images, failed = error.images, error
     made = {key: value for key, value in vars(options).items() if key not in ("run", "claims", "output", "command")}
-    write_all({path: described_png(image, made) for path, image in zip(paths, images, strict=True)})
-    print(*paths, sep="\n")
+    finished = {path: image for path, image in zip(paths, images, strict=True) if image is not None}
+    write_all({path: described_png(image, made) for path, image in finished.items()})
+    print(*finished, sep="\n")
+    if failed is not None:
+        raise failed
 
 
 def _check_grid(options: argparse.Namespace, seeds: Sequence[int]) -> None:

@@ -23,6 +23,7 @@ from qrlora.composition.parts import (
     basis_difference,
     called,
     check_share,
+    check_sum,
     check_weights,
     collected,
     giving_way,
@@ -111,7 +112,7 @@ class Composition:
             if layer in adapter.deltas:
                 rows = [columns.index(column) for column in adapter.metadata.columns]
                 total[rows] += weight * scaled_down(adapter, layer)
-        return total.float()
+        return check_sum(total.float(), parts, layer)
 
     def energy_kept(self) -> float:
         """‖Σ λᵢ ΔWᵢ‖² of what the parts keep, as a share of the same of the whole parts; 1 without giving way."""

@@ -14,6 +14,7 @@ from qrlora.adapter.record import Adapter, AdapterMetadata
 from qrlora.basis import Basis
 from qrlora.composition.parts import (
     called,
+    check_sum,
     check_weights,
     collected,
     giving_way,
@@ -74,7 +75,8 @@ def compose_delta_weights(
     deltas, ups, kept, lost, uncut = {}, {}, {}, {}, 0.0
     for name in shapes:
         up, down = _stacked(less, bases, name)
-        ups[name], deltas[name], kept[name], lost[name] = _truncated(up, down, rank)
+        ups[name], deltas[name], kept[name], lost[name] = _truncated(up, check_sum(down, parts, name), rank)
+        check_sum(deltas[name], parts, name)
         uncut += _energy(*_stacked(parts, bases, name)) if share else 0.0
     metadata = AdapterMetadata(method="lora", rank=rank, alpha=float(rank), **collected(parts, share))
     cut = {name: lost[name] / max(kept[name] + lost[name], 1e-300) for name in shapes}

@@ -82,8 +82,7 @@ class Live:
             giving_way: as `Composition` has it, of every row or of all.
 
         Raises:
-            MismatchError: no rows, an adapter that is not there, a weight that is no finite number, or a share that is
-                not from 0 to 1.
+            MismatchError: no rows, or as `check`; or a share that is not from 0 to 1.
         """
         wanted = [dict(row) for row in rows]
         shares = [float(giving_way)] * len(wanted) if isinstance(giving_way, (int, float)) else list(giving_way)
@@ -93,7 +92,19 @@ class Live:
             check_share(share)
         if not wanted:
             raise MismatchError("no composition", expected="one for every picture, or one for all", got="none")
-        unknown = sorted({name for row in wanted for name in row if name not in self._adapters})
+        for row in wanted:
+            self.check(row)
+        self._rows, self._shares = wanted, shares
+        self._write()
+
+    def check(self, row: Mapping[str, float]) -> None:
+        """Whether a composition can be computed; nothing changes.
+
+        Raises:
+            MismatchError: an adapter that is not there, a weight that is no finite number, or a sum beyond the numbers
+                of this denoiser's dtype.
+        """
+        unknown = sorted(set(row) - set(self._adapters))
         if unknown:
             raise MismatchError(
                 "a composition of adapters that are not there",
@@ -101,11 +112,18 @@ class Live:
                 got=unknown,
                 remedy="add them first",
             )
-        for row in wanted:
-            if row:
-                check_weights([(self._adapters[name], weight) for name, weight in row.items()])
-        self._rows, self._shares = wanted, shares
-        self._write()
+        if not row:
+            return
+        check_weights([(self._adapters[name], weight) for name, weight in row.items()])
+        most = min(torch.finfo(delta.weight.dtype).max for delta in self._layers.values())
+        largest = sum(abs(weight) * self._adapters[name].strength for name, weight in row.items())
+        if not largest <= most:
+            raise MismatchError(
+                f"the sum of {' and '.join(row)} is not finite at these weights",
+                expected=f"numbers up to {most:.3g}",
+                got=f"{dict(row)}, which may make {largest:.3g}",
+                remedy="lower the weights, or load the model in bfloat16 or float32",
+            )
 
     def add(self, name: str, adapter: Adapter) -> None:
         """One more adapter, which no picture uses until `compose` names it; what is composed stays as it is.

@@ -24,10 +24,24 @@ def called(adapter: Adapter) -> str:
 
 
 def check_weights(parts: Sequence[tuple[Adapter, float]]) -> None:
-    """MismatchError unless there is a part and every weight is finite."""
+    """MismatchError unless there is a part and every weight is finite, as are the numbers it makes of its adapter."""
     bad = [weight for _, weight in parts if not math.isfinite(weight)]
     if not parts or bad:
         raise MismatchError("nothing to compose", expected="adapters with finite weights", got=bad or "no adapters")
+    for adapter, weight in parts:
+        adapter.check_strength(weight)
+
+
+def check_sum(total: Tensor, parts: Sequence[tuple[Adapter, float]], layer: str) -> Tensor:
+    """The sum that was made of these parts for a layer, unless it is beyond the numbers that it is written in."""
+    if not bool(torch.isfinite(total).all()):
+        raise MismatchError(
+            f"{layer}: the sum of {' and '.join(called(adapter) for adapter, _ in parts)} is not finite",
+            expected=f"numbers up to {torch.finfo(total.dtype).max:.3g}",
+            got=f"weights {[weight for _, weight in parts]}",
+            remedy="lower the weights",
+        )
+    return total
 
 
 def basis_difference(first: Adapter, second: Adapter) -> tuple[dict[str, Any], dict[str, Any]]:

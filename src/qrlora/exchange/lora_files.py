@@ -24,10 +24,11 @@ from peft.utils.other import get_pattern_key
 from torch import Tensor
 
 from qrlora.adapter import Adapter, AdapterMetadata, load_adapter
-from qrlora.adapter.container import about, check_finite, parse_json
+from qrlora.adapter.container import about, parse_json
+from qrlora.adapter.file import is_adapter_file
 from qrlora.adapter.metadata import is_number
 from qrlora.adapter.record import require
-from qrlora.errors import AdapterFileError
+from qrlora.errors import AdapterFileError, bounded
 from qrlora.exchange.names import LAYERS_PER_BLOCK, PREFIX, module_of
 from qrlora.exchange.published import as_lora, is_published, is_whole, load_published
 from qrlora.exchange.tensors import file_digest, read_tensor_file
@@ -67,11 +68,11 @@ def load_any(
         AdapterFileError: a pickle, damage, NaN, or keys of no known form, all of which are listed.
     """
     path = Path(path)
-    tensors, raw = read_tensor_file(path)
-    if any(key.startswith("qrlora.") for key in raw):
+    if is_adapter_file(path):
         with about(path):
             require(alpha is None, "this file says its own alpha", expected="no alpha", got=alpha)
         return load_adapter(path)
+    tensors, raw = read_tensor_file(path)
     if is_published(tensors) or is_whole(tensors):
         return as_lora(load_published(path), alpha)
     with about(path):
@@ -91,7 +92,7 @@ def load_any(
             remedy="copy that file beside it, or say alpha (--alpha)",
         )
         adapter = _as_adapter(layers, config, alpha, path.stem)
-        check_finite({**adapter.deltas, **{f"{name} (up)": up for name, up in (adapter.ups or {}).items()}})
+        adapter.check_strength()
     return _described(adapter, raw, path, form)
 
 
@@ -139,7 +140,8 @@ def _layers_of(tensors: Mapping[str, Tensor], layers_per_block: int) -> Layers:
         bool(layers) and not unknown and not half,
         "no LoRA of a form that is known here",
         expected="for every layer a down and an up, in diffusers, PEFT or kohya form",
-        got=f"unknown keys: {sorted(unknown) or 'none'}; layers without one of the two: {half or 'none'}",
+        got=f"unknown keys: {bounded(sorted(unknown) or 'none')}; layers without one of the two: "
+        f"{bounded(half or 'none')}",
         remedy="DoRA, LoHa, LoKr and biases are not read: merge such a file into a checkpoint and use `qrlora extract`",
     )
     return layers

@@ -21,7 +21,7 @@ from qrlora.errors import MismatchError
 EXACT_UP_TO = 1024  # sides of a matrix whose full decomposition takes a second or so
 OVERSAMPLING = 16
 ITERATIONS = 8
-DESCRIPTION = ("family", "denoiser", "base_model", "base_digest", "role", "trigger", "licence", "recipe", "provenance")
+DESCRIPTION = ("family", "denoiser", "base_model", "base_digest", "role", "trigger", "licence", "provenance")
 
 
 @dataclass(frozen=True)
@@ -81,6 +81,8 @@ def project(
         return (q.T @ up) @ down
 
     described = {name: getattr(adapter.metadata, name) for name in DESCRIPTION}
+    if adapter.metadata.recipe:  # of another rank and other columns than what comes out
+        described["provenance"] = {**adapter.metadata.provenance, "projected_from_recipe": adapter.metadata.recipe}
     projected, kept = on_columns(basis, adapter.shapes, columns, triangular, coordinates, whole, described)
     return dataclasses.replace(projected, name=adapter.name), kept
 

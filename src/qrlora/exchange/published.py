@@ -25,7 +25,7 @@ from qrlora.adapter import Adapter, AdapterMetadata
 from qrlora.adapter.container import about
 from qrlora.adapter.record import require, triangular_mask
 from qrlora.basis import Basis, fingerprint
-from qrlora.errors import MismatchError
+from qrlora.errors import MismatchError, bounded
 from qrlora.exchange.tensors import file_digest, read_tensor_file
 
 _KEY = re.compile(r"(?:(transformer|unet)\.)?(.+?)\.lora\.(\w+)\.weight")
@@ -96,8 +96,8 @@ def _layers_of(tensors: Mapping[str, Tensor], parts: tuple[str, ...]) -> tuple[d
     require(
         not unknown and not missing,
         "no complete checkpoint of the published QR-LoRA code",
-        expected=f"{', '.join(f'lora.{part}' for part in parts)} of every layer; missing: {missing or 'none'}",
-        got=f"unknown: {unknown or 'none'}",
+        expected=f"{', '.join(f'lora.{part}' for part in parts)} of every layer; missing: {bounded(missing or 'none')}",
+        got=f"unknown: {bounded(unknown or 'none')}",
         remedy="take the original file; one with text encoder layers is not read",
     )
     denoisers = sorted({match.group(1) or "transformer" for match in matches.values() if match})

@@ -7,7 +7,16 @@ from pathlib import Path
 
 from torch import Tensor
 
-from qrlora.adapter.container import about, check_entries, check_finite, check_is_file, read_header, read_tensors
+from qrlora.adapter.container import (
+    about,
+    check_entries,
+    check_finite,
+    check_is_file,
+    check_said_hashes,
+    read_header,
+    read_tensors,
+)
+from qrlora.tensor_file import check_digest
 
 
 def read_tensor_file(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -16,14 +25,19 @@ def read_tensor_file(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         check_is_file(path)
         with path.open("rb") as stream:
             header = read_header(stream)
-            metadata = header.pop("__metadata__", {})
-            check_entries(metadata, header)
-            stream.seek(0)
-            tensors = read_tensors(stream.read())
+            metadata = header.get("__metadata__", {})
+            check_entries({key: entry for key, entry in header.items() if key != "__metadata__"})
+            tensors, body_digest = read_tensors(stream, header)
+        check_digest(header, body_digest)
+        check_said_hashes(path, metadata, tensors, body_digest)
         check_finite(tensors)
     return tensors, metadata
 
 
 def file_digest(path: Path) -> str:
     """SHA-256 of the whole file."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while block := stream.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from qrlora.adapter.container import about
 from qrlora.adapter.record import require
+from qrlora.errors import bounded
 from qrlora.exchange.names import flattened
 from qrlora.exchange.tensors import read_tensor_file
 from qrlora.families import ModelFamily
@@ -45,7 +46,7 @@ def count_matches(path: str | Path, target: str, family: ModelFamily, denoiser: 
             bool(layers) and not unread and not wrong,
             f"{len(unread)} keys and {len(wrong)} layers would not load in {target}",
             expected=f"every key to name a layer of {type(denoiser).__name__}, at strength 1",
-            got=f"keys: {sorted(unread) or 'none'}; layers: {wrong or 'none'}",
+            got=f"keys: {bounded(sorted(unread) or 'none')}; layers: {bounded(wrong or 'none')}",
             remedy="export it again for the model that it was trained on; a renamed key cannot be found",
         )
     return len(layers)

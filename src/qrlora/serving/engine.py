@@ -16,9 +16,9 @@ import torch
 
 from qrlora.adapter import Adapter, load_adapter
 from qrlora.composition import Live
-from qrlora.errors import AdapterFileError, MismatchError, QrloraError, printable
+from qrlora.errors import AdapterFileError, MismatchError, PictureError, QrloraError, printable
 from qrlora.families import EMBEDDED, load_pipeline, size_unit
-from qrlora.generation import Request, generate_mixed
+from qrlora.generation import Request, generate_mixed, not_finite
 from qrlora.reading import visible
 from qrlora.serving.names import RESERVED
 from qrlora.serving.protocol import Event, Facts, Made, Picture, Refused, Settings, Step
@@ -190,14 +190,19 @@ class Engine:
         options: dict[str, Any] = {"steps": settings.steps, "guidance": settings.guidance, "resolution": settings.side}
         options |= {"batch_size": max(1, len(requests)), "on_step": on_step}
         try:
-            images = generate_mixed(self.pipe, self.family, requests, self.live, **options)
+            images: list[Any] = generate_mixed(self.pipe, self.family, requests, self.live, **options)
         except Stopped:
             return
+        except PictureError as error:
+            images = error.images
         except QrloraError as error:  # about what all have in common: the size
             images = []
             for index in makable:
                 tell(Refused(index, error))
         for index, image in zip(makable, images, strict=False):
+            if image is None:  # said without the other requests' prompts
+                tell(Refused(index, not_finite([(pictures[index].prompt, pictures[index].seed)])))
+                continue
             stream = io.BytesIO()
             image.save(stream, "PNG")
             tell(Made(index, stream.getvalue()))
@@ -212,6 +217,7 @@ class Engine:
                     got=self.shelf.left_out.get(name, "its file is gone"),
                     remedy="GET /v1/models lists those that are",
                 )
+        self.live.check(picture.composition)
 
     def _serve_scanned(self) -> None:
         """Put on the denoiser what the shelf has, and take off what it has no more."""

@@ -2,8 +2,8 @@
 
 Tensors `parameter.<name>` and `optimizer.<index>.<key>`, with more keys where an optimiser nests its state; metadata
 `step`, `run` (the record), `loss_scale` and `optimizer` (the numbers among the optimiser's state and in its parameter
-group, where Prodigy and schedule-free keep theirs), all JSON. Random numbers need no state: they follow from seed and
-step.
+group, where Prodigy and schedule-free keep theirs), all JSON, and a digest of it all. Random numbers need no state:
+they follow from seed and step.
 """
 
 from __future__ import annotations
@@ -11,20 +11,20 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-import safetensors
-import safetensors.torch
 import torch
 from torch import nn
 
-from qrlora.errors import RecipeError
+from qrlora.errors import RecipeError, TensorFileError, bounded
 from qrlora.files import write_atomically
-from qrlora.reading import parse_json, parsing
+from qrlora.reading import parsing
+from qrlora.tensor_file import DIGEST, note, packed, parse_json, read
 from qrlora.training.outputs import newest, path_of
 from qrlora.training.recipe import Recipe
+
+_METADATA = ("step", "run", "loss_scale", "optimizer")
 
 Record = dict[str, Any]
 """What a checkpoint and the run that continues it must agree on, as JSON values."""
@@ -54,7 +54,7 @@ def save(
     path = path_of(recipe, step)
     whole = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
     words = {key: json.dumps(value) for key, value in metadata.items()}
-    write_atomically(path, safetensors.torch.save(whole, metadata=words), rescue=rescue, make_folder=True)
+    write_atomically(path, packed(whole, words), rescue=rescue, make_folder=True)
     others = sorted(set(path.parent.glob("step-*.safetensors")) - {path})
     for old in others[: max(0, len(others) + 1 - recipe.checkpoints_kept)]:
         old.unlink(missing_ok=True)
@@ -80,21 +80,15 @@ def load(
     """
     path = newest(recipe)
     assert path is not None, "held() looked"
-    with _parsing(path):
-        with safetensors.safe_open(path, framework="pt") as stream:
-            metadata = {key: parse_json(value, key, RecipeError) for key, value in (stream.metadata() or {}).items()}
-            tensors = {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118 (no iterator)
-        step, run, scale, numbers = (metadata[key] for key in ("step", "run", "loss_scale", "optimizer"))
-        if type(step) is not int or step < 0 or not isinstance(run, dict) or not 0 < scale < math.inf:
-            raise ValueError("step, run or loss_scale are none")
+    tensors, metadata = _read(path, sum(parameter.nbytes for parameter in parameters.values()))
+    step, run, scale, numbers = (metadata[key] for key in _METADATA)
+    if type(step) is not int or step < 0 or not isinstance(run, dict) or not 0 < scale < math.inf:
+        raise _damaged(path, "step, run or loss_scale are none")
     _same_run(path, run, record)
-    with _parsing(path):
+    _check_shapes(path, parameters, tensors)
+    with parsing(f"damaged checkpoint {path}", RecipeError, remedy="delete it, and resume again"):
         _restore(tensors, numbers, parameters, optimizer)
     return step, scale
-
-
-def _parsing(path: Path) -> AbstractContextManager[None]:
-    return parsing(f"damaged checkpoint {path}", RecipeError, remedy="delete it, and resume again")
 
 
 def _restore(
@@ -105,10 +99,7 @@ def _restore(
 ) -> None:
     """Put parameters and the optimiser's state in place; any exception is the file's fault."""
     for name, parameter in parameters.items():
-        stored = tensors[f"parameter.{name}"]
-        if stored.shape != parameter.shape:
-            raise ValueError(f"{name} is {tuple(stored.shape)} instead of {tuple(parameter.shape)}")
-        parameter.data.copy_(stored)
+        parameter.data.copy_(tensors[f"parameter.{name}"])
     state: dict[int, Any] = {}
     leaves = {name.removeprefix("optimizer."): tensors[name] for name in tensors if name.startswith("optimizer.")}
     for key, value in (leaves | numbers["state"]).items():
@@ -119,6 +110,31 @@ def _restore(
         nested[last] = value
     group = optimizer.state_dict()["param_groups"][0] | numbers["group"]
     optimizer.load_state_dict({"state": state, "param_groups": [group]})
+
+
+def _read(path: Path, size: int) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Tensors and metadata of a checkpoint of `size` bytes of parameters; RecipeError if it is damaged."""
+    try:
+        tensors, words = read(path, {}, most_bytes=max(2**30, 64 * size))
+        if unknown := sorted(set(words) - {DIGEST, *_METADATA}):  # the digest under a damaged name is no older file
+            raise _damaged(path, f"unknown metadata {unknown}")
+        if DIGEST not in words:
+            note(f"{path}: written by an older version, without a digest: damage to it cannot be found")
+        return tensors, {key: parse_json(words[key], key) for key in _METADATA}
+    except (OSError, TensorFileError, KeyError) as error:
+        raise _damaged(path, getattr(error, "what", error)) from error
+
+
+def _damaged(path: Path, why: object) -> RecipeError:
+    remedy = "delete it, and resume again from the one before it (`checkpoints_kept`), or start without resume"
+    return RecipeError(f"damaged checkpoint {path}", expected="the state as it was saved", got=why, remedy=remedy)
+
+
+def _check_shapes(path: Path, parameters: dict[str, nn.Parameter], tensors: Mapping[str, torch.Tensor]) -> None:
+    found = {name: getattr(tensors.get(f"parameter.{name}"), "shape", None) for name in parameters}
+    wrong = {name: shape for name, shape in found.items() if shape != parameters[name].shape}
+    if wrong:
+        raise _damaged(path, f"other shapes of {bounded(wrong)}")
 
 
 def _same_run(path: Path, run: Record, now: Record) -> None:

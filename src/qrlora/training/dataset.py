@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import safetensors.torch
 import torch
 from jaxtyping import Float, Int
 from PIL import Image
@@ -34,7 +33,8 @@ from torch.nn.functional import adaptive_avg_pool2d
 from qrlora.errors import DataError
 from qrlora.families import ModelFamily
 from qrlora.files import default_cache_dir, make_folder, write_atomically
-from qrlora.reading import inside, parse_json, parsing, read_text, visible
+from qrlora.reading import inside, parse_json, read_text, visible
+from qrlora.tensor_file import packed_entry, read_entry
 from qrlora.training.pictures import OpenPicture, Size, View, nearest_size, open_picture, views
 from qrlora.training.recipe import TRIGGER
 
@@ -469,15 +469,13 @@ def _encoders_digest(pipe: Any, family: ModelFamily) -> str:
 
 
 def _cached(key: str, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-    """The tensors kept under this key, or computed and kept now. A damaged entry is made anew."""
-    path = default_cache_dir() / "encoded" / f"{hashlib.sha256(key.encode()).hexdigest()}.safetensors"
-    if path.is_file():
-        try:
-            with parsing(f"damaged {path}", DataError):
-                return safetensors.torch.load(path.read_bytes())
-        except DataError:
-            path.unlink(missing_ok=True)  # by another process, perhaps
+    """The tensors kept under this key, or computed and kept now. A damaged entry is made anew, with a note."""
+    identity = hashlib.sha256(key.encode()).hexdigest()
+    path = default_cache_dir() / "encoded" / f"{identity}.safetensors"
+    kept = read_entry(path, identity) if path.is_file() else None
+    if kept is not None:
+        return kept
     tensors = {name: tensor.contiguous() for name, tensor in compute().items()}
     make_folder(path.parent)
-    write_atomically(path, safetensors.torch.save(tensors), rescue=False)
+    write_atomically(path, packed_entry(tensors, identity), rescue=False)
     return tensors

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import functools
 import json
 import logging
 import math
@@ -30,7 +31,7 @@ from qrlora.adapter import Adapter, load_adapter, save_adapter
 from qrlora.errors import OutputError, RecipeError, TrainingError
 from qrlora.families import ModelFamily
 from qrlora.files import write_atomically
-from qrlora.generation import labelled_grid, one_batch
+from qrlora.generation import labelled_grid, one_batch, or_black
 from qrlora.training.optimizers import evaluated
 from qrlora.training.recipe import TRIGGER, Recipe
 
@@ -180,7 +181,7 @@ class Sampler:
             if isinstance(part, nn.Module):
                 part.to(device)
         vars(self._pipe).update({self._family.denoiser: denoiser, "encode_prompt": lambda *_, **__: next(replay)})
-        return [image for batch in self._batches for image in self._make(batch)]
+        return [image for batch in self._batches for image in or_black(functools.partial(self._make, batch))]
 
     def sheet(self, images: Sequence[Image.Image], title: str) -> Image.Image:
         """The pictures with a row for each prompt and a column for each seed."""

@@ -339,7 +339,7 @@ class QRLoraLayer(LoraLayer):
         """Write ΔW of adapters into the base weight, summed in float32 from a copy that :meth:`unmerge` restores.
 
         Args:
-            safe_merge: refuse to write NaN or Inf.
+            safe_merge: of no effect here: a sum with NaN or Inf is never left in the weight.
             adapter_names: the active adapters unless given.
 
         Raises:
@@ -352,7 +352,8 @@ class QRLoraLayer(LoraLayer):
         weight: Any = self.get_base_layer().weight
         original: Tensor = weight.detach().clone() if self._base_copy is None else self._base_copy
         both = [*self.merged_adapters, *names]
-        if safe_merge and not all(bool(torch.isfinite(block).all()) for _, block in self._sums(original, both)):
+        if not self._write_sum(original, both):
+            self._write_sum(original, self.merged_adapters)
             raise TunerError(
                 f"NaNs detected in the merged weights. The adapter {', '.join(names)} seems to be broken",
                 expected="finite values",
@@ -360,10 +361,16 @@ class QRLoraLayer(LoraLayer):
                 remedy="train it again with a lower learning rate, or leave it out",
             )
         self._base_copy = original
-        target = weight.data.T if self.fan_in_fan_out else weight.data
-        for rows, block in self._sums(original, both):
-            target[rows].copy_(block)
         self.merged_adapters.extend(names)
+
+    def _write_sum(self, original: Tensor, names: list[str]) -> bool:
+        """Make the base weight what `_sums` gives; False as soon as that is not finite."""
+        weight: Any = self.get_base_layer().weight
+        target = weight.data.T if self.fan_in_fan_out else weight.data
+        for rows, block in self._sums(original, names):
+            if not all(math.isfinite(value) for value in target[rows].copy_(block).float().aminmax()):
+                return False
+        return True
 
     def _sums(self, original: Tensor, names: list[str]) -> Iterator[tuple[slice, Tensor]]:
         """The base weight plus ΔW of adapters, some rows (out, in, *kernel) at a time, in at least float32.

@@ -1,0 +1,76 @@
+"""What checking a file's digest costs, as a share of the time that loading it takes.
+
+    python benchmarks/integrity.py
+
+Adapters of random numbers: one of pico's layers at rank 8, one of FLUX.1-dev's 418 matrices at rank 64 in both dtypes.
+The file is in the system's cache, so the share on a disk is less.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from common import OUT, report
+
+from qrlora.adapter import Adapter, AdapterMetadata, load_adapter, save_adapter
+from qrlora.adapter.record import triangular_mask
+
+WIDTH = 3072
+SQUARE, UP, DOWN, OUTPUT = (WIDTH, WIDTH), (4 * WIDTH, WIDTH), (WIDTH, 4 * WIDTH), (WIDTH, 5 * WIDTH)
+FLUX = 19 * [*8 * [SQUARE], *2 * [UP], *2 * [DOWN]] + 38 * [*3 * [SQUARE], UP, OUTPUT]
+PICO = 6 * [*8 * [(160, 160)], *2 * [(640, 160)], *2 * [(160, 640)]]
+
+
+def made(shapes: list[tuple[int, int]], rank: int, dtype: torch.dtype) -> Adapter:
+    """An adapter of random ΔR on a basis that need not be there."""
+    columns = tuple(range(rank))
+    metadata = AdapterMetadata("qrlora", rank, float(rank), rank, columns, triangular=True, algorithm="fast")
+    named = {f"blocks.{i}": shape for i, shape in enumerate(shapes)}
+    deltas = {
+        n: (torch.randn(rank, width) * triangular_mask(columns, width)).to(dtype) for n, (_, width) in named.items()
+    }
+    return Adapter(metadata, deltas, named, dict.fromkeys(named, "0" * 64))
+
+
+def seconds(work: Callable[[], object], rounds: int) -> float:
+    """Median of the wall time."""
+    taken = []
+    for _ in range(rounds):
+        start = time.perf_counter()
+        work()
+        taken.append(time.perf_counter() - start)
+    return statistics.median(taken)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--json", type=Path, default=OUT / "integrity.json")
+    options = parser.parse_args()
+    rows = {}
+    print("| adapter | file | load | SHA-256 of it | share |\n|---|---|---|---|---|")
+    for name, shapes, rank, dtype in (
+        ("pico", PICO, 8, torch.float32),
+        ("FLUX.1, 418 matrices, rank 64, float32", FLUX, 64, torch.float32),
+        ("the same in bfloat16", FLUX, 64, torch.bfloat16),
+    ):
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder, "adapter.safetensors")
+            save_adapter(made(shapes, rank, dtype), path)
+            size, content = path.stat().st_size, path.read_bytes()
+            load = seconds(lambda path=path: load_adapter(path), options.rounds)
+            digest = seconds(lambda content=content: hashlib.sha256(content).digest(), options.rounds)
+        rows[name] = {"bytes": size, "load": load, "digest": digest, "share": digest / load}
+        print(f"| {name} | {size / 1e6:.1f} MB | {load * 1e3:.1f} ms | {digest * 1e3:.1f} ms | {digest / load:.2f} |")
+    report(options, "cpu", rows=rows)
+
+
+if __name__ == "__main__":
+    main()
