@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -107,7 +108,10 @@ def run_train(options: argparse.Namespace) -> None:
     from accelerate import PartialState
 
     from qrlora.training.loop import train
+    from qrlora.training.overview import overview
 
+    if os.environ.get("RANK", "0") == "0":  # of several processes the first alone speaks
+        print(overview(recipe.images), flush=True)
     bar = Bar("step")
     adapter = train(
         recipe,

@@ -19,7 +19,7 @@ from jaxtyping import Float, UInt8
 from PIL import Image, ImageOps
 
 from qrlora.errors import DataError
-from qrlora.training.dataset import MASK, SUFFIXES
+from qrlora.training.dataset import MASK, SUFFIXES, caption_beside
 from qrlora.training.pictures import open_picture
 
 SMALLEST = 16
@@ -163,9 +163,9 @@ def read(path: Path) -> Exhibit:
 
 
 def _prompt(path: Path) -> str:
-    words = path.with_suffix(".txt")
-    if words.is_file():
-        return words.read_text(encoding="utf-8").strip()
+    words = caption_beside(path)
+    if words is not None:
+        return words
     with Image.open(path) as opened:
         made = opened.info.get("qrlora", "")
     prompts = json.loads(made).get("prompt", []) if made else []
