@@ -32,6 +32,11 @@ class QrloraError(ValueError):
         super().__init__("\n".join(lines))
 
 
+def printable(text: str) -> str:
+    """The text with escapes for what UTF-8 cannot encode: bytes of file names, halves of surrogate pairs."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
 class BasisError(QrloraError):
     """A weight has no basis of the rank asked for."""
 
