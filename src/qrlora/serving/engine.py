@@ -68,7 +68,8 @@ class Shelf:
         """Why this one is not served, for requests and for the log."""
         known = isinstance(error, (QrloraError, OSError))
         said = printable(str(error))
-        said = said if len(said) <= REASON_CHARACTERS else f"{said[:REASON_CHARACTERS]}..."
+        if len(said) > REASON_CHARACTERS:  # the remedy stands last
+            said = f"{said[: REASON_CHARACTERS // 2]} ... {said[-REASON_CHARACTERS // 2 :]}"
         log.warning("adapter %s is not served: %s", name, said, exc_info=not known)
         # Folders are the operator's business: requests see this text too.
         said = said.replace(f"{printable(str(self.folder))}/", "")
