@@ -395,10 +395,12 @@ def test_bad_pictures_are_said_without_a_traceback(
     assert said in error and error.startswith("qrlora train:") and not Path("subject.safetensors").exists()
 
 
-def test_a_cmyk_picture_trains(tiny_sd3: Path) -> None:
+def test_a_cmyk_picture_trains(tiny_sd3: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Image.new("CMYK", (40, 40), (0, 255, 255, 0)).save("print.jpg")
     options = ["--model", str(tiny_sd3), "--steps", "1", "--rank", "2", "--batch-size", "1"]
+    Path("print.txt").write_text("a [trigger] print")
     assert main(["train", "--subject", "print.jpg", *options]) == 0
+    assert capsys.readouterr().out.startswith("1 picture, 1 captioned by file\n")
 
 
 @pytest.mark.parametrize(

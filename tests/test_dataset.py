@@ -14,12 +14,14 @@ from PIL import Image, ImageCms
 from qrlora.errors import DataError
 from qrlora.families import load_pipeline
 from qrlora.training.dataset import Source, encode, find_pictures, load_examples
+from qrlora.training.overview import overview
 from qrlora.training.pictures import bucket_sizes, read_picture
 
 
 def save(
     path: Path, size: tuple[int, int] = (40, 30), mode: str = "RGB", colour: object = "red", **options: object
 ) -> Path:
+    path.parent.mkdir(exist_ok=True)
     Image.new(mode, size, colour).save(path, **options)  # type: ignore[arg-type]
     return path
 
@@ -111,6 +113,82 @@ def test_metadata_jsonl(tmp_path: Path) -> None:
     metadata.write_text('{"file_name": "a.png"}\n')
     with pytest.raises(DataError, match="line 1"):
         find_pictures([tmp_path])
+
+
+def test_metadata_csv(tmp_path: Path) -> None:
+    """As the imagefolder of datasets has it, with a comma and a line's end in a caption."""
+    picture, mask = save(tmp_path / "a.png"), save(tmp_path / "m.png", mode="L", colour=255)
+    metadata = tmp_path / "metadata.csv"
+    metadata.write_text('\ufefffile_name,text,mask\r\na.png,"one [trigger], ""red""\nand round",m.png\r\n', newline="")
+    assert find_pictures([tmp_path]) == [Source(picture, 'one [trigger], "red"\nand round', mask)]
+    for text, said in (
+        ("file_name,caption\na.png,x\n", "line 2"),
+        ("file_name,text\na.png\n", "line 2"),
+        ("file_name,text\na.png,x,y,z\n", "line 2"),
+        ('file_name,text\na.png,"x\n', "line 2"),
+        ("file_name,text\na.png,x\na.png,y\n", "two captions for a.png"),
+        ("file_name,text\nb.png,x\n", "does not match"),
+        ("", "does not match"),
+    ):
+        metadata.write_text(text)
+        with pytest.raises(DataError, match=said):
+            find_pictures([tmp_path])
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.TXT", "a.caption", "a.Caption"])
+def test_a_caption_file_is_read_as_other_trainers_call_it(tmp_path: Path, name: str) -> None:
+    picture = save(tmp_path / "a.png")
+    (tmp_path / name).write_text("a [trigger]\n")
+    assert find_pictures([tmp_path]) == find_pictures([picture]) == [Source(picture, "a [trigger]")]
+
+
+def test_two_captions_for_one_picture_are_refused_unless_they_are_the_same(tmp_path: Path) -> None:
+    picture = save(tmp_path / "a.png")
+    (tmp_path / "a.txt").write_text("a [trigger]")
+    (tmp_path / "a.caption").write_text("a [trigger]\n")
+    assert find_pictures([tmp_path]) == [Source(picture, "a [trigger]")]
+    (tmp_path / "a.caption").write_text("another [trigger]")
+    for images in (tmp_path, picture):
+        with pytest.raises(DataError, match=r"(?s)two captions for .*a\.png.*a\.caption, a\.txt"):
+            find_pictures([images])
+    row = json.dumps({"file_name": "a.png", "text": "x"})
+    (tmp_path / "metadata.jsonl").write_text(f"{row}\n{row}\n")
+    with pytest.raises(DataError, match=r"two captions for a\.png"):
+        find_pictures([tmp_path])
+    (tmp_path / "metadata.csv").write_text("file_name,text\na.png,x\n")
+    with pytest.raises(DataError, match="two captions for each picture"):
+        find_pictures([tmp_path])
+
+
+def test_what_was_not_used_is_said(tmp_path: Path) -> None:
+    for name in ("a.png", "d.png", "e.png"):
+        save(tmp_path / name)
+    assert overview([tmp_path]) == "3 pictures, 3 captioned by the recipe"
+    (tmp_path / "a.txt").write_text("a [trigger]")
+    for name in ("b.heic", "c.jfif", ".hidden", "._a.png.txt"):
+        (tmp_path / name).touch()
+    assert overview([tmp_path]) == "3 pictures, 1 captioned by file, 2 by the recipe; not read: b.heic, c.jfif"
+    save(tmp_path / "a.mask.png", mode="L", colour=255)
+    save(tmp_path / "more" / "x.png")
+    (tmp_path / "f.txt").write_text("of no picture")
+    assert overview([tmp_path, tmp_path]).endswith("2 with a mask; not read: b.heic, c.jfif, f.txt, more/")
+    assert overview([tmp_path / "a.png"]) == "1 picture, 1 captioned by file, 1 with a mask"
+    rows = [{"file_name": f"{name}.png", "text": "x", "mask": "more/x.png"} for name in "ade"]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "a.mask.png").unlink()
+    said = "3 pictures, 3 captioned by file, 3 with a mask; not read: a.txt, b.heic, c.jfif, f.txt"
+    assert overview([tmp_path]) == said
+    for number in range(4):
+        (tmp_path / f"n{number}.heic").touch()
+    assert overview([tmp_path]) == said + ", n0.heic and 3 more"
+
+
+def test_what_was_not_used_in_folders_of_folders_is_said(tmp_path: Path) -> None:
+    for path in (tmp_path / "10_mug" / "a.png", tmp_path / "2_cups" / "b.png"):
+        save(path)
+    (tmp_path / "10_mug" / "b.heic").touch()
+    (tmp_path / "notes.md").touch()
+    assert overview([tmp_path]) == "2 pictures, 2 captioned by the recipe; not read: 10_mug/b.heic, notes.md"
 
 
 @pytest.mark.parametrize("name", ["a.txt", "metadata.jsonl"])

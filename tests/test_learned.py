@@ -210,7 +210,7 @@ def test_weights_that_are_not_there_are_named_before_anything_is_measured(
     given = References(subject=[A], style=[A])
     with pytest.raises(ModelError) as refused:
         measure([A], given, [one], progress=lambda *_: pytest.fail("measured"))
-    assert remedy in str(refused.value) and "--measures" in str(refused.value)
+    assert remedy in str(refused.value) and "choose measures" in str(refused.value)
 
 
 def test_a_folder_without_a_network_is_refused(tmp_path: Path) -> None:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
+import errno
 import io
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -25,16 +27,17 @@ import openai
 import psutil
 import pytest
 import torch
-import uvicorn
 from PIL import Image
 
 from qrlora.adapter import Adapter, adapter_from_model, load_adapter, remove_adapters, save_adapter
 from qrlora.cli import main
 from qrlora.composition import Composition
-from qrlora.errors import DataError, RequestError
+from qrlora.errors import DataError, QrloraError, RequestError
 from qrlora.families import load_pipeline
 from qrlora.generation import generate
-from qrlora.serving.app import Kept, Limits, Service, create_app, side_of
+from qrlora.serving import openapi
+from qrlora.serving.app import ImageRequest, Kept, Limits, Service, create_app, side_of
+from qrlora.serving.connections import Server
 from qrlora.serving.dispatch import Dispatcher
 from qrlora.serving.engine import Engine
 from qrlora.serving.metrics import Metrics
@@ -91,9 +94,10 @@ def engine(tiny_sd3: Path, shelf: Path) -> Iterator[Engine]:
 @contextlib.contextmanager
 def serving(engines: Any, **limits: Any) -> Iterator[tuple[str, Service]]:
     """A real HTTP server around the application, in a thread; yields its address."""
-    service = Service(engines, Limits(**limits))
-    options = {"log_level": "error", "ws": "none", "timeout_graceful_shutdown": 10}
-    server = uvicorn.Server(uvicorn.Config(create_app(service), port=0, **options))
+    service = Service(engines, Limits(**{"drain_seconds": 10, **limits}))
+    server = Server(service, "127.0.0.1", 0)
+    answered: set[tuple[str, str, int]] = set()
+    server.config.app = _recording(server.config.app, answered)
     thread = threading.Thread(target=server.run)
     thread.start()
     try:
@@ -106,6 +110,33 @@ def serving(engines: Any, **limits: Any) -> Iterator[tuple[str, Service]]:
     finally:
         server.should_exit = True
         thread.join()
+    facts = asyncio.run(engines.facts())
+    document = openapi.document(create_app(service), ImageRequest.model_json_schema(), facts, service.limits)
+    assert not answered - set(_documented(document, answered))
+
+
+def _recording(app: Any, answered: set[tuple[str, str, int]]) -> Any:
+    """The application, which notes method, path and status of all that it answers."""
+
+    async def recording(scope: Any, receive: Any, send: Any) -> None:
+        async def noting(message: Any) -> None:
+            if message["type"] == "http.response.start":
+                answered.add((scope["method"], scope["path"], message["status"]))
+            await send(message)
+
+        await app(scope, receive, noting)
+
+    return recording
+
+
+def _documented(document: dict[str, Any], answered: set[tuple[str, str, int]]) -> Iterator[tuple[str, str, int]]:
+    """Those of the answers that the OpenAPI document lists, and those to paths and methods that it does not have."""
+    for method, path, status in answered:
+        fits = {known: re.fullmatch(re.sub(r"{\w+}", ".+", known), path) for known in document["paths"]}
+        operations = [document["paths"][known] for known, match in fits.items() if match]
+        asked = [found[method.lower()] for found in operations if method.lower() in found]
+        if not asked or any(str(status) in operation["responses"] for operation in asked):
+            yield method, path, status
 
 
 @pytest.fixture(scope="module")
@@ -301,6 +332,90 @@ def test_files_that_come_change_and_go_are_served_as_they_are(tiny_sd3: Path, lo
         picture("one", 404)
 
 
+def damaged(content: bytes, count: int) -> Iterator[bytes]:
+    """An adapter file with bytes changed, cut, doubled, or with other values in its metadata."""
+    random = np.random.default_rng(0)
+    length = int.from_bytes(content[:8], "little")
+    header, tensors = json.loads(content[8 : 8 + length]), content[8 + length :]
+    values = ["", "NaN", "null", "[]", "{}", "-1", "1e400", "9" * 5000, "\ud800", "[" * 3000, "\0", '{"a": NaN}']
+    for number in range(count):
+        if number % 2:
+            changed = json.loads(json.dumps(header))
+            key = random.choice(sorted(changed["__metadata__"]))
+            changed["__metadata__"][key] = values[random.integers(len(values))]
+            text = json.dumps(changed).encode()
+            yield len(text).to_bytes(8, "little") + text + tensors
+        else:
+            place, span = random.integers(len(content)), random.integers(1, 64)
+            yield content[:place] + random.bytes(int(span)) * (number % 3) + content[place + span :]
+
+
+def test_no_file_keeps_the_others_from_being_served(
+    tiny_sd3: Path, loaded: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_adapter(make_adapter(loaded, "subject"), tmp_path / "mug.safetensors")
+    content = (tmp_path / "mug.safetensors").read_bytes()
+    for number, other in enumerate(damaged(content, 300)):
+        (tmp_path / f"{number}.safetensors").write_bytes(other)
+    (tmp_path / ".hidden.safetensors").write_bytes(content)
+    (tmp_path / "folder.safetensors").mkdir()
+    (tmp_path / "gone.safetensors").symlink_to(tmp_path / "nowhere")
+    os.mkfifo(tmp_path / "pipe.safetensors")  # reading it would wait for ever
+    with contextlib.suppress(OSError):  # file systems that hold UTF-8 alone
+        Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff\xfe.safetensors")).write_bytes(content)
+    with contextlib.closing(Engine(str(tiny_sd3), tmp_path)) as engine, serving(engine) as (url, _):
+        listed = httpx2.get(f"{url}/v1/models", timeout=30).json()
+        assert f"{BASE}+mug" in [model["id"] for model in listed["data"]]
+        assert {"folder", "gone", "pipe"} < set(listed["left_out"])
+        assert ".hidden" not in str(listed)
+        assert len(listed["left_out"]) > 200 and max(map(len, listed["left_out"].values())) < 2100
+        assert not [name for name in listed["left_out"] if name.startswith("\\") and "rename" not in str(listed)]
+        assert close(opened(ask(url, model=f"{BASE}+mug", seed=1).json()["data"][0]["b64_json"]),
+                     alone(loaded, tmp_path, "a mug", 1, {"mug": 1.0}))  # fmt: skip
+
+
+def test_a_reader_that_fails_in_an_unknown_way_leaves_that_file_out(
+    tiny_sd3: Path, loaded: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("mug", "odd"):
+        save_adapter(make_adapter(loaded, "subject"), tmp_path / f"{name}.safetensors")
+
+    def fails(path: Path) -> Adapter:
+        if path.stem == "odd":
+            raise KeyError("a secret")
+        return load_adapter(path)
+
+    monkeypatch.setattr("qrlora.serving.engine.load_adapter", fails)
+    with contextlib.closing(Engine(str(tiny_sd3), tmp_path)) as engine:
+        facts = asyncio.run(engine.facts())
+    assert set(facts.adapters) == {"mug"} and facts.left_out == {"odd": "its file cannot be read (KeyError)"}
+
+
+def test_what_was_left_out_is_served_once_its_file_is_mended_or_the_others_basis_is_gone(
+    tiny_sd3: Path, loaded: Any, tmp_path: Path
+) -> None:
+    files = {name: tmp_path / f"{name}.safetensors" for name in ("a", "b", "broken", "link")}
+    save_adapter(make_adapter(loaded, "subject"), files["a"])
+    save_adapter(make_adapter(loaded, "subject", rank=3), files["b"])
+    files["broken"].write_bytes(b"damaged")
+    files["link"].symlink_to(tmp_path / "nowhere")
+    with contextlib.closing(Engine(str(tiny_sd3), tmp_path)) as engine, serving(engine) as (url, _):
+
+        def left_out() -> set[str]:
+            ask(url)  # a batch: engines take up between two of them what came
+            return set(httpx2.get(f"{url}/v1/models").json()["left_out"])
+
+        assert left_out() == {"b", "broken", "link"}
+        files["link"].unlink()
+        save_adapter(make_adapter(loaded, "subject", seed=1), files["broken"])
+        assert left_out() == {"b"}
+        files["a"].unlink()
+        files["broken"].unlink()
+        assert left_out() == set()
+        assert close(opened(ask(url, model=f"{BASE}+b", seed=1).json()["data"][0]["b64_json"]),
+                     alone(loaded, tmp_path, "a mug", 1, {"b": 1.0}))  # fmt: skip
+
+
 # bad requests
 
 
@@ -440,14 +555,36 @@ def test_a_bad_prompt_is_its_own_requests_fault_alone(engine: Engine, loaded: An
     ]  # fmt: skip
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("keys", [(), ("secret",)], ids=["open", "keys"])
+def test_schemathesis_finds_nothing(tmp_path: Path, keys: tuple[str, ...]) -> None:
+    """Requests made from the OpenAPI document, right and wrong ones, with all of its checks."""
+    slow = Slow(png=b"a picture")
+    slow.gate.set()
+    bounds = ["--checks", "all", "--mode", "all", "--max-examples", "40", "--max-time", "30", "--seed", "1"]
+    bearing = [part for key in keys for part in ("--header", f"Authorization: Bearer {key}")]
+    with serving(slow, api_keys=keys) as (url, _):
+        command = [sys.executable, "-m", "schemathesis.cli", "run", f"{url}/openapi.json", *bounds, *bearing]
+        found = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert found.returncode == 0, found.stdout + found.stderr
+    assert "6 selected / 6 total" in found.stdout
+
+
+def test_a_whole_number_may_be_written_with_a_point(server: str) -> None:
+    answer = httpx2.post(f"{server}/v1/images/generations", content=b'{"prompt": "a", "n": 1.0, "steps": 2.0}')
+    assert answer.status_code == 200
+    refused = httpx2.post(f"{server}/v1/images/generations", content=b'{"prompt": "a", "partial_images": false}')
+    assert refused.status_code == 400 and refused.json()["error"]["param"] == "partial_images"
+
+
 # load, clients that go, ends
 
 
 class Slow:
     """Engines that wait for a gate in the middle of a batch, and count what they were asked for."""
 
-    def __init__(self, fail: BaseException | None = None):
-        self.gate, self.fail = threading.Event(), fail
+    def __init__(self, fail: BaseException | None = None, png: bytes = b""):
+        self.gate, self.fail, self.png = threading.Event(), fail, png
         self.batches: list[Sequence[Picture]] = []
         self.cancelled = 0
 
@@ -464,7 +601,7 @@ class Slow:
         if self.fail:
             raise self.fail
         for index, picture in enumerate(pictures):
-            yield Made(index, picture.prompt.encode())
+            yield Made(index, self.png or picture.prompt.encode())
 
     async def facts(self) -> Facts:
         return FACTS
@@ -680,6 +817,141 @@ def test_kept_pictures_are_bounded_and_expire(monkeypatch: pytest.MonkeyPatch) -
     assert len(set(names)) == 3 and min(map(len, names)) >= 32
 
 
+# connections
+
+
+HALF = b"GET /health HTTP/1.1\r\nHost: x\r\nX-Half: "
+
+
+def connect(url: str, *sent: bytes) -> socket.socket:
+    host, port = url.removeprefix("http://").split(":")
+    connection = socket.create_connection((host, int(port)), timeout=10)
+    for part in sent:
+        connection.sendall(part)
+    return connection
+
+
+def seconds_until_closed(connection: socket.socket, dribble: bytes = b"") -> float:
+    """How long the server keeps this connection, to which a byte is sent now and then."""
+    started = time.monotonic()
+    connection.settimeout(0.05)
+    with connection, contextlib.suppress(ConnectionError):
+        while time.monotonic() < started + 10:
+            with contextlib.suppress(TimeoutError):
+                if not connection.recv(65536):
+                    break
+            connection.sendall(dribble)
+    return time.monotonic() - started
+
+
+@pytest.mark.parametrize(
+    ("sent", "dribble"),
+    [
+        (b"", b""),
+        (HALF, b""),
+        (HALF, b"x"),
+        (b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n" + HALF, b"x"),  # a second request on the same connection
+        (b"GET /health HTTP/1.1\r\nHost: x\r\nContent-Length: 1000000\r\n\r\n", b"x"),  # a body that is not read
+    ],
+)
+def test_a_client_that_does_not_finish_its_header_is_cut_off(sent: bytes, dribble: bytes) -> None:
+    with serving(Slow(), header_seconds=0.5) as (url, _):
+        assert seconds_until_closed(connect(url, sent), dribble) < 9
+
+
+def test_a_client_that_does_not_read_is_cut_off_and_a_slow_one_is_not() -> None:
+    """A picture larger than what the kernel buffers for a connection."""
+    slow = Slow(png=b"x" * 2**24)
+    slow.gate.set()
+    with serving(slow, header_seconds=1.5) as (url, service), contextlib.ExitStack() as opened:
+        still, reader = (opened.enter_context(hang_up(url, stream=False)) for _ in range(2))
+        until(lambda: value(service.metrics.text().decode(), "qrlora_pictures_total") == 2)
+        read = 0
+        while part := reader.recv(2**20):
+            read += len(part)
+            time.sleep(0.05)
+        assert read > 2**24
+        time.sleep(4)
+        still.settimeout(10)
+        with contextlib.suppress(ConnectionError):
+            assert sum(map(len, iter(lambda: still.recv(2**20), b""))) < 2**24
+
+
+def test_half_headers_make_room_for_requests_and_answers_are_never_cut_for_them() -> None:
+    slow = Slow()
+    with contextlib.ExitStack() as opened:
+        url, service = opened.enter_context(serving(slow, connections=4, header_seconds=30))
+        with ThreadPoolExecutor(4) as pool:
+            first = pool.submit(ask, url)
+            until(lambda: slow.batches)
+            for _ in range(20):
+                opened.enter_context(connect(url, HALF))
+            assert httpx2.get(f"{url}/health").status_code == 200
+            others = [pool.submit(ask, url, prompt=str(i)) for i in range(3)]
+            until(lambda: "waiting_pictures 3.0" in service.metrics.text().decode() and len(slow.batches) == 1)
+            full = httpx2.get(f"{url}/health")
+            assert full.status_code == 503 and full.json()["error"]["code"] == "overloaded"
+            assert full.headers["retry-after"] == "10" and full.headers["connection"] == "close"
+            slow.gate.set()
+            assert [one.result().status_code for one in [first, *others]] == [200] * 4
+
+
+LIMITED = """
+import resource, sys
+resource.setrlimit(resource.RLIMIT_NOFILE, (200, 200))
+from test_serve import FACTS, Limits, Server, Service, Slow
+slow = Slow()
+slow.gate.set()
+Server(Service(slow, Limits()), "127.0.0.1", int(sys.argv[1]), lambda: print("ready", flush=True)).run()
+"""
+
+
+def test_1500_half_headers_and_200_descriptors(tmp_path: Path) -> None:
+    """Served while they are held, told apart from no client at all by what the server still writes: next to nothing."""
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(before[1], 4096), before[1]))
+    port = free_port()
+    url = f"http://127.0.0.1:{port}"
+    try:
+        with started([sys.executable, "-c", LIMITED, str(port)], "ready", tmp_path) as (process, _):
+            with contextlib.ExitStack() as held:
+                for number in range(1500):
+                    with contextlib.suppress(ConnectionError):  # the oldest make room
+                        held.enter_context(connect(url)).sendall(HALF)
+                    if number % 300 == 0:
+                        assert httpx2.get(f"{url}/health", timeout=5).status_code == 200
+                answers = [ask(url).status_code for _ in range(20)]
+                files = psutil.Process(process.pid).num_fds()
+            process.send_signal(signal.SIGTERM)
+            said = process.stdout.read()
+            assert process.wait(timeout=30) in (0, -signal.SIGTERM)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    assert answers == [200] * 20 and files < 200 and len(said) < 2000, said
+
+
+def test_a_process_that_may_open_too_few_files_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    resource = pytest.importorskip("resource")
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (40, 40))
+    with pytest.raises(QrloraError, match="ulimit -n"):
+        Server(Service(Slow(), Limits()), "127.0.0.1", 0)
+
+
+def test_what_could_not_be_accepted_is_logged_once_a_second(caplog: pytest.LogCaptureFixture) -> None:
+    """asyncio has a traceback for each; this is the loop's own way to report one."""
+
+    async def run() -> None:
+        for _ in range(50):
+            error = OSError(errno.EMFILE, "Too many open files")
+            context = {"message": "socket.accept() out of system resource", "exception": error}
+            asyncio.get_running_loop().call_exception_handler(context)
+
+    Server(Service(Slow(), Limits()), "127.0.0.1", 0)
+    asyncio.run(run())
+    assert caplog.text.count("\n") == 1 and "Too many open files" in caplog.text
+
+
 # the command
 
 
@@ -731,8 +1003,14 @@ def free_port() -> int:
 
 
 def environment(tmp_path: Path) -> dict[str, str]:
-    source = str(Path(__file__).parents[1] / "src")
-    return {**os.environ, "PYTHONPATH": source, "QRLORA_CACHE": str(tmp_path / "cache"), "RAY_USAGE_STATS_ENABLED": "0"}
+    here = Path(__file__).parent
+    sources = os.pathsep.join(map(str, (here.parent / "src", here)))
+    return {
+        **os.environ,
+        "PYTHONPATH": sources,
+        "QRLORA_CACHE": str(tmp_path / "cache"),
+        "RAY_USAGE_STATS_ENABLED": "0",
+    }
 
 
 def command(tiny_sd3: Path, shelf: Path, port: int, *place: str) -> list[str]:

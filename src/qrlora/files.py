@@ -315,14 +315,14 @@ def _holding(lock: Path, output: Path, key: tuple[str, int]) -> Iterator[None]:
     try:
         yield
     finally:
-        _held.pop(key, None)
-        with contextlib.suppress(OSError):  # the folder may be gone
-            if os.name == "posix":
-                lock.unlink()  # while it is locked, so that it is this one
-        os.close(descriptor)
-        with contextlib.suppress(OSError):
-            if os.name != "posix":
-                lock.unlink()
+        if _held.pop(key, None) is not None:  # a forked child gave its parent's claims up
+            with contextlib.suppress(OSError):  # the folder may be gone
+                if os.name == "posix":
+                    lock.unlink()  # while it is locked, so that it is this one
+            os.close(descriptor)
+            with contextlib.suppress(OSError):
+                if os.name != "posix":
+                    lock.unlink()
 
 
 def _lock_file(lock: Path, output: Path) -> int:

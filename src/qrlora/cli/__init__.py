@@ -8,7 +8,7 @@ import difflib
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from importlib.metadata import version
 from io import TextIOWrapper
 from pathlib import Path
@@ -33,8 +33,6 @@ from qrlora.quiet import hush
 
 hush()  # here, not in `main`: the processes that a command starts import this before anything that is heavy
 
-LESS = "lower --batch-size or --resolution, load the model with --dtype bfloat16, or use a smaller one"
-
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code: 0 done, 1 done and found wanting (where a command says so), 2 wrong input
@@ -47,10 +45,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     options, unknown = parser.parse_known_args(arguments)
     if unknown:
         _refuse(parser, options.command, unknown)
-    return _run(options)
+    return _run(options, _subparser(parser, options.command)[1])
 
 
-def _run(options: argparse.Namespace) -> int:
+def _run(options: argparse.Namespace, flags: Collection[str]) -> int:
     """As `main`. What a command claims by `cli.shared.claim` is held until it ends."""
 
     def work() -> int:
@@ -66,7 +64,7 @@ def _run(options: argparse.Namespace) -> int:
         # What torch raises where memory ends, on a GPU and on a CPU; any other RuntimeError is a fault of this package.
         if isinstance(error, RuntimeError) and not re.search("out of memory|allocate memory", str(error)):
             raise
-        say(f"{name}: memory is used up\n  got:      {error}\n  remedy:   {LESS}")
+        say(f"{name}: memory is used up\n  got:      {error}\n  remedy:   {less_memory(flags)}")
         return 2
 
 
@@ -81,13 +79,26 @@ def _flush() -> None:
             raise disk_error(error, Path("the standard output")) from error
 
 
+def less_memory(flags: Collection[str]) -> str:
+    """What takes less memory, for a command that has these flags."""
+    lower = " or ".join(flag for flag in ("--batch-size", "--resolution") if flag in flags)
+    ways = [f"lower {lower}"] * bool(lower) + ["load the model with --dtype bfloat16"] * ("--dtype" in flags)
+    return ", ".join([*ways, "or use a smaller model" if ways else "use a smaller model, or end other programs"])
+
+
+def _subparser(parser: argparse.ArgumentParser, command: str) -> tuple[argparse.ArgumentParser, list[str]]:
+    """A command's own parser, and its flags."""
+    commands = next(action.choices for action in parser._actions if isinstance(action, argparse._SubParsersAction))
+    own = commands[command]
+    return own, [option for action in own._actions for option in action.option_strings]
+
+
 def _refuse(parser: argparse.ArgumentParser, command: str, unknown: Sequence[str]) -> None:
     """Exit as argparse does at arguments it does not know, naming the options that were perhaps meant."""
-    commands = next(action.choices for action in parser._actions if isinstance(action, argparse._SubParsersAction))
-    known = [option for action in commands[command]._actions for option in action.option_strings]
+    own, known = _subparser(parser, command)
     near = {name: difflib.get_close_matches(name.partition("=")[0], known, n=1) for name in unknown}
     hints = [f"{name}: did you mean {close[0]}?" if close else name for name, close in near.items()]
-    commands[command].error("unrecognized arguments: " + ", ".join(hints))
+    own.error("unrecognized arguments: " + ", ".join(hints))
 
 
 def build_parser(arguments: Sequence[str] = ()) -> argparse.ArgumentParser:

@@ -136,7 +136,9 @@ def _check_free(host: str, port: int) -> None:
             trial.bind((host, port))
         except (OSError, OverflowError) as error:
             what = f"cannot listen on {host}, port {port}"
-            raise QrloraError(what, expected="a free port of this machine", got=error, remedy="--port") from error
+            raise QrloraError(
+                what, expected="a free port of this machine", got=error, remedy="name another --port"
+            ) from error
 
 
 def _check_there(address: str) -> None:

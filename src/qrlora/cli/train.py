@@ -113,7 +113,10 @@ def run_train(options: argparse.Namespace) -> None:
     from accelerate import PartialState  # what was refused so far was refused before torch is loaded
 
     from qrlora.training.loop import train
+    from qrlora.training.overview import overview
 
+    if os.environ.get("RANK", "0") == "0":  # of several processes the first alone speaks
+        print(overview(recipe.images), flush=True)
     bar = Bar("step")
     adapter = train(
         recipe,

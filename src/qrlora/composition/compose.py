@@ -37,7 +37,7 @@ from qrlora.errors import MismatchError
 
 ONTO_BASIS = "`qrlora import FILE --like ADAPTER` puts a LoRA file onto the basis of another adapter"
 BY_DELTA_WEIGHT = (
-    "compose_delta_weights (on the command line --delta-weights RANK) sums ΔW itself and cuts the sum back to a rank, "
+    "`qrlora compose --delta-weights RANK` (compose_delta_weights) sums ΔW itself and cuts the sum back to a rank, "
     "reporting what that loses"
 )
 

@@ -23,7 +23,7 @@ from torch.nn.functional import normalize
 from qrlora.errors import ModelError
 from qrlora.evaluation.pictures import Exhibit
 
-LEAVE_OUT = "or leave its measures out with --measures"
+LEAVE_OUT = "or choose measures that do without it"
 HEAD_WIDTH = 64
 """Numbers of one attention head in all of OpenAI's CLIP models; a checkpoint's tensors do not tell it."""
 

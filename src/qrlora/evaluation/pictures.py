@@ -18,8 +18,8 @@ from jaxtyping import Float, UInt8
 from PIL import Image, ImageOps
 
 from qrlora.errors import DataError
-from qrlora.reading import inside, parse_json, read_text, visible
-from qrlora.training.dataset import MASK, SUFFIXES
+from qrlora.reading import inside, parse_json, visible
+from qrlora.training.dataset import MASK, SUFFIXES, caption_beside
 from qrlora.training.pictures import open_picture
 
 SMALLEST = 16
@@ -163,9 +163,9 @@ def read(path: Path) -> Exhibit:
 
 
 def _prompt(path: Path, record: str) -> str:
-    words = path.with_suffix(".txt")
-    if words.is_file():
-        return read_text(inside(words, path.parent, DataError), "the prompt", DataError).strip()
+    words = caption_beside(path)
+    if words is not None:
+        return words
     prompts = _prompts(path, record) if record else []
     if len(prompts) == 1:
         return prompts[0]

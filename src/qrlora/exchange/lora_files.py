@@ -89,7 +89,7 @@ def load_any(
             "a PEFT file does not say its alpha",
             expected="adapter_config.json beside it",
             got="none there",
-            remedy="copy that file beside it, or say alpha (--alpha)",
+            remedy="copy that file beside it, or give alpha: `qrlora import FILE --alpha ALPHA`",
         )
         adapter = _as_adapter(layers, config, alpha, path.stem)
         adapter.check_strength()
@@ -103,7 +103,7 @@ def _without_text_encoder(tensors: Mapping[str, Tensor], leave_out: bool) -> dic
         f"{len(words)} of its {len(tensors)} keys are a text encoder's",
         expected="layers of a denoiser only",
         got=words,
-        remedy="leave them out with without_text_encoder (--without-text-encoder); the pictures change with that",
+        remedy="leave them out, which changes the pictures: `qrlora import FILE --without-text-encoder`",
     )
     return {key: tensor for key, tensor in tensors.items() if key not in words}
 

@@ -141,7 +141,7 @@ def as_lora(published: Published, alpha: float | None = None) -> Adapter:
         "a basis that was trained and saved whole, Q as lora.up and R as lora.down: no difference to the base weight",
         expected="the base model too, or a LoRA",
         got="no base model",
-        remedy="name the base model that it was trained on (--model): the difference is taken then",
+        remedy="name the base model that it was trained on, for the difference: `qrlora import FILE --model MODEL`",
     )
     ups = {layer: q.float() for layer, (q, *_) in published.layers.items()}
     downs = {layer: parts[-1].float() for layer, parts in published.layers.items()}
@@ -172,7 +172,7 @@ def as_difference(published: Published, basis: Basis, alpha: float | None = None
             f"{len(strangers)} of {len(ups)} layers of the checkpoint stand on another base weight",
             expected=f"Q R at a cosine above {SAME_CORE} to the base weight's own, which training turns but a little",
             got=strangers,
-            remedy="name the base model it was trained on (--model)",
+            remedy="name the base model it was trained on: `qrlora import FILE --model MODEL`",
         )
     return _lora(published, "qrlora_train_basis", ups, downs, scaling)
 
@@ -221,7 +221,7 @@ def on_basis(published: Published, weights: Mapping[str, Tensor], basis: Basis, 
             f"{len(strangers)} of {len(deltas)} layers have another Q than the basis of these weights",
             expected=f"equal up to signs, to {ROUNDING}",
             got=strangers,
-            remedy="project it onto a basis of your choice instead (--basis-rank)",
+            remedy="project it onto another basis: `qrlora import FILE --model MODEL --basis-rank RANK`",
         )
     return Adapter(
         _metadata(published, deltas, basis, float(alpha if alpha is not None else exact)),
@@ -264,7 +264,7 @@ def _check_layers(published: Published, shapes: Mapping[str, tuple[int, ...]], b
             f"{len(differ)} of {len(wanted)} layers of the checkpoint are not this model's",
             expected={layer: wanted[layer] for layer in differ},
             got=differ,
-            remedy="name the base model it was trained on (--model)",
+            remedy="name the base model it was trained on: `qrlora import FILE --model MODEL`",
         )
 
 
@@ -288,6 +288,6 @@ def _scaling(published: Published, weights: Mapping[str, Tensor]) -> float:
             f"{len(off)} of {len(found)} layers of the checkpoint stand on another base weight",
             expected=f"Qᵀ W = s R to {ROUNDING}",
             got=off,
-            remedy="name the base model it was trained on (--model)",
+            remedy="name the base model it was trained on: `qrlora import FILE --model MODEL`",
         )
     return middle

@@ -4,6 +4,7 @@ POST /v1/images/generations     pictures; with "stream": true their progress too
 GET  /v1/images/{id}.png        a picture that was asked for as a url
 GET  /v1/models, /v1/models/{}  the base model, and it with each adapter
 GET  /health, /metrics          for those who run it
+GET  /openapi.json              all of this for programs
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from typing import Any, Literal
 
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
@@ -32,6 +33,7 @@ from qrlora.errors import RequestError
 from qrlora.serving.dispatch import Dispatcher, Job
 from qrlora.serving.metrics import Metrics
 from qrlora.serving.names import composition_of
+from qrlora.serving.openapi import GENERATIONS, document, largest_side
 from qrlora.serving.protocol import Engines, Facts, Made, Picture, Settings, Step
 
 CLIENT_GONE = 499
@@ -44,6 +46,8 @@ class Limits:
 
     Attributes:
         api_keys: of which every request under /v1 has to bear one; none: all are served.
+        connections: most that are open at the same time; fewer if the process may not open so many files.
+        header_seconds: how long a request's header may take to come, and how long a client may read nothing.
         body_bytes, body_seconds: most of a request's body, and how long it may take to come.
         prompt_characters, pictures, steps: most of a request; pictures are never more than the queue holds.
         side: longest side of a picture in pixels; twice the model's own if None.
@@ -53,6 +57,8 @@ class Limits:
     """
 
     api_keys: Sequence[str] = ()
+    connections: int = 1000
+    header_seconds: float = 10
     body_bytes: int = 64 * 1024
     body_seconds: float = 30
     prompt_characters: int = 4000
@@ -79,18 +85,24 @@ class ImageRequest(BaseModel):
     response_format: Literal["b64_json", "url"] | None = None
     stream: bool | None = None
     user: str | None = None
-    partial_images: Literal[0] | None = None
+    partial_images: int | None = Field(None, ge=0, le=0)
     quality: Literal["auto", "standard"] | None = None
     style: Literal["vivid"] | None = None
     background: Literal["auto", "opaque"] | None = None
     moderation: Literal["auto", "low"] | None = None
     output_format: Literal["png"] | None = None
-    output_compression: Literal[100] | None = None
+    output_compression: int | None = Field(None, ge=100, le=100)
     seed: int | None = Field(None, ge=0, lt=2**63, description="of the first picture; the others count up from it")
     steps: int | None = Field(None, ge=1, description="denoising steps")
     guidance: float | None = Field(None, ge=0, le=100, description="classifier-free guidance scale")
     composition: Any = Field(None, description="weights of adapters by name, in place of +NAME:WEIGHT in the model")
     give_way: float | None = Field(None, ge=0, le=1, description="share that adapters give up to one another")
+
+    @field_validator("n", "partial_images", "output_compression", "seed", "steps", mode="before")
+    @classmethod
+    def _whole(cls, value: object) -> object:
+        """An integer as JSON Schema has it: 2.0 is one."""
+        return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 class Kept:
@@ -196,7 +208,7 @@ def side_of(size: str | None, facts: Facts, limit: int | None) -> int:
     """
     if size in (None, "auto"):
         return facts.side
-    largest = min(side for side in (limit or 2 * facts.side, facts.largest_side) if side)
+    largest = largest_side(facts, limit)
     width, _, height = size.partition("x") if size else ("", "", "")
     side = int(width) if width == height and width.isascii() and width.isdigit() and len(width) < 6 else 0
     if not 0 < side <= largest or side % facts.unit:
@@ -309,7 +321,7 @@ def create_app(service: Service) -> FastAPI:
         yield
         await service.drain()
 
-    app = FastAPI(title="qrlora", lifespan=lifespan, docs_url=None, redoc_url=None)
+    app = FastAPI(title="qrlora", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
     app.add_exception_handler(RequestError, _refused)  # type: ignore[arg-type]
     app.add_exception_handler(HTTPException, _not_here)  # type: ignore[arg-type]
     app.add_exception_handler(Exception, _fault)
@@ -320,9 +332,7 @@ def create_app(service: Service) -> FastAPI:
 
 
 def _add_images(app: FastAPI, service: Service) -> None:
-    schema = {"content": {"application/json": {"schema": ImageRequest.model_json_schema()}}, "required": True}
-
-    @app.post("/v1/images/generations", openapi_extra={"requestBody": schema})
+    @app.post(GENERATIONS)
     async def generations(request: Request) -> Response:
         try:
             response = await _answer(service, request)
@@ -363,6 +373,11 @@ def _add_models(app: FastAPI, service: Service) -> None:
 
 
 def _add_watching(app: FastAPI, service: Service) -> None:
+    @app.get("/openapi.json", include_in_schema=False)
+    async def openapi() -> JSONResponse:
+        schema = ImageRequest.model_json_schema()
+        return JSONResponse(document(app, schema, await service.facts(), service.limits))
+
     @app.get("/health")
     async def health() -> Response:
         try:

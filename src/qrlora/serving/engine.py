@@ -16,14 +16,18 @@ import torch
 
 from qrlora.adapter import Adapter, load_adapter
 from qrlora.composition import Live
-from qrlora.errors import AdapterFileError, MismatchError, PictureError, QrloraError, printable
+from qrlora.errors import MismatchError, PictureError, QrloraError, printable
 from qrlora.families import EMBEDDED, load_pipeline, size_unit
 from qrlora.generation import Request, generate_mixed, not_finite
 from qrlora.reading import visible
-from qrlora.serving.names import RESERVED
+from qrlora.serving.names import check_spelling
 from qrlora.serving.protocol import Event, Facts, Made, Picture, Refused, Settings, Step
 
 log = logging.getLogger(__name__)
+
+
+REASON_CHARACTERS = 2000
+"""Most of the text that says why a file is left out: errors quote what a damaged file holds."""
 
 
 class Stopped(Exception):
@@ -31,7 +35,7 @@ class Stopped(Exception):
 
 
 class Shelf:
-    """The adapters of a folder, by the stem of their files; those that cannot be served are left out, with a reason.
+    """The adapters of a folder, by the stem of their files; those that cannot be read are left out, with a reason.
 
     Safe to use from several threads.
     """
@@ -40,7 +44,7 @@ class Shelf:
         self.folder = folder
         self.adapters: dict[str, Adapter] = {}
         self.left_out: dict[str, str] = {}
-        self._stamps: dict[str, tuple[int, int]] = {}
+        self._stamps: dict[str, tuple[int, int] | None] = {}
         self._lock = threading.Lock()
 
     def scan(self) -> None:
@@ -50,37 +54,43 @@ class Shelf:
             for name in set(self._stamps) - set(files):
                 self._forget(name)
             for name, path in files.items():
+                stamp = _stamp(path)
+                if name in self._stamps and self._stamps[name] == stamp:
+                    continue
+                self._forget(name)
+                self._stamps[name] = stamp
                 try:
-                    found = path.stat()
-                    stamp = (found.st_mtime_ns, found.st_size)
-                    if self._stamps.get(name) == stamp:
-                        continue
-                    self._forget(name)
-                    self._stamps[name] = stamp
                     self.adapters[name] = _read(path)
-                except (QrloraError, OSError) as error:
-                    self.leave_out(name, error)
+                except Exception as error:  # whatever one file makes a reader raise: the others are served
+                    self.left_out[name] = self.reason(name, error)
 
-    def leave_out(self, name: str, error: Exception) -> None:
-        """Serve this one no more, until its file changes."""
-        self.adapters.pop(name, None)
+    def reason(self, name: str, error: Exception) -> str:
+        """Why this one is not served, for requests and for the log."""
+        known = isinstance(error, (QrloraError, OSError))
+        said = printable(str(error))
+        if len(said) > REASON_CHARACTERS:  # the remedy stands last
+            said = f"{said[: REASON_CHARACTERS // 2]} ... {said[-REASON_CHARACTERS // 2 :]}"
+        log.warning("adapter %s is not served: %s", name, said, exc_info=not known)
         # Folders are the operator's business: requests see this text too.
-        self.left_out[name] = printable(str(error)).replace(printable(f"{self.folder}/"), "")
-        log.warning("adapter %s is not served: %s", name, error)
+        said = said.replace(f"{printable(str(self.folder))}/", "")
+        return said if known else f"its file cannot be read ({type(error).__name__})"
 
     def _forget(self, name: str) -> None:
         for known in (self._stamps, self.adapters, self.left_out):
             known.pop(name, None)
 
 
+def _stamp(path: Path) -> tuple[int, int] | None:
+    """What changes when the file does; None while it cannot be looked at."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_mtime_ns, found.st_size
+
+
 def _read(path: Path) -> Adapter:
-    if set(path.stem) & set(RESERVED) or path.stem != printable(path.stem):
-        raise AdapterFileError(
-            f"{path.name}: a name that a request cannot spell",
-            expected=f"text in UTF-8 without {RESERVED}",
-            got=path.stem,
-            remedy="rename the file",
-        )
+    check_spelling(path.stem)
     return load_adapter(path)
 
 
@@ -104,10 +114,11 @@ class Engine:
         self.shelf = Shelf(Path(folder))
         self.shelf.scan()
         self._served = dict(self.shelf.adapters)
+        self._refused: dict[str, tuple[Adapter, str]] = {}
         denoiser = self.family.denoiser_of(self.pipe)
         try:
             self.live = Live(denoiser, self._served)
-        except QrloraError:  # some of them: tried one by one, they say which
+        except Exception:  # some of them: tried one by one, they say which
             self.live, self._served = Live(denoiser, {}), {}
         self._serve_scanned()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="engine")
@@ -121,9 +132,11 @@ class Engine:
         """What is served, new files included, whatever is being made meanwhile."""
         await asyncio.get_running_loop().run_in_executor(None, self.shelf.scan)
         steps, guidance = self.family.sampling(self.pipe)
+        read, left_out = dict(self.shelf.adapters), self._left_out()
         adapters = {
-            name: {key: getattr(adapter.metadata, key) for key in ("role", "trigger", "licence")}
-            for name, adapter in self.shelf.adapters.items()
+            name: {key: _told(getattr(adapter.metadata, key)) for key in ("role", "trigger", "licence")}
+            for name, adapter in read.items()
+            if name not in left_out
         }
         return Facts(
             model=self.model,
@@ -133,7 +146,7 @@ class Engine:
             steps=steps,
             guidance=guidance,
             adapters=adapters,
-            left_out=dict(self.shelf.left_out),
+            left_out=left_out,
         )
 
     async def run(self, settings: Settings, pictures: Sequence[Picture], progress: bool) -> AsyncIterator[Event]:
@@ -214,10 +227,16 @@ class Engine:
             if name not in self._served:
                 raise MismatchError(
                     f"adapter {name!r} is served no more",
-                    got=self.shelf.left_out.get(name, "its file is gone"),
+                    got=self._left_out().get(name, "its file is gone"),
                     remedy="GET /v1/models lists those that are",
                 )
         self.live.check(picture.composition)
+
+    def _left_out(self) -> dict[str, str]:
+        """Files that are not served, and why: unreadable, or read and refused, and not changed since."""
+        read, refused = dict(self.shelf.adapters), dict(self._refused)
+        there = {name: reason for name, (adapter, reason) in refused.items() if read.get(name) is adapter}
+        return {**self.shelf.left_out, **there}
 
     def _serve_scanned(self) -> None:
         """Put on the denoiser what the shelf has, and take off what it has no more."""
@@ -226,13 +245,20 @@ class Engine:
             if wanted.get(name) is not adapter:
                 self.live.remove(name)
                 del self._served[name]
+                self._refused.clear()  # those of another basis than this one's may be served now
         for name in _most_common_basis_first(wanted):
-            if name not in self._served:
-                try:
-                    self.live.add(name, wanted[name])
-                    self._served[name] = wanted[name]
-                except QrloraError as error:
-                    self.shelf.leave_out(name, error)
+            refused = self._refused.get(name, (None, ""))[0]
+            if name in self._served or refused is wanted[name]:
+                continue
+            try:
+                self.live.add(name, wanted[name])
+                self._served[name] = wanted[name]
+            except Exception as error:
+                self._refused[name] = wanted[name], self.shelf.reason(name, error)
+
+
+def _told(value: str | None) -> str | None:
+    return None if value is None else printable(value)
 
 
 def _most_common_basis_first(adapters: dict[str, Adapter]) -> list[str]:

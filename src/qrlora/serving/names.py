@@ -4,13 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 
-from qrlora.errors import RequestError
+from qrlora.errors import AdapterFileError, RequestError, printable
 from qrlora.reading import plain_float
 
 WEIGHTS = 100.0
 """Weights are from minus this to this: far beyond, pictures are noise, and then no numbers at all."""
 RESERVED = "+:/"
 """Characters that keep a request from naming an adapter."""
+
+
+def check_spelling(name: str) -> None:
+    """Raise AdapterFileError for an adapter's name that no request can spell."""
+    if set(name) & set(RESERVED) or printable(name) != name:
+        raise AdapterFileError(
+            f"{printable(name)}: a name that a request cannot spell",
+            expected=f"UTF-8 with none of {RESERVED}",
+            got=printable(name),
+            remedy="rename the file",
+        )
 
 
 def composition_of(model: str | None, field: object, base: str, adapters: Collection[str]) -> dict[str, float]:

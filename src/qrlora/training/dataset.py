@@ -1,9 +1,9 @@
 """Pictures and captions of a training run, and what the frozen encoders make of them. docs/data.md is the user's view.
 
-    one picture           captioned by `mug.txt` beside it, else by the recipe
-    a folder              all its pictures, each captioned by its own .txt, else by the recipe
-    a folder with         `metadata.jsonl`, one {"file_name": ..., "text": ...} per line, for every picture in it;
-                          "mask" names a mask
+    one picture           captioned by `mug.txt` or `mug.caption` beside it, else by the recipe
+    a folder              all its pictures, each captioned by its own file, else by the recipe
+    a folder with         `metadata.jsonl`, one {"file_name": ..., "text": ...} per line, or `metadata.csv` with these
+                          columns, for every picture in it; "mask" names a mask
     a folder of folders   `10_mug`, `1_cups`, as sd-scripts has them: the number says how often an epoch shows each
 
 `mug.mask.png` beside a picture is its mask. In every caption `[trigger]` stands for the trigger, and a caption without
@@ -14,7 +14,9 @@ Pictures are read twice, once to check them all and once to encode them, one at 
 
 from __future__ import annotations
 
+import csv
 import hashlib
+import io
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -39,7 +41,8 @@ from qrlora.training.pictures import OpenPicture, Size, View, nearest_size, open
 from qrlora.training.recipe import TRIGGER
 
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif"})
-METADATA = "metadata.jsonl"
+METADATA = ("metadata.jsonl", "metadata.csv")
+CAPTIONS = (".txt", ".caption")
 MASK = ".mask"
 """What stands between the name of a picture and the suffix of its mask."""
 
@@ -176,7 +179,7 @@ def find_pictures(images: Sequence[Path], repeats: Sequence[int] = ()) -> list[S
             _refuse_orphans([path], [other for other in images if other.parent == path.parent])
             sources = []
         else:
-            sources = [Source(path, _sidecar(path), _mask_of(path, _masks(visible(path.parent))))]
+            sources = [Source(path, caption_beside(path), _mask_of(path, _masks(visible(path.parent))))]
         found += [replace(source, repeats=source.repeats * times) for source in sources]
     return found
 
@@ -215,15 +218,17 @@ def _pictures(folder: Path) -> list[Source]:
         )
     pictures, masks = [path for path in files if not _is_mask(path)], _masks(files)
     _refuse_orphans([path for path in files if _is_mask(path)], pictures)
-    if not (folder / METADATA).is_file():
-        return [Source(path, _sidecar(path), _mask_of(path, masks)) for path in pictures]
-    rows = _metadata(folder / METADATA)
+    metadata = metadata_of(folder)
+    if metadata is None:
+        captions = _captions(visible(folder))
+        return [Source(path, _caption_of(path, captions), _mask_of(path, masks)) for path in pictures]
+    rows = (_table if metadata.suffix == ".csv" else _metadata)(metadata)
     named = {row.mask for row in rows.values()}
     pictures = [path for path in pictures if path not in named]
     names = {path.name for path in pictures}
     if names != set(rows):
         raise DataError(
-            f"{folder / METADATA} does not match the pictures beside it",
+            f"{metadata} does not match the pictures beside it",
             expected="one line for each picture",
             got=f"no line for {sorted(names - set(rows))}; no picture for {sorted(set(rows) - names)}",
             remedy="correct the file names, or remove the metadata and caption by .txt files",
@@ -231,17 +236,66 @@ def _pictures(folder: Path) -> list[Source]:
     return [replace(rows[path.name], mask=rows[path.name].mask or _mask_of(path, masks)) for path in pictures]
 
 
+def metadata_of(folder: Path) -> Path | None:
+    """The file that captions all pictures of a folder, if it has one."""
+    found = [folder / name for name in METADATA if (folder / name).is_file()]
+    if len(found) > 1:
+        raise DataError(
+            f"two captions for each picture of {folder}",
+            expected="one of " + ", ".join(METADATA),
+            got="both",
+            remedy="remove one of them",
+        )
+    return found[0] if found else None
+
+
+def _table(path: Path) -> dict[str, Source]:
+    """What each row of a CSV file says of the picture it names."""
+    rows: dict[str, Source] = {}
+    table = csv.DictReader(io.StringIO(_text(path), newline=""), strict=True)
+    try:
+        for row in table:
+            name, text, mask = row.get("file_name"), row.get("text"), row.get("mask")
+            if not name or text is None or None in row:
+                raise _bad_line(path, table.reader.line_num, str(row))
+            _refuse_twice(name, rows, path)
+            rows[name] = Source(path.parent / name, text, _mask_beside(path, mask))
+    except csv.Error as error:
+        raise _bad_line(path, table.reader.line_num, str(error)) from error
+    return rows
+
+
+def _mask_beside(metadata: Path, mask: str | None) -> Path | None:
+    return inside(metadata.parent / mask, metadata.parent, DataError) if mask else None
+
+
+def _bad_line(path: Path, number: int, got: str) -> DataError:
+    return DataError(
+        f"line {number} of {path} cannot be used",
+        expected="columns file_name and text, and mask if any, named in the first line",
+        got=got[:200],
+        remedy="correct the line",
+    )
+
+
+def _refuse_twice(name: str, rows: Mapping[str, Source], path: Path) -> None:
+    if name in rows:
+        raise DataError(
+            f"two captions for {name}", expected=f"one line of {path} for it", got="two", remedy="remove one of them"
+        )
+
+
 def _metadata(path: Path) -> dict[str, Source]:
     """What each line says of the picture it names."""
-    rows = {}
+    rows: dict[str, Source] = {}
     # Not splitlines: JSON may hold what that takes for the end of a line.
     for number, line in enumerate(_text(path).split("\n"), 1):
         if not line.strip():
             continue
         what = f"line {number} of {path}"
         name, text, mask = _row(parse_json(line, what, DataError, expected=_ROW, remedy="correct the line"), what)
-        mask_file = inside(path.parent / mask, path.parent, DataError) if mask else None
-        rows[name] = Source(path.parent / name, text, mask_file)
+        _refuse_twice(name, rows, path)
+        rows[name] = Source(path.parent / name, text, _mask_beside(path, mask))
     return rows
 
 
@@ -293,9 +347,31 @@ def _refuse_orphans(masks: Sequence[Path], pictures: Sequence[Path]) -> None:
         )
 
 
-def _sidecar(picture: Path) -> str | None:
-    text = picture.with_suffix(".txt")
-    return _text(text).strip() if text.is_file() else None
+def caption_beside(picture: Path) -> str | None:
+    """The text of the caption file beside a picture, if there is one."""
+    return _caption_of(picture, _captions(visible(picture.parent)))
+
+
+def _captions(files: Iterable[Path]) -> dict[str, list[Path]]:
+    """Those of the files that are captions, by the name of their picture without its suffix."""
+    captions: dict[str, list[Path]] = {}
+    for path in sorted(files):
+        if path.suffix.lower() in CAPTIONS and path.is_file():
+            captions.setdefault(path.stem, []).append(path)
+    return captions
+
+
+def _caption_of(picture: Path, captions: Mapping[str, list[Path]]) -> str | None:
+    mine = captions.get(picture.stem, [])
+    texts = {_text(path).strip() for path in mine}
+    if len(texts) > 1:
+        raise DataError(
+            f"two captions for {picture}",
+            expected="one file " + " or ".join(picture.stem + suffix for suffix in CAPTIONS),
+            got=", ".join(path.name for path in mine),
+            remedy="remove the others, or write the same into all of them",
+        )
+    return texts.pop() if texts else None
 
 
 def _text(path: Path) -> str:

@@ -70,14 +70,15 @@ def _check_earlier(recipe: Recipe, resume: bool, restart: bool) -> None:
             f"{there} has more steps behind it than are asked for",
             expected=f"at least the steps of {there.name}",
             got=recipe.steps,
-            remedy="raise --steps, or train fewer steps anew to another -o",
+            remedy="ask for more steps, or train anew to another output",
         )
     if there and not resume and not restart:
         raise RecipeError(
             "the checkpoints of an earlier run are there",
             expected=f"none in {folder(recipe)}",
             got=there.name,
-            remedy="continue that run with --resume, name another -o, or give its checkpoints up with --restart",
+            remedy="continue it (`qrlora train RECIPE --resume`), start over (`qrlora train RECIPE --restart`), or name "
+            "another output",
         )
 
 
