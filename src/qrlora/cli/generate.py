@@ -64,7 +64,7 @@ def run_generate(options: argparse.Namespace) -> None:
         _check_grid(options, seeds)
     check_give_way(options.give_way, len(options.adapter))
     paths = _picture_paths(options, seeds)
-    adapters = load_weighted(options.adapter)
+    adapters = load_weighted(options.adapter, options.model)
     import torch
 
     from qrlora.composition import giving_way

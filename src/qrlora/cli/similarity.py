@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from qrlora.cli.shared import MODEL_HELP, Parsers, bases_of, check_png, command
+from qrlora.cli.shared import MODEL_HELP, Parsers, bases_of, check_png, command, load_adapters
 from qrlora.errors import QrloraError
 
 
@@ -30,12 +30,11 @@ def add_similarity(commands: Parsers) -> None:
 def run_similarity(options: argparse.Namespace) -> None:
     """Print the cosines, and draw them if asked."""
     from qrlora.composition import similarity
-    from qrlora.exchange import load_any
 
     if options.plot:
         check_png(options.plot)
         options.plot.parent.mkdir(parents=True, exist_ok=True)
-    first, second = load_any(options.first), load_any(options.second)
+    first, second = load_adapters([options.first, options.second], options.model)
     bases = [None, None] if options.files_only else bases_of(options.model, [first, second])
     found = similarity(first, second, *bases)
     if not found.total:

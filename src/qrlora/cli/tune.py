@@ -10,7 +10,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qrlora.cli.evaluate import add_weights
-from qrlora.cli.shared import Bar, Parsers, add_give_way, add_sampling, command, count, number, refuse_to_replace, seed
+from qrlora.cli.shared import (
+    Bar,
+    Parsers,
+    add_give_way,
+    add_sampling,
+    command,
+    count,
+    load_adapters,
+    number,
+    refuse_to_replace,
+    seed,
+)
 from qrlora.errors import QrloraError
 
 if TYPE_CHECKING:
@@ -72,10 +83,9 @@ def run_tune(options: argparse.Namespace) -> None:
     import json
 
     from qrlora.evaluation.tune_page import lines, report
-    from qrlora.exchange import load_any
 
     aims = {side: _aim(options, side) for side in ("subject", "style")}
-    adapters = [load_any(path) for path in options.adapters]
+    adapters = load_adapters(options.adapters, options.model)
     prompts = options.prompt or [default_prompt(adapters)]
     tuning = _tuned(options, adapters, prompts, aims)
     page = report(tuning).write(options.output)

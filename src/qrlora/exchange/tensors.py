@@ -10,6 +10,17 @@ from torch import Tensor
 from qrlora.adapter.container import about, check_entries, check_finite, check_is_file, read_header, read_tensors
 
 
+def read_shapes(path: Path) -> tuple[dict[str, list[int]], dict[str, str]]:
+    """Shape of every tensor, and the metadata, by the header alone; errors as `read_tensor_file`."""
+    with about(path):
+        check_is_file(path)
+        with path.open("rb") as stream:
+            header = read_header(stream)
+        metadata = header.pop("__metadata__", {})
+        check_entries(metadata, header)
+    return {key: entry["shape"] for key, entry in header.items()}, metadata
+
+
 def read_tensor_file(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """All tensors and the metadata; AdapterFileError for pickles, damage, foreign dtypes and NaN, naming the file."""
     with about(path):
@@ -26,4 +37,5 @@ def read_tensor_file(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 def file_digest(path: Path) -> str:
     """SHA-256 of the whole file."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -14,9 +14,10 @@ from typing import Any
 
 import torch
 
-from qrlora.adapter import Adapter, load_adapter
+from qrlora.adapter import Adapter
 from qrlora.composition import Live
 from qrlora.errors import AdapterFileError, MismatchError, QrloraError
+from qrlora.exchange import LayerNames, is_ours, left_out_of, load_any
 from qrlora.families import EMBEDDED, load_pipeline, size_unit
 from qrlora.generation import Request, generate_mixed
 from qrlora.serving.names import RESERVED
@@ -35,8 +36,9 @@ class Shelf:
     Safe to use from several threads.
     """
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, names: LayerNames):
         self.folder = folder
+        self._names = names
         self.adapters: dict[str, Adapter] = {}
         self.left_out: dict[str, str] = {}
         self._stamps: dict[str, tuple[int, int]] = {}
@@ -56,7 +58,7 @@ class Shelf:
                         continue
                     self._forget(name)
                     self._stamps[name] = stamp
-                    self.adapters[name] = _read(path)
+                    self.adapters[name] = _read(path, self._names)
                 except (QrloraError, OSError) as error:
                     self.leave_out(name, error)
 
@@ -72,7 +74,7 @@ class Shelf:
             known.pop(name, None)
 
 
-def _read(path: Path) -> Adapter:
+def _read(path: Path, names: LayerNames) -> Adapter:
     if set(path.stem) & set(RESERVED):
         raise AdapterFileError(
             f"{path.name}: a name that a request cannot spell",
@@ -80,7 +82,10 @@ def _read(path: Path) -> Adapter:
             got=path.stem,
             remedy="rename the file",
         )
-    return load_adapter(path)
+    adapter = load_any(path, names=names)
+    if not is_ours(path) and left_out_of(adapter):
+        log.warning("%s: not read, because they are not the denoiser's: %s", path.name, ", ".join(left_out_of(adapter)))
+    return adapter
 
 
 class Engine:
@@ -100,10 +105,10 @@ class Engine:
             torch.set_num_threads(threads)
         self.model = model if model in EMBEDDED or not Path(model).is_dir() else Path(model).resolve().name
         self.pipe, self.family = load_pipeline(model, dtype=getattr(torch, dtype))
-        self.shelf = Shelf(Path(folder))
+        denoiser = self.family.denoiser_of(self.pipe)
+        self.shelf = Shelf(Path(folder), LayerNames(self.family, denoiser))
         self.shelf.scan()
         self._served = dict(self.shelf.adapters)
-        denoiser = self.family.denoiser_of(self.pipe)
         try:
             self.live = Live(denoiser, self._served)
         except QrloraError:  # some of them: tried one by one, they say which
