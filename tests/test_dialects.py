@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from qrlora.errors import AdapterFileError
 from qrlora.exchange import LayerNames, export_adapter, import_file, left_out_of, load_any
 from qrlora.exchange.forms import FAMILIES_OF, target_of
 from qrlora.families import family_of
+from qrlora.serving.engine import Shelf
 
 DOCS = Path(__file__).parent.parent / "docs" / "exchange.md"
 CASES = Path(__file__).parent / "cases" / "loras"
@@ -281,6 +283,18 @@ def test_import_and_compose_read_the_same_and_say_what_is_left_out(
         assert_delta_weights(load_any(name), truth, 2e-3)
     assert main(["import", case, "-o", "guessed.safetensors"]) == 2
     assert "qrlora import FILE --model MODEL" in capsys.readouterr().err
+
+
+def test_the_server_reads_the_same_and_logs_what_is_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    pipe = tiny("flux")
+    for name in ("f_onetrainer", "f_aitk_emb", "q_musubi"):
+        shutil.copy(CASES / f"{name}.safetensors", tmp_path)
+    shelf = Shelf(tmp_path, LayerNames(family_of(pipe), pipe.transformer))
+    shelf.scan()
+    truth = safetensors.torch.load_file(CASES / "f_onetrainer.truth.safetensors")
+    assert_delta_weights(shelf.adapters["f_onetrainer"], truth, 2e-3)
+    assert set(shelf.adapters) == {"f_onetrainer", "f_aitk_emb"} and "of this flux model" in shelf.left_out["q_musubi"]
+    assert "bundle_emb.ohwx.clip_l" in caplog.text
 
 
 def test_a_fal_file_needs_no_configuration_and_a_peft_file_does(tmp_path: Path) -> None:

@@ -143,15 +143,15 @@ def load_weighted(parts: Sequence[tuple[Path, float]], model: str | None) -> lis
 
 def load_adapters(paths: Sequence[Path], model: str | None) -> list[Adapter]:
     """The adapters in these files. The layers of a foreign LoRA are found by the names of the base model's modules: of
-    the one asked for, else of the one that an adapter among them names; without either by those of the known families.
+    the one asked for, else of the one that an adapter among them needs; without either by those of the known families.
     """
     from qrlora.exchange import LayerNames, is_ours, load_any
     from qrlora.families import load_structure
 
     found = {path: load_any(path) for path in paths if is_ours(path)}
     foreign = [path for path in paths if path not in found]
-    bases = [adapter.metadata.base_model for adapter in found.values() if adapter.metadata.base_model]
-    model = model or (bases[0] if bases else None)
+    bases = [adapter.metadata.base_model for adapter in found.values() if adapter.metadata.on_basis]
+    model = model or next(filter(None, bases), None)
     names = None
     if foreign and model:
         pipe, family = load_structure(model)

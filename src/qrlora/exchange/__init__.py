@@ -18,8 +18,9 @@ notes.py         modelspec.* and ss_* metadata
 
 from __future__ import annotations
 
-from qrlora.exchange.export import Export, export_adapter, target_of
+from qrlora.exchange.export import Export, export_adapter
 from qrlora.exchange.extraction import changed_components, changed_layers, extract_lora, extract_on_basis
+from qrlora.exchange.forms import target_of
 from qrlora.exchange.importing import Onto, import_file
 from qrlora.exchange.layer_names import LayerNames
 from qrlora.exchange.lora_files import is_ours, left_out_of, load_any

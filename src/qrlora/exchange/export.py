@@ -18,15 +18,13 @@ from qrlora.adapter.container import about, check_finite
 from qrlora.adapter.model import check_fits
 from qrlora.basis import Basis
 from qrlora.errors import MismatchError
-from qrlora.exchange.forms import FAMILIES_OF, is_adapter_file, target_of, tensors_of
+from qrlora.exchange.forms import FAMILIES_OF, is_adapter_file, tensors_of
 from qrlora.exchange.layer_names import LayerNames
 from qrlora.exchange.names import flattened, kohya_names
 from qrlora.exchange.notes import notes_for
 from qrlora.exchange.verification import check_same
 from qrlora.families import ModelFamily
 from qrlora.files import write_atomically
-
-__all__ = ["Export", "export_adapter", "target_of"]
 
 
 @dataclass(frozen=True)

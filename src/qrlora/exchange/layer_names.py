@@ -127,8 +127,8 @@ def locate(sizes: Sizes, names: LayerNames | None, ask: Callable[[LayerNames], F
     tables = [names] if names else [LayerNames(family) for family in FAMILIES.values()]
     found = [{name: table.find(name, *size) for name, size in sizes.items()} for table in tables]
     if names and not all(found[0].values()):
-        others = ask(names)
-        found[0] |= {name: others.get(name, ()) for name, known in found[0].items() if not known}
+        asked = ask(names)
+        found[0] |= {name: asked.get(name, ()) for name, known in found[0].items() if not known}
     whole = [(table, theirs) for table, theirs in zip(tables, found, strict=True) if all(theirs.values())]
     if not whole:
         _refuse(sizes, tables, found)

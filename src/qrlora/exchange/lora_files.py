@@ -98,8 +98,9 @@ def _says_ours(raw: Mapping[str, str]) -> bool:
 
 def left_out_of(adapter: Adapter) -> list[str]:
     """What was in the adapter's file besides the denoiser's layers, by name, and is not in the adapter."""
-    imported = adapter.metadata.provenance.get("imported", {})
-    return list(imported.get("left_out", [])) if isinstance(imported, Mapping) else []
+    imported = adapter.metadata.provenance.get("imported")
+    names = imported.get("left_out") if isinstance(imported, Mapping) else None
+    return [str(name) for name in names] if isinstance(names, list) else []
 
 
 def _plan(
