@@ -49,7 +49,7 @@ def without_others(keys: Iterable[str]) -> tuple[list[str], list[str]]:
     """The keys of the denoiser, and of the others the names without their endings."""
     keys = sorted(keys)
     others = [key for key in keys if LEFT_OUT.fullmatch(key)]
-    kept = [key for key in keys if key not in set(others)]
+    kept = [key for key in keys if not LEFT_OUT.fullmatch(key)]
     require(
         bool(kept) or not others,
         "a LoRA of text encoders or embeddings alone",

@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -119,12 +120,9 @@ def _plan(
         _check_pair(name, {side: tuple(shapes[key]) for side, key in parts.items()})
     names = {name: bare(name) for name in pairs}
     sizes = {names[n]: (shapes[parts["up"]][0], math.prod(shapes[parts["down"]][1:])) for n, parts in pairs.items()}
-    require(
-        len(sizes) == len(names),
-        "keys that name a layer again",
-        expected="one pair per layer",
-        got=sorted(name for name in names if list(names.values()).count(names[name]) > 1),
-    )
+    times = Counter(names.values())
+    twice = sorted(name for name in names if times[names[name]] > 1)
+    require(not twice, "keys that name a layer again", expected="one pair per layer", got=twice)
     located = locate(sizes, layer_names, lambda ours: _by_diffusers(pairs, names, shapes, ours))
     said = bool(config) or located.original or all("alpha" in parts for parts in pairs.values())
     require(
