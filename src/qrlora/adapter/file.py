@@ -122,14 +122,6 @@ def load_adapter(path: str | Path) -> Adapter:
     return adapter
 
 
-def is_adapter_file(path: Path) -> bool:
-    """Whether a file is one that `load_adapter` knows for ours, by its header alone. AdapterFileError for no such."""
-    with about(path):
-        check_is_file(path)
-        with path.open("rb") as stream:
-            return is_ours(read_header(stream).get("__metadata__", {}))
-
-
 def _folded(adapter: Adapter) -> Adapter:
     """The same adapter with its scaling inside ΔR: alpha = rank."""
     deltas = {name: (adapter.scaling * delta.float()).to(delta.dtype) for name, delta in adapter.deltas.items()}

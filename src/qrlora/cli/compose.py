@@ -58,7 +58,7 @@ def run_compose(options: argparse.Namespace) -> None:
     from qrlora.adapter import save_adapter
     from qrlora.composition import Composition, compose_delta_weights
 
-    parts = load_weighted(options.parts)
+    parts = load_weighted(options.parts, options.model)
     if options.delta_weights:
         bases = bases_of(options.model, [adapter for adapter, _ in parts])
         adapter, loss = compose_delta_weights(parts, bases, options.delta_weights, options.give_way)

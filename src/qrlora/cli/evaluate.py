@@ -241,7 +241,7 @@ def _made(options: argparse.Namespace, parts: Sequence[tuple[Path, float]]) -> l
     from qrlora.files import write_all
     from qrlora.generation import generate
 
-    adapters, seeds = giving_way(load_weighted(parts), options.give_way), seeds_of(options)
+    adapters, seeds = giving_way(load_weighted(parts, options.model), options.give_way), seeds_of(options)
     pipe, family = load_pipeline(options.model, dtype=getattr(torch, options.dtype))
     sampling = {name: getattr(options, name) for name in ("steps", "guidance", "resolution", "batch_size")}
     images = iter(

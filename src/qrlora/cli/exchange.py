@@ -17,9 +17,11 @@ from qrlora.cli.shared import (
     claim,
     command,
     count,
+    load_adapters,
     number,
     refuse_default_output,
     refuse_to_replace,
+    say_left_out,
 )
 from qrlora.errors import QrloraError
 
@@ -33,15 +35,16 @@ def add_export(commands: Parsers) -> None:
         "export",
         run_export,
         "write an adapter for another program, and count the layers that it will find",
-        "Without -o the file is NAME-diffusers.safetensors or NAME-kohya.safetensors. " + OVERWRITE_HELP,
+        "Without -o the file is NAME-FORM.safetensors. " + OVERWRITE_HELP,
     )
     parser.add_argument("file", type=Path, metavar="FILE", help="adapter file, or anybody's LoRA")
     parser.add_argument(
         "--for",
         dest="program",
-        choices=("diffusers", "kohya", "comfyui", "forge", "a1111"),
+        choices=("diffusers", "kohya", "original", "comfyui", "forge", "a1111", "ai-toolkit"),
         default="diffusers",
-        help="form, or program: the last three get kohya's for SDXL and SD, else diffusers' (default: diffusers)",
+        help="form, or program, which gets the form that it reads for this family: docs/exchange.md has the table "
+        "(default: diffusers)",
     )
     parser.add_argument("--model", help=f"{MODEL_HELP} (default: the one the adapter names)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of the file (default: as it is)")
@@ -54,12 +57,16 @@ def run_export(options: argparse.Namespace) -> None:
         claim(options, options.output)
     import torch
 
-    from qrlora.exchange import export_adapter, load_any, target_of
+    from qrlora.exchange import export_adapter, is_ours, target_of
     from qrlora.families import load_pipeline
 
-    adapter = load_any(options.file)
+    if not options.model and not is_ours(options.file):
+        raise _no_base_model()
+    [adapter] = load_adapters([options.file], options.model)
+    if not options.model and not adapter.metadata.base_model:
+        raise _no_base_model()
     check_room_for(options.output or Path(options.file.name), adapter, "lora")
-    pipe, family = load_pipeline(_model_of(adapter, options.model))
+    pipe, family = load_pipeline(options.model or adapter.metadata.base_model)
     target = target_of(options.program, family.name)
     output = options.output or Path(f"{options.file.stem}-{target}.safetensors")
     if options.output is None:
@@ -73,10 +80,8 @@ def run_export(options: argparse.Namespace) -> None:
     print(f"{output}: {target} form, rank {adapter.metadata.rank}, {output.stat().st_size:,} bytes")
 
 
-def _model_of(adapter: Adapter, model: str | None) -> str:
-    if not model and not adapter.metadata.base_model:
-        raise QrloraError("the file names no base model", expected="--model", got="none", remedy=MODEL_HELP)
-    return model or adapter.metadata.base_model
+def _no_base_model() -> QrloraError:
+    return QrloraError("the file names no base model", expected="--model", got="none", remedy=MODEL_HELP)
 
 
 def add_import(commands: Parsers) -> None:
@@ -94,7 +99,6 @@ def add_import(commands: Parsers) -> None:
     _add_basis_flags(parser)
     parser.add_argument("--like", type=Path, metavar="ADAPTER", help="project onto this adapter's basis and columns")
     parser.add_argument("--alpha", type=number, help="of a file that does not say (default: its rank)")
-    parser.add_argument("--without-text-encoder", action="store_true", help="leave a text encoder's layers out")
     parser.add_argument("--role", choices=("subject", "style"), default="", help="what it is about")
     parser.add_argument("--trigger", default="", help="the word that calls it")
     parser.add_argument("-o", "--output", type=Path, help="file to write")
@@ -132,12 +136,12 @@ def run_import(options: argparse.Namespace) -> None:
         family=family,
         onto=onto,
         alpha=options.alpha,
-        without_text_encoder=options.without_text_encoder,
         base_model=model,
         role=options.role,
         trigger=options.trigger,
     )
     save_adapter(adapter, output, "compact" if adapter.metadata.on_basis else "lora")
+    say_left_out(options.file, adapter)
     _print_kept(options, output, adapter, kept, {})
 
 

@@ -67,7 +67,7 @@ def run_generate(options: argparse.Namespace) -> None:
     check_give_way(options.give_way, len(options.adapter))
     paths = _picture_paths(options, seeds)
     _claim(options, paths)
-    adapters = load_weighted(options.adapter)
+    adapters = load_weighted(options.adapter, options.model)
     import torch
 
     from qrlora.composition import giving_way

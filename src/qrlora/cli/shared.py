@@ -147,10 +147,39 @@ def check_give_way(share: float, adapters: int) -> None:
         raise QrloraError("nobody to give way to", expected="two adapters or more", got=f"{adapters} adapters")
 
 
-def load_weighted(parts: Sequence[tuple[Path, float]]) -> list[tuple[Adapter, float]]:
-    from qrlora.exchange import load_any
+def load_weighted(parts: Sequence[tuple[Path, float]], model: str | None) -> list[tuple[Adapter, float]]:
+    adapters = load_adapters([path for path, _ in parts], model)
+    return [(adapter, weight) for adapter, (_, weight) in zip(adapters, parts, strict=True)]
 
-    return [(load_any(path), weight) for path, weight in parts]
+
+def load_adapters(paths: Sequence[Path], model: str | None) -> list[Adapter]:
+    """The adapters in these files. The layers of a foreign LoRA are found by the names of the base model's modules: of
+    the one asked for, else of the one that an adapter among them needs; without either by those of the known families.
+    """
+    from qrlora.exchange import LayerNames, is_ours, load_any
+    from qrlora.families import load_structure
+
+    found = {path: load_any(path) for path in paths if is_ours(path)}
+    foreign = [path for path in paths if path not in found]
+    bases = [adapter.metadata.base_model for adapter in found.values() if adapter.metadata.on_basis]
+    model = model or next(filter(None, bases), None)
+    names = None
+    if foreign and model:
+        pipe, family = load_structure(model)
+        names = LayerNames(family, family.denoiser_of(pipe))
+    for path in foreign:
+        found[path] = load_any(path, names=names)
+        say_left_out(path, found[path])
+    return [found[path] for path in paths]
+
+
+def say_left_out(path: Path, adapter: Adapter) -> None:
+    """One line on stderr about what was in a foreign file besides the denoiser's layers."""
+    from qrlora.exchange import left_out_of
+
+    names = left_out_of(adapter)
+    if names:
+        print(f"{path}: not read, because they are not the denoiser's: {', '.join(names)}", file=sys.stderr)
 
 
 def bases_of(model: str | None, adapters: Sequence[Adapter]) -> list[Basis | None]:

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from qrlora.cli.shared import MODEL_HELP, Parsers, bases_of, check_png, claim, command
+from qrlora.cli.shared import MODEL_HELP, Parsers, bases_of, check_png, claim, command, load_adapters
 from qrlora.errors import QrloraError
 from qrlora.files import make_folder, write_atomically
 
@@ -35,9 +35,8 @@ def run_similarity(options: argparse.Namespace) -> None:
         make_folder(options.plot.parent)
         claim(options, options.plot)
     from qrlora.composition import similarity
-    from qrlora.exchange import load_any
 
-    first, second = load_any(options.first), load_any(options.second)
+    first, second = load_adapters([options.first, options.second], options.model)
     bases = [None, None] if options.files_only else bases_of(options.model, [first, second])
     found = similarity(first, second, *bases)
     if not found.total:

@@ -18,6 +18,7 @@ from qrlora.cli.shared import (
     claim,
     command,
     count,
+    load_adapters,
     number,
     refuse_to_replace,
     seed,
@@ -84,10 +85,9 @@ def run_tune(options: argparse.Namespace) -> None:
     import json
 
     from qrlora.evaluation.tune_page import lines, report
-    from qrlora.exchange import load_any
 
     aims = {side: _aim(options, side) for side in ("subject", "style")}
-    adapters = [load_any(path) for path in options.adapters]
+    adapters = load_adapters(options.adapters, options.model)
     prompts = options.prompt or [default_prompt(adapters)]
     tuning = _tuned(options, adapters, prompts, aims)
     page = report(tuning).write(options.output)

@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
 from torch import nn
 
 from qrlora.adapter import Adapter, save_adapter
+from qrlora.adapter.container import check_finite
 from qrlora.adapter.model import check_fits
-from qrlora.adapter.record import require
 from qrlora.basis import Basis
 from qrlora.errors import MismatchError
+from qrlora.exchange.forms import FAMILIES_OF, is_adapter_file, tensors_of
+from qrlora.exchange.layer_names import LayerNames
 from qrlora.exchange.names import flattened, kohya_names
 from qrlora.exchange.notes import notes_for
-from qrlora.exchange.verification import TARGETS, count_matches
+from qrlora.exchange.verification import check_same
 from qrlora.families import ModelFamily
-
-KOHYA_FAMILIES = ("sd", "sdxl")
-"""Families that ComfyUI, Forge and A1111 want in kohya's names; they read the others in the diffusers form."""
+from qrlora.files import write_atomically
 
 
 @dataclass(frozen=True)
@@ -30,13 +32,6 @@ class Export:
 
     layers: int
     matched: dict[str, int]
-
-
-def target_of(program: str, family: str) -> str:
-    """The form that a program reads best: "comfyui", "forge" and "a1111" want kohya's names for the UNets."""
-    if program in TARGETS:
-        return program
-    return "kohya" if family in KOHYA_FAMILIES else "diffusers"
 
 
 def export_adapter(
@@ -49,7 +44,7 @@ def export_adapter(
     basis: Basis | None = None,
     dtype: torch.dtype | None = None,
 ) -> Export:
-    """Write `adapter` for `target` ("diffusers" or "kohya"), alpha folded in; nothing is left if it would not load.
+    """Write `adapter` in the form `target` (see forms.py), alpha folded in; nothing is left if it would not load.
 
     Args:
         pipe, family: the base model; its layers are what the keys have to match.
@@ -66,19 +61,15 @@ def export_adapter(
     check_fits(denoiser, adapter)
     if dtype is not None:
         adapter = _as_dtype(adapter, dtype)
-    names = _names(adapter, family, denoiser) if target == "kohya" else None
     notes = notes_for(adapter, meta.family or family.name, path.stem, family.resolution(pipe))
-    spelling = "lora" if target == "diffusers" else "kohya"
     matched: dict[str, int] = {}
 
     def check(written: Path) -> None:
-        # diffusers reads both forms, so a kohya file has to pass both sets of rules
-        targets = TARGETS if target == "kohya" else ("diffusers",)
-        matched.update({name: count_matches(written, name, family, denoiser) for name in targets})
-        short = {name: found for name, found in matched.items() if found != len(adapter.deltas)}
-        require(not short, "layers would be left out", expected=len(adapter.deltas), got=short)
+        # diffusers reads every form, so a UNet's kohya file has to pass both sets of rules
+        rules = ("diffusers", "kohya") if target == "kohya" and family.denoiser == "unet" else ("diffusers",)
+        matched.update({rule: check_same(written, rule, family, denoiser, adapter, basis) for rule in rules})
 
-    save_adapter(adapter, path, spelling, basis, names=names, notes=notes, check=check)
+    _write(adapter, path, target, family, denoiser, basis, notes, check)
     return Export(len(adapter.deltas), matched)
 
 
@@ -86,13 +77,34 @@ def _check_family(adapter: Adapter, family: ModelFamily, target: str) -> None:
     known = adapter.metadata.family
     if known and known != family.name:
         raise MismatchError("adapter of another family than this model", expected=known, got=family.name)
-    if target == "kohya" and family.name not in KOHYA_FAMILIES:
+    if target in FAMILIES_OF and family.name not in FAMILIES_OF[target]:
         raise MismatchError(
-            f"no kohya form for {family.name}",
-            expected=", ".join(KOHYA_FAMILIES),
+            f"no {target} form for {family.name}",
+            expected=", ".join(FAMILIES_OF[target]),
             got=family.name,
-            remedy="export it for diffusers: ComfyUI, Forge and InvokeAI read that form for this family",
+            remedy="export it in the diffusers form (--for diffusers), which its programs read",
         )
+
+
+def _write(
+    adapter: Adapter,
+    path: Path,
+    target: str,
+    family: ModelFamily,
+    denoiser: nn.Module,
+    basis: Basis | None,
+    notes: dict[str, str],
+    check: Callable[[Path], None],
+) -> None:
+    """The file: an adapter of ours wherever the form can record which layer is called what."""
+    if is_adapter_file(target, family.name):
+        names = _names(adapter, family, denoiser) if target == "kohya" else None
+        spelling = "lora" if target == "diffusers" else "kohya"
+        save_adapter(adapter, path, spelling, basis, names=names, notes=notes, check=check)
+        return
+    tensors = tensors_of(adapter, target, family.name, LayerNames(family, denoiser).modules, basis)
+    check_finite(tensors)
+    write_atomically(path, safetensors.torch.save(tensors, metadata=notes), check=check)
 
 
 def _as_dtype(adapter: Adapter, dtype: torch.dtype) -> Adapter:
@@ -104,7 +116,7 @@ def _as_dtype(adapter: Adapter, dtype: torch.dtype) -> Adapter:
 
 
 def _names(adapter: Adapter, family: ModelFamily, unet: nn.Module) -> dict[str, str]:
-    if family.name == "sd":
+    if family.name != "sdxl":
         return {name: flattened(name) for name in adapter.deltas}
     layers = getattr(unet, "config", {}).get("layers_per_block")
     if not isinstance(layers, int):

@@ -11,11 +11,19 @@ from typing import Any
 from qrlora.adapter import Adapter
 from qrlora.adapter.model import base_weights, check_fits
 from qrlora.basis import Basis
+from qrlora.exchange.layer_names import LayerNames
 from qrlora.exchange.lora_files import load_any
-from qrlora.exchange.names import LAYERS_PER_BLOCK
 from qrlora.exchange.projection import EnergyKept, project
-from qrlora.exchange.published import as_difference, is_published, is_whole, load_published, on_basis
-from qrlora.exchange.tensors import read_tensor_file
+from qrlora.exchange.published import (
+    Published,
+    as_difference,
+    is_published,
+    is_whole,
+    load_published,
+    may_be_whole,
+    on_basis,
+)
+from qrlora.exchange.tensors import read_shapes, read_tensor_file
 from qrlora.families import ModelFamily
 
 
@@ -43,7 +51,6 @@ def import_file(
     family: ModelFamily | None = None,
     onto: Onto | None = None,
     alpha: float | None = None,
-    without_text_encoder: bool = False,
     **metadata: str,
 ) -> tuple[Adapter, EnergyKept | None]:
     """The file as an adapter, and what a projection kept of it (None if nothing was projected: ΔW is the file's).
@@ -53,18 +60,18 @@ def import_file(
             published checkpoint comes out as ΔR on its basis, exactly, rather than as the LoRA that it equals. One
             that holds Q and R whole cannot be read without.
         onto: project the ΔW onto this basis.
-        alpha, without_text_encoder: as `load_any`.
+        alpha: as `load_any`.
         metadata: fields of AdapterMetadata that the file cannot know: base_model, role, trigger, licence.
 
     Raises:
         AdapterFileError, MismatchError: as `load_any`, `on_basis`, `as_difference` and `project`.
     """
     if pipe is None or family is None:
-        adapter = load_any(path, alpha=alpha, without_text_encoder=without_text_encoder)
+        adapter = load_any(path, alpha=alpha)
         return _with(adapter, metadata), None
     denoiser = family.denoiser_of(pipe)
     described = {"family": family.name, "denoiser": family.denoiser, **metadata}
-    adapter = _read(path, denoiser, alpha, without_text_encoder, exactly=onto is None)
+    adapter = _read(Path(path), family, denoiser, alpha, exactly=onto is None)
     check_fits(denoiser, adapter)
     adapter = _with(adapter, described)
     if onto is None:
@@ -74,22 +81,17 @@ def import_file(
     return project(adapter, basis, onto.columns, triangular=onto.triangular, own_basis=_own_basis(adapter, weights))
 
 
-def _read(path: str | Path, denoiser: Any, alpha: float | None, without_text_encoder: bool, exactly: bool) -> Adapter:
+def _read(path: Path, family: ModelFamily, denoiser: Any, alpha: float | None, exactly: bool) -> Adapter:
     """The file's ΔW; exactly: a published checkpoint as ΔR on its own basis rather than as a LoRA."""
-    tensors, _ = read_tensor_file(Path(path))
-    if is_whole(tensors) or (exactly and is_published(tensors)):
-        return _from_published(path, denoiser, alpha)
-    layers = getattr(denoiser, "config", {}).get("layers_per_block")
-    return load_any(
-        path,
-        alpha=alpha,
-        layers_per_block=layers if isinstance(layers, int) else LAYERS_PER_BLOCK,
-        without_text_encoder=without_text_encoder,
-    )
+    keys, _ = read_shapes(path)
+    if may_be_whole(keys) or (exactly and is_published(keys)):
+        tensors, _ = read_tensor_file(path)
+        if is_whole(tensors) or (exactly and is_published(keys)):
+            return _from_published(load_published(path, tensors), denoiser, alpha)
+    return load_any(path, alpha=alpha, names=LayerNames(family, denoiser))
 
 
-def _from_published(path: str | Path, denoiser: Any, alpha: float | None) -> Adapter:
-    published = load_published(path)
+def _from_published(published: Published, denoiser: Any, alpha: float | None) -> Adapter:
     weights = base_weights(denoiser, published.layers)
     basis = Basis.of(weights, published.rank, algorithm="exact")  # the published code's own decomposition
     return as_difference(published, basis, alpha) if published.whole else on_basis(published, weights, basis, alpha)

@@ -1,11 +1,9 @@
-"""Anybody's LoRA as an adapter, whatever its keys are called.
+"""Anybody's LoRA as an adapter, whatever its keys are called: keys.py reads the keys, layer_names.py finds the layers.
 
-Forms, told by the keys alone:
-    diffusers   transformer.<layer>.lora_A.weight, and the older <layer>.lora.down.weight and processor.to_q_lora.down
-    peft        base_model.model.<layer>.lora_A.weight with an adapter_config.json beside it
-    kohya       lora_unet_<layer>.lora_down.weight with .alpha
-    published   <layer>.lora.q.weight, see published.py
-The adapter's ΔW is the file's, exactly: ranks are filled up with zeros, each layer's strength goes into its down.
+Besides ours a file may be a LoRA in any dialect that docs/exchange.md lists, or a published checkpoint, published.py.
+The header alone decides what is read and refused; the tensors are read once, after that. The adapter's ΔW is exactly
+the file's: a fused layer is divided by the rows of its up, ranks are filled up with zeros, and each layer's strength
+goes into its down.
 """
 
 from __future__ import annotations
@@ -13,8 +11,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import re
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,126 +23,146 @@ from torch import Tensor
 
 from qrlora.adapter import Adapter, AdapterMetadata, load_adapter
 from qrlora.adapter.container import about, parse_json
-from qrlora.adapter.file import is_adapter_file
+from qrlora.adapter.file import is_ours as says_ours
 from qrlora.adapter.metadata import is_number
 from qrlora.adapter.record import require
-from qrlora.errors import AdapterFileError, bounded
-from qrlora.exchange.names import LAYERS_PER_BLOCK, PREFIX, module_of
-from qrlora.exchange.published import as_lora, is_published, is_whole, load_published
-from qrlora.exchange.tensors import file_digest, read_tensor_file
+from qrlora.errors import AdapterFileError
+from qrlora.exchange.by_diffusers import traced
+from qrlora.exchange.keys import bare, form_of, pairs_of, refuse_other_methods, without_others
+from qrlora.exchange.layer_names import LayerNames, Located, locate
+from qrlora.exchange.originals import Piece
+from qrlora.exchange.published import as_lora, is_published, is_whole, load_published, may_be_whole
+from qrlora.exchange.tensors import file_digest, read_shapes, read_tensor_file
 from qrlora.reading import parsing
 
-_PAIRS = (
-    re.compile(r"(?P<layer>.+)\.lora_(?P<side>[AB])(\.\w+)?\.weight"),
-    re.compile(r"(?P<layer>.+)\.lora\.(?P<side>down|up)\.weight"),
-    re.compile(r"(?P<layer>.+)\.processor\.(?P<projection>to_q|to_k|to_v|to_out)_lora\.(?P<side>down|up)\.weight"),
-    re.compile(rf"(?P<layer>{PREFIX}\w+)\.lora_(?P<side>down|up)\.weight"),
-    re.compile(r"(?P<layer>.+)\.(?P<side>alpha)"),
-)
-_SIDES = {"A": "down", "B": "up"}
 _DENOISERS = ("transformer", "unet")
 _PEFT = "base_model.model."
-_TEXT_ENCODERS = ("lora_te", "text_encoder")
-_FLUX_ORIGINAL = (f"{PREFIX}double_blocks_", f"{PREFIX}single_blocks_")
 
-Layers = dict[str, dict[str, Tensor]]
+
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+    """What a file's header says is in it. pairs: name in the file -> part -> key; names: without what stands before
+    them; located: which layers they are; left_out: names of what is no denoiser's."""
+
+    pairs: Mapping[str, Mapping[str, str]]
+    names: Mapping[str, str]
+    located: Located
+    config: Mapping[str, Any]
+    left_out: Sequence[str]
 
 
 def load_any(
     path: str | Path,
     *,
     alpha: float | None = None,
-    layers_per_block: int = LAYERS_PER_BLOCK,
-    without_text_encoder: bool = False,
+    names: LayerNames | None = None,
 ) -> Adapter:
-    """An adapter file of ours, a LoRA in any form named above, or a published checkpoint as the LoRA that it equals.
+    """An adapter file of ours, a LoRA in any known form, or a published checkpoint as the LoRA that it equals.
+
+    Keys of text encoders and embeddings are left out; provenance names them, see `left_out_of`.
 
     Args:
         alpha: of a file that does not say; scaling is alpha / rank. Given for one that says, it is refused.
-        layers_per_block: of the UNet that a kohya file is for.
-        without_text_encoder: leave a LoRA's text encoder layers out, which an adapter has no place for.
+        names: of the layers of the model at hand, which then decide what a layer's name in the file means. Without
+            them a file has to be of a known family.
 
     Raises:
-        AdapterFileError: a pickle, damage, NaN, or keys of no known form, all of which are listed.
+        AdapterFileError: a pickle, damage, NaN, a method whose ΔW is no product of two small matrices, keys of no known
+            form, or layers of no known family or not of this one, all of which are listed.
     """
     path = Path(path)
-    if is_adapter_file(path):
+    shapes, raw = read_shapes(path)
+    if says_ours(raw):
         with about(path):
             require(alpha is None, "this file says its own alpha", expected="no alpha", got=alpha)
         return load_adapter(path)
-    tensors, raw = read_tensor_file(path)
-    if is_published(tensors) or is_whole(tensors):
-        return as_lora(load_published(path), alpha)
+    tensors: dict[str, Tensor] = {}
+    if is_published(shapes) or may_be_whole(shapes):
+        tensors, _ = read_tensor_file(path)
+        if is_published(shapes) or is_whole(tensors):
+            return as_lora(load_published(path, tensors), alpha)
     with about(path):
-        kept = _without_text_encoder(tensors, without_text_encoder)
-        form = "kohya" if any(key.startswith(PREFIX) for key in kept) else "diffusers"
-        if any(key.startswith(_FLUX_ORIGINAL) for key in kept):
-            kept = _flux_from_kohya(kept)
-        layers = _layers_of(kept, layers_per_block)
-        peft = all(layer.startswith(_PEFT) for layer in layers)
-        config = _peft_config(path) if peft else _diffusers_config(raw)
-        form = "peft" if peft else form
-        require(
-            not peft or bool(config) or alpha is not None,
-            "a PEFT file does not say its alpha",
-            expected="adapter_config.json beside it",
-            got="none there",
-            remedy="copy that file beside it, or give alpha: `qrlora import FILE --alpha ALPHA`",
-        )
-        adapter = _as_adapter(layers, config, alpha, path.stem)
+        plan = _plan(path, shapes, raw, names, alpha)
+        tensors = tensors or read_tensor_file(path)[0]
+        adapter = _as_adapter(plan, tensors, alpha, path.stem)
+        if names is not None:
+            adapter = _kernels_as_in(adapter, names)
         adapter.check_strength()
-    return _described(adapter, raw, path, form)
+    return _described(adapter, raw, path, plan)
 
 
-def _without_text_encoder(tensors: Mapping[str, Tensor], leave_out: bool) -> dict[str, Tensor]:
-    words = sorted(key for key in tensors if key.startswith(_TEXT_ENCODERS))
+def is_ours(path: str | Path) -> bool:
+    """True for an adapter file of this package, in any spelling; AdapterFileError as `load_any` for what is no file."""
+    return says_ours(read_shapes(Path(path))[1])
+
+
+def left_out_of(adapter: Adapter) -> list[str]:
+    """What was in the adapter's file besides the denoiser's layers, by name, and is not in the adapter."""
+    imported = adapter.metadata.provenance.get("imported")
+    names = imported.get("left_out") if isinstance(imported, Mapping) else None
+    return [str(name) for name in names] if isinstance(names, list) else []
+
+
+def _plan(
+    path: Path,
+    shapes: Mapping[str, Sequence[int]],
+    raw: Mapping[str, str],
+    layer_names: LayerNames | None,
+    alpha: float | None,
+) -> _Plan:
+    kept, left_out = without_others(shapes)
+    refuse_other_methods(kept)
+    pairs = pairs_of(kept)
+    peft = all(name.startswith(_PEFT) for name in pairs)
+    config = _peft_config(path) if peft else _diffusers_config(raw)
+    for name, parts in pairs.items():
+        _check_pair(name, {side: tuple(shapes[key]) for side, key in parts.items()})
+    names = {name: bare(name) for name in pairs}
+    sizes = {names[n]: (shapes[parts["up"]][0], math.prod(shapes[parts["down"]][1:])) for n, parts in pairs.items()}
+    times = Counter(names.values())
+    twice = sorted(name for name in names if times[names[name]] > 1)
+    require(not twice, "keys that name a layer again", expected="one pair per layer", got=twice)
+    located = locate(sizes, layer_names, lambda ours: _by_diffusers(pairs, names, shapes, ours))
+    said = bool(config) or located.original or all("alpha" in parts for parts in pairs.values())
     require(
-        not words or leave_out,
-        f"{len(words)} of its {len(tensors)} keys are a text encoder's",
-        expected="layers of a denoiser only",
-        got=words,
-        remedy="leave them out, which changes the pictures: `qrlora import FILE --without-text-encoder`",
+        not peft or said or alpha is not None,
+        "a PEFT file does not say its alpha",
+        expected="adapter_config.json beside it",
+        got="none there",
+        remedy="copy that file beside it, or convert it with `qrlora import FILE --alpha ALPHA`",
     )
-    return {key: tensor for key, tensor in tensors.items() if key not in words}
+    return _Plan(pairs, names, located, config, left_out)
 
 
-def _flux_from_kohya(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """FLUX under its original names, where q, k and v are one layer: diffusers' own conversion splits them."""
-    from diffusers import FluxPipeline
+def _by_diffusers(
+    pairs: Mapping[str, Mapping[str, str]],
+    names: Mapping[str, str],
+    shapes: Mapping[str, Sequence[int]],
+    ours: LayerNames,
+) -> dict[str, tuple[Piece, ...]]:
+    if ours.denoiser is None:
+        return {}
+    found = traced(pairs, shapes, ours.family, ours.denoiser)
+    known = {name: all(piece.layer in ours.modules for piece in pieces) for name, pieces in found.items()}
+    return {names[name]: pieces for name, pieces in found.items() if known[name]}
 
-    with parsing("diffusers cannot convert this FLUX LoRA", AdapterFileError, expected="kohya's keys"):
-        return dict(FluxPipeline.lora_state_dict(dict(tensors)))
 
-
-def _layers_of(tensors: Mapping[str, Tensor], layers_per_block: int) -> Layers:
-    """Layer -> its down, its up and, where the file has one, its alpha; every key has to find its place."""
-    layers: Layers = {}
-    unknown, twice = [], []
-    for key, tensor in sorted(tensors.items()):
-        match = next((m for m in (pattern.fullmatch(key) for pattern in _PAIRS) if m), None)
-        if match is None:
-            unknown.append(key)
-            continue
-        layer, parts = match["layer"], match.groupdict()
-        if layer.startswith(PREFIX):
-            layer = "unet." + module_of(layer, layers_per_block)
-        projection = parts.get("projection")
-        if projection:
-            layer += f".{projection}" + (".0" if projection == "to_out" else "")
-        side = _SIDES.get(match["side"], match["side"])
-        twice += [key] if side in layers.setdefault(layer, {}) else []
-        layers[layer][side] = tensor
-    half = sorted(layer for layer, parts in layers.items() if not {"down", "up"} <= set(parts))
-    require(not twice, "keys that name a layer again", expected="one pair per layer", got=sorted(twice))
+def _check_pair(name: str, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    down, up, middle = shapes["down"], shapes["up"], shapes.get("mid")
+    fits = 2 <= len(down) <= 5 and len(up) == len(down) and min(down) > 0 and all(size == 1 for size in up[2:])
+    if middle is None:
+        fits = fits and up[1] == down[0]
+    else:
+        fits = fits and middle[:2] == (up[1], down[0]) and all(size == 1 for size in down[2:])
     require(
-        bool(layers) and not unknown and not half,
-        "no LoRA of a form that is known here",
-        expected="for every layer a down and an up, in diffusers, PEFT or kohya form",
-        got=f"unknown keys: {bounded(sorted(unknown) or 'none')}; layers without one of the two: "
-        f"{bounded(half or 'none')}",
-        remedy="DoRA, LoHa, LoKr and biases are not read: merge such a file into a checkpoint and use `qrlora extract`",
+        fits,
+        f"{name}: its down and up do not fit each other",
+        expected="(rank, in, *kernel) and (out, rank, *1)",
+        got=" and ".join(map(str, shapes.values())),
+        remedy="take the original file",
     )
-    return layers
+    alpha = shapes.get("alpha", ())
+    require(math.prod(alpha) == 1, f"{name}: alpha is no number", expected="one value", got=alpha)
 
 
 def _peft_config(path: Path) -> dict[str, Any]:
@@ -172,54 +190,49 @@ def _checked_config(config: Any) -> dict[str, Any]:
     return config
 
 
-def _as_adapter(layers: Layers, config: Mapping[str, Any], alpha: float | None, name: str) -> Adapter:
-    denoiser, bare = _denoiser_of(layers)
-    pairs = {layer: _pair(layer, parts) for layer, parts in bare.items()}
-    ranks = {layer: down.shape[0] for layer, (down, _) in pairs.items()}
-    said = config.get("lora_alpha") is not None or any("alpha" in parts for parts in bare.values())
+def _as_adapter(plan: _Plan, tensors: Mapping[str, Tensor], alpha: float | None, name: str) -> Adapter:
+    said = plan.config.get("lora_alpha") is not None or any("alpha" in parts for parts in plan.pairs.values())
     require(alpha is None or not said, "this file says its own alpha", expected="no alpha", got=alpha)
-    scalings = {
-        layer: _scaling(layer, ranks[layer], parts.get("alpha"), config, alpha) for layer, parts in bare.items()
-    }
-    rank = max(ranks.values())
+    pairs = {own: _pair({side: tensors[key] for side, key in parts.items()}) for own, parts in plan.pairs.items()}
+    rank = max(down.shape[0] for down, _ in pairs.values())
     deltas, ups, shapes = {}, {}, {}
-    for layer, (down, up) in pairs.items():
-        shapes[layer] = (up.shape[0], *down.shape[1:])
-        deltas[layer], ups[layer] = _filled_up(down.flatten(1), up.flatten(1), scalings[layer], rank)
-    return Adapter(AdapterMetadata("lora", rank, float(rank), denoiser=denoiser), deltas, shapes, ups=ups, name=name)
+    for own, (down, up) in pairs.items():
+        parts, known_as = plan.pairs[own], plan.names[own]
+        strength = tensors[parts["alpha"]] if "alpha" in parts else None
+        scaling = _scaling(known_as, down.shape[0], strength, plan.config, alpha)
+        filled = _filled_up(down.flatten(1), up.flatten(1), scaling, rank)
+        for piece in plan.located.layers[known_as]:
+            shapes[piece.layer] = (piece.stop - piece.start, *down.shape[1:])
+            deltas[piece.layer], ups[piece.layer] = filled[0], _rows(filled[1], piece)
+    metadata = AdapterMetadata("lora", rank, float(rank), denoiser=plan.located.denoiser)
+    return Adapter(metadata, deltas, shapes, ups=ups, name=name)
 
 
-def _denoiser_of(layers: Layers) -> tuple[str, Layers]:
-    """Whose layers these are, by prefix or, without one, by the UNet's way of naming; and the bare names."""
-    bare = {layer.removeprefix(_PEFT): parts for layer, parts in layers.items()}
-    named = {denoiser for layer in bare for denoiser in _DENOISERS if layer.startswith(f"{denoiser}.")}
-    if not named:
-        unet = all(re.match(r"(down|up)_blocks\.|mid_block\.|conv_(in|out)|(time|add)_embedding\.", n) for n in bare)
-        return "unet" if unet else "transformer", bare
-    require(len(named) == 1, "a LoRA of two denoisers", expected="transformer or unet", got=sorted(named))
-    [denoiser] = named
-    odd = sorted(layer for layer in bare if not layer.startswith(f"{denoiser}."))
-    require(not odd, "keys of another part of the model", expected=f"{denoiser}.<layer> only", got=odd)
-    return denoiser, {layer.removeprefix(f"{denoiser}."): parts for layer, parts in bare.items()}
-
-
-def _pair(layer: str, parts: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+def _pair(parts: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """down and up; a middle one, which LyCORIS puts between those of a convolution, is multiplied into the down."""
     down, up = parts["down"], parts["up"]
-    fits = 2 <= down.ndim <= 5 and up.ndim == down.ndim and up.shape[1] == down.shape[0]
-    require(
-        fits and all(size == 1 for size in up.shape[2:]) and down.shape[0] > 0,
-        f"{layer}: its down and up do not fit each other",
-        expected="(rank, in, *kernel) and (out, rank, *1)",
-        got=f"{tuple(down.shape)} and {tuple(up.shape)}",
-        remedy="take the original file",
-    )
-    return down, up
+    if "mid" not in parts:
+        return down, up
+    return torch.einsum("rs...,si->ri...", parts["mid"].float(), down.flatten(1).float()), up
+
+
+def _rows(up: Float[Tensor, "out rank"], piece: Piece) -> Float[Tensor, "part rank"]:
+    rows = up[piece.start : piece.stop]
+    return rows.roll(len(rows) // 2, 0) if piece.swapped else rows.clone()  # a view would hold all rows
+
+
+def _kernels_as_in(adapter: Adapter, names: LayerNames) -> Adapter:
+    """A linear layer's LoRA written as that of a 1 x 1 convolution, or the other way round, in the model's shape."""
+    shapes = {}
+    for layer, shape in adapter.shapes.items():
+        kernel = names.modules[layer][2:]
+        shapes[layer] = (*shape[:2], *kernel) if set(kernel) | set(shape[2:]) <= {1} else shape
+    return dataclasses.replace(adapter, shapes=shapes)
 
 
 def _scaling(layer: str, rank: int, own: Tensor | None, config: Mapping[str, Any], alpha: float | None) -> float:
     """alpha / rank of a layer: its own alpha, else PEFT's configuration by PEFT's rules, else what the caller says."""
     if own is not None:
-        require(own.numel() == 1, f"{layer}: alpha is no number", expected="one value", got=tuple(own.shape))
         return float(own) / rank
     if config.get("lora_alpha") is not None:
         patterns: dict[str, Any] = config.get("alpha_pattern") or {}
@@ -239,9 +252,11 @@ def _filled_up(
     return torch.nn.functional.pad(down, (0, 0, 0, more)), torch.nn.functional.pad(up, (0, more))
 
 
-def _described(adapter: Adapter, raw: Mapping[str, str], path: Path, form: str) -> Adapter:
+def _described(adapter: Adapter, raw: Mapping[str, str], path: Path, plan: _Plan) -> Adapter:
     """With what the file says of itself where ModelSpec's fields say it, and where it came from."""
-    source = {"file": path.name, "sha256": file_digest(path), "form": form}
+    source: dict[str, Any] = {"file": path.name, "sha256": file_digest(path), "form": form_of(plan.pairs)}
+    if plan.left_out:
+        source["left_out"] = list(plan.left_out)
     metadata = dataclasses.replace(
         adapter.metadata,
         trigger=raw.get("modelspec.trigger_phrase", ""),

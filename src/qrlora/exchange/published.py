@@ -13,7 +13,7 @@ The code's other mode trains Q and R both and saves them whole, as `lora.up` = Q
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,9 +53,14 @@ class Published:
     whole: bool = False
 
 
-def is_published(tensors: Mapping[str, Tensor]) -> bool:
+def is_published(tensors: Iterable[str]) -> bool:
     """True if any key is one that only the published code writes for ΔR."""
     return any(key.endswith((".lora.q.weight", ".lora.base_r.weight", ".lora.delta_r.weight")) for key in tensors)
+
+
+def may_be_whole(keys: Iterable[str]) -> bool:
+    """False if the keys alone say that `is_whole` is false."""
+    return any(_TWICE in key or key.endswith(".lora.up.weight") for key in keys)
 
 
 def is_whole(tensors: Mapping[str, Tensor]) -> bool:
@@ -66,14 +71,14 @@ def is_whole(tensors: Mapping[str, Tensor]) -> bool:
     )
 
 
-def load_published(path: str | Path) -> Published:
-    """Read a checkpoint of either mode.
+def load_published(path: str | Path, tensors: Mapping[str, Tensor] | None = None) -> Published:
+    """Read a checkpoint of either mode; `tensors` if they were read from it already.
 
     AdapterFileError lists unknown and missing keys, wrong shapes, and layers whose Q is no Q: where its decomposition
     fails the published code goes on with random numbers.
     """
     path = Path(path)
-    tensors, _ = read_tensor_file(path)
+    tensors = read_tensor_file(path)[0] if tensors is None else tensors
     with about(path):
         parts = _WHOLE if is_whole(tensors) else _PARTS
         layers, denoiser = _layers_of(tensors, parts)

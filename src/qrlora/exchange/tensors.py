@@ -19,6 +19,17 @@ from qrlora.adapter.container import (
 from qrlora.tensor_file import check_digest
 
 
+def read_shapes(path: Path) -> tuple[dict[str, list[int]], dict[str, str]]:
+    """Shape of every tensor, and the metadata, by the header alone; errors as `read_tensor_file`."""
+    with about(path):
+        check_is_file(path)
+        with path.open("rb") as stream:
+            header = read_header(stream)
+        metadata = header.pop("__metadata__", {})
+        check_entries(header)
+    return {key: entry["shape"] for key, entry in header.items()}, metadata
+
+
 def read_tensor_file(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """All tensors and the metadata; AdapterFileError for pickles, damage, foreign dtypes and NaN, naming the file."""
     with about(path):

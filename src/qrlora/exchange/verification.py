@@ -9,19 +9,23 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import diffusers
+import torch
 from diffusers.utils import convert_unet_state_dict_to_peft
 from torch import Tensor, nn
 
+from qrlora.adapter import Adapter
 from qrlora.adapter.container import about
 from qrlora.adapter.record import require
+from qrlora.basis import Basis
 from qrlora.errors import bounded
+from qrlora.exchange.by_diffusers import converted_by_diffusers
 from qrlora.exchange.names import flattened
 from qrlora.exchange.tensors import read_tensor_file
 from qrlora.families import ModelFamily
 
-TARGETS = ("diffusers", "kohya")
 _PARTS = {".lora_down.weight": "down", ".lora_up.weight": "up", ".alpha": "alpha"}
+_ROUNDING = 16
+"""By how many units in the last place of the file's dtype a layer may act otherwise than the adapter's."""
 
 Layers = dict[str, dict[str, Tensor]]
 
@@ -33,10 +37,44 @@ def count_matches(path: str | Path, target: str, family: ModelFamily, denoiser: 
     that ComfyUI, Forge and A1111 hold: for SDXL the original UNet's, counted off its blocks; for SD diffusers'.
     Raises AdapterFileError that lists every key no layer answers to, every half pair and every wrong shape or alpha.
     """
-    path = Path(path)
+    return len(_layers_by(Path(path), target, family, denoiser))
+
+
+def check_same(
+    path: Path, target: str, family: ModelFamily, denoiser: nn.Module, adapter: Adapter, basis: Basis | None
+) -> int:
+    """`count_matches` for what `adapter` was written to: every layer of it has to come back with the same ΔW.
+
+    ΔW is compared by what it makes of one random vector. A fused layer may bring others back, with a ΔW of zero.
+    """
+    layers = _layers_by(path, target, family, denoiser)
+    generator = torch.Generator().manual_seed(0)
+    wrong = {name: "left out" for name in adapter.deltas if name not in layers}
+    for name, parts in layers.items():
+        down, up = parts["down"].flatten(1).float(), parts["up"].flatten(1).float()
+        probe = torch.randn(down.shape[1], generator=generator)
+        got, size, expected = up @ (down @ probe), float(up.norm() * (down @ probe).norm()), torch.zeros(len(up))
+        if name in adapter.deltas:
+            q = basis[name].q.cpu() if basis is not None and adapter.metadata.on_basis else None
+            expected = adapter.scaling * (adapter.up(name, q).float() @ (adapter.deltas[name].float().cpu() @ probe))
+        error = float((got - expected).norm())
+        if not error <= _ROUNDING * torch.finfo(parts["down"].dtype).eps * max(size, float(expected.norm())):
+            wrong[name] = f"another ΔW, off by {error:.3g} of {float(expected.norm()):.3g}"
+    with about(path):
+        require(
+            not wrong,
+            f"{len(wrong)} layers would not load in {target} as they are",
+            expected="the adapter's ΔW in each of its layers, and in no other",
+            got=wrong,
+            remedy="export it in the diffusers form (--for diffusers)",
+        )
+    return len(adapter.deltas)
+
+
+def _layers_by(path: Path, target: str, family: ModelFamily, denoiser: nn.Module) -> Layers:
     tensors, _ = read_tensor_file(path)
     with about(path):
-        require(target in TARGETS, "unknown target", expected=" or ".join(TARGETS), got=target)
+        require(target in ("diffusers", "kohya"), "unknown rules", expected="diffusers or kohya", got=target)
         if target == "diffusers":
             layers, unread = _by_diffusers(tensors, family, denoiser)
         else:
@@ -49,7 +87,7 @@ def count_matches(path: str | Path, target: str, family: ModelFamily, denoiser: 
             got=f"keys: {bounded(sorted(unread) or 'none')}; layers: {bounded(wrong or 'none')}",
             remedy="export it again for the model that it was trained on; a renamed key cannot be found",
         )
-    return len(layers)
+    return layers
 
 
 def _fault(parts: Mapping[str, Tensor], denoiser: nn.Module, name: str) -> str:
@@ -71,13 +109,7 @@ def _adaptable(denoiser: nn.Module) -> set[str]:
 
 def _by_diffusers(tensors: Mapping[str, Tensor], family: ModelFamily, denoiser: nn.Module) -> tuple[Layers, list[str]]:
     """Layers as `load_lora_weights` of the family's pipeline sees them, and the keys of the result that it ignores."""
-    pipeline = getattr(diffusers, family.pipeline_class)
-    options = {"unet_config": denoiser.config} if family.denoiser == "unet" else {}
-    try:
-        converted = pipeline.lora_state_dict(dict(tensors), **options)
-    except (ValueError, KeyError, IndexError, RuntimeError) as error:
-        require(False, "diffusers refuses these keys", expected=f"what {family.pipeline_class} reads", got=error)
-        raise
+    converted = converted_by_diffusers(tensors, family, denoiser)
     state, alphas = converted if isinstance(converted, tuple) else (converted, {})
     prefix = family.export_prefix
     unread = [key for key in state if not key.startswith(prefix)]

@@ -14,9 +14,10 @@ from typing import Any
 
 import torch
 
-from qrlora.adapter import Adapter, load_adapter
+from qrlora.adapter import Adapter
 from qrlora.composition import Live
 from qrlora.errors import MismatchError, PictureError, QrloraError, printable
+from qrlora.exchange import LayerNames, is_ours, left_out_of, load_any
 from qrlora.families import EMBEDDED, load_pipeline, size_unit
 from qrlora.generation import Request, generate_mixed, not_finite
 from qrlora.reading import visible
@@ -40,8 +41,9 @@ class Shelf:
     Safe to use from several threads.
     """
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, names: LayerNames):
         self.folder = folder
+        self._names = names
         self.adapters: dict[str, Adapter] = {}
         self.left_out: dict[str, str] = {}
         self._stamps: dict[str, tuple[int, int] | None] = {}
@@ -60,7 +62,7 @@ class Shelf:
                 self._forget(name)
                 self._stamps[name] = stamp
                 try:
-                    self.adapters[name] = _read(path)
+                    self.adapters[name] = _read(path, self._names)
                 except Exception as error:  # whatever one file makes a reader raise: the others are served
                     self.left_out[name] = self.reason(name, error)
 
@@ -89,9 +91,12 @@ def _stamp(path: Path) -> tuple[int, int] | None:
     return found.st_mtime_ns, found.st_size
 
 
-def _read(path: Path) -> Adapter:
+def _read(path: Path, names: LayerNames) -> Adapter:
     check_spelling(path.stem)
-    return load_adapter(path)
+    adapter = load_any(path, names=names)
+    if not is_ours(path) and left_out_of(adapter):
+        log.warning("%s: not read, because they are not the denoiser's: %s", path.name, ", ".join(left_out_of(adapter)))
+    return adapter
 
 
 class Engine:
@@ -111,11 +116,11 @@ class Engine:
             torch.set_num_threads(threads)
         self.model = model if model in EMBEDDED or not Path(model).is_dir() else printable(Path(model).resolve().name)
         self.pipe, self.family = load_pipeline(model, dtype=getattr(torch, dtype))
-        self.shelf = Shelf(Path(folder))
+        denoiser = self.family.denoiser_of(self.pipe)
+        self.shelf = Shelf(Path(folder), LayerNames(self.family, denoiser))
         self.shelf.scan()
         self._served = dict(self.shelf.adapters)
         self._refused: dict[str, tuple[Adapter, str]] = {}
-        denoiser = self.family.denoiser_of(self.pipe)
         try:
             self.live = Live(denoiser, self._served)
         except Exception:  # some of them: tried one by one, they say which

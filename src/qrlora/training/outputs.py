@@ -77,8 +77,8 @@ def _check_earlier(recipe: Recipe, resume: bool, restart: bool) -> None:
             "the checkpoints of an earlier run are there",
             expected=f"none in {folder(recipe)}",
             got=there.name,
-            remedy="continue it (`qrlora train RECIPE --resume`), start over (`qrlora train RECIPE --restart`), or name "
-            "another output",
+            remedy="continue it (`qrlora train RECIPE --resume`), start over (`qrlora train RECIPE --restart`), "
+            "or name another output",
         )
 
 
