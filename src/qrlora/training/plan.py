@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_iter
 
 from qrlora.adapter import AdapterMetadata
 from qrlora.adapter.file import tensor_shapes
-from qrlora.basis import check_rank, layer_basis, weight_digest
+from qrlora.basis import layer_basis, weight_digest
 from qrlora.errors import DataError
 from qrlora.families import ModelFamily, default_device, free_memory, load_structure
 from qrlora.training.dataset import find_pictures
@@ -95,7 +95,7 @@ def plan(recipe: Recipe, timed: bool = True) -> Plan:
 
     Raises:
         ModelError: the base model's configs cannot be found or read.
-        RecipeError, TunerError, BasisError: no such targets or options, or a rank larger than a weight.
+        RecipeError, TunerError: no such targets or options, or a rank of which no target has a column.
         DataError: a caption longer than the model reads.
     """
     pipe, family = load_structure(recipe.model, getattr(torch, recipe.dtype))
@@ -124,8 +124,6 @@ def _estimate(recipe: Recipe, pipe: Any, family: ModelFamily, pace: Pace | None)
         }
         shapes = {name: tuple(layer.get_base_layer().weight.shape) for name, layer in layers.items()}
         metadata = _metadata(recipe, denoiser.peft_config[ADAPTER_NAME])
-        if metadata.basis_rank:  # the error that training would stop at, before a layer is loaded
-            check_rank(shapes, metadata.basis_rank)
         for layer in layers.values():
             if isinstance(layer, QRLoraLayer):
                 layer.reserve_basis()
@@ -202,7 +200,7 @@ def _outside(metadata: AdapterMetadata, shapes: Mapping[str, tuple[int, ...]]) -
     """Entries of all ΔR that are kept at zero."""
     if not metadata.triangular:
         return 0
-    return sum(min(column, math.prod(shape[1:])) for shape in shapes.values() for column in metadata.columns)
+    return sum(column for shape in shapes.values() for column in metadata.columns_in(shape))
 
 
 def _file_bytes(recipe: Recipe, metadata: AdapterMetadata, shapes: Mapping[str, tuple[int, ...]], spelling: str) -> int:

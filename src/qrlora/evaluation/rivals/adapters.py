@@ -157,6 +157,7 @@ def _by_peft(config: Config, prepare: Prepare | None = None) -> Attach:
             with adapter_on(denoiser, family, recipe, config=config(recipe, common)):
                 layers = {n: m for n, m in denoiser.named_modules() if isinstance(m, BaseTunerLayer)}
                 if prepare:
+                    _check_not_clipped(layers, recipe.rank)
                     prepare(layers, recipe)
                 for name, parameter in denoiser.named_parameters():
                     if ".lora_" in name:  # a frozen factor has to have the dtype of the one that trains
@@ -168,6 +169,19 @@ def _by_peft(config: Config, prepare: Prepare | None = None) -> Attach:
             _restore(denoiser, before)
 
     return attach
+
+
+def _check_not_clipped(layers: Mapping[str, Any], rank: int) -> None:
+    """RecipeError if a layer holds fewer columns than the rank: these methods put Q of their own there, of all."""
+    ours = {name: layer._own_adapters() for name, layer in layers.items() if isinstance(layer, QRLoraLayer)}
+    held = {name: len(own[ADAPTER_NAME].columns) for name, own in ours.items()}
+    if small := {name: count for name, count in held.items() if count < rank}:
+        raise RecipeError(
+            "a rank that not all layers hold, which this method needs",
+            expected=f"at most {min(small.values())}",
+            got=rank,
+            remedy="lower the rank, or leave these layers out of the targets: " + ", ".join(small),
+        )
 
 
 def _by_recipe(**fields: Any) -> Attach:
