@@ -114,7 +114,8 @@ def test_layers_that_hold_fewer_columns_are_composed_alike() -> None:
         "mug": random_adapter(denoiser, "all-linear", 1, columns="subject", **options),
         "chalk": random_adapter(denoiser, "all-linear", 2, columns="style", **options),
     }
-    assert {len(delta) for delta in adapters["mug"].deltas.values()} == {8, 16}
+    ranks = {len(delta) for delta in adapters["mug"].deltas.values()}
+    assert max(ranks) == 16 and len(ranks) > 1  # of 20
     expected = each_alone(denoiser, inputs, adapters)
     with Live(denoiser, adapters) as live:
         live.compose(ROWS)

@@ -102,7 +102,7 @@ def strip(plan: Plan) -> dict[str, Any]:
     facts = plan.to_dict()
     for estimate in facts["estimates"].values():
         estimate.pop("file_bytes")  # the recipe in the header names the model's folder
-    return {name: value for name, value in facts.items() if name not in ("free_bytes", "recipe")}
+    return {name: value for name, value in facts.items() if name not in ("free_bytes", "program_bytes", "recipe")}
 
 
 def test_blank_conditions_are_those_of_the_encoders(recipe: Recipe) -> None:
