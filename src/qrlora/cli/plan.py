@@ -66,7 +66,8 @@ def table(plan: Plan) -> str:
             f"{name:<24}" + "".join(f"{cell:>{width + 3}}" for cell, width in zip(row, widths, strict=True))
             for name, row in rows.items()
         ),
-        f"before that, until the encoders leave: {_size(plan.program_bytes + plan.loading_bytes)} ({_size(plan.host_bytes)} are loaded)",
+        f"before that, until the encoders leave: {_size(plan.program_bytes + plan.loading_bytes)} "
+        f"({_size(plan.host_bytes)} are loaded)",
         *_warnings(plan, first),
     ]
     return "\n".join(line.rstrip() for line in lines)
