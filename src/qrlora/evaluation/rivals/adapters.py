@@ -172,7 +172,7 @@ def _by_peft(config: Config, prepare: Prepare | None = None) -> Attach:
 
 
 def _check_not_clipped(layers: Mapping[str, Any]) -> None:
-    """RecipeError if a layer holds fewer columns than were asked for: these methods change Q or count on its rows."""
+    """RecipeError if a layer holds fewer columns than were asked for: these methods change Q or its rows."""
     ours = {name: layer for name, layer in layers.items() if isinstance(layer, QRLoraLayer)}
     columns = {
         n: (len(layer._own_adapters()[ADAPTER_NAME].columns), layer.r[ADAPTER_NAME]) for n, layer in ours.items()
