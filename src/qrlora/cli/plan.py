@@ -66,7 +66,7 @@ def table(plan: Plan) -> str:
             f"{name:<24}" + "".join(f"{cell:>{width + 3}}" for cell, width in zip(row, widths, strict=True))
             for name, row in rows.items()
         ),
-        f"before that, until the encoders leave: {_size(plan.program_bytes + plan.loading_bytes)} "
+        f"before that, until the encoders leave: at most {_size(plan.program_bytes + plan.loading_bytes)} "
         f"({_size(plan.host_bytes)} are loaded)",
         *_warnings(plan, first),
     ]

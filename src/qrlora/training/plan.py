@@ -71,7 +71,8 @@ class Plan:
         program_bytes: what Python and the libraries themselves take of the device's memory, if it is the computer's:
             as much as while the plan is made.
         loading_bytes: what is on the device besides while the pictures are encoded: weights, and the largest
-            picture's activations in the autoencoder.
+            picture's activations in the autoencoder. On a CPU the most that it can be: weights that are stored in
+            the recipe's dtype are mapped from their files and come to memory as they are used.
         host_bytes: weights that the computer itself reads: of the whole pipeline.
     """
 
