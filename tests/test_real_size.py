@@ -60,11 +60,11 @@ def test_stable_diffusion_1_5_from_plan_to_stock_load(tmp_path: Path) -> None:
     picture = ["--prompt", "a photo of a <c> dog", "--steps", "1", "--guidance", "1", "--resolution", "512"]
     qrlora(tmp_path, "generate", "--model", "sd", "--dtype", "bfloat16", "--adapter", "both.safetensors", *picture)
     qrlora(tmp_path, "export", "both.safetensors", "--model", "sd", "--for", "comfyui")
-    pipe = StableDiffusionPipeline.from_pretrained(tmp_path / "sd", torch_dtype=torch.bfloat16)
+    pipe = StableDiffusionPipeline.from_pretrained(tmp_path / "sd", dtype=torch.bfloat16)
     pipe.load_lora_weights(tmp_path / "both-kohya.safetensors")
     active = [name for name, module in pipe.unet.named_modules() if hasattr(module, "lora_A") and module.lora_A]
     assert len(active) == len(adapter.deltas) == 128
     with torch.no_grad():
         noise = pipe.unet(torch.zeros(1, 4, 64, 64).bfloat16(), 500, torch.zeros(1, 77, 768).bfloat16()).sample
     assert bool(noise.isfinite().all())
-    assert np.asarray(Image.open(next(tmp_path.glob("*.png")))).ndim == 3
+    assert np.asarray(Image.open(next((tmp_path / "pictures").glob("*.png")))).ndim == 3
