@@ -45,7 +45,7 @@ from transformers import (
 )
 
 
-def _tokenizer() -> CLIPTokenizer:
+def byte_tokenizer() -> CLIPTokenizer:
     """Byte-level, no merges: every string tokenises."""
     from transformers.convert_slow_tokenizer import bytes_to_unicode
 
@@ -136,7 +136,7 @@ def build_tiny_sd3(medium: bool = False) -> StableDiffusion3Pipeline:
     """
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        tokenizer = _tokenizer()
+        tokenizer = byte_tokenizer()
         transformer = SD3Transformer2DModel(
             sample_size=8,
             patch_size=2,
@@ -159,7 +159,7 @@ def build_tiny_sd3(medium: bool = False) -> StableDiffusion3Pipeline:
             text_encoder=_text_encoder(len(tokenizer)),
             tokenizer=tokenizer,
             text_encoder_2=_text_encoder(len(tokenizer)),
-            tokenizer_2=_tokenizer(),
+            tokenizer_2=byte_tokenizer(),
             text_encoder_3=None,
             tokenizer_3=None,
         )
@@ -169,7 +169,7 @@ def build_tiny_flux(guidance_embeds: bool = True) -> FluxPipeline:
     """A FluxPipeline of some 70 thousand random weights: latents of half the side, guidance as in dev."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        tokenizer = _tokenizer()
+        tokenizer = byte_tokenizer()
         letters = [(chr(code), -1.0) for code in range(32, 127)] + [("\u2581", -1.0)]
         t5_tokenizer = T5Tokenizer(vocab=[("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *letters], extra_ids=0)
         t5 = T5Config(vocab_size=len(t5_tokenizer), d_model=32, d_kv=8, d_ff=37, num_layers=2, num_heads=4)
@@ -199,13 +199,13 @@ def build_tiny_sdxl(prediction_type: str = "epsilon") -> StableDiffusionXLPipeli
     """A StableDiffusionXLPipeline of some random weights: 64x64 pictures, 8x8 latents."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        tokenizer = _tokenizer()
+        tokenizer = byte_tokenizer()
         return StableDiffusionXLPipeline(
             vae=_autoencoder_of_four(),
             text_encoder=CLIPTextModel(_text_encoder(len(tokenizer)).config),
             text_encoder_2=_text_encoder(len(tokenizer)),
             tokenizer=tokenizer,
-            tokenizer_2=_tokenizer(),
+            tokenizer_2=byte_tokenizer(),
             unet=UNet2DConditionModel(
                 sample_size=8,
                 block_out_channels=(16, 32),
@@ -231,7 +231,7 @@ def build_tiny_sd(prediction_type: str = "epsilon") -> StableDiffusionPipeline:
     """A StableDiffusionPipeline of some 100 thousand random weights: 64x64 pictures, 8x8 latents."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        tokenizer = _tokenizer()
+        tokenizer = byte_tokenizer()
         return StableDiffusionPipeline(
             vae=_autoencoder_of_four(),
             text_encoder=CLIPTextModel(_text_encoder(len(tokenizer)).config),

@@ -10,9 +10,10 @@ import torch
 
 from qrlora.adapter import Adapter, AdapterMetadata
 from qrlora.adapter.record import triangular_mask
-from qrlora.basis import Basis, marks
+from qrlora.basis import Basis, fingerprint, marks
 
-SHAPES = {"blocks.0.attn.to_q": (24, 16), "blocks.0.ff": (16, 40), "conv": (12, 4, 3, 3)}
+SHAPES = {"blocks.0.attn.to_q": (24, 16), "blocks.0.ff": (16, 40), "conv": (12, 4, 3, 3), "proj_out": (3, 20)}
+"""The last holds fewer columns than the bases of these tests have."""
 
 
 def make_weights(seed: int = 0, shapes: dict[str, tuple[int, ...]] = SHAPES) -> dict[str, torch.Tensor]:
@@ -37,10 +38,13 @@ def make_adapter(
     """An adapter on `basis`, trained by chance; alpha is the rank unless given."""
     generator = torch.Generator().manual_seed(seed)
     deltas = {}
+    held = {name: tuple(column for column in columns if column < basis[name].q.shape[1]) for name in shapes}
+    shapes = {name: shape for name, shape in shapes.items() if held[name]}
     for name, shape in shapes.items():
         width = torch.Size(shape[1:]).numel()
-        delta = torch.randn(len(columns), width, generator=generator)
-        deltas[name] = delta * triangular_mask(columns, width) if triangular else delta
+        delta = torch.randn(len(held[name]), width, generator=generator)
+        deltas[name] = delta * triangular_mask(held[name], width) if triangular else delta
+    digests = {name: basis.digests[name] for name in shapes}
     metadata = AdapterMetadata(
         method="qrlora",
         rank=len(columns),
@@ -50,11 +54,11 @@ def make_adapter(
         triangular=triangular,
         algorithm=basis.algorithm,
         basis_seed=basis.seed,
-        basis_fingerprint=basis.fingerprint,
+        basis_fingerprint=fingerprint(digests, basis.rank, basis.algorithm, basis.seed),
         **{"family": "sd3", "base_model": "tiny", **fields},
     )
     known = {name: marks(basis[name].q) for name in shapes}
-    return Adapter(metadata, deltas, dict(shapes), {name: basis.digests[name] for name in shapes}, marks=known)
+    return Adapter(metadata, deltas, dict(shapes), digests, marks=known)
 
 
 def make_lora(rank: int = 3, *, seed: int = 2, alpha: float | None = None, **fields: Any) -> Adapter:

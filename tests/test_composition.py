@@ -30,7 +30,7 @@ def basis(tmp_path_factory: pytest.TempPathFactory) -> Basis:
 def weighted_sum(parts, basis):
     """Σ λ ΔW, explicitly, float64."""
     terms = [{name: weight * delta for name, delta in delta_weights(a, basis).items()} for a, weight in parts]
-    return {name: sum(term[name] for term in terms) for name in SHAPES}
+    return {name: sum(term[name] for term in terms if name in term) for name in SHAPES}
 
 
 def assert_same(got, expected, tolerance=1e-5):
@@ -64,6 +64,23 @@ def test_compositions_are_linear_and_commutative(basis, scale, a, b, c):
         torch.testing.assert_close(delta, scale * whole.deltas[name], rtol=1e-5, atol=1e-5)
 
 
+def test_a_rank_of_basis_that_the_fingerprint_does_not_bear_out_is_refused(basis):
+    with pytest.raises(MismatchError, match="a basis that this version does not make"):
+        Composition([(changed(make_adapter(basis), basis_rank=10**12), 1.0)])
+
+
+def test_roles_stay_disjoint_in_a_layer_that_holds_fewer_columns(basis):
+    """proj_out holds three of eight: two are the subject's, one is the style's, none that of who owns the last two."""
+    subject, style, last = (make_adapter(basis, columns, seed=i) for i, columns in enumerate((EVEN, ODD, (6, 7))))
+    assert (subject.columns("proj_out"), style.columns("proj_out")) == ((0, 2), (1,)) and "proj_out" not in last.deltas
+    whole = Composition([(subject, 0.7), (style, -1.2), (last, 2.0)])
+    assert whole.adapter().columns("proj_out") == (0, 1, 2) and whole.adapter().deltas["proj_out"].shape == (3, 20)
+    found = whole.interference().layers["proj_out"]
+    assert found.cosine[0][1] == 0 and found.energy[2] == 0
+    assert found.sum_energy == pytest.approx(sum(found.energy))
+    assert similarity(subject, style).layers["proj_out"]["delta_w"] == 0
+
+
 def test_three_give_way_as_in_the_bench(basis):
     """Each to both others, also to what these cancel of each other (the third undoes the second); to one that does
     nothing nobody gives anything."""
@@ -72,7 +89,7 @@ def test_three_give_way_as_in_the_bench(basis):
     mute = dataclasses.replace(two, deltas={name: torch.zeros_like(delta) for name, delta in two.deltas.items()})
     for some in (parts, parts[:3], [(one, 1.0), (mute, 1.0), (mute, 1.0)]):
         learned = [
-            {n: Delta(basis[n].q[:, list(a.metadata.columns)], w * a.scaling * d) for n, d in a.deltas.items()}
+            {n: Delta(basis[n].q[:, list(a.columns(n))], w * a.scaling * d) for n, d in a.deltas.items()}
             for a, w in some
         ]
         expected = {name: delta.dense() for name, delta in project_both(learned).items()}
@@ -86,8 +103,7 @@ def test_giving_way_is_the_bench_s_projection_and_stays_on_the_basis(basis):
     parts = [(one, 1.4), (two, -0.6)]
     composed = Composition(parts, 0.5).adapter()
     learned = [
-        {n: Delta(basis[n].q[:, list(a.metadata.columns)], w * a.scaling * d) for n, d in a.deltas.items()}
-        for a, w in parts
+        {n: Delta(basis[n].q[:, list(a.columns(n))], w * a.scaling * d) for n, d in a.deltas.items()} for a, w in parts
     ]
     expected = {name: delta.dense() for name, delta in project_both(learned).items()}
     assert_same({n: d.float() for n, d in delta_weights(composed, basis).items()}, expected)

@@ -180,13 +180,17 @@ def test_rows_of_a_batch_do_not_see_each_other(loaded: tuple[Any, Any], one_by_o
         torch.testing.assert_close(loss(slice(None)), (loss(slice(0, 1)) + loss(slice(1, 2))) / 2, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("targets", [None, "all-linear"], ids=["default", "all-linear"])
+@pytest.mark.parametrize(
+    ("targets", "rank"), [(None, 2), ("all-linear", 2), ("all-linear", 12)], ids=["default", "all-linear", "clipped"]
+)
 def test_stock_diffusers_paints_the_same_picture(
-    recipe: Recipe, loaded: tuple[Any, Any], tmp_path: Path, targets: str | None
+    recipe: Recipe, loaded: tuple[Any, Any], tmp_path: Path, targets: str | None, rank: int
 ) -> None:
     pipe, family = loaded
-    adapter = train(recipe.replace(targets=targets, learning_rate=0.3), pipe=pipe, family=family)  # to be seen
+    recipe = recipe.replace(targets=targets, rank=rank, alpha=rank, learning_rate=0.3)  # to be seen
+    adapter = train(recipe, pipe=pipe, family=family)
     assert set(adapter.deltas) == chosen(family, family.denoiser_of(pipe), targets)
+    assert adapter.scaling == 1 and (len({len(delta) for delta in adapter.deltas.values()}) > 1) == (rank == 12)
     options: dict[str, Any] = {"steps": 2, "guidance": 2.0, "resolution": 64}
     [ours] = generate(pipe, family, [PROMPT], [3], adapters=[(adapter, 1.0)], **options)
     [plain] = generate(pipe, family, [PROMPT], [3], **options)

@@ -81,8 +81,8 @@ def trained(pipe: Any, layers: list[str], basis: Basis, columns: tuple[int, ...]
     deltas, shapes = {}, {}
     for name, weight in base_weights(family.denoiser_of(pipe), layers).items():
         shapes[name] = tuple(weight.shape)
-        width = weight[0].numel()
-        delta = torch.randn(len(columns), width, generator=generator) * triangular_mask(columns, width)
+        width, held = weight[0].numel(), tuple(column for column in columns if column < basis[name].q.shape[1])
+        delta = torch.randn(len(held), width, generator=generator) * triangular_mask(held, width)
         deltas[name] = 2 * delta * weight.detach().norm() / delta.norm()
     metadata = AdapterMetadata(
         method="qrlora",
@@ -181,10 +181,19 @@ def test_a_layer_without_a_kohya_name_is_refused_by_name() -> None:
 # Export
 
 
-def test_an_export_loads_in_stock_diffusers_and_paints_the_same(pipe: Any, tmp_path: Path) -> None:
-    family, layers = family_of(pipe), layers_of(pipe)
-    basis = basis_for(pipe, layers)
-    adapter = trained(pipe, layers, basis, role="subject", trigger="<c>", licence="CC0-1.0", recipe={"steps": 7})
+@pytest.mark.parametrize("clipped", [False, True])
+def test_an_export_loads_in_stock_diffusers_and_paints_the_same(pipe: Any, tmp_path: Path, clipped: bool) -> None:
+    family, layers, columns = family_of(pipe), layers_of(pipe), (0, 2)
+    if clipped:  # the largest of all linear layers alone have the last column
+        linear = {n: m for n, m in family.denoiser_of(pipe).named_modules() if isinstance(m, nn.Linear)}
+        layers, columns = list(linear), (0, 2, max(min(m.weight.shape) for m in linear.values()) - 1)
+    basis = basis_for(pipe, layers, columns[-1] + 2)
+    described = {"role": "subject", "trigger": "<c>", "licence": "CC0-1.0", "recipe": {"steps": 7}}
+    adapter = trained(pipe, layers, basis, columns, **described)
+    if clipped:  # time embeddings too: at full strength rounding alone moves a picture by four of 255
+        weaker = {name: 0.1 * delta for name, delta in adapter.deltas.items()}
+        adapter = dataclasses.replace(adapter, deltas=weaker)
+    assert {len(delta) for delta in adapter.deltas.values()} == ({2, 3} if clipped else {2})
     ours, plain = picture(pipe, adapters=[(adapter, 1.0)]), picture(pipe)
     assert np.abs(ours - plain).max() > 2
     for target in ("diffusers", "kohya") if family.name in ("sd", "sdxl") else ("diffusers",):
@@ -201,7 +210,7 @@ def test_an_export_loads_in_stock_diffusers_and_paints_the_same(pipe: Any, tmp_p
         header = header_of(path)
         assert header["modelspec.trigger_phrase"] == "<c>" and header["modelspec.license"] == "CC0-1.0"
         assert header["modelspec.hash_sha256"] == "0x" + header["sshs_model_hash"]
-        assert header["ss_network_dim"] == "2" and header["ss_max_train_steps"] == "7"
+        assert header["ss_network_dim"] == str(len(columns)) and header["ss_max_train_steps"] == "7"
         assert header["modelspec.architecture"].endswith("/lora")
 
 

@@ -23,7 +23,7 @@ from transformers import (
     Dinov2Model,
 )
 
-from conftest import _tokenizer
+from conftest import byte_tokenizer
 from qrlora.errors import ModelError
 from qrlora.evaluation.learned import Eyes, style_network
 from qrlora.evaluation.measures import MEASURES, References, measure
@@ -60,7 +60,7 @@ def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     size: dict[str, int] = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2}
     size |= {"num_attention_heads": 2}
-    words = _tokenizer()
+    words = byte_tokenizer()
     ends = {"bos_token_id": len(words) - 2, "eos_token_id": len(words) - 1, "pad_token_id": len(words) - 1}
     text = CLIPTextConfig(**size, vocab_size=len(words), **ends)
     sight = CLIPVisionConfig(**size, image_size=SIDE, patch_size=PATCH)
@@ -180,7 +180,7 @@ def test_clip_compares_pictures_and_words(clip: Path) -> None:
     model = CLIPModel.from_pretrained(clip).eval()
     with torch.inference_mode():
         pixels = processor()(images=A.image, return_tensors="pt")["pixel_values"]
-        both = model(pixel_values=pixels, **_tokenizer()(["a red mug"], return_tensors="pt"))
+        both = model(pixel_values=pixels, **byte_tokenizer()(["a red mug"], return_tensors="pt"))
         expected = float(both.image_embeds[0] @ both.text_embeds[0])
     assert eyes.fit(A, "a red mug") == pytest.approx(expected, abs=1e-5)
     assert eyes.fit(A, "a red mug " * 50) != eyes.fit(A, "a blue car")  # what is too long is cut

@@ -105,6 +105,27 @@ def test_every_picture_of_a_batch_meets_its_own_composition(tiny) -> None:
         assert torch.equal(predict(denoiser, inputs), base)
 
 
+@torch.no_grad()
+def test_layers_that_hold_fewer_columns_are_composed_alike() -> None:
+    denoiser, inputs, _ = build("flux")
+    inputs = {name: value if name.endswith("_ids") else both(value) for name, value in inputs.items()}
+    options = {"std": 0.05, "r": 20, "lora_alpha": 20}
+    adapters = {
+        "mug": random_adapter(denoiser, "all-linear", 1, columns="subject", **options),
+        "chalk": random_adapter(denoiser, "all-linear", 2, columns="style", **options),
+    }
+    ranks = {len(delta) for delta in adapters["mug"].deltas.values()}
+    assert max(ranks) == 16 and len(ranks) > 1  # of 20
+    expected = each_alone(denoiser, inputs, adapters)
+    with Live(denoiser, adapters) as live:
+        live.compose(ROWS)
+        equal(predict(denoiser, inputs), expected)
+        live.compose([ROWS[1]], giving_way=0.5)
+        mixed = predict(denoiser, inputs)
+    attach(denoiser, giving(adapters, ROWS[1], 0.5), "sum")
+    equal(mixed, predict(denoiser, inputs))
+
+
 def giving(adapters: Mapping[str, Adapter], row: Mapping[str, float], share: float) -> Adapter:
     return Composition([(adapters[name], weight) for name, weight in row.items()], share).adapter()
 

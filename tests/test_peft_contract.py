@@ -38,6 +38,8 @@ class Small(nn.Module):
 
 LAYERS = {
     "linear": (lambda: nn.Linear(10, 12), (10,)),
+    "small": (lambda: nn.Linear(10, 2), (10,)),
+    "small conv": (lambda: nn.Conv2d(1, 8, (1, 2)), (1, 3, 4)),
     "transposed": (lambda: Conv1D(12, 10), (3, 10)),
     "conv1d": (lambda: nn.Conv1d(4, 8, 3), (4, 7)),
     "conv2d": (lambda: nn.Conv2d(3, 9, 3, padding=1, stride=2), (3, 6, 6)),

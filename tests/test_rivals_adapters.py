@@ -297,6 +297,8 @@ def test_unknown_methods_and_targets_are_refused(pipe: Any, recipe: Recipe) -> N
     for method in ("full", "lora"):
         with pytest.raises(RecipeError, match="targets match no layer"):
             teach(method, recipe.replace(targets=("nothing", "none")), pipe=pipe[0], family=pipe[1])
+    with pytest.raises(RecipeError, match=r"(?s)not all layers hold.*to_q \(32 of 40\)"):
+        teach("q_random", recipe.replace(targets="all-linear", rank=40), pipe=pipe[0], family=pipe[1])
     with pytest.raises(RecipeError, match="no more directions"):
         teach("orthogonal", recipe.replace(columns="15/20"), pipe=pipe[0], family=pipe[1])
 

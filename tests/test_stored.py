@@ -201,10 +201,19 @@ def test_eight_bit_floats_without_scales_are_read_as_they_are(model: Path) -> No
     assert torch.equal(weight, load_file(model / WEIGHTS)[f"{NAME}.weight"].float())
 
 
+def test_layers_of_fewer_columns_are_named(tiny_sd3: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["basis", str(tiny_sd3), "--rank", "20", "--targets", "all-linear", "--json"]) == 0
+    said = capsys.readouterr()
+    ranks = {name: layer["rank"] for name, layer in json.loads(said.out)["layers"].items()}
+    assert ranks["proj_out"] == 16 and ranks["time_text_embed.timestep_embedder.linear_1"] == 32
+    assert "proj_out (16 of 40)" in said.err
+    assert main(["basis", str(tiny_sd3), "--rank", "20", "--targets", "all-linear", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["computed"] == 0
+
+
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        (["--rank", "40"], "no basis of rank 80"),
         (["--rank", "2", "--basis-rank", "2"], "columns that do not fit"),
         (["--columns", "third"], "unknown columns"),
         (["--targets", "to_quux"], "targets match no layer"),

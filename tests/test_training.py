@@ -103,7 +103,12 @@ def test_learning_rate_rises_holds_and_falls(recipe: Recipe) -> None:
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"method": "lora", "warmup_steps": 5, "accumulation": 2}, {"preserve": "a lamp"}],
+    [
+        {},
+        {"method": "lora", "warmup_steps": 5, "accumulation": 2},
+        {"preserve": "a lamp"},
+        {"rank": 20, "alpha": 20, "targets": "all-linear"},  # more columns than some layers hold
+    ],
 )
 def test_resumed_run_is_the_uninterrupted_run_bit_for_bit(recipe: Recipe, changes: dict[str, Any]) -> None:
     recipe = recipe.replace(**changes)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from denoisers import BUILDERS, build, predict
 from qrlora import tuner as tuner_package
 from qrlora.basis import Basis, layer_basis
-from qrlora.errors import BasisError, TunerError
+from qrlora.errors import TunerError
 from qrlora.tuner import QRLoraConfig, QRLoraLayer, adapter_fingerprint, basis_digests, resolve_columns
 
 # diffusers' second add_adapter goes through a PEFT constructor that warns whenever the model has one already.
@@ -283,9 +283,45 @@ def test_targets_that_match_nothing_are_named(sd3, targets):
         model.add_adapter(QRLoraConfig(r=2, target_modules=targets))
 
 
-def test_a_rank_above_the_weight_names_the_layer():
-    with pytest.raises(BasisError, match=r"(?s)'narrow'.*from 1 to 3"):
-        get_peft_model(nn.ModuleDict({"narrow": nn.Linear(3, 9)}), QRLoraConfig(r=4, target_modules=["narrow"]))
+def test_a_rank_above_the_weight_is_clipped_to_it_and_said_once(caplog):
+    layers = nn.ModuleDict({"narrow": nn.Linear(3, 9), "wide": nn.Linear(8, 8), "single": nn.Linear(5, 1)})
+    weights = {name: layer.weight.detach().clone() for name, layer in layers.items()}
+    model = get_peft_model(layers, QRLoraConfig(r=4, lora_alpha=8, target_modules=list(weights)))
+    assert [record.getMessage() for record in caplog.records] == [
+        "rank clipped to what a layer's smaller side holds, in 2 layers: narrow (3 of 4), single (1 of 4)"
+    ]
+    basis = Basis.of(weights, 4)
+    for name in weights:
+        layer = layers[name]
+        nn.init.normal_(layer.lora_A["default"].weight)
+        assert torch.equal(layer.lora_B["default"].q, basis[name].q)
+        assert layer.delta_r("default").shape == (min(4, *weights[name].shape), weights[name].shape[1])
+        assert layer.scaling["default"] == 2.0  # of the rank that was asked for, in every layer
+        torch.testing.assert_close(layer.get_delta_weight("default"), 2 * basis[name].q @ layer.delta_r("default"))
+        assert layer.delta_r("default").count_nonzero() == layer.delta_r("default").triu().count_nonzero() > 0
+    assert adapter_fingerprint(model, "default") == basis.fingerprint
+
+
+def test_a_layer_without_a_column_of_the_adapter_s_stays_as_it_is(caplog):
+    layers = nn.ModuleDict({"single": nn.Linear(5, 1), "two": nn.Linear(2, 6), "wide": nn.Linear(8, 8)})
+    options = {"r": 3, "target_modules": list(layers), "init_lora_weights": False}
+    model = get_peft_model(layers, QRLoraConfig(columns="subject", **options))
+    model.add_adapter("style", QRLoraConfig(columns="style", **options))
+    assert caplog.messages[1].endswith("in 2 layers: single (0 of 3), two (1 of 3)")
+    owned = {n: {a: up.columns for a, up in layer.lora_B.items()} for n, layer in layers.items()}
+    assert owned == {
+        "single": {"default": (0,)},
+        "two": {"default": (0,), "style": (1,)},
+        "wide": {"default": (0, 2, 4), "style": (1, 3, 5)},
+    }
+    model.base_model.add_weighted_adapter(["default", "style"], [0.5, -2.0], "sum")
+    for layer in layers.values():
+        parts = zip(("default", "style"), (0.5, -2.0), strict=True)
+        expected = sum(weight * layer.get_delta_weight(name) for name, weight in parts if name in layer.lora_A)
+        torch.testing.assert_close(layer.get_delta_weight("sum"), expected)
+    with pytest.raises(TunerError, match=r"(?s)no target has a column.*single \(0 of 3\)"):
+        options["target_modules"] = ["single"]
+        get_peft_model(nn.ModuleDict({"single": nn.Linear(5, 1)}), QRLoraConfig(columns="style", **options))
 
 
 # One layer ------------------------------------------------------------------------------------------------------------

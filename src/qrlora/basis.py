@@ -32,6 +32,7 @@ VERSIONS = {"exact": 1, "fast": 2}
 ALGORITHMS = tuple(VERSIONS)
 
 _OVERSAMPLING = 4  # a Krylov block has rank / this columns beyond the rank
+_NAMED = 24  # layers named in a message
 _LEAST_BLOCKS = 8  # of the smaller side of a weight: below, its full decomposition is as quick
 _GAIN = 2e-3  # stop when the leading squared singular values could grow by this share of themselves, on average
 _LEFT_OVER = 1e-4  # what may be left of one space in another and still be orthonormal to the square of it
@@ -46,7 +47,8 @@ class LayerBasis:
     """Basis of one weight W (out, in), convolutions flattened to (out, in * kernel).
 
     Attributes:
-        q: (out, rank) float32, orthonormal columns spanning the first ``rank`` left singular vectors of W.
+        q: (out, rank) float32, orthonormal columns spanning the first ``rank`` left singular vectors of W; ``rank`` is
+            :func:`clipped_rank` of what was asked for.
         r: (rank, in) float32, ``Qᵀ W``: zero below the diagonal, positive on it.
         energy: share of ||W||_F² that ``Q R`` holds, in [0, 1].
     """
@@ -63,7 +65,7 @@ def layer_basis(weight: Tensor, rank: int, *, algorithm: str = "fast", seed: int
 
     Args:
         weight: (out, in) or (out, in, *kernel), any floating dtype; read as float32.
-        rank: number of columns, 1 to min(out, in * kernel).
+        rank: number of columns, 1 or more; a weight has no more of them than :func:`clipped_rank` says.
         algorithm: ``exact`` (full SVD) or ``fast`` (block Krylov, arXiv 1504.05477; small weights get the full SVD).
             The columns of ``fast`` hold at least 0.999 of the energy that those of ``exact`` hold; it stops when its
             residuals say so (0.9997 and more on 36 kinds of spectra, flat, sloping, stepped and with outliers).
@@ -71,9 +73,10 @@ def layer_basis(weight: Tensor, rank: int, *, algorithm: str = "fast", seed: int
         name: layer name for error messages.
 
     Raises:
-        BasisError: NaN or Inf, all zero, rank above min(shape) or above the numerical rank, unknown algorithm.
+        BasisError: NaN or Inf, all zero, rank below 1 or above the numerical rank, unknown algorithm.
     """
     matrix, scale = _checked_matrix(weight, rank, algorithm, name)
+    rank = clipped_rank(matrix.shape, rank)
     with _full_precision(matrix.device.type):
         return _with_coordinates(matrix, scale, _orthonormal_columns(matrix, rank, algorithm, seed, name))
 
@@ -133,7 +136,7 @@ class Basis(Mapping[str, LayerBasis]):
     """Q and R of every target weight of one base model at one rank, by layer name.
 
     Attributes:
-        rank, algorithm, seed: what the basis was asked for.
+        rank, algorithm, seed: what the basis was asked for; a small layer has fewer columns (:func:`clipped_rank`).
         digests: layer name -> digest of its weight.
         fingerprint: identity of all of it; two bases are the same if and only if their fingerprints are.
     """
@@ -198,6 +201,7 @@ def cached_layer_basis(
 ) -> LayerBasis:
     """:func:`layer_basis` through the cache on disk. ``digest`` is :func:`weight_digest` of ``weight``."""
     matrix, scale = _checked_matrix(weight, rank, algorithm, name)
+    rank = clipped_rank(matrix.shape, rank)
     path = cache_path(digest, rank, algorithm=algorithm, seed=seed, cache_dir=cache_dir)
     with _full_precision(matrix.device.type):
         q = _read_columns(path, matrix, rank) if path.exists() else None
@@ -211,24 +215,30 @@ def cached_layer_basis(
 def cache_path(
     digest: str, rank: int, *, algorithm: str = "fast", seed: int = 0, cache_dir: Path | None = None
 ) -> Path:
-    """Where :func:`cached_layer_basis` keeps the Q of a weight: a safetensors file, there once it was computed."""
+    """Where :func:`cached_layer_basis` keeps the Q of a weight: a safetensors file, there once it was computed.
+
+    rank: of the file's Q, so :func:`clipped_rank` of what the whole basis was asked for.
+    """
     identity = fingerprint({"": digest}, rank, algorithm, seed)
     return (default_cache_dir() if cache_dir is None else Path(cache_dir)) / f"{identity}.safetensors"
 
 
-def check_rank(shapes: Mapping[str, tuple[int, ...]], rank: int) -> None:
-    """Raise BasisError unless the weight of every layer (name -> shape) has a basis of this rank by its sides alone."""
-    small = {name: min(size[0], math.prod(size[1:])) for name, size in shapes.items()}
-    small = {name: largest for name, largest in small.items() if not 1 <= rank <= largest}
-    for name, largest in small.items():
-        layer = f"layer {name!r}" if name else "the weight"
-        others = f", nor have {len(small) - 1} others" if len(small) > 1 else ""
-        raise BasisError(
-            f"{layer} has no basis of rank {rank}{others}",
-            expected=f"a rank from 1 to {largest}, the smaller side of {shapes[name]}",
-            got=rank,
-            remedy="lower the rank or do not target this layer",
-        )
+def clipped_rank(shape: Sequence[int], rank: int) -> int:
+    """Columns that a basis of this rank has in a layer of this weight, (out, in, *kernel): all that its smaller side
+    holds, if that is fewer.
+
+    They are the first ones, so column c of the basis is there if c lies below this number, whoever owns it.
+    """
+    return min(rank, shape[0], math.prod(shape[1:]))
+
+
+def clipping(columns: Mapping[str, tuple[int, int]]) -> str:
+    """The sentence that names the layers (name -> columns held, columns asked for) with fewer columns than were asked
+    for; empty if there are none."""
+    fewer = [f"{name} ({held} of {asked})" for name, (held, asked) in columns.items() if held < asked]
+    more = f" and {len(fewer) - _NAMED} others" if len(fewer) > _NAMED else ""
+    listed = ", ".join(fewer[:_NAMED]) + more
+    return f"rank clipped to what a layer's smaller side holds, in {len(fewer)} layers: {listed}" if fewer else ""
 
 
 @dataclass(frozen=True)
@@ -304,8 +314,9 @@ def _checked_matrix(weight: Tensor, rank: int, algorithm: str, name: str) -> tup
             got=f"{weight.dtype} of shape {tuple(weight.shape)}{' on the meta device' if weight.is_meta else ''}",
             remedy="dequantise the weight first, or do not target this layer",
         )
+    if rank < 1:
+        raise BasisError(f"{layer} has no basis", expected="a rank of 1 or more", got=rank, remedy="raise the rank")
     matrix = weight.detach().flatten(1).to(torch.float32)
-    check_rank({name: tuple(matrix.shape)}, rank)
     low, high = (float(value) for value in matrix.aminmax())  # NaN passes through both
     if not math.isfinite(high - low):
         raise BasisError(f"{layer} has no basis", expected="finite values", got="NaN or Inf", remedy="repair the model")

@@ -3,11 +3,17 @@
 Compact spelling: one tensor `<layer>.delta_r` per layer, (rank, in). A triangular ΔR is packed into one dimension: row
 after row, of row i the entries from columns[i] on (the others are zero by definition, see `record.triangular_mask`).
 
+rank and columns are a layer's own wherever a basis is stood on: of `qrlora.columns` those below the smaller side of its
+base weight (out, in · kernel), all of them unless the layer is small. `qrlora.rank` counts `qrlora.columns`, and alpha
+over it is the scaling s of every layer.
+
 LoRA spelling: `<denoiser>.<layer>.lora_A.weight` = s · ΔR, (rank, in) or (rank, in, kh, kw), and `.lora_B.weight` = Q's
-columns, (out, rank) or (out, rank, 1, 1). alpha equals rank and there are no `.alpha` keys: diffusers reads it as is.
+columns, (out, rank) or (out, rank, 1, 1). alpha equals rank and there are no `.alpha` keys: diffusers reads it as is,
+each layer at its own rank.
 
 Kohya spelling: the same pairs under the names of another ecosystem, `<name>.lora_down.weight`, `<name>.lora_up.weight`,
-and `<name>.alpha` = rank. Which name stands for which layer is in the metadata, `qrlora.names` (JSON: layer -> name).
+and `<name>.alpha` = the layer's rank. Which name stands for which layer is in the metadata, `qrlora.names` (JSON:
+layer -> name).
 
 The metadata of all three describes the tensors of that very file, every field as a string under `qrlora.<field>`; plus
 `qrlora.format` (the spelling), `qrlora.layers` (JSON: layer -> [shape of the base weight, its digest, marks of Q], in
@@ -134,7 +140,7 @@ def _compact_tensors(adapter: Adapter) -> dict[str, Tensor]:
     tensors = {}
     for name, delta in adapter.deltas.items():
         delta = delta.detach().cpu()
-        tensors[f"{name}.delta_r"] = pack(delta, meta.columns) if meta.triangular else delta.contiguous()
+        tensors[f"{name}.delta_r"] = pack(delta, adapter.columns(name)) if meta.triangular else delta.contiguous()
     return tensors
 
 
@@ -164,7 +170,7 @@ def _lora_tensors(adapter: Adapter, basis: Basis | None, names: Mapping[str, str
         tensors[down_key] = down.detach().cpu().reshape(-1, *shape[1:]).contiguous()
         tensors[up_key] = up.detach().cpu().to(down.dtype).reshape(*up.shape, *kernel).contiguous()
         if names is not None:  # float32, because a half-precision alpha of 129 would be 128
-            tensors[f"{names[name]}.alpha"] = torch.tensor(float(adapter.metadata.rank))
+            tensors[f"{names[name]}.alpha"] = torch.tensor(float(len(down)))
     return tensors
 
 
@@ -189,14 +195,14 @@ def tensor_shapes(
     """Key and shape of every tensor of a file; `layers` are the shapes of the base weights, `names` as in saving."""
     keys: dict[str, list[int]] = {}
     for name, shape in layers.items():
-        width = math.prod(shape[1:])
+        width, rank = math.prod(shape[1:]), meta.rank_in(shape)
         if spelling == "compact":
-            kept = sum(max(width - column, 0) for column in meta.columns)
-            keys[f"{name}.delta_r"] = [kept] if meta.triangular else [meta.rank, width]
+            kept = sum(width - column for column in meta.columns_in(shape))
+            keys[f"{name}.delta_r"] = [kept] if meta.triangular else [rank, width]
         else:
             down, up = _pair_keys(name, meta.denoiser, names)
-            keys[down] = [meta.rank, *shape[1:]]
-            keys[up] = [shape[0], meta.rank, *[1] * (len(shape) - 2)]
+            keys[down] = [rank, *shape[1:]]
+            keys[up] = [shape[0], rank, *[1] * (len(shape) - 2)]
             keys |= {f"{names[name]}.alpha": []} if names is not None else {}
     return keys
 
@@ -230,13 +236,14 @@ class _Plan:
         for layer, shape in self.shapes.items():
             if self.spelling == "compact":
                 stored, width = tensors[f"{layer}.delta_r"], math.prod(shape[1:])
-                deltas[layer] = unpack(stored, meta.columns, width) if meta.triangular else stored
+                deltas[layer] = unpack(stored, meta.columns_in(shape), width) if meta.triangular else stored
             else:
                 keys = _pair_keys(layer, meta.denoiser, self.names)
                 deltas[layer], ups[layer] = (tensors[key].flatten(1) for key in keys)
                 if self.names is not None:
                     alpha = float(tensors[f"{self.names[layer]}.alpha"])
-                    require(alpha == meta.rank, f"{layer}: alpha is not rank", expected=meta.rank, got=alpha)
+                    rank = meta.rank_in(shape)
+                    require(alpha == rank, f"{layer}: alpha is not rank", expected=rank, got=alpha)
         if meta.on_basis:
             for layer, up in ups.items():
                 _check_orthonormal(layer, up)
@@ -258,10 +265,6 @@ def _plan_ours(raw: Mapping[str, str]) -> _Plan:
         require(meta.alpha == meta.rank, "alpha is not rank", expected=f"alpha {meta.rank}", got=meta.alpha)
     else:
         require(meta.on_basis, "no compact spelling of this method", expected="qrlora", got=meta.method)
-    if meta.on_basis:
-        smallest = min(min(shape[0], math.prod(shape[1:])) for shape in shapes.values())
-        fits = meta.basis_rank <= smallest
-        require(fits, "basis larger than a weight", expected=f"rank at most {smallest}", got=meta.basis_rank)
     names = decode_names(raw["qrlora.names"], shapes) if spelling == "kohya" else None
     return _Plan(spelling, meta, shapes, digests, marks, names)
 

@@ -12,6 +12,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from peft import LoraConfig, PeftModel
 from peft.functional import inject_adapter_in_model, set_adapter
 from peft.tuners.lora import LoraLayer
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from qrlora.adapter.record import Adapter, AdapterMetadata
 from qrlora.basis import fingerprint, weight_digest
 from qrlora.errors import MismatchError, TunerError
-from qrlora.tuner import QRLoraConfig, QRLoraLayer, adapter_fingerprint, basis_digests, basis_marks
+from qrlora.tuner import QRLoraConfig, QRLoraLayer, adapter_fingerprint, basis_digests, basis_marks, resolve_columns
 from qrlora.tuner.layer import readable_weight
 
 
@@ -50,7 +51,8 @@ def adapter_from_model(
     deltas, ups, described = _tensors(model, layers, adapter_name, config)
     digests = basis_digests(model, adapter_name) if ups is None else {}
     marks = basis_marks(model, adapter_name) if ups is None else {}
-    rank = next(iter(deltas.values())).shape[0]
+    # What was asked for: a layer may hold fewer columns. The LoRA of a trained basis has twice as many.
+    rank = next(iter(layers.values())).r[adapter_name] * (2 if described["method"] == "qrlora_train_basis" else 1)
     metadata = AdapterMetadata(
         rank=rank,
         alpha=rank * _one_scaling(layers, adapter_name, config),
@@ -207,20 +209,29 @@ def _tensors(
     if not isinstance(config, QRLoraConfig):
         plain = {name: _copy(down.weight) for name, down in downs.items()}
         return plain, {name: _copy(up.weight) for name, up in ups.items()}, {"method": "lora"}
-    if config.train_basis:
-        whole = {name: _copy(down.down()) for name, down in downs.items()}
-        described = {"method": "qrlora_train_basis", "triangular": config.triangular}
-        return whole, {name: _copy(up.up()) for name, up in ups.items()}, described
-    described = {
-        "method": "qrlora",
+    rank = next(iter(layers.values())).r[adapter_name]
+    described: dict[str, Any] = {
         "basis_rank": config.rank_of_basis,
-        "columns": tuple(next(iter(ups.values())).columns),
+        "columns": resolve_columns(config.columns, rank, config.rank_of_basis),
         "triangular": config.triangular,
+    }
+    if config.train_basis:
+        described["method"] = "qrlora_train_basis"
+        whole = {name: _halves(_copy(down.down()), rank) for name, down in downs.items()}
+        return whole, {name: _halves(_copy(up.up()).T, rank).T.contiguous() for name, up in ups.items()}, described
+    described |= {
+        "method": "qrlora",
         "algorithm": config.algorithm,
         "basis_seed": config.basis_seed,
         "basis_fingerprint": adapter_fingerprint(model, adapter_name),
     }
     return {name: _copy(down.delta_r()) for name, down in downs.items()}, None, described
+
+
+def _halves(rows: Float[Tensor, "held width"], rank: int) -> Float[Tensor, "all width"]:
+    """Both halves of a trained basis' factor filled up with zeros to `rank` rows each, which changes no product: a LoRA
+    has one rank in all layers."""
+    return torch.cat([nn.functional.pad(half, (0, 0, 0, rank - len(half))) for half in rows.chunk(2)])
 
 
 def _copy(matrix: Tensor) -> Tensor:

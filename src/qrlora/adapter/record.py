@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from qrlora.basis import TURNED, VERSIONS, Basis, fingerprint, marks, turned, version_of
+from qrlora.basis import TURNED, VERSIONS, Basis, clipped_rank, fingerprint, marks, turned, version_of
 from qrlora.errors import AdapterFileError, MismatchError, bounded
 
 FORMAT_VERSION = 1
@@ -34,8 +34,9 @@ class AdapterMetadata:
     """What an adapter says about itself; written into its file, one string per field.
 
     method            "qrlora" (ΔR on a basis), "qrlora_train_basis" (Q and R both trained: a rank-2r LoRA) or "lora"
-    rank, alpha       rows of each ΔR; the scaling is s = alpha / rank
-    basis_rank        columns of the whole basis, of which `columns` (increasing, from 0) are this adapter's
+    rank, alpha       rows of each ΔR; the scaling is s = alpha / rank, in every layer
+    basis_rank        columns of the whole basis, of which `columns` (increasing, from 0) are this adapter's; a layer
+                      whose smaller side is k has those below k alone (`columns_in`), and as many rows of ΔR
     triangular        ΔR is upper triangular in basis coordinates: the row of column c is zero before entry c
     algorithm, basis_seed, basis_fingerprint    which basis (see qrlora.basis)
     family, denoiser  row of the family table; the pipeline's attribute that is adapted ("transformer" or "unet")
@@ -97,6 +98,15 @@ class AdapterMetadata:
         """True if the adapter is ΔR alone and its Q is found by fingerprint; False if it carries its own ups."""
         return self.method == "qrlora"
 
+    def columns_in(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """Those of the columns that a layer of this weight has."""
+        held = clipped_rank(shape, self.basis_rank)
+        return tuple(column for column in self.columns if column < held)
+
+    def rank_in(self, shape: Sequence[int]) -> int:
+        """Rows of ΔR, or of down, in a layer of this weight; an adapter with its own ups has one rank everywhere."""
+        return len(self.columns_in(shape)) if self.on_basis else self.rank
+
     @property
     def scaling(self) -> float:
         """s = alpha / rank: ΔW = s · Q ΔR."""
@@ -130,7 +140,8 @@ def triangular_mask(columns: tuple[int, ...], width: int) -> Bool[Tensor, "rank 
 class Adapter:
     """All ΔR of one training run: ΔW = s · Q[:, columns] · ΔR per layer (arXiv 2507.04599: R + ΔR trains, Q is frozen).
 
-    deltas   layer name -> ΔR, (rank, in), float32/16 or bfloat16; a convolution's input is flattened to in·kh·kw
+    deltas   layer name -> ΔR, (rank, in), float32/16 or bfloat16; a convolution's input is flattened to in·kh·kw;
+             fewer rows in a layer that has fewer of the columns (`columns`)
     shapes   layer name -> shape of the base weight: (out, in) or (out, in, *kernel)
     digests  layer name -> digest of the base weight the basis was made of; empty for plain LoRA
     ups      layer name -> (out, rank) if the adapter carries its own left factor (plain LoRA, train_basis); else None
@@ -164,29 +175,29 @@ class Adapter:
         meta, shape = self.metadata, self.shapes[layer]
         require(2 <= len(shape) <= 5, f"{layer}: no matrix or convolution", expected="2 to 5 sizes", got=shape)
         out, width = shape[0], math.prod(shape[1:])
+        rank = meta.rank_in(shape)
+        require(rank > 0, f"{layer}: has no column of the adapter's", expected=f"columns of {shape}", got=meta.columns)
         require(
-            tuple(self.deltas[layer].shape) == (meta.rank, width),
+            tuple(self.deltas[layer].shape) == (rank, width),
             f"{layer}: ΔR has another shape than rank and base weight say",
-            expected=(meta.rank, width),
+            expected=(rank, width),
             got=tuple(self.deltas[layer].shape),
         )
         if self.ups is not None:
             got = tuple(self.ups[layer].shape)
             require(got == (out, meta.rank), f"{layer}: up has the wrong shape", expected=(out, meta.rank), got=got)
             return
-        require(
-            meta.basis_rank <= min(out, width),
-            f"{layer}: the basis's rank is larger than the weight",
-            expected=f"at most {min(out, width)}",
-            got=meta.basis_rank,
-        )
         if meta.triangular:
-            below = ~triangular_mask(meta.columns, width)
+            below = ~triangular_mask(self.columns(layer), width)
             require(
                 not bool(self.deltas[layer].detach().cpu()[below].any()),
                 f"{layer}: ΔR is called triangular, but has entries below the diagonal",
                 remedy="set triangular=False, or zero them: ΔR[i, :columns[i]] = 0",
             )
+
+    def columns(self, layer: str) -> tuple[int, ...]:
+        """The basis columns that the rows of a layer's ΔR belong to."""
+        return self.metadata.columns_in(self.shapes[layer])
 
     @property
     def scaling(self) -> float:
@@ -229,17 +240,19 @@ class Adapter:
     def parameters(self) -> ParameterCount:
         """Count what was trained: r·in per layer, less the zeros of the triangle; with r·out where Q trains too.
 
-        LoRA of the same rank trains r·(out + in). A composition trains nothing: there `trained` counts what is kept.
+        LoRA of the same rank trains r·(out + in), in small layers too. A composition trains nothing: there `trained`
+        counts what is kept.
         """
         meta = self.metadata
         # An exported train_basis adapter has rank 2r: the trained pair, and the frozen pair it replaces.
         rank = meta.rank // 2 if meta.method == "qrlora_train_basis" else meta.rank
-        columns = meta.columns or tuple(range(rank))
         trained = lora = 0
         for shape in self.shapes.values():
             out, width = shape[0], math.prod(shape[1:])
-            trained += sum(width - c for c in columns) if meta.triangular else rank * width
-            trained += 0 if meta.on_basis else rank * out
+            # Neither plain LoRA nor an older train_basis file says columns: it has the first ones, all of them.
+            columns = meta.columns_in(shape) if meta.columns else tuple(range(rank))
+            trained += sum(width - c for c in columns) if meta.triangular else len(columns) * width
+            trained += 0 if meta.on_basis else len(columns) * out
             lora += rank * (out + width)
         return ParameterCount(trained, lora)
 
@@ -247,11 +260,12 @@ class Adapter:
         """The left factor of ΔW: its own up, or its columns of the layer's Q; MismatchError if that Q does not fit."""
         if self.ups is not None:
             return self.ups[layer]
-        expected = (self.shapes[layer][0], self.metadata.basis_rank)
+        shape = self.shapes[layer]
+        expected = (shape[0], clipped_rank(shape, self.metadata.basis_rank))
         if q is None or tuple(q.shape) != expected:
             got = "no Q" if q is None else tuple(q.shape)
             raise MismatchError(f"{layer}: ΔR needs the Q of its whole basis", expected=expected, got=got)
-        return q[:, list(self.metadata.columns)]
+        return q[:, list(self.columns(layer))]
 
     def delta_weight(self, layer: str, q: Float[Tensor, "out basis_rank"] | None = None) -> Float[Tensor, "out in"]:
         """ΔW = s · Q[:, columns] · ΔR in float32; a convolution's stays flattened (reshape to `shapes[layer]`)."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -44,7 +45,7 @@ def run_basis(options: argparse.Namespace) -> None:
     """Compute or find Q of every layer, check it, and say so."""
     import torch
 
-    from qrlora.basis import VERSIONS, check_rank, default_cache_dir, fingerprint
+    from qrlora.basis import VERSIONS, clipped_rank, clipping, default_cache_dir, fingerprint
     from qrlora.families import default_device
     from qrlora.families.stored import stored_weights
     from qrlora.training.recipe import DEFAULT_RANK, module_names
@@ -55,9 +56,11 @@ def run_basis(options: argparse.Namespace) -> None:
     basis_rank = options.basis_rank or least_basis_rank(options.columns, rank)
     targets = module_names(options.targets) if options.targets else None
     weights, family = stored_weights(options.model, targets, getattr(torch, options.dtype))
-    check_rank(weights.shapes, basis_rank)  # at once, not after the layers before a small one
+    ranks = {name: clipped_rank(shape, basis_rank) for name, shape in weights.shapes.items()}
+    if clipped := clipping({name: (held, basis_rank) for name, held in ranks.items()}):
+        print(clipped, file=sys.stderr)
     device, started = default_device(), time.perf_counter()
-    digests, layers = _compute(weights, basis_rank, options.algorithm, device)
+    digests, layers = _compute(weights, ranks, options.algorithm, device)
     report = {
         "model": options.model,
         "family": family.name,
@@ -75,7 +78,7 @@ def run_basis(options: argparse.Namespace) -> None:
 
 
 def _compute(
-    weights: Mapping[str, torch.Tensor], rank: int, algorithm: str, device: torch.device
+    weights: Mapping[str, torch.Tensor], ranks: Mapping[str, int], algorithm: str, device: torch.device
 ) -> tuple[dict[str, str], dict[str, dict[str, Any]]]:
     """Digest of every weight, and what its basis is like; a layer at a time, each kept before the next is begun."""
     from qrlora.basis import cache_path, cached_layer_basis, verify, weight_digest
@@ -86,13 +89,13 @@ def _compute(
     try:
         for name in weights:
             started, weight = time.perf_counter(), weights[name]
-            digests[name] = weight_digest(weight)
+            digests[name], rank = weight_digest(weight), ranks[name]
             cached = cache_path(digests[name], rank, algorithm=algorithm).exists()
             weight = weight.to(device)
             basis = cached_layer_basis(weight, digests[name], rank, algorithm=algorithm, name=name)
             checked = asdict(verify(weight, basis, name))
             seconds = round(time.perf_counter() - started, 3)
-            layers[name] = {"shape": list(weight.shape), "cached": cached, **checked, "seconds": seconds}
+            layers[name] = {"shape": list(weight.shape), "rank": rank, "cached": cached, **checked, "seconds": seconds}
             bar(len(layers), len(weights), name)
     except KeyboardInterrupt as interrupt:
         kept = f"interrupted; {len(layers)} of {len(weights)} layers are kept, and the same command does the rest"

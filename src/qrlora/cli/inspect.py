@@ -37,6 +37,7 @@ def run_inspect(options: argparse.Namespace) -> None:
             "trigger": metadata["trigger"] or "none",
             "needs": f"base model {metadata['base_model'] or 'not recorded'}, family {metadata['family'] or 'unknown'}",
             "basis": record["basis"],
+            **({"clipped": record["clipped"]} if record["clipped"] else {}),
             "parameters": f"{parameters['trained']:,}; a LoRA of the same rank has {parameters['lora_same_rank']:,} "
             f"(ratio {parameters['ratio']:.4f})",
             "file": f"{record['bytes']:,} bytes",
@@ -50,7 +51,7 @@ def describe(path: Path, adapter: Adapter) -> dict[str, Any]:
     """Everything `inspect` knows about one file, as JSON values."""
     from dataclasses import asdict
 
-    from qrlora.basis import VERSIONS
+    from qrlora.basis import VERSIONS, clipping
 
     metadata = adapter.metadata
     count = adapter.parameters()
@@ -67,6 +68,7 @@ def describe(path: Path, adapter: Adapter) -> dict[str, Any]:
         "bytes": path.stat().st_size,
         "layers": len(adapter.deltas),
         "basis": basis,
+        "clipped": clipping({name: (len(delta), metadata.rank) for name, delta in adapter.deltas.items()}),
         "parameters": {"trained": count.trained, "lora_same_rank": count.lora_same_rank, "ratio": count.ratio},
         "metadata": asdict(metadata) | {"recipe_digest": metadata.recipe_digest},
         "shapes": {name: list(shape) for name, shape in adapter.shapes.items()},

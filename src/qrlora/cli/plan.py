@@ -47,7 +47,8 @@ def table(plan: Plan) -> str:
         "file, compact": [_size(one.file_bytes.get("compact")) for one in estimates],
         "file, as a LoRA": [_size(one.file_bytes["lora"]) for one in estimates],
         **{f"  {part.replace('_', ' ')}": [_size(one.memory[part]) for one in estimates] for part in first.memory},
-        "memory while training": [_size(sum(one.memory.values())) for one in estimates],
+        **({"  the program itself": [_size(plan.program_bytes)] * len(estimates)} if plan.program_bytes else {}),
+        "memory while training": [_size(plan.program_bytes + sum(one.memory.values())) for one in estimates],
         "operations of a step": [f"{one.flops:.2e}" for one in estimates],
     }
     if first.step_seconds is not None:
@@ -65,14 +66,15 @@ def table(plan: Plan) -> str:
             f"{name:<24}" + "".join(f"{cell:>{width + 3}}" for cell, width in zip(row, widths, strict=True))
             for name, row in rows.items()
         ),
-        f"before that, until the encoders leave: {_size(plan.loading_bytes)} ({_size(plan.host_bytes)} are loaded)",
+        f"before that, until the encoders leave: at most {_size(plan.program_bytes + plan.loading_bytes)} "
+        f"({_size(plan.host_bytes)} are loaded)",
         *_warnings(plan, first),
     ]
     return "\n".join(line.rstrip() for line in lines)
 
 
 def _warnings(plan: Plan, first: Estimate) -> list[str]:
-    need = max(plan.loading_bytes, sum(first.memory.values()))
+    need = plan.program_bytes + max(plan.loading_bytes, sum(first.memory.values()))
     if need <= plan.free_bytes:
         return []
     short = f"It does not fit: {_size(need)} are needed and {_size(plan.free_bytes)} are free."

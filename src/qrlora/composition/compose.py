@@ -98,7 +98,7 @@ class Composition:
             basis_fingerprint=fingerprint(digests, first.basis_rank, first.algorithm, first.basis_seed),
             **collected(self.parts, self.giving_way),
         )
-        deltas = {name: delta(name, columns, math.prod(shape[1:])) for name, shape in shapes.items()}
+        deltas = {name: delta(name, metadata.columns_in(shape), math.prod(shape[1:])) for name, shape in shapes.items()}
         name, marks = joined((a.name for a, _ in self.parts), "+"), union(adapter.marks for adapter, _ in self.parts)
         return Adapter(metadata, deltas, shapes, digests, name=name, marks=marks)
 
@@ -110,7 +110,7 @@ class Composition:
         total = torch.zeros(len(columns), width, dtype=torch.float64)
         for adapter, weight in parts:
             if layer in adapter.deltas:
-                rows = [columns.index(column) for column in adapter.metadata.columns]
+                rows = [columns.index(column) for column in adapter.columns(layer)]
                 total[rows] += weight * scaled_down(adapter, layer)
         return check_sum(total.float(), parts, layer)
 
@@ -216,7 +216,7 @@ def _check_on_its_basis(adapter: Adapter) -> None:
 
 def _inner_on_basis(a: Adapter, b: Adapter, layer: str) -> Float[Tensor, ""]:
     """⟨ΔWₐ, ΔW_b⟩ on one basis = sₐ s_b ⟨ΔRₐ, ΔR_b⟩, because QᵀQ = I."""
-    return products(scaled_down(a, layer), scaled_down(b, layer), a.metadata.columns, b.metadata.columns)[0]
+    return products(scaled_down(a, layer), scaled_down(b, layer), a.columns(layer), b.columns(layer))[0]
 
 
 def _shared_rows(rows: Sequence[Float[Tensor, "_ in"] | None]) -> Float[Tensor, "parts parts"]:

@@ -200,13 +200,14 @@ class Live:
     def _stacked(self, adapters: Sequence[Adapter]) -> dict[str, Tensor]:
         """Of every layer (adapters, rank * in) float32: s · ΔR of each, on the columns of what is attached."""
         assert self._attached
-        columns, stacks = self._attached[1].metadata.columns, {}
+        attached, stacks = self._attached[1], {}
         for layer, delta in self._layers.items():
+            columns = attached.columns(layer)
             width = delta.weight[0].numel()
             stack = delta.weight.new_zeros(len(adapters), len(columns), width, dtype=torch.float32)
             for place, adapter in enumerate(adapters):
                 if layer in adapter.deltas:
-                    rows = [columns.index(column) for column in adapter.metadata.columns]
+                    rows = [columns.index(column) for column in adapter.columns(layer)]
                     stack[place, rows] = adapter.scaling * adapter.deltas[layer].to(stack)
             stacks[layer] = stack.flatten(1)
         return stacks

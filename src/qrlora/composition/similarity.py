@@ -67,7 +67,7 @@ def _inner_products(
     up_a, up_b = known_up(a, basis_a, layer), known_up(b, basis_b, layer)
     found = {}
     if a.metadata.on_basis and b.metadata.on_basis:
-        columns = a.metadata.columns, b.metadata.columns
+        columns = a.columns(layer), b.columns(layer)
         found["delta_r"] = products(down_a, down_b, *columns)
         if one_basis:
             found["delta_w"] = found["delta_r"]

@@ -99,14 +99,20 @@ def on_columns(
     """An adapter on `columns` of `basis` whose ΔR of a layer is coordinates(layer, Q[:, columns]), in float64.
 
     `whole` is ‖ΔW‖² by layer, complete when all coordinates have been asked for; `described`: fields of `DESCRIPTION`.
+    A small layer that has none of the columns keeps nothing and is left out.
     """
     owned = tuple(range(basis.rank)) if columns is None else tuple(columns)
     deltas, kept = {}, {}
     for layer, shape in shapes.items():
-        delta = coordinates(layer, basis[layer].q.detach().cpu().double()[:, list(owned)])
+        q = basis[layer].q.detach().cpu().double()
+        held = [column for column in owned if column < q.shape[1]]
+        delta = coordinates(layer, q[:, held])
         if triangular:
-            delta = delta * triangular_mask(owned, math.prod(shape[1:]))
-        deltas[layer], kept[layer] = delta.float(), float(delta.square().sum())
+            delta = delta * triangular_mask(tuple(held), math.prod(shape[1:]))
+        kept[layer] = float(delta.square().sum())
+        if held:
+            deltas[layer] = delta.float()
+    shapes = {layer: shapes[layer] for layer in deltas}
     digests = {layer: basis.digests[layer] for layer in deltas}
     metadata = AdapterMetadata(
         method="qrlora",

@@ -15,6 +15,7 @@ from functools import partial, reduce
 from operator import add
 from typing import Any
 
+import psutil
 import torch
 from peft.tuners.lora import LoraLayer
 from torch import nn
@@ -22,7 +23,7 @@ from torch.utils._pytree import tree_iter
 
 from qrlora.adapter import AdapterMetadata
 from qrlora.adapter.file import tensor_shapes
-from qrlora.basis import check_rank, layer_basis, weight_digest
+from qrlora.basis import layer_basis, weight_digest
 from qrlora.errors import DataError
 from qrlora.families import ModelFamily, default_device, free_memory, load_structure
 from qrlora.training.dataset import find_pictures
@@ -45,7 +46,7 @@ class Estimate:
     Attributes:
         layers, parameters: adapted layers, and numbers trained in all of them.
         file_bytes: spelling -> size of the adapter's file.
-        memory: part -> bytes on the device while training; together they are the peak.
+        memory: part -> bytes on the device while training; together, and with the plan's `program_bytes`, the peak.
         flops: of one optimiser step, multiplications and additions counted apart.
         step_seconds, basis_seconds: time of a step, and of the basis (once for a base model and rank); None if there is
             none, or it was not timed.
@@ -67,7 +68,11 @@ class Plan:
     Attributes:
         family, resolution: of the base model, and of the pictures.
         device, free_bytes: what training will run on, and how much memory it has to give now.
-        loading_bytes: weights that are on the device while the pictures are encoded.
+        program_bytes: what Python and the libraries themselves take of the device's memory, if it is the computer's:
+            as much as while the plan is made.
+        loading_bytes: what is on the device besides while the pictures are encoded: weights, and the largest
+            picture's activations in the autoencoder. On a CPU the most that it can be: weights that are stored in
+            the recipe's dtype are mapped from their files and come to memory as they are used.
         host_bytes: weights that the computer itself reads: of the whole pipeline.
     """
 
@@ -76,6 +81,7 @@ class Plan:
     resolution: int
     device: str
     free_bytes: int
+    program_bytes: int
     loading_bytes: int
     host_bytes: int
     estimates: dict[str, Estimate]
@@ -95,7 +101,7 @@ def plan(recipe: Recipe, timed: bool = True) -> Plan:
 
     Raises:
         ModelError: the base model's configs cannot be found or read.
-        RecipeError, TunerError, BasisError: no such targets or options, or a rank larger than a weight.
+        RecipeError, TunerError: no such targets or options, or a rank of which no target has a column.
         DataError: a caption longer than the model reads.
     """
     pipe, family = load_structure(recipe.model, getattr(torch, recipe.dtype))
@@ -108,6 +114,7 @@ def plan(recipe: Recipe, timed: bool = True) -> Plan:
         resolution=recipe.resolution or family.resolution(pipe),
         device=_name(device),
         free_bytes=free_memory(device),
+        program_bytes=psutil.Process().memory_info().rss if device.type == "cpu" else 0,
         loading_bytes=_loading_bytes(recipe, pipe, family, device),
         host_bytes=sum(map(module_bytes, _networks(pipe).values())),
         estimates={name: _estimate(one, pipe, family, pace) for name, one in methods.items()},
@@ -124,8 +131,6 @@ def _estimate(recipe: Recipe, pipe: Any, family: ModelFamily, pace: Pace | None)
         }
         shapes = {name: tuple(layer.get_base_layer().weight.shape) for name, layer in layers.items()}
         metadata = _metadata(recipe, denoiser.peft_config[ADAPTER_NAME])
-        if metadata.basis_rank:  # the error that training would stop at, before a layer is loaded
-            check_rank(shapes, metadata.basis_rank)
         for layer in layers.values():
             if isinstance(layer, QRLoraLayer):
                 layer.reserve_basis()
@@ -202,7 +207,7 @@ def _outside(metadata: AdapterMetadata, shapes: Mapping[str, tuple[int, ...]]) -
     """Entries of all ΔR that are kept at zero."""
     if not metadata.triangular:
         return 0
-    return sum(min(column, math.prod(shape[1:])) for shape in shapes.values() for column in metadata.columns)
+    return sum(column for shape in shapes.values() for column in metadata.columns_in(shape))
 
 
 def _file_bytes(recipe: Recipe, metadata: AdapterMetadata, shapes: Mapping[str, tuple[int, ...]], spelling: str) -> int:
@@ -230,11 +235,17 @@ def _networks(pipe: Any) -> dict[str, nn.Module]:
 
 
 def _loading_bytes(recipe: Recipe, pipe: Any, family: ModelFamily, device: torch.device) -> int:
-    """Weights on the device before the encoders leave it. A GPU sees the denoiser after that, unless it is needed."""
+    """What is on the device before the encoders leave it. A GPU sees the denoiser after that, unless it is needed."""
     networks = _networks(pipe)
     denoiser = module_bytes(networks.pop(family.denoiser))
-    encoders = 0 if recipe.offload and device.type != "cpu" else sum(map(module_bytes, networks.values()))
-    return encoders + (denoiser if recipe.preserve or device.type == "cpu" else 0)
+    there = denoiser if recipe.preserve or device.type == "cpu" else 0
+    if not (recipe.offload and device.type != "cpu"):
+        side = recipe.resolution or family.resolution(pipe)
+        picture = torch.zeros(1, 3, side, side, device=pipe.device)
+        with torch.no_grad(), Rehearsal([picture]) as encoding:
+            family.encode_images(pipe, picture)
+        there += sum(map(module_bytes, networks.values())) + encoding.peak
+    return there
 
 
 def _sampling_bytes(recipe: Recipe, pipe: Any, family: ModelFamily) -> int:

@@ -45,11 +45,17 @@ class QRLoraConfig(LoraConfig):
     starts ΔR at zero, so a fresh adapter leaves the model as it was; ``False`` gives a random ΔR, for tests.
 
     Attributes:
+        r: rank. A layer whose smaller side holds fewer basis columns than this adapter owns gets those of them that it
+            has (see ``columns``); the scaling stays ``lora_alpha / r`` there, so that a number of ΔR moves the weight
+            as much in every layer and in every adapter on the basis, which sums in ΔR and one learning rate rely on.
         triangular: keep ΔR upper triangular in the coordinates of the whole basis (the published form): the row of
             basis column c is zero left of entry c.
         basis_rank: rank of the basis the columns are taken from; by default the least that holds them.
         columns: which columns of the basis this adapter owns. ``first`` (the first r), ``i/n`` (i, i + n, i + 2n, ...),
-            ``subject`` (``0/2``), ``style`` (``1/2``), or r increasing column numbers.
+            ``subject`` (``0/2``), ``style`` (``1/2``), or r increasing column numbers. A layer whose smaller side is
+            k has columns 0 to k - 1 alone, so adapters that own disjoint columns own disjoint ones there too: ``i/n``
+            an n-th of them, to one more or less, and none where k <= i (of a single column, the subject's). A layer
+            that has none of the adapter's columns is left as it is.
         algorithm: ``fast`` or ``exact``, see :func:`qrlora.basis.layer_basis`.
         basis_seed: seed of the fast algorithm. Adapters compose only if rank, algorithm and seed agree.
         train_basis: train Q and R both (the published fast-convergence mode), as own copies that start at the basis.

@@ -22,7 +22,7 @@ from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from qrlora.basis import LayerBasis, cached_layer_basis, weight_digest
+from qrlora.basis import LayerBasis, cached_layer_basis, clipped_rank, weight_digest
 from qrlora.errors import TunerError
 from qrlora.tuner.config import QRLoraConfig, resolve_columns
 
@@ -37,7 +37,7 @@ class SharedBasis(nn.Module):
     """Q of one layer, the same module object in every adapter of that layer, so that ``.to()`` moves one tensor.
 
     Attributes:
-        q: (out, basis_rank), or None while the base weight is on the meta device.
+        q: (out, basis_rank), or as many columns as the layer holds; None while the base weight is on the meta device.
         key: (rank, algorithm, seed).
         name: the layer's name, for errors.
         digest: digest of the base weight Q was computed from.
@@ -255,7 +255,8 @@ class QRLoraLayer(LoraLayer):
         """Add an adapter to this layer (PEFT calls this once per adapter)."""
         if not isinstance(config, QRLoraConfig):
             return super().update_layer(adapter_name, r, lora_alpha, config=config, **kwargs)
-        columns = resolve_columns(config.columns, r, config.rank_of_basis)
+        columns = columns_held(self.get_base_layer(), config, r)
+        # r stays what was asked for, also where the layer holds fewer columns: PEFT divides alpha by it.
         self.r[adapter_name], self.lora_alpha[adapter_name] = r, lora_alpha
         self.scaling[adapter_name] = lora_alpha / (math.sqrt(r) if config.use_rslora else r)
         self.use_rslora[adapter_name], self.use_dora[adapter_name] = config.use_rslora, False
@@ -299,7 +300,7 @@ class QRLoraLayer(LoraLayer):
         """
         weight = self._base_weight()
         for name, columns in self._own_adapters().items():
-            rank, delta = columns.basis.key[0], self._delta(name)
+            rank, delta = clipped_rank(weight.shape, columns.basis.key[0]), self._delta(name)
             columns.basis.q = weight.new_empty(weight.shape[0], rank)
             trained = isinstance(columns, TrainedColumns)
             r = weight.new_empty(len(columns.columns), weight[0].numel(), dtype=torch.float32) if trained else None
@@ -534,6 +535,15 @@ class QRLoraConv2d(_QRLoraConv, lora.layer.Conv2d):
 
 class QRLoraConv3d(_QRLoraConv, lora.layer.Conv3d):
     """Adapter layer of a 3-d convolution; the weight is flattened to (out, in * kernel)."""
+
+
+def columns_held(layer: nn.Module, config: QRLoraConfig, r: int) -> tuple[int, ...]:
+    """The adapter's columns that a base layer has; its sides tell, which its weight may be packed too tightly to do."""
+    base: Any = layer
+    linear = hasattr(base, "in_features") and hasattr(base, "out_features")
+    shape = (base.out_features, base.in_features) if linear else tuple(base.weight.shape)
+    held = clipped_rank(shape, config.rank_of_basis)
+    return tuple(column for column in resolve_columns(config.columns, r, config.rank_of_basis) if column < held)
 
 
 def is_quantised(layer: nn.Module) -> bool:

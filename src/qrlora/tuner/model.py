@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterator
 from dataclasses import replace
@@ -11,13 +12,24 @@ import torch
 from peft.tuners.lora import LoraLayer, LoraModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.error import NoMatchingPeftModuleError
+from peft.utils.other import get_pattern_key
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from qrlora.basis import fingerprint, marks
+from qrlora.basis import clipping, fingerprint, marks
 from qrlora.errors import TunerError
 from qrlora.tuner.config import QRLoraConfig, resolve_columns
-from qrlora.tuner.layer import BasisColumns, QRLoraConv1d, QRLoraConv2d, QRLoraConv3d, QRLoraLayer, QRLoraLinear
+from qrlora.tuner.layer import (
+    BasisColumns,
+    QRLoraConv1d,
+    QRLoraConv2d,
+    QRLoraConv3d,
+    QRLoraLayer,
+    QRLoraLinear,
+    columns_held,
+)
+
+log = logging.getLogger(__name__)
 
 _CONVOLUTIONS: dict[type[Any], Any] = {nn.Conv1d: QRLoraConv1d, nn.Conv2d: QRLoraConv2d, nn.Conv3d: QRLoraConv3d}
 
@@ -37,18 +49,22 @@ class QRLoraModel(LoraModel):
                 got=type(target).__name__,
                 remedy="attach QR-LoRA first and the stock LoRA after it",
             )
+        base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+        if isinstance(lora_config, QRLoraConfig) and _layer_for(base):
+            pattern: dict[str, int] = lora_config.rank_pattern or {}
+            rank = pattern.get(get_pattern_key(list(pattern), current_key), lora_config.r)
+            held = columns_held(base, lora_config, rank)
+            self._columns[current_key] = (len(held), rank)
+            if not held:
+                return
         super()._create_and_replace(lora_config, adapter_name, target, target_name, parent, current_key)
 
     @staticmethod
     def _create_new_module(lora_config: QRLoraConfig, adapter_name: str, target: nn.Module, **kwargs: Any) -> nn.Module:
         base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
-        for kind, layer in _CONVOLUTIONS.items():
-            if isinstance(base, kind) and base.groups == 1:
-                return layer(target, adapter_name, lora_config, **kwargs)
-        # Quantised layers of some backends are no nn.Linear, but have its two sizes.
-        linear_like = hasattr(base, "in_features") and hasattr(base, "out_features")
-        if linear_like or isinstance(base, Conv1D):
-            return QRLoraLinear(target, adapter_name, lora_config, **kwargs)
+        layer = _layer_for(base)
+        if layer is not None:
+            return layer(target, adapter_name, lora_config, **kwargs)
         raise TunerError(
             f"layer {kwargs.get('target_name')!r} cannot carry a QR-LoRA adapter",
             expected="a Linear layer or a convolution without groups",
@@ -59,10 +75,14 @@ class QRLoraModel(LoraModel):
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Add the adapter layers of ``peft_config[adapter_name]`` (PEFT and diffusers call this).
 
+        Layers that hold fewer columns than the adapter asks for are named in a log message, unless it was made before.
+
         Raises:
-            BasisError, TunerError: a layer that cannot carry the adapter, or ``target_modules`` that match none.
+            BasisError, TunerError: a layer that cannot carry the adapter, or ``target_modules`` that match none, or
+                none that has a column of the adapter's.
         """
         config: Any = self.peft_config[adapter_name]
+        self._columns: dict[str, tuple[int, int]] = {}  # of each target: columns held, columns asked for
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         except (NoMatchingPeftModuleError, re.error) as error:
@@ -72,6 +92,15 @@ class QRLoraModel(LoraModel):
                 got=f"{config.target_modules!r} ({error})",
                 remedy="see the model's named_modules() for the names it has",
             ) from error
+        if self._columns and not any(held for held, _ in self._columns.values()):
+            raise TunerError(
+                "no target has a column that the adapter owns",
+                expected=f"columns {config.columns!r} below the smaller side of a target",
+                got=clipping(self._columns),
+                remedy="lower the rank, or target larger layers",
+            )
+        if not config.inference_mode and (clipped := clipping(self._columns)):
+            log.warning(clipped)
         for layer in _layers(model).values():
             layer.settle_dtype()
 
@@ -155,6 +184,16 @@ def adapter_fingerprint(model: nn.Module, adapter_name: str) -> str:
     digests = basis_digests(model, adapter_name)
     rank, algorithm, seed = next(columns for _, columns in _columns_of(model, adapter_name)).basis.key
     return fingerprint(digests, rank, algorithm, seed)
+
+
+def _layer_for(base: nn.Module) -> type[Any] | None:
+    """The kind of adapter layer that goes around a base layer; None if none does."""
+    for kind, layer in _CONVOLUTIONS.items():
+        if isinstance(base, kind) and base.groups == 1:
+            return layer
+    # Quantised layers of some backends are no nn.Linear, but have its two sizes.
+    linear_like = hasattr(base, "in_features") and hasattr(base, "out_features")
+    return QRLoraLinear if linear_like or isinstance(base, Conv1D) else None
 
 
 def _layers(model: nn.Module) -> dict[str, QRLoraLayer]:

@@ -27,7 +27,7 @@ from peft.tuners.oft import OFTLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from qrlora.basis import cached_layer_basis, weight_digest
+from qrlora.basis import cached_layer_basis, clipping, weight_digest
 from qrlora.errors import DataError, RecipeError
 from qrlora.evaluation.rivals.deltas import Delta, Learned
 from qrlora.evaluation.rivals.directions import Directions, activation, base_of, gradient, minor
@@ -157,6 +157,7 @@ def _by_peft(config: Config, prepare: Prepare | None = None) -> Attach:
             with adapter_on(denoiser, family, recipe, config=config(recipe, common)):
                 layers = {n: m for n, m in denoiser.named_modules() if isinstance(m, BaseTunerLayer)}
                 if prepare:
+                    _check_not_clipped(layers)
                     prepare(layers, recipe)
                 for name, parameter in denoiser.named_parameters():
                     if ".lora_" in name:  # a frozen factor has to have the dtype of the one that trains
@@ -168,6 +169,21 @@ def _by_peft(config: Config, prepare: Prepare | None = None) -> Attach:
             _restore(denoiser, before)
 
     return attach
+
+
+def _check_not_clipped(layers: Mapping[str, Any]) -> None:
+    """RecipeError if a layer holds fewer columns than were asked for: these methods change Q or its rows."""
+    ours = {name: layer for name, layer in layers.items() if isinstance(layer, QRLoraLayer)}
+    columns = {
+        n: (len(layer._own_adapters()[ADAPTER_NAME].columns), layer.r[ADAPTER_NAME]) for n, layer in ours.items()
+    }
+    if clipped := clipping(columns):
+        raise RecipeError(
+            "a rank that not all layers hold, which this method needs",
+            expected="as many columns in every target",
+            got=clipped,
+            remedy="lower the rank, or leave these layers out of the targets",
+        )
 
 
 def _by_recipe(**fields: Any) -> Attach:

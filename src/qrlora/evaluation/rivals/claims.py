@@ -161,8 +161,7 @@ def _pair(a: Adapter, b: Adapter, basis: Basis | None) -> dict[str, float]:
     if not a.metadata.on_basis or basis is None:
         return found
     own = [{n: adapter.scaling * d.double() for n, d in adapter.deltas.items()} for adapter in (a, b)]
-    columns = list(a.metadata.columns)
-    frozen = sum(float(basis[name].r[columns].double().square().sum()) for name in a.deltas)
+    frozen = sum(float(basis[name].r[list(a.columns(name))].double().square().sum()) for name in a.deltas)
     norms = [sum(float(delta.square().sum()) for delta in one.values()) for one in own]
     found["r_by_start"] = frozen / math.sqrt((frozen + norms[0]) * (frozen + norms[1]))
     for key, places in (("delta_r", lambda n: a.deltas[n].numel()), ("delta_w", lambda n: math.prod(a.shapes[n]))):
