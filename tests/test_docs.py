@@ -181,25 +181,21 @@ def draw_inputs(folder: Path) -> None:
 
 @functools.cache
 def made_adapters(folder: Path, family: str) -> Path:
-    """A folder with a model of the family, and a subject, a style and a plain LoRA that were trained on it."""
+    """A folder with a model of the family, and a subject, a style and somebody's LoRA that were trained on it."""
     here = folder / (family or "pico")
     here.mkdir()
     draw_inputs(here / "inputs")
-    model = "pico"
-    if family:
-        model = str(here / family)
-        BUILDERS[family]().save_pretrained(model)
-    for name, image, method in (
-        ("subject", "mug", "qrlora"),
-        ("style", "chalk", "qrlora"),
-        ("anybodys", "chalk", "lora"),
-    ):
-        role = "subject" if name == "subject" else "style"
-        what = ["train", f"--{role}", str(here / f"inputs/{image}.png"), "--noun", "mug", "--method", method]
-        assert main(shortened([*what, "-o", str(here / f"{name}.safetensors")], model if family else "")) == 0
-    plain = [str(here / "anybodys.safetensors"), "--for", "diffusers", "-o", str(here / "anybodys-lora.safetensors")]
-    assert main(["export", *plain]) == 0
-    shutil.copy(here / "anybodys-lora.safetensors", here / "anybodys.safetensors")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(here)
+        if family:
+            BUILDERS[family]().save_pretrained(family)
+        train = ["train", "--noun", "mug", "-o"]
+        subject = ["subject.safetensors", "--subject", "inputs/mug.png"]
+        style = ["style.safetensors", "--style", "inputs/chalk.png"]
+        somebody = ["anybodys-lora.safetensors", "--style", "inputs/chalk.png", "--method", "lora"]
+        for what in (subject, style, somebody):
+            assert main(shortened([*train, *what], family)) == 0
+        assert main(["export", somebody[0], "--for", "diffusers", "-o", "anybodys.safetensors"]) == 0
     return here
 
 
@@ -273,7 +269,9 @@ class Reader:
     def type(self, kind: str, text: str) -> None:
         text = text.replace("8000", self.port)
         before = {path: path.stat().st_mtime_ns for path in Path().rglob("*") if path.is_file()}
-        if kind == "python":
+        if kind == "toml":  # the recipe of the command that follows
+            self.recipe = text
+        elif kind == "python":
             exec(compile(text, "a documented snippet", "exec"), self.names)
         elif text.startswith("curl "):
             subprocess.run(shlex.split(text)[:1] + ["-sSf", *shlex.split(text)[1:]], check=True, capture_output=True)
@@ -289,18 +287,20 @@ class Reader:
             assert made
 
     def command(self, arguments: list[str]) -> None:
-        recipe = next(
-            (Path(value).stem.rpartition("-")[0] for value in arguments if value.startswith("recipes/")), None
-        )
-        family = self.family if recipe is None else RECIPES.get(recipe, recipe)
-        model = str(made_adapters(self.made, family) / family) if family else ""
+        recipes = [Path(value).stem.rpartition("-")[0] for value in arguments if value.startswith("recipes/")]
+        family = RECIPES.get(recipes[0], recipes[0]) if recipes else self.family
+        if family and not Path(family).exists():
+            Path(family).symlink_to(made_adapters(self.made, family) / family)
+        if recipe := next((Path(value) for value in arguments[1:2] if value.endswith(".toml")), None):
+            recipe.exists() or recipe.write_text(self.recipe)
         if arguments[0] == "serve":
             self.serving.enter_context(served([*arguments, "--port", self.port], self.port))
             return
-        if arguments[0] == "train" and "-o" not in arguments:
+        if "-o" not in arguments:  # a default name is never replaced
             role = "style" if "--style" in arguments else "subject"
-            Path(f"{role}.safetensors").unlink(missing_ok=True)  # a default name is never replaced
-        assert main(shortened(arguments, model)) == 0, shlex.join(arguments)
+            default = {"train": f"{role}.safetensors", "evaluate": "evaluation/report.html", "tune": "tune/report.html"}
+            Path(default.get(arguments[0], "none")).unlink(missing_ok=True)
+        assert main(shortened(arguments, family)) in (0, 1), shlex.join(arguments)  # 1: found wanting
 
 
 @contextlib.contextmanager
@@ -342,7 +342,7 @@ def test_what_a_page_shows_runs_to_its_picture(page: Path, made: Path, tmp_path:
     with contextlib.ExitStack() as serving:
         reader = Reader(family, made, serving)
         for kind, text in snippets(page):
-            if kind in ("sh", "python") and not is_listed(kind, text):
+            if not is_listed(kind, text):
                 reader.type(kind, text)
 
 
