@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,7 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from qrlora import basis as basis_module
@@ -23,6 +26,8 @@ from qrlora.basis import (
     cached_layer_basis,
     fingerprint,
     layer_basis,
+    marks,
+    turned,
     verify,
     version_of,
     weight_digest,
@@ -242,6 +247,34 @@ def test_the_number_of_threads_moves_q_by_rounding_only():
     finally:
         torch.set_num_threads(threads)
     assert float((found[0] - found[1]).norm()) <= moved_by_rounding(weight, 16)
+
+
+ELSEWHERE = """
+import sys
+from pathlib import Path
+from safetensors.torch import load_file
+from qrlora.basis import Basis
+print(Basis.of(load_file(sys.argv[1]), 16, cache_dir=Path(sys.argv[2])).fingerprint)
+"""
+
+
+def test_a_basis_that_another_processor_cached_is_ours(tmp_path: Path, monkeypatch):
+    """One without wide vector registers and fused multiplication. An adapter trained there has to mean the same here:
+    its fingerprint and its cache are ours, and its Q is, by the sketches that adapters carry."""
+    whole = load_file(DENOISER)
+    weights = {key: w for key, w in whole.items() if w.ndim == 2 and min(w.shape) >= 160 and "blocks.2." in key}
+    save_file(weights, tmp_path / "weights.safetensors")
+    plain = {"ATEN_CPU_CAPABILITY": "default", "MKL_ENABLE_INSTRUCTIONS": "SSE4_2", "MKL_CBWR": "COMPATIBLE"}
+    environment = {**os.environ, **plain, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(DENOISER.parents[5])}
+    command = [sys.executable, "-c", ELSEWHERE, str(tmp_path / "weights.safetensors"), str(tmp_path / "there")]
+    said = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+    here = Basis.of(weights, 16, cache_dir=tmp_path / "here")
+    monkeypatch.setattr(basis_module, "_orthonormal_columns", lambda *_: pytest.fail("computed again"))
+    there = Basis.of(weights, 16, cache_dir=tmp_path / "there")
+    assert len(weights) > 8 and said.split()[-1] == here.fingerprint == there.fingerprint
+    for name in weights:
+        verify(weights[name], there[name], name)
+        assert turned(marks(here[name].q), marks(there[name].q)) < TURNED / 10, name
 
 
 def test_the_precision_that_a_caller_allows_its_own_products_does_not_reach_q():
