@@ -12,6 +12,10 @@ from qrlora.adapter import Adapter, AdapterMetadata
 from qrlora.adapter.record import triangular_mask
 from qrlora.basis import Basis, fingerprint, marks
 
+EPS = torch.finfo(torch.float32).eps
+NETWORK = 2048
+"""Terms of :func:`assert_rounded` for a tiny denoiser: some 32 products in a row, of some 64 terms each."""
+
 SHAPES = {"blocks.0.attn.to_q": (24, 16), "blocks.0.ff": (16, 40), "conv": (12, 4, 3, 3), "proj_out": (3, 20)}
 """The last holds fewer columns than the bases of these tests have."""
 
@@ -78,3 +82,21 @@ def changed(adapter: Adapter, **fields: Any) -> Adapter:
 def delta_weights(adapter: Adapter, basis: Basis | None = None) -> dict[str, torch.Tensor]:
     """ΔW of every layer, explicitly."""
     return {n: adapter.delta_weight(n, None if basis is None else basis[n].q).double() for n in adapter.deltas}
+
+
+def assert_rounded(got: Any, expected: Any, *, terms: int, size: float | None = None) -> None:
+    """`got` is `expected` up to the rounding of float32.
+
+    A sum of n products is off by at most n eps times the sum of their magnitudes, whatever the order of the additions
+    (Higham, Accuracy and Stability of Numerical Algorithms, section 3.1). So the bound belongs to the arithmetic and
+    holds for every width of vector registers, every library and number of threads.
+
+    Args:
+        terms: of the sums, added up over the products that follow one another.
+        size: of the numbers that are added; the largest of `expected` unless given.
+    """
+    got, expected = (torch.as_tensor(value).detach().double() for value in (got, expected))
+    assert got.shape == expected.shape
+    bound = terms * EPS * float(expected.abs().max() if size is None else size) + torch.finfo(torch.float32).tiny
+    off = float((got - expected).abs().max())
+    assert off <= bound, f"off by {off:.3g}, rounding explains {bound:.3g}"

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,17 +14,20 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from qrlora import basis as basis_module
 from qrlora.basis import (
+    TURNED,
     VERSIONS,
     Basis,
     cache_path,
     cached_layer_basis,
     fingerprint,
     layer_basis,
+    marks,
+    turned,
     verify,
     version_of,
     weight_digest,
@@ -29,6 +35,10 @@ from qrlora.basis import (
 from qrlora.errors import BasisError
 from qrlora.files import write_atomically
 from qrlora.tensor_file import packed_entry
+from samples import EPS, assert_rounded
+
+PROMISED = 0.999
+"""Share of the best possible energy that `fast` has, by its docstring."""
 
 SHAPES = st.tuples(st.integers(4, 40), st.integers(4, 40))
 
@@ -45,6 +55,28 @@ def with_spectrum(out: int, inputs: int, values: Tensor) -> Tensor:
     return (left * values) @ right.T
 
 
+def moved_by_rounding(weight: Tensor, rank: int, algorithm: str = "fast") -> float:
+    """By how much, as ||Q - Q'||_F, rounding may turn Q.
+
+    What is computed is the basis of a weight that is off by rounding, a share of about eps sqrt(n) of its norm; how far
+    that turns Q depends on gaps between singular values and on the rows of R, so it is measured, on noise of that size.
+    Ten times the largest of three draws: noise need not point where the rounding of a processor does. And never further
+    than where an adapter that was trained on the other Q is refused.
+    """
+    q, size = layer_basis(weight, rank, algorithm=algorithm).q, torch.linalg.matrix_norm(weight, 2)
+    moves = []
+    for seed in range(3):
+        noise = gaussian(*weight.shape, seed=1000 + seed)
+        noise *= EPS * max(weight.shape) ** 0.5 * size / torch.linalg.matrix_norm(noise, 2)
+        moves.append(float((layer_basis(weight + noise, rank, algorithm=algorithm).q - q).norm()))
+    return min(10 * max(moves), TURNED * rank**0.5)
+
+
+def assert_orthonormal(q: Tensor) -> None:
+    """To what `verify` promises."""
+    assert basis_module._off_orthonormal(q) <= basis_module._ORTHONORMAL
+
+
 def best_energy(weight: Tensor, rank: int) -> float:
     values = torch.linalg.svdvals(weight.double()).square()
     return float(values[:rank].sum() / values.sum())
@@ -55,12 +87,13 @@ def best_energy(weight: Tensor, rank: int) -> float:
 def test_q_is_orthonormal_r_triangular_and_their_product_optimal(shape, rank, seed, scale):
     weight = gaussian(*shape, seed=seed) * scale
     found = layer_basis(weight, rank, algorithm="exact")
-    torch.testing.assert_close(found.q.T @ found.q, torch.eye(rank), atol=1e-5, rtol=0)
+    assert_orthonormal(found.q)
     assert torch.equal(found.r, found.r.triu())
     assert bool((found.r.diagonal() > 0).all())
-    assert found.energy == pytest.approx(best_energy(weight, rank), abs=1e-5)
+    rounding = 4 * sum(shape) * EPS
+    assert found.energy == pytest.approx(best_energy(weight, rank), abs=rounding)
     lost = (weight - found.q @ found.r).double().square().sum() / weight.double().square().sum()
-    assert float(lost) == pytest.approx(1 - best_energy(weight, rank), abs=1e-5)
+    assert float(lost) == pytest.approx(1 - best_energy(weight, rank), abs=rounding)
 
 
 @settings(max_examples=25, deadline=None)
@@ -73,7 +106,7 @@ def test_the_pair_is_unique_whatever_signs_the_decomposition_chose(shape, rank, 
     v, s, uh = torch.linalg.svd(weight.T.double(), full_matrices=False)
     o, r = torch.linalg.qr((v[:, :rank] * s[:rank]).T)
     signs = r.diagonal().sign()
-    torch.testing.assert_close(found.q.double(), uh[:rank].T @ o * signs, atol=2e-4, rtol=0)
+    assert float((found.q - uh[:rank].T @ o * signs).norm()) <= moved_by_rounding(weight, rank, "exact")
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
@@ -121,11 +154,11 @@ def sines(q: Tensor, other: Tensor) -> Tensor:
 def test_fast_agrees_with_exact_where_the_spectrum_decays(shape, spectrum):
     weight = sloping(spectrum, shape)
     exact, fast = layer_basis(weight, 16, algorithm="exact"), layer_basis(weight, 16, algorithm="fast")
-    torch.testing.assert_close(fast.q.T @ fast.q, torch.eye(16), atol=1e-5, rtol=0)
+    assert_orthonormal(fast.q)
     assert bool((fast.r.diagonal() > 0).all()) and torch.equal(fast.r, fast.r.triu())
     assert float(sines(exact.q, fast.q).square().mean().sqrt()) < 0.02
-    torch.testing.assert_close(fast.q, exact.q, atol=0.02, rtol=0)
-    assert fast.energy == pytest.approx(exact.energy, rel=1e-4)
+    assert float((fast.q - exact.q).norm()) / 16**0.5 < TURNED
+    assert fast.energy == pytest.approx(exact.energy, rel=1 - PROMISED)
 
 
 @pytest.mark.parametrize("spectrum", SPECTRA)
@@ -133,8 +166,8 @@ def test_fast_keeps_the_energy_whatever_the_spectrum(spectrum):
     for seed, rank in enumerate((1, 16, 32)):
         weight = sloping(spectrum, seed=seed)
         found = layer_basis(weight, rank, seed=seed)
-        assert found.energy >= 0.9995 * best_energy(weight, rank)
-        torch.testing.assert_close(found.q.T @ found.q, torch.eye(rank), atol=1e-5, rtol=0)
+        assert found.energy >= PROMISED * best_energy(weight, rank)
+        assert_orthonormal(found.q)
 
 
 @pytest.mark.parametrize("tolerance", [3e-2, 1e-2, 1e-3, 1e-4])
@@ -192,7 +225,7 @@ def test_fast_keeps_the_energy_of_a_denoisers_real_weights():
             weight = file.get_tensor(key)
             if weight.ndim == 2 and min(weight.shape) >= 160:
                 found, best = layer_basis(weight, 8), layer_basis(weight, 8, algorithm="exact")
-                assert found.energy >= 0.9995 * best.energy, key
+                assert found.energy >= PROMISED * best.energy, key
                 assert not torch.equal(found.q, best.q), key  # it did iterate
                 checked += 1
     assert checked > 80
@@ -206,9 +239,7 @@ def test_another_order_of_summation_moves_q_by_rounding_only(spectrum):
     """
     weight, order = sloping(spectrum), torch.randperm(384, generator=torch.Generator().manual_seed(1))
     found, moved = layer_basis(weight, 16), layer_basis(weight[order], 16)
-    falls = spectrum.startswith("i^")  # where the spectrum is nearly flat, rounding turns the leading vectors further
-    assert float(sines(moved.q, found.q[order]).max()) < (1e-3 if falls else 1e-2)
-    torch.testing.assert_close(moved.q, found.q[order], atol=1e-4 if falls else 1e-2, rtol=0)
+    assert float((moved.q - found.q[order]).norm()) <= moved_by_rounding(weight, 16)
 
 
 def test_the_number_of_threads_moves_q_by_rounding_only():
@@ -217,7 +248,35 @@ def test_the_number_of_threads_moves_q_by_rounding_only():
         found = [torch.set_num_threads(n) or layer_basis(weight, 16).q for n in (1, 2)]
     finally:
         torch.set_num_threads(threads)
-    torch.testing.assert_close(*found, atol=1e-5, rtol=0)
+    assert float((found[0] - found[1]).norm()) <= moved_by_rounding(weight, 16)
+
+
+ELSEWHERE = """
+import sys
+from pathlib import Path
+from safetensors.torch import load_file
+from qrlora.basis import Basis
+print(Basis.of(load_file(sys.argv[1]), 16, cache_dir=Path(sys.argv[2])).fingerprint)
+"""
+
+
+def test_a_basis_that_another_processor_cached_is_ours(tmp_path: Path, monkeypatch):
+    """One without wide vector registers and fused multiplication. An adapter trained there has to mean the same here:
+    its fingerprint and its cache are ours, and its Q is, by the sketches that adapters carry."""
+    whole = load_file(DENOISER)
+    weights = {key: w for key, w in whole.items() if w.ndim == 2 and min(w.shape) >= 160 and "blocks.2." in key}
+    save_file(weights, tmp_path / "weights.safetensors")
+    plain = {"ATEN_CPU_CAPABILITY": "default", "MKL_ENABLE_INSTRUCTIONS": "SSE4_2", "MKL_CBWR": "COMPATIBLE"}
+    environment = {**os.environ, **plain, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(DENOISER.parents[5])}
+    command = [sys.executable, "-c", ELSEWHERE, str(tmp_path / "weights.safetensors"), str(tmp_path / "there")]
+    said = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+    here = Basis.of(weights, 16, cache_dir=tmp_path / "here")
+    monkeypatch.setattr(basis_module, "_orthonormal_columns", lambda *_: pytest.fail("computed again"))
+    there = Basis.of(weights, 16, cache_dir=tmp_path / "there")
+    assert len(weights) > 8 and said.split()[-1] == here.fingerprint == there.fingerprint
+    for name in weights:
+        verify(weights[name], there[name], name)
+        assert turned(marks(here[name].q), marks(there[name].q)) < TURNED / 10, name
 
 
 def test_the_precision_that_a_caller_allows_its_own_products_does_not_reach_q():
@@ -237,8 +296,8 @@ def test_the_precision_that_a_caller_allows_its_own_products_does_not_reach_q():
 def test_fast_stays_orthonormal_where_a_krylov_space_has_all_there_is(values):
     """Equal singular values, and a low rank, leave nothing for the next block but rounding noise."""
     found = layer_basis(torch.diag(values), 16)
-    torch.testing.assert_close(found.q.T @ found.q, torch.eye(16), atol=1e-5, rtol=0)
-    assert found.energy == pytest.approx(best_energy(torch.diag(values), 16), rel=1e-3)
+    assert_orthonormal(found.q)
+    assert found.energy == pytest.approx(best_energy(torch.diag(values), 16), rel=1 - PROMISED)
 
 
 @pytest.mark.parametrize("algorithm", ["exact", "fast"])
@@ -249,7 +308,7 @@ def test_the_scale_of_a_weight_does_not_matter(algorithm, size, scale):
     weight = gaussian(size, size)
     plain, scaled = (layer_basis(w, 4, algorithm=algorithm) for w in (weight, weight * scale))
     assert torch.equal(plain.q, scaled.q)
-    assert scaled.energy == pytest.approx(plain.energy, rel=1e-5)
+    assert scaled.energy == pytest.approx(plain.energy, rel=8 * size * EPS)
 
 
 def test_fast_depends_on_its_seed_alone_and_leaves_the_global_random_state():
@@ -276,9 +335,11 @@ def test_dead_inputs_are_passed_over_and_the_basis_stays_unique():
     weight[:, 2] = weight[:, 1]
     found = layer_basis(weight, 4, algorithm="exact")
     mirrored = layer_basis(weight.flip(0), 4, algorithm="exact")  # another SVD of the same inputs
-    torch.testing.assert_close(found.q, mirrored.q.flip(0), atol=1e-4, rtol=0)
-    torch.testing.assert_close(found.r, found.q.T @ weight, atol=1e-5, rtol=0)
-    pivots = [float(row[row.abs() > 1e-4][0]) for row in found.r]
+    counted_twice = torch.cat([2**0.5 * weight[:, 1:2], weight[:, 3:]], dim=1)  # has the same Q
+    for other in (mirrored.q.flip(0), layer_basis(counted_twice, 4, algorithm="exact").q):
+        assert float((found.q - other).norm()) <= moved_by_rounding(counted_twice, 4, "exact")
+    assert_rounded(found.r, found.q.T @ weight, terms=40, size=float(weight.norm()))
+    pivots = [float(row[row.abs() > 40 * EPS * weight.norm()][0]) for row in found.r]
     assert min(pivots) > 0
 
 
@@ -290,8 +351,8 @@ def test_a_rank_deficient_weight_says_its_layer_and_numerical_rank(algorithm, si
     with pytest.raises(BasisError, match=rf"(?s)'blocks\.0\.to_q'.*rank 8 or more.*numerical rank {true_rank}"):
         layer_basis(weight, 8, algorithm=algorithm, name="blocks.0.to_q")
     found = layer_basis(weight, true_rank, algorithm=algorithm)
-    torch.testing.assert_close(found.q.T @ found.q, torch.eye(true_rank), atol=1e-5, rtol=0)
-    assert found.energy == pytest.approx(1, abs=1e-5)
+    assert_orthonormal(found.q)
+    assert found.energy == pytest.approx(1, abs=8 * size * EPS)
 
 
 @pytest.mark.parametrize(
@@ -349,7 +410,7 @@ def test_verification_finds_a_basis_that_is_not_orthonormal_or_not_where_the_ene
     weight = sloping("i^-0.3", (300, 200))
     sound = layer_basis(weight, 8)
     found = verify(weight, sound)
-    assert found.energy == sound.energy and found.off_orthonormal < 1e-5 and found.within_reach < 1e-3
+    assert found.energy == sound.energy
     scaled = dataclasses.replace(sound, q=sound.q * 1.001)
     elsewhere = torch.linalg.qr(gaussian(300, 8)).Q
     stray = dataclasses.replace(sound, q=elsewhere, r=elsewhere.T @ weight)

@@ -1,17 +1,35 @@
-"""What the documentation shows can be typed: every command parses, every recipe field and file in it exists."""
+"""What the documentation shows works: commands and snippets run to their pictures, recipe fields and files exist."""
 
 from __future__ import annotations
 
 import ast
+import contextlib
+import functools
+import itertools
 import re
 import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import textwrap
+import time
+import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+import torch
+from PIL import Image
 
-from qrlora.cli import build_parser
+from conftest import BUILDERS
+from qrlora.cli import build_parser, main
 from qrlora.cli.train import recipe_of
 from qrlora.families import FAMILIES
+from qrlora.pico import world
 from qrlora.reading import tomllib
 from qrlora.training.recipe import Recipe
 
@@ -20,17 +38,25 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 COMING_FROM = sorted((ROOT / "docs").glob("from-*.md"))
 
 
+def snippets(page: Path) -> Iterator[tuple[str, str]]:
+    """(language, text) of every fenced block, and of every `qrlora` command that stands in an indented one. A block of
+    shell comes a line at a time, without what continues it."""
+    lines = iter(page.read_text().replace("\\\n", " ").splitlines())
+    for line in lines:
+        if fence := re.fullmatch(r" *```(\w+)", line):
+            block = list(itertools.takewhile(lambda inner: inner.strip() != "```", lines))
+            shell = fence[1] == "sh"
+            yield from ((fence[1], part) for part in (block if shell else [textwrap.dedent("\n".join(block))]) if part)
+        elif re.match(r" {4}(\$ )?qrlora ", line):
+            yield "sh", line.strip().removeprefix("$ ")
+
+
 def blocks(page: Path, language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
+    return [text for found, text in snippets(page) if found == language]
 
 
 def commands(page: Path) -> list[list[str]]:
-    """Of blocks marked as shell, and of indented ones; what follows the prompt or stands alone, comments left out."""
-    text = page.read_text()
-    indented = "\n".join(line[4:] for line in text.splitlines() if line.startswith("    "))
-    lines = "\n".join([*blocks(page, "sh"), indented]).replace("\\\n", " ").splitlines()
-    starts = (line.strip().removeprefix("$ ") for line in lines)
-    return [shlex.split(line, comments=True)[1:] for line in starts if line.startswith("qrlora ")]
+    return [shlex.split(line, comments=True)[1:] for line in blocks(page, "sh") if line.startswith("qrlora ")]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
@@ -81,3 +107,261 @@ def test_every_family_has_a_page_that_names_its_class_and_recipe(family) -> None
     assert f"`{family.pipeline_class}`, `{family.name}`" in page
     assert str(family.steps) in page and f"guidance {family.guidance:g}" in page
     assert f"families/{family.name}.md" in (ROOT / "docs/families.md").read_text()
+
+
+def test_both_languages_show_the_same() -> None:
+    english, japanese = (list(snippets(ROOT / name)) for name in ("README.md", "README.ja.md"))
+    for (kind, one), (other_kind, other) in zip(english, japanese, strict=True):
+        assert kind == other_kind
+        if kind == "python":
+            assert ast.dump(ast.parse(one)) == ast.dump(ast.parse(other))
+        else:
+            assert plain(kind, one) == plain(kind, other)
+
+
+# ---------------------------------------------------------------------------------------- what is shown, to its picture
+
+LISTED = {
+    "qrlora demo --subject mine.jpg": "minutes: test_demo.py runs it with fewer steps",
+    "qrlora bench --small": "minutes: test_bench.py runs smaller ones",
+    "qrlora bench --tune": "hours: test_bench.py runs smaller ones",
+    "qrlora bench": "a night: test_bench.py runs smaller ones",
+    "qrlora bench --records docs/bench/records.jsonl": "minutes: test_bench.py reads some of these records",
+    "qrlora study --tally votes-ann.json votes-bea.json": "needs people: test_study.py makes votes up",
+    "qrlora tune mug.safetensors chalk.safetensors --subject mug.png --style chalk.png --style-measures csd "
+    "--weights csd=csd.pth": "needs weights to download: test_learned.py makes some up",
+    "qrlora serve --adapters /shared/adapters --address HEAD:6379 --engines 2 --threads 8 --host 0.0.0.0": "machines",
+    "qrlora serve --adapters adapters --address 127.0.0.1:6379 --engines 2 --threads 1": "a cluster: test_serve.py",
+    'StableDiffusionXLPipeline.from_single_file("model.safetensors").save_pretrained("model")': "needs a real model",
+}
+"""Commands and Python blocks that are not run here, and why."""
+
+OTHERS = {".", "accelerate", "hf", "make", "pip", "python", "ray", "torchrun"}
+"""First words of lines that are not run: they make environments, ask the hub, or start several processes."""
+
+MODELS = {"exchange": "sdxl"} | {name: name for name in BUILDERS}
+"""Page -> family of the tiny model that its commands run on; on pico where there is none."""
+
+RECIPES = {"pico": "", "sd1.5": "sd", "sd3.5": "sd3"}
+"""Beginning of a recipe's name -> family of its model, where it is not that family's name."""
+
+
+def picture(path: Path, subject: str, style: str = "flat") -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    seed = int.from_bytes(path.name.encode()[:3], "big")
+    Image.fromarray(world.render(world.sample_scene(seed, subject=subject, style=style))[0]).save(path)
+
+
+def draw_inputs(folder: Path) -> None:
+    """The pictures that the pages name."""
+    shutil.copytree(ROOT / "recipes", folder / "recipes")
+    for name in ("src", "docs", "brands"):
+        (folder / name).symlink_to(ROOT / name)
+    single = ["teapot.png", "mug.png", "front.png", "side.png", "mine.jpg", "dog.jpg", "painting.jpg"]
+    several = [
+        "mugs/front.png",
+        "images/a.png",
+        "train/10_teapot/a.png",
+        "holiday/a.png",
+        "holiday/b.png",
+        "paintings/a.png",
+    ]
+    shown = [f"{group}/{name}.png" for group in ("pictures", "ours", "theirs") for name in "ab"]
+    for name in [*single, *several, *shown]:
+        picture(folder / name, "mug")
+    for name in ("chalk.png", "style.png"):
+        picture(folder / name, "car", "ink")
+    with Image.open(folder / "mug.png") as mug:
+        mask = Image.radial_gradient("L").resize(mug.size)
+        mask.save(folder / "mugs/front.mask.png")
+        cut = mug.convert("RGBA")
+        cut.putalpha(mask)
+        cut.save(folder / "cutout.png")
+        mug.resize((160, 96)).save(folder / "holiday/b.png")
+
+
+@functools.cache
+def made_adapters(folder: Path, family: str) -> Path:
+    """A folder with a model of the family, and a subject, a style and somebody's LoRA that were trained on it."""
+    here = folder / (family or "pico")
+    here.mkdir()
+    draw_inputs(here / "inputs")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(here)
+        if family:
+            BUILDERS[family]().save_pretrained(family)
+        train = ["train", "--noun", "mug", "-o"]
+        subject = ["subject.safetensors", "--subject", "inputs/mug.png"]
+        style = ["style.safetensors", "--style", "inputs/chalk.png"]
+        somebody = ["anybodys-lora.safetensors", "--style", "inputs/chalk.png", "--method", "lora"]
+        for what in (subject, style, somebody):
+            assert main(shortened([*train, *what], family)) == 0
+        assert main(["export", somebody[0], "--for", "diffusers", "-o", "anybodys.safetensors"]) == 0
+    return here
+
+
+def laid_out(made: Path, family: str, page: Path, folder: Path) -> None:
+    """The folder of a reader of the page, with all that its commands begin with."""
+    shutil.copytree(made / "inputs", folder, dirs_exist_ok=True, symlinks=True)
+    (folder / "adapters").mkdir()
+    names = {
+        "teapot": "subject",
+        "mug": "subject",
+        "chalk": "style",
+        "adapters/teapot": "subject",
+        "adapters/chalk": "style",
+    }
+    if page.stem == "exchange":
+        names["chalk"] = "anybodys"
+    for name in ("subject", "style", "anybodys", "anybodys-lora"):
+        names[name] = name
+    for name, source in names.items():
+        shutil.copy(made / f"{source}.safetensors", folder / f"{name}.safetensors")
+    if family:
+        (folder / family).symlink_to(made / family)
+    if page.stem == "exchange":
+        assert main(["export", "mug.safetensors", "--for", "diffusers", "-o", "mug-diffusers.safetensors"]) == 0
+        tuned = BUILDERS[family]()
+        with torch.no_grad():
+            for name, module in tuned.unet.named_modules():
+                if name.endswith("to_q"):
+                    module.weight += torch.randn(len(module.weight), 2) @ torch.randn(2, module.weight.shape[1])
+        tuned.save_pretrained("tuned")
+
+
+def shortened(arguments: list[str], model: str) -> list[str]:
+    """The same command with a hundredth of the steps, a few pictures, and `model`, if any, in place of a large one."""
+    command = arguments[0]
+    small = ["--model", model, "--resolution", "64", "--dtype", "float32"] if model else []
+    tiny = [*small, "--rank", "2", "--alpha", "2", "--accumulation", "1", "--batch-size", "1"] if model else []
+    steps = int(arguments[arguments.index("--steps") + 1]) // 100 if "--steps" in arguments else 2
+    added = {
+        "train": ["--steps", f"{max(steps, 2)}", *tiny],
+        "plan": tiny,
+        "generate": ["--steps", "2", *small],
+        "evaluate": ["--steps", "2", "--seeds", "2"] if "--prompt" in arguments else [],
+        "tune": ["--steps", "2", "--budget", "24"],
+    }
+    return [*arguments, *added.get(command, [])]
+
+
+def pictures_of(value: Any) -> Iterator[Image.Image]:
+    if isinstance(value, Image.Image):
+        yield value
+    elif isinstance(value, (list, tuple)):
+        for part in value:
+            yield from pictures_of(part)
+
+
+def assert_shows_something(image: Image.Image) -> None:
+    pixels = np.asarray(image.convert("RGB"), float)
+    assert pixels.max() > 32 and pixels.std() > 1, "a picture without content"
+
+
+class Reader:
+    """Somebody who types what a page shows, from top to bottom, in one folder."""
+
+    def __init__(self, family: str, made: Path, serving: contextlib.ExitStack):
+        self.family, self.made, self.serving, self.names = family, made, serving, dict[str, Any]()
+        with socket.socket() as trial:
+            trial.bind(("127.0.0.1", 0))
+            self.port = str(trial.getsockname()[1])
+
+    def type(self, kind: str, text: str) -> None:
+        text = text.replace("8000", self.port)
+        before = {path: path.stat().st_mtime_ns for path in Path().rglob("*") if path.is_file()}
+        if kind == "toml":  # the recipe of the command that follows
+            self.recipe = text
+        elif kind == "python":
+            exec(compile(text, "a documented snippet", "exec"), self.names)
+        elif text.startswith("curl "):
+            subprocess.run(shlex.split(text)[:1] + ["-sSf", *shlex.split(text)[1:]], check=True, capture_output=True)
+        else:
+            self.command(shlex.split(text, comments=True)[1:])
+        made = [path for path in Path().rglob("*") if path.is_file() and before.get(path) != path.stat().st_mtime_ns]
+        images = [Image.open(path) for path in made if path.suffix == ".png"] + [*pictures_of([*self.names.values()])]
+        for image in images:
+            assert_shows_something(image)
+        if re.search(r"^qrlora generate|\.save\(|generate_mixed|write_bytes", text, re.MULTILINE):
+            assert images
+        if re.match("qrlora (train|compose|export|import|extract|study|tune)", text):
+            assert made
+
+    def command(self, arguments: list[str]) -> None:
+        recipes = [Path(value).stem.rpartition("-")[0] for value in arguments if value.startswith("recipes/")]
+        family = RECIPES.get(recipes[0], recipes[0]) if recipes else self.family
+        if family and not Path(family).exists():
+            Path(family).symlink_to(made_adapters(self.made, family) / family)
+        if recipe := next((Path(value) for value in arguments[1:2] if value.endswith(".toml")), None):
+            recipe.exists() or recipe.write_text(self.recipe)
+        if arguments[0] == "serve":
+            self.serving.enter_context(served([*arguments, "--port", self.port], self.port))
+            return
+        if "-o" not in arguments:  # a default name is never replaced
+            role = "style" if "--style" in arguments else "subject"
+            default = {"train": f"{role}.safetensors", "evaluate": "evaluation/report.html", "tune": "tune/report.html"}
+            Path(default.get(arguments[0], "none")).unlink(missing_ok=True)
+        assert main(shortened(arguments, family)) in (0, 1), shlex.join(arguments)  # 1: found wanting
+
+
+@contextlib.contextmanager
+def served(arguments: list[str], port: str) -> Iterator[None]:
+    process = subprocess.Popen([sys.executable, "-m", "qrlora.cli", *arguments])
+    try:
+        for _ in range(1200):
+            assert process.poll() is None, "the server ended"
+            with contextlib.suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{port}/health") as answer:
+                assert answer.status == 200
+                break
+            time.sleep(0.1)
+        yield
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60) == 0
+    finally:
+        process.kill()
+        process.wait()
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    folder = tmp_path_factory.mktemp("made")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("QRLORA_CACHE", str(folder / "cache"))
+        yield folder
+
+
+RUN = [pytest.param(page, marks=() if page.name == "README.md" else pytest.mark.slow) for page in PAGES]
+
+
+@pytest.mark.parametrize("page", RUN, ids=lambda page: page.relative_to(ROOT).as_posix())
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config`")
+def test_what_a_page_shows_runs_to_its_picture(page: Path, made: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    family = MODELS.get(page.stem, "")
+    monkeypatch.setenv("QRLORA_CACHE", str(made / "cache"))
+    monkeypatch.chdir(tmp_path)
+    laid_out(made_adapters(made, family), family, page, tmp_path)
+    with contextlib.ExitStack() as serving:
+        reader = Reader(family, made, serving)
+        for kind, text in snippets(page):
+            if not is_listed(kind, text):
+                reader.type(kind, text)
+
+
+def plain(kind: str, text: str) -> str:
+    return shlex.join(shlex.split(text, comments=True)) if kind == "sh" else text.strip()
+
+
+def is_listed(kind: str, text: str) -> bool:
+    return plain(kind, text) in LISTED or (kind == "sh" and text.split()[0] in OTHERS)
+
+
+def test_nothing_is_listed_that_no_page_shows_and_every_block_has_a_language() -> None:
+    shown = {
+        shlex.join(shlex.split(t, comments=True)) if k == "sh" else t.strip() for p in PAGES for k, t in snippets(p)
+    }
+    assert not set(LISTED) - shown
+    for page in PAGES:
+        kinds = {kind for kind, _ in snippets(page)}
+        assert kinds <= {"sh", "python", "toml"}, page
+        assert len(re.findall(r"^ *```\w*$", page.read_text(), re.MULTILINE)) % 2 == 0, page
+        assert not re.search(r"^ *```\w+ \w", page.read_text(), re.MULTILINE), page

@@ -46,6 +46,7 @@ from qrlora.exchange.projection import truncated
 from qrlora.exchange.verification import original_names
 from qrlora.families import family_of
 from qrlora.generation import generate
+from samples import EPS
 
 PROMPT = "a photo of a <c> mug"
 FAST: dict[str, Any] = {"steps": 2, "guidance": 2.0, "resolution": 64}
@@ -109,10 +110,11 @@ def delta_weights(adapter: Adapter, basis: Basis | None = None) -> dict[str, Ten
     return {n: adapter.delta_weight(n, None if basis is None else basis[n].q).double() for n in adapter.deltas}
 
 
-def assert_same(got: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float = 1e-5) -> None:
+def assert_same(got: dict[str, Tensor], expected: dict[str, Tensor], terms: float = 128) -> None:
+    """To the rounding of so many float32 terms, in the norm of each layer."""
     assert set(got) == set(expected)
     for name, delta in expected.items():
-        assert float((got[name] - delta).norm()) <= tolerance * float(delta.norm()) + 1e-12, name
+        assert float((got[name] - delta).norm()) <= terms * EPS * float(delta.norm()), name
 
 
 def picture(pipe: Any, **options: Any) -> np.ndarray:
@@ -242,7 +244,7 @@ def test_an_export_in_half_precision_keeps_its_strength(sdxl: Any, tmp_path: Pat
     assert {value.dtype for key, value in tensors.items() if key.endswith(".weight")} == {torch.float16}
     bare = {key: value.float() for key, value in tensors.items()}  # as a program that knows nothing of qrlora
     loaded = load_any(write(tmp_path / "bare.safetensors", bare), names=LayerNames(family_of(sdxl), sdxl.unet))
-    assert_same(delta_weights(loaded), delta_weights(adapter, basis), 2e-3)
+    assert_same(delta_weights(loaded), delta_weights(adapter, basis), 4 * torch.finfo(torch.float16).eps / EPS)
 
 
 def test_a_misnamed_key_is_an_error_that_lists_it(sdxl: Any, tmp_path: Path) -> None:
@@ -363,9 +365,9 @@ def test_a_lora_in_any_form_is_the_same_delta_weight(sdxl: Any, tmp_path: Path) 
         path = write(tmp_path / f"{name}.safetensors", tensors, metadata)
         adapter, kept = import_file(path, pipe=sdxl, family=family_of(sdxl))
         assert kept is None and adapter.metadata.denoiser == "unet" and adapter.metadata.family == "sdxl"
-        assert_same(delta_weights(adapter), products(pairs, scaling), 1e-6)
+        assert_same(delta_weights(adapter), products(pairs, scaling))
         save_adapter(adapter, tmp_path / "kept.safetensors", "lora")
-        assert_same(delta_weights(load_adapter(tmp_path / "kept.safetensors")), products(pairs, scaling), 1e-6)
+        assert_same(delta_weights(load_adapter(tmp_path / "kept.safetensors")), products(pairs, scaling))
         assert adapter.metadata.licence == ("MIT" if name == "ldm" else "")
         assert adapter.metadata.provenance["imported"]["file"] == path.name
 
@@ -377,7 +379,7 @@ def test_layers_of_different_rank_and_alpha_are_one_adapter_of_the_same_delta_we
     adapter = load_any(write(tmp_path / "a.safetensors", tensors))
     expected = {name: delta * (4 / len(pairs[name][0])) for name, delta in products(pairs).items()}
     assert adapter.metadata.rank == 5 and adapter.scaling == 1.0
-    assert_same(delta_weights(adapter), expected, 1e-6)
+    assert_same(delta_weights(adapter), expected)
 
 
 def test_a_peft_file_is_read_with_its_configuration(tmp_path: Path) -> None:
@@ -435,8 +437,8 @@ def test_energy_is_one_inside_the_span_and_by_the_formula_outside(sdxl: Any, tmp
             q = basis[name].q.double()
             explicit[name] = q @ q.T @ delta
             share = float((q.T @ delta).square().sum() / delta.square().sum())
-            assert kept.layers[name] == pytest.approx(share, rel=1e-6)
-            assert given is not inside or kept.layers[name] == pytest.approx(1.0, abs=1e-5)
+            assert kept.layers[name] == pytest.approx(share, abs=256 * EPS)
+            assert given is not inside or kept.layers[name] == pytest.approx(1.0, abs=256 * EPS)
         assert_same(delta_weights(projected, basis), explicit)
         assert given is inside or 0 < kept.total < 1
     save_adapter(projected, tmp_path / "b.safetensors")
@@ -450,9 +452,9 @@ def test_an_adapter_projected_onto_its_own_columns_is_itself(sdxl: Any) -> None:
     adapter = trained(sdxl, layers, basis)
     same, kept = project(adapter, basis, adapter.metadata.columns, triangular=True, own_basis=basis)
     assert_same(delta_weights(same, basis), delta_weights(adapter, basis))
-    assert kept.total == pytest.approx(1.0, abs=1e-6) and same.metadata.triangular
+    assert kept.total == pytest.approx(1.0, abs=256 * EPS) and same.metadata.triangular
     _, none = project(adapter, basis, (1, 3), own_basis=basis)
-    assert none.total == pytest.approx(0.0, abs=1e-6)
+    assert none.total == pytest.approx(0.0, abs=256 * EPS)
     with pytest.raises(MismatchError, match="needs its own basis"):
         project(adapter, basis)
     with pytest.raises(MismatchError, match="do not fit the basis"):
@@ -500,9 +502,9 @@ def test_a_published_checkpoint_is_the_same_delta_weight_on_our_basis(tmp_path: 
     path = write(tmp_path / "a.safetensors", tensors)
     adapter, _ = import_file(path, pipe=pipe, family=family_of(pipe), base_model="tiny")
     assert adapter.metadata.on_basis and adapter.metadata.triangular and adapter.scaling == pytest.approx(s)
-    assert_same(delta_weights(adapter, basis_for(pipe, layers)), expected, 1e-4)
+    assert_same(delta_weights(adapter, basis_for(pipe, layers)), expected, 1024)
     save_adapter(adapter, tmp_path / "b.safetensors")
-    assert_same(delta_weights(import_file(path, alpha=4 * s)[0]), expected, 1e-6)
+    assert_same(delta_weights(import_file(path, alpha=4 * s)[0]), expected)
 
     # W' = W_res + s Q (R + ΔR), as that code loads it, paints our picture
     ours = picture(pipe, adapters=[(load_adapter(tmp_path / "b.safetensors"), 1.0)])
@@ -519,7 +521,7 @@ def test_a_published_checkpoint_in_bfloat16_is_read_too(tmp_path: Path) -> None:
     tensors, expected = published_form(pipe, layers)
     path = write(tmp_path / "a.safetensors", {key: tensor.bfloat16() for key, tensor in tensors.items()})
     adapter, _ = import_file(path, pipe=pipe, family=family_of(pipe))
-    assert_same(delta_weights(adapter, basis_for(pipe, layers)), expected, 1e-2)
+    assert_same(delta_weights(adapter, basis_for(pipe, layers)), expected, 2 * torch.finfo(torch.bfloat16).eps / EPS)
 
 
 def test_published_checkpoints_that_cannot_be_right_are_refused(tmp_path: Path) -> None:
@@ -549,6 +551,9 @@ def test_published_checkpoints_that_cannot_be_right_are_refused(tmp_path: Path) 
 
 # Extraction
 
+OF_A_DIFFERENCE = 1024
+"""Terms: each weight of the tuned model is off by its own rounding, which is more of a ΔW that is smaller than it."""
+
 
 def tuned_copy(build: Callable[[], Any], layers: list[str], rank: int) -> tuple[Any, Any, dict[str, Tensor]]:
     """A pipeline, the same with a difference of known rank in some layers, and that difference."""
@@ -567,13 +572,13 @@ def test_extraction_recovers_a_difference_of_known_rank(tmp_path: Path) -> None:
     changes = changed_layers(base.unet, tuned.unet)
     assert set(changes.layers) == set(layers) and not changes.others
     adapter, kept = extract_lora(changes, 3, denoiser="unet", family="sdxl")
-    assert_same(delta_weights(adapter), expected, 1e-4)
-    assert kept.total == pytest.approx(1.0, abs=1e-6)
+    assert_same(delta_weights(adapter), expected, OF_A_DIFFERENCE)
+    assert kept.total == pytest.approx(1.0, abs=256 * EPS)
     save_adapter(adapter, tmp_path / "a.safetensors", "lora")
     smaller, kept = extract_lora(changes, 1, denoiser="unet")
     for name, delta in expected.items():
         values = torch.linalg.svdvals(delta).square()
-        assert kept.layers[name] == pytest.approx(float(values[0] / values.sum()), rel=1e-3)
+        assert kept.layers[name] == pytest.approx(float(values[0] / values.sum()), abs=OF_A_DIFFERENCE * EPS)
     assert smaller.metadata.rank == 1 and 0 < kept.total < 1
 
 
@@ -584,8 +589,12 @@ def test_extraction_on_the_basis_keeps_what_lies_in_it() -> None:
     adapter, kept = extract_on_basis(changed_layers(base.transformer, tuned.transformer), basis, (0, 1, 3))
     for name, delta in expected.items():
         q = basis[name].q.double()[:, [0, 1, 3]]
-        assert_same({name: adapter.delta_weight(name, basis[name].q).double()}, {name: q @ q.T @ delta}, 1e-4)
-        assert kept.layers[name] == pytest.approx(float((q.T @ delta).norm() / delta.norm()) ** 2, rel=1e-4)
+        assert_same(
+            {name: adapter.delta_weight(name, basis[name].q).double()}, {name: q @ q.T @ delta}, OF_A_DIFFERENCE
+        )
+        assert kept.layers[name] == pytest.approx(
+            float((q.T @ delta).norm() / delta.norm()) ** 2, abs=OF_A_DIFFERENCE * EPS
+        )
 
 
 def test_extraction_says_what_it_leaves_out() -> None:
@@ -596,7 +605,7 @@ def test_extraction_says_what_it_leaves_out() -> None:
         next(tuned.text_encoder.parameters()).mul_(2)
     changes = changed_layers(base.transformer, tuned.transformer, targets=[layers[0].rpartition(".")[2]])
     width = tuned.transformer.transformer_blocks[0].attn.to_q.bias.numel()
-    assert changes.others["transformer_blocks.0.attn.to_q.bias"] == pytest.approx(4.0 * width, rel=1e-5)
+    assert changes.others["transformer_blocks.0.attn.to_q.bias"] == pytest.approx(4.0 * width, rel=256 * EPS)
     assert f"{layers[1]}.weight" in changes.others and list(changes.layers) == [layers[0]]
     assert changed_components(base, tuned, "transformer") == ["text_encoder"]
     with pytest.raises(MismatchError, match="nothing to extract"):
@@ -612,8 +621,8 @@ def test_truncation_of_a_large_matrix_is_near_the_best() -> None:
     delta = left @ torch.diag(values) @ right.T
     up, down, kept = truncated(delta, 8)
     best = float(values[:8].square().sum())
-    assert kept == pytest.approx(best, rel=1e-5)
-    assert float((up @ down - delta).square().sum()) == pytest.approx(float(values[8:].square().sum()), rel=1e-3)
+    assert kept == pytest.approx(best, rel=1024 * EPS)
+    assert float((up @ down - delta).square().sum()) == pytest.approx(float(values[8:].square().sum()), abs=1300 * EPS)
 
 
 # Composition across worlds

@@ -110,9 +110,11 @@ def test_nameless_subjects_styles_and_both_are_shown_as_often(tmp_path, monkeypa
     assert shown == pytest.approx([0.4, 0.2, 0.2, 0.2], abs=0.05)
 
 
-def test_stock_diffusers_loads_the_shipped_pipeline():
+def test_stock_diffusers_loads_the_shipped_pipeline_in_one_dtype():
     stock = StableDiffusion3Pipeline.from_pretrained(pico.path(), text_encoder_3=None, tokenizer_3=None)
     assert stock.transformer.config.num_layers == 6
+    parts = (stock.transformer, stock.vae, stock.text_encoder, stock.text_encoder_2)
+    assert {weight.dtype for part in parts for weight in part.parameters()} == {torch.float32}
     assert sum(f.stat().st_size for f in pico.path().rglob("*") if f.is_file()) <= 30e6
 
 
@@ -209,6 +211,9 @@ def test_a_decoder_trained_alone_leaves_the_rest_as_it_was(pipe, tmp_path):
     state["decoder.conv_out.conv.bias"] += 0.5
     torch.save({"modules": {"vae": state}}, tmp_path / "decoder.pt")
     train.export_stage(tmp_path, plan, tmp_path / "pipeline")
+    for part in ("text_encoder", "text_encoder_2"):
+        config = json.loads((tmp_path / "pipeline" / part / "config.json").read_text())
+        assert config["dtype"] == "float32", "as diffusers loads the rest"
     (original, _), (found, _) = pipe, load_pipeline(str(tmp_path / "pipeline"))
     for part in ("transformer", "text_encoder", "text_encoder_2"):
         for name, weight in getattr(original, part).state_dict().items():

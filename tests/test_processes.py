@@ -21,6 +21,7 @@ from qrlora.errors import RecipeError
 from qrlora.training.loop import train
 from qrlora.training.processes import check_divisible, share
 from qrlora.training.recipe import Recipe
+from samples import EPS, NETWORK
 
 JOBS: dict[str, dict[str, Any]] = {
     "rows": {"batch_size": 5},
@@ -76,12 +77,12 @@ def test_two_processes_learn_what_one_learns(work: tuple[Path, dict[str, Recipe]
     recipe = recipes[name].replace(output=None, fsdp=False)
     alone = train(recipe, progress=lambda p: losses.append(p.loss))
     together = json.loads((folder / f"{name}.safetensors.losses.json").read_text())
-    assert together == pytest.approx(losses, rel=1e-5) and len(losses) == recipe.steps
+    assert together == pytest.approx(losses, rel=NETWORK * EPS) and len(losses) == recipe.steps
     if name == "unused":
         assert not all(delta.any() for delta in alone.deltas.values())
     shared = load_adapter(folder / f"{name}.safetensors")
     assert shared.metadata.basis_fingerprint == alone.metadata.basis_fingerprint
-    assert difference(alone, shared) < 1e-5
+    assert difference(alone, shared) < NETWORK * EPS
 
 
 def test_processes_stop_together_save_once_and_resume_bit_for_bit(work: tuple[Path, dict[str, Recipe]]) -> None:

@@ -27,6 +27,7 @@ from qrlora.families import family_of, load_pipeline
 from qrlora.generation import generate
 from qrlora.training.loop import train
 from qrlora.training.recipe import Recipe
+from samples import EPS
 
 RANK = 4
 PUBLISHED_LAYERS = (
@@ -230,7 +231,7 @@ def test_a_whole_checkpoint_is_read_with_its_base_model_only(tmp_path: Path, cap
         whole |= {f"transformer.{name}.lora.up.weight": layer.q, f"transformer.{name}.lora.down.weight": layer.r}
     adapter = imported(tmp_path, whole)
     for name, layer in layers.items():  # untrained: no difference, not the core
-        assert adapter.delta_weight(name, None).norm() < 1e-5 * layer.residual.weight.norm()
+        assert adapter.delta_weight(name, None).norm() < 128 * EPS * layer.residual.weight.norm()
     command = ["import", str(tmp_path / "theirs.safetensors"), "-o", str(tmp_path / "b.safetensors")]
     assert main(command) == 2 and "no difference to the base weight" in capsys.readouterr().err
     first = next(key for key in whole if key.endswith("down.weight"))

@@ -30,7 +30,7 @@ from qrlora.evaluation.rivals.deltas import of_adapter
 from qrlora.families import load_pipeline
 from qrlora.training.loop import train
 from qrlora.training.recipe import Recipe
-from samples import SHAPES, make_adapter, make_basis, make_lora
+from samples import EPS, SHAPES, make_adapter, make_basis, make_lora
 
 
 def test_parameters_are_counted_by_the_sides_of_the_weights() -> None:
@@ -54,7 +54,7 @@ def test_energy_of_the_svd_core_and_of_qr() -> None:
     found = core_before_qr({"w": orthonormal(12, 8, "core") * scales}, 2)
     assert found["svd_mean"] == pytest.approx(1, abs=1e-3) and found["qr_mean"] < 1e-3 and found["svd_wins"] == 1
     falling = core_before_qr({"w": orthonormal(12, 8, "core") * scales.flip(0)}, 2)
-    assert falling["qr_mean"] == pytest.approx(falling["svd_mean"], abs=1e-6)
+    assert falling["qr_mean"] == pytest.approx(falling["svd_mean"], abs=64 * EPS)
 
 
 @given(seed=st.integers(0, 10_000), rank=st.integers(1, 6))
@@ -70,7 +70,7 @@ def test_no_orthonormal_matrix_is_nearer_than_the_polar_factor(seed: int, rank: 
 
 def test_qr_is_as_near_as_the_polar_factor_where_columns_are_orthogonal_only() -> None:
     found = nearest_orthonormal({"w": torch.randn(20, 16)}, 4)
-    assert found["scaled_qr"] == pytest.approx(found["scaled_polar"])
+    assert found["scaled_qr"] == pytest.approx(found["scaled_polar"], abs=64 * EPS)
     assert found["columns_qr"] > found["columns_polar"] and found["core_qr"] > found["core_polar"]
 
 
@@ -78,12 +78,12 @@ def test_a_frozen_r_makes_r_alike_whatever_was_learned(tmp_path: Path) -> None:
     basis = make_basis(tmp_path)
     adapters = [make_adapter(basis, seed=seed, alpha=0.4, triangular=False) for seed in range(1, 4)]
     found = alike(adapters, basis)
-    assert found["q"] == pytest.approx(1) and abs(found["delta_r"]) < 4 * found["delta_r_chance"]
+    assert found["q"] == pytest.approx(1, abs=64 * EPS) and abs(found["delta_r"]) < 4 * found["delta_r_chance"]
     assert found["r"] == pytest.approx(found["r_by_start"], abs=0.02) and found["r"] > 0.9
     entries = {name: 4 * math.prod(shape[1:]) for name, shape in SHAPES.items()}
     assert found["delta_r_chance"] == pytest.approx(1 / math.sqrt(sum(entries.values())), rel=0.1)
     same = alike([adapters[0], adapters[0]], basis)
-    assert same["delta_r"] == same["r"] == pytest.approx(1)
+    assert same["delta_r"] == same["r"] == pytest.approx(1, abs=64 * EPS)
     assert set(alike([make_lora(seed=1), make_lora(seed=2)])) == {"a", "b", "delta_w"}
 
 
@@ -99,9 +99,9 @@ def test_trained_bases_and_losses_of_a_real_run(tiny_sd3: Path, tmp_path: Path) 
     basis, name = Basis.of(weights, 2), next(iter(weights))
     found = alike_trained(adapters)
     assert found["q"] > 0.9 and found["q"] >= found["q_by_start"] - 0.05 and 0 < found["q_moved"] < 0.5
-    assert found["delta_q"] < 1 and alike_trained([adapters[0]] * 2)["delta_q"] == pytest.approx(1)
+    assert found["delta_q"] < 1 and alike_trained([adapters[0]] * 2)["delta_q"] == pytest.approx(1, abs=64 * EPS)
     ups = adapters[0].ups
-    assert ups is not None and torch.allclose(ups[name][:, :2], basis[name].q, atol=1e-5)
+    assert ups is not None and torch.equal(ups[name][:, :2], basis[name].q)
 
     context, learned = Context(pipe, family, [recipe]), of_adapter(adapters[0])
     before = held_out_loss(context, 0, {}, draws=8)

@@ -25,7 +25,7 @@ from qrlora.evaluation.rivals.deltas import (
     total,
 )
 from qrlora.evaluation.rivals.merges import drawing
-from samples import make_adapter, make_basis, make_lora
+from samples import EPS, assert_rounded, make_adapter, make_basis, make_lora
 
 
 def factored(out: int = 7, width: int = 5, rank: int = 2) -> Delta:
@@ -45,8 +45,9 @@ def test_inner_product_and_sum_are_those_of_the_matrices(dense: tuple[bool, bool
     a, b = (
         Delta(matrix=d.dense()) if is_dense else d for d, is_dense in zip((factored(), factored()), dense, strict=True)
     )
-    assert inner(a, b) == pytest.approx(float((a.dense() * b.dense()).sum()), rel=1e-5)
-    assert torch.allclose(total([a, b.scaled(0.5)]).dense(), a.dense() + 0.5 * b.dense(), atol=1e-6)
+    size = float(a.dense().norm() * b.dense().norm())
+    assert inner(a, b) == pytest.approx(float((a.dense() * b.dense()).sum()), abs=64 * EPS * size)
+    assert_rounded(total([a, b.scaled(0.5)]).dense(), a.dense() + 0.5 * b.dense(), terms=16)
 
 
 def test_a_sum_stays_in_factors_while_they_are_smaller() -> None:
@@ -60,8 +61,8 @@ def test_decomposed_is_the_svd(dense: bool) -> None:
     delta = Delta(matrix=factored().dense()) if dense else factored()
     u, values, vh = delta.decomposed()
     expected = torch.linalg.svdvals(delta.dense().double())[:2]
-    assert torch.allclose(values[:2], expected, rtol=1e-5)
-    assert torch.allclose((u * values @ vh).float(), delta.dense(), atol=1e-5)
+    assert_rounded(values[:2], expected, terms=64)
+    assert_rounded(u * values @ vh, delta.dense(), terms=64)
     assert Delta(torch.zeros(7, 2), torch.zeros(2, 5)).decomposed()[1].numel() == 0
 
 
@@ -114,9 +115,8 @@ def test_applied_within_applied_adds_up() -> None:
     learned, before = on(model), {name: tensor.clone() for name, tensor in model.state_dict().items()}
     name = next(iter(learned))
     with applied(model, learned), applied(model, scaled(learned, 2.0)):
-        assert torch.allclose(
-            model.get_submodule(name).weight, before[f"{name}.weight"] + 3 * learned[name].dense(), atol=1e-5
-        )
+        expected = before[f"{name}.weight"] + 3 * learned[name].dense()
+        assert_rounded(model.get_submodule(name).weight, expected, terms=16)
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
 
 
@@ -159,10 +159,10 @@ def test_of_adapter_is_what_the_adapter_does(tmp_path: Path) -> None:
     basis = make_basis(tmp_path)
     adapter = make_adapter(basis, alpha=6.0)
     for name, delta in of_adapter(adapter, basis).items():
-        assert torch.allclose(delta.dense(), adapter.delta_weight(name, basis[name].q), atol=1e-5)
+        assert_rounded(delta.dense(), adapter.delta_weight(name, basis[name].q), terms=16)
     lora = make_lora(alpha=6.0)
     for name, delta in of_adapter(lora).items():
-        assert torch.allclose(delta.dense(), lora.delta_weight(name), atol=1e-5)
+        assert_rounded(delta.dense(), lora.delta_weight(name), terms=16)
     with pytest.raises(MismatchError, match="needs the Q"):
         of_adapter(adapter)
     with pytest.raises(MismatchError, match="differ"):

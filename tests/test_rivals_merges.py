@@ -23,6 +23,7 @@ from qrlora.evaluation.rivals.projections import project_out, weights_by_activat
 from qrlora.families import load_pipeline
 from qrlora.generation import one_batch
 from qrlora.training.recipe import Recipe
+from samples import EPS, NETWORK, assert_rounded
 
 NAMES = [f"transformer_blocks.{i}.attn.{part}" for i in range(6) for part in ("to_q", "to_k")]
 
@@ -42,9 +43,10 @@ def dense(learned: Any) -> dict[str, Tensor]:
     return {name: delta.dense() for name, delta in learned.items()}
 
 
-def close(one: Any, other: dict[str, Tensor], tolerance: float = 1e-5) -> bool:
+def close(one: Any, other: dict[str, Tensor], terms: int = 256) -> bool:
+    """To the rounding of so many float32 terms, of each layer's largest entry."""
     return one.keys() == other.keys() and all(
-        torch.allclose(one[n].dense(), other[n], atol=tolerance, rtol=tolerance) for n in other
+        torch.allclose(one[n].dense(), other[n], atol=terms * EPS * float(other[n].abs().max()), rtol=0) for n in other
     )
 
 
@@ -153,8 +155,8 @@ def test_nplora_leaves_nothing_of_the_subject_in_the_styles_rows(factored: bool)
     merged = dense(MERGES["nplora"](subject, style))
     for name, delta in style.items():
         v = torch.linalg.svd(delta.dense())[2][:3].T
-        assert torch.allclose((merged[name] - delta.dense()) @ v, torch.zeros(10, 3), atol=1e-4)
-        assert torch.allclose(merged[name] @ v, delta.dense() @ v, atol=1e-4)
+        size = float(subject[name].dense().norm())
+        assert_rounded(merged[name] @ v, delta.dense() @ v, terms=256, size=size)
 
 
 def test_soft_projection_takes_its_share_of_the_dominant_directions() -> None:
@@ -162,8 +164,8 @@ def test_soft_projection_takes_its_share_of_the_dominant_directions() -> None:
     softly = project_out(subject, style, rank=1, soft=3.0)
     for name, delta in softly.items():
         v = torch.linalg.svd(style[name].dense())[2].T
-        assert torch.allclose(delta.dense() @ v[:, :1], subject[name].dense() @ v[:, :1] / 4, atol=1e-4)
-        assert torch.allclose(delta.dense() @ v[:, 1:], subject[name].dense() @ v[:, 1:], atol=1e-4)
+        share = torch.tensor([0.25] + [1.0] * (v.shape[1] - 1))
+        assert_rounded(delta.dense() @ v, subject[name].dense() @ v * share, terms=256)
     assert close(project_out(subject, style, soft=0.0), dense(subject))
 
 
@@ -184,12 +186,14 @@ def test_projection_in_a_metric_is_orthogonal_there() -> None:
         before = subject[name].dense().double() @ moments[name] @ style[name].dense().double().T
         assert float(crossed.norm()) < 2e-3 * float(before.norm())
     plain = project_out(subject, style, moments={name: torch.eye(14).double() for name in NAMES})
-    assert close(plain, dense(project_out(subject, style)), 1e-4)
+    assert close(plain, dense(project_out(subject, style)), 1024)
 
 
 def test_klora_takes_the_subject_early_and_the_style_late() -> None:
     merged = MERGES["klora"](drawn(0), drawn(0))  # equal: the ratio is 1, reached at a third
-    assert isinstance(merged, KLora) and list(merged.ratios.values()) == pytest.approx([1.0] * len(NAMES))
+    assert isinstance(merged, KLora) and list(merged.ratios.values()) == pytest.approx(
+        [1.0] * len(NAMES), rel=256 * EPS
+    )
     assert merged.at(0.3) == merged.subject and merged.at(0.4) == merged.style
 
 
@@ -208,7 +212,7 @@ def test_klora_chooses_by_the_largest_entries_and_balances_the_sums() -> None:
     assert isinstance(default, KLora)
     largest = [float(p[NAMES[0]].dense().abs().flatten().topk(2).values.sum()) for p in (drawn(0, 1), drawn(1, 2))]
     sums = [sum(float(d.dense().abs().sum()) for d in p.values()) for p in (drawn(0, 1), drawn(1, 2))]
-    assert default.ratios[NAMES[0]] == pytest.approx(largest[0] / largest[1] * sums[1] / sums[0])
+    assert default.ratios[NAMES[0]] == pytest.approx(largest[0] / largest[1] * sums[1] / sums[0], rel=256 * EPS)
 
 
 def test_blocks_are_shared_out_once() -> None:
@@ -241,7 +245,7 @@ def test_moments_are_those_of_the_layers_inputs(model: tuple[Context, Learned, L
             context.run(context.call(0, number))
     hook.remove()
     x = torch.cat(seen).double()
-    assert torch.allclose(context.moments(0, subject)[name], x.T @ x / len(x), rtol=1e-6)
+    assert_rounded(context.moments(0, subject)[name], x.T @ x / len(x), terms=NETWORK)
     assert not torch.allclose(context.moments(1, subject)[name], x.T @ x / len(x), rtol=1e-3)
 
 
@@ -283,7 +287,7 @@ def test_ziploras_error_and_overlap_fall(model: tuple[Context, Learned, Learned]
     learnt = {"steps": 12, "learning_rate": 0.1, "report": lambda *step: seen.append(step)}
     merged = MERGES["ziplora"](subject, style, context, penalty=0.0, **learnt)
     assert sum(e for _, e, _ in seen[-4:]) < 0.9 * sum(e for _, e, _ in seen[:4])
-    assert isinstance(merged, dict) and not close(merged, dense(MERGES["sum"](subject, style)), 1e-3)
+    assert isinstance(merged, dict) and not close(merged, dense(MERGES["sum"](subject, style)), 8192)
     MERGES["ziplora"](subject, style, context, penalty=10.0, **learnt)
     assert seen[12][2] == pytest.approx(1) and seen[-1][2] < 0.2
 

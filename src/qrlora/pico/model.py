@@ -149,11 +149,18 @@ def tell_words_apart(pipe: Any, captions: list[str]) -> None:
 
 
 def save(pipe: Any, path: Path) -> None:
-    """Write the pipeline in half precision, in the layout that the stock ``from_pretrained`` reads."""
+    """Write the pipeline in half precision, in the layout that the stock ``from_pretrained`` reads.
+
+    Unless told a dtype, diffusers loads its models in float32, and transformers its own in the one that their config
+    names. So the configs of the text encoders name float32, or the pipeline would load in two dtypes and could not run.
+    """
     copy: Any = StableDiffusion3Pipeline(**{k: deepcopy(v) for k, v in pipe.components.items()})
     for part in (copy.transformer, copy.vae, copy.text_encoder, copy.text_encoder_2):
         part.half()
     copy.save_pretrained(path)
+    for part in ("text_encoder", "text_encoder_2"):
+        config = path / part / "config.json"
+        config.write_text(json.dumps(json.loads(config.read_text()) | {"dtype": "float32"}, indent=2) + "\n")
 
 
 def load(path: Path) -> Any:
