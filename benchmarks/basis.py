@@ -34,7 +34,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from qrlora.basis import block_width, layer_basis
+from qrlora.method.basis import block_width, layer_basis
 
 SHAPES = {
     "flux.1": [(3072, 3072), (12288, 3072), (3072, 12288)],
@@ -242,7 +242,7 @@ import sys
 import torch
 from safetensors.torch import save_file
 from basis import random_weight
-from qrlora.basis import layer_basis
+from qrlora.method.basis import layer_basis
 rank, device, path = sys.argv[1:]
 found = {}
 for decay in (1.0, 0.5, 0.25, 0.1, 0.0):

@@ -26,19 +26,19 @@ from typing import Any
 
 from common import machine
 
-from qrlora.basis import Basis
-from qrlora.bench.cells import weights_digest
-from qrlora.demo.plan import Budget, Lesson, lesson, recipe_fields
+from qrlora._files import write_atomically
+from qrlora.apps.demo.plan import Budget, Lesson, lesson, recipe_fields
 from qrlora.errors import QrloraError
-from qrlora.evaluation.rivals import claims
-from qrlora.evaluation.rivals.adapters import taught
-from qrlora.evaluation.rivals.context import Context
-from qrlora.evaluation.rivals.file_measures import between
-from qrlora.families import load_pipeline
-from qrlora.files import write_atomically
+from qrlora.lab import claims
+from qrlora.lab.baselines.adapters import taught
+from qrlora.lab.baselines.context import Context
+from qrlora.lab.baselines.file_measures import between
+from qrlora.lab.compare.cells import weights_digest
+from qrlora.method.basis import Basis
+from qrlora.models.families import load_pipeline
+from qrlora.models.training.loop import train
+from qrlora.models.training.recipe import Recipe
 from qrlora.pico import world
-from qrlora.training.loop import train
-from qrlora.training.recipe import Recipe
 
 TASKS = ("teapot", "rocket", "chalk", "mosaic")
 METHODS = ("qrlora", "qrlora_trained", "lora")

@@ -19,7 +19,7 @@ import torch
 from diffusers import FluxTransformer2DModel
 from torch import Tensor
 
-from qrlora.files import write_atomically
+from qrlora._files import write_atomically
 
 TEXT_TOKENS, TEXT_WIDTH, POOLED_WIDTH, LATENT_CHANNELS, HEAD = 64, 1024, 768, 16, 128
 WARM_UP, FEWEST_ROUNDS = 2, 5

@@ -2,7 +2,7 @@
 
 One FLUX denoiser of random weights, 1024 wide, is given adapters, and a matrix is merged:
 
-composed     k adapters, ours live (`qrlora.composition.Live`) and LoRAs by diffusers' `set_adapters`
+composed     k adapters, ours live (`qrlora.method.composition.Live`) and LoRAs by diffusers' `set_adapters`
 changing     other weights for them, against one denoising step
 mixed        n pictures with n different adapters: ours in one forward pass, PEFT's LoRA through `adapter_names` in one
              forward pass, and ours in n forward passes
@@ -46,8 +46,8 @@ from peft import LoraConfig, get_peft_model, inject_adapter_in_model
 from torch import Tensor, nn
 
 from qrlora import Adapter, Live, QRLoraConfig, adapter_from_model
-from qrlora.adapter import remove_adapters
-from qrlora.families.flux import FLUX
+from qrlora.method.adapter import remove_adapters
+from qrlora.models.families.flux import FLUX
 
 ADAPTERS, PICTURES = (1, 2, 4, 8, 16), (2, 4, 8)
 CLOCKS = ("wall", "cpu")

@@ -19,8 +19,8 @@ from pathlib import Path
 import torch
 from common import OUT, report
 
-from qrlora.adapter import Adapter, AdapterMetadata, load_adapter, save_adapter
-from qrlora.adapter.record import triangular_mask
+from qrlora.method.adapter import Adapter, AdapterMetadata, load_adapter, save_adapter
+from qrlora.method.adapter.record import triangular_mask
 
 WIDTH = 3072
 SQUARE, UP, DOWN, OUTPUT = (WIDTH, WIDTH), (4 * WIDTH, WIDTH), (WIDTH, 4 * WIDTH), (WIDTH, 5 * WIDTH)

@@ -16,7 +16,7 @@ import cv2
 import numpy as np
 from jaxtyping import UInt8
 
-from qrlora.files import write_atomically
+from qrlora._files import write_atomically
 from qrlora.pico import world
 from qrlora.pico.judge import Judge
 

@@ -39,9 +39,9 @@ from common import OUT, report
 from PIL import Image
 
 from qrlora import QRLoraConfig, adapter_from_model, load_adapter, load_pipeline, save_adapter
-from qrlora.adapter import remove_adapters
-from qrlora.cli.shared import basis_in
-from qrlora.generation import generate, one_batch
+from qrlora.apps.cli.shared import basis_in
+from qrlora.method.adapter import remove_adapters
+from qrlora.models.generation import generate, one_batch
 
 ROLES = {"teapot": "subject", "rocket": "subject", "chalk": "style", "neon": "style"}
 RANK, SPREAD = 16, 0.02
@@ -188,7 +188,7 @@ def served(files: Path, options: argparse.Namespace, address: str | None) -> Ite
     with socket.socket() as trial:
         trial.bind(("127.0.0.1", 0))
         port = trial.getsockname()[1]
-    command = [sys.executable, "-m", "qrlora.cli", "serve", "--adapters", str(files), "--port", str(port)]
+    command = [sys.executable, "-m", "qrlora", "serve", "--adapters", str(files), "--port", str(port)]
     command += ["--batch-size", str(options.batch_size), "--engines", str(options.nodes)]
     command += ["--address", address, "--threads", "1"] if address else []
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:

@@ -27,8 +27,8 @@ from peft import LoraConfig
 from torch import Tensor, nn
 
 from qrlora import QRLoraConfig
-from qrlora.basis import layer_basis
-from qrlora.families.flux import FLUX
+from qrlora.method.basis import layer_basis
+from qrlora.models.families.flux import FLUX
 
 METHODS: dict[str, Callable[..., Any] | None] = {
     "lora": LoraConfig,

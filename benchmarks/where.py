@@ -31,12 +31,12 @@ from common import machine
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from qrlora.bench.cells import Bench, Cell, alone_wanted, weights_digest
-from qrlora.bench.plan import DEFAULT, Scope
+from qrlora._files import write_atomically
 from qrlora.errors import QrloraError
-from qrlora.evaluation.rivals.deltas import Learned
-from qrlora.evaluation.rivals.merges import Schedule, blocks_of
-from qrlora.files import write_atomically
+from qrlora.lab.baselines.deltas import Learned
+from qrlora.lab.baselines.merges import Schedule, blocks_of
+from qrlora.lab.compare.cells import Bench, Cell, alone_wanted, weights_digest
+from qrlora.lab.compare.plan import DEFAULT, Scope
 from qrlora.pico import world
 
 THIRDS = ("first third of the steps", "second third of the steps", "last third of the steps")

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qrlora.exchange.names import kohya_names
-from qrlora.exchange.originals import ORIGINALS
-from qrlora.families import family_of
+from qrlora.models.exchange.names import kohya_names
+from qrlora.models.exchange.originals import ORIGINALS
+from qrlora.models.families import family_of
 
 Pairs = dict[str, tuple[Tensor, Tensor]]  # layer -> (down, up)
 Namer = Callable[[str], str]

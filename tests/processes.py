@@ -16,8 +16,8 @@ from typing import Any
 
 from accelerate import PartialState
 
-from qrlora.training.loop import Progress, TrainingInterrupted, train
-from qrlora.training.recipe import Recipe
+from qrlora.models.training.loop import Progress, TrainingInterrupted, train
+from qrlora.models.training.recipe import Recipe
 
 
 def run(fields: dict[str, Any], resume: bool = False, interrupt: bool = False) -> None:

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from qrlora.adapter import Adapter, AdapterMetadata
-from qrlora.adapter.record import triangular_mask
-from qrlora.basis import Basis, fingerprint, marks
+from qrlora.method.adapter import Adapter, AdapterMetadata
+from qrlora.method.adapter.record import triangular_mask
+from qrlora.method.basis import Basis, fingerprint, marks
 
 EPS = torch.finfo(torch.float32).eps
 NETWORK = 2048

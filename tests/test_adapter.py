@@ -22,16 +22,16 @@ from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 
 from denoisers import ATTENTION, build, predict
-from qrlora.adapter import Adapter, adapter_from_model, attach, load_adapter, save_adapter
-from qrlora.adapter.file import pack, unpack
-from qrlora.adapter.model import base_weights
-from qrlora.adapter.record import triangular_mask
-from qrlora.basis import TURNED, VERSIONS, Basis, fingerprint, marks, turned
-from qrlora.cli.inspect import describe
-from qrlora.composition import Composition, similarity
+from qrlora._files import write_atomically
+from qrlora.apps.cli.inspect import describe
 from qrlora.errors import AdapterFileError, MismatchError, OutputError, TunerError
-from qrlora.files import write_atomically
-from qrlora.tuner import QRLoraConfig
+from qrlora.method.adapter import Adapter, adapter_from_model, attach, load_adapter, save_adapter
+from qrlora.method.adapter.attach import base_weights
+from qrlora.method.adapter.file import pack, unpack
+from qrlora.method.adapter.record import triangular_mask
+from qrlora.method.basis import TURNED, VERSIONS, Basis, fingerprint, marks, turned
+from qrlora.method.composition import Composition, similarity
+from qrlora.method.tuner import QRLoraConfig
 from samples import NETWORK, SHAPES, assert_rounded, changed, delta_weights, make_adapter, make_basis, make_lora
 
 

@@ -15,10 +15,10 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from qrlora.adapter import load_adapter, save_adapter
+from qrlora._files import write_atomically
+from qrlora._tensor_file import packed
 from qrlora.errors import AdapterFileError
-from qrlora.files import write_atomically
-from qrlora.tensor_file import packed
+from qrlora.method.adapter import load_adapter, save_adapter
 from samples import make_adapter, make_basis, make_lora
 
 

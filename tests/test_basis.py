@@ -17,8 +17,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from qrlora import basis as basis_module
-from qrlora.basis import (
+from qrlora._files import write_atomically
+from qrlora._tensor_file import packed_entry
+from qrlora.errors import BasisError
+from qrlora.method import basis as basis_module
+from qrlora.method.basis import (
     TURNED,
     VERSIONS,
     Basis,
@@ -32,9 +35,6 @@ from qrlora.basis import (
     version_of,
     weight_digest,
 )
-from qrlora.errors import BasisError
-from qrlora.files import write_atomically
-from qrlora.tensor_file import packed_entry
 from samples import EPS, assert_rounded
 
 PROMISED = 0.999
@@ -215,7 +215,9 @@ def test_fast_never_factors_anything_as_large_as_the_weight(monkeypatch):
     assert 16 < max(factored) <= 6 * 24
 
 
-DENOISER = Path(basis_module.__file__).parent / "pico/weights/pipeline/transformer/diffusion_pytorch_model.safetensors"
+DENOISER = (
+    Path(basis_module.__file__).parents[2] / "pico/weights/pipeline/transformer/diffusion_pytorch_model.safetensors"
+)
 
 
 def test_fast_keeps_the_energy_of_a_denoisers_real_weights():
@@ -255,7 +257,7 @@ ELSEWHERE = """
 import sys
 from pathlib import Path
 from safetensors.torch import load_file
-from qrlora.basis import Basis
+from qrlora.method.basis import Basis
 print(Basis.of(load_file(sys.argv[1]), 16, cache_dir=Path(sys.argv[2])).fingerprint)
 """
 

@@ -16,15 +16,15 @@ import pytest
 import torch
 from PIL import Image
 
-from qrlora.bench import about, cells, page, plan, run, tables, tuning
-from qrlora.bench.cells import UNRELATED, Cell, digest_of
-from qrlora.bench.plan import DEFAULT, RIVAL, ROWS, SMALL, Scope
-from qrlora.bench.plots import freedom, frontier
-from qrlora.cli import main
+from qrlora.apps.cli import main
 from qrlora.errors import DataError
-from qrlora.evaluation.rivals.adapters import ADAPTERS, PRIOR
-from qrlora.evaluation.rivals.deltas import Delta, scaled
-from qrlora.evaluation.rivals.merges import MERGES
+from qrlora.lab.baselines.adapters import ADAPTERS, PRIOR
+from qrlora.lab.baselines.deltas import Delta, scaled
+from qrlora.lab.baselines.merges import MERGES
+from qrlora.lab.compare import about, cells, page, plan, run, tables, tuning
+from qrlora.lab.compare.cells import UNRELATED, Cell, digest_of
+from qrlora.lab.compare.plan import DEFAULT, RIVAL, ROWS, SMALL, Scope
+from qrlora.lab.compare.plots import freedom, frontier
 from qrlora.pico import world
 
 EQUAL = dict.fromkeys([*(plan.key_of(*pair) for pair in Scope().pairs), plan.ANY], (1.0, 1.0))
@@ -307,7 +307,7 @@ def test_distance_is_of_form_for_subjects_and_of_drawing_for_styles(monkeypatch)
 
 
 def test_freedom_needs_two_methods_and_shows_every_part(monkeypatch):
-    monkeypatch.setattr("qrlora.bench.plots.distance", lambda role, name: float(len(name)))
+    monkeypatch.setattr("qrlora.lab.compare.plots.distance", lambda role, name: float(len(name)))
     records = [
         alone(method, measured={"named": 0.5}, **part)
         for method in ("qrlora", "q_cayley")
@@ -426,7 +426,7 @@ def test_another_measure_looks_at_the_pictures_that_are_there(small, monkeypatch
     folder, scope = small
     before = run.run(folder, scope, 1, lambda said: None)
     monkeypatch.setattr(cells, "VERSION", cells.VERSION + 1)
-    monkeypatch.setattr("qrlora.bench.cells.taught", None)
+    monkeypatch.setattr("qrlora.lab.compare.cells.taught", None)
     monkeypatch.setattr(cells.Bench, "draw", None)
     bench = cells.Bench.open(folder, scope)
     todo = [cell for stage in run.cells_of(scope) for cell in run.missing(folder, scope, stage)]
@@ -637,7 +637,7 @@ def test_what_was_chosen_and_from_what_is_kept_beside_earlier_runs(tmp_path, mon
 
 
 def test_packaged_rates_are_of_methods_as_they_are():
-    kept = json.loads(files("qrlora.bench").joinpath("rates.json").read_text())
+    kept = json.loads(files("qrlora.lab.compare").joinpath("rates.json").read_text())
     versions = kept.get("versions", {})
     assert all(ADAPTERS[ROWS[name].adapter].version == versions.get(name, 1) for name in kept["chosen"])
 

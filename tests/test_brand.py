@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from qrlora._reading import tomllib
 from qrlora.errors import BrandError
-from qrlora.evaluation.brand import Sheet, logo_match
-from qrlora.evaluation.pictures import Exhibit
 from qrlora.pico import world
-from qrlora.reading import tomllib
+from qrlora.quality.brand import Sheet, logo_match
+from qrlora.quality.images.read import Exhibit
 
 ROOT = Path(__file__).parents[1]
 RED, BLUE, WHITE = (215, 38, 61), (0, 0, 255), (255, 255, 255)

@@ -20,11 +20,11 @@ from PIL import Image
 
 import qrlora
 from conftest import build_tiny_flux, build_tiny_sd3
-from qrlora import families
-from qrlora.adapter import load_adapter
-from qrlora.cli import main
-from qrlora.cli.shared import Bar, weighted_path
-from qrlora.training import loop
+from qrlora.apps.cli import main
+from qrlora.apps.cli.shared import Bar, weighted_path
+from qrlora.method.adapter import load_adapter
+from qrlora.models import families
+from qrlora.models.training import loop
 
 COMMANDS = (
     "train", "plan", "basis", "compose", "generate", "inspect", "export", "import", "extract", "similarity", "serve",
@@ -58,7 +58,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_help_is_quick_and_complete() -> None:
     """Loading torch, diffusers or even pydantic would make every typing mistake wait for seconds."""
-    script = "import sys; from qrlora.cli import main\ntry: main(['--help'])\nfinally: print(sorted(sys.modules))"
+    script = "import sys; from qrlora.apps.cli import main\ntry: main(['--help'])\nfinally: print(sorted(sys.modules))"
     said = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True).stdout
     assert all(command in said for command in COMMANDS)
     assert not any(f"'{module}'" in said for module in ("torch", "diffusers", "peft", "pydantic", "numpy"))
@@ -66,11 +66,11 @@ def test_help_is_quick_and_complete() -> None:
 
 WITH_A_WORKER = """
 import multiprocessing, pkgutil, sys
-from qrlora.cli import main
+from qrlora.apps.cli import main
 
 if __name__ == "__main__":
     with multiprocessing.get_context("spawn").Pool(1) as pool:
-        pool.apply(pkgutil.resolve_name, ("qrlora.bench.run:run_stages",))
+        pool.apply(pkgutil.resolve_name, ("qrlora.lab.compare.run:run_stages",))
     sys.exit(main(["generate", "--prompt", "a mug", "--steps", "1", "-o", "mug.png"]))
 """
 
@@ -260,9 +260,9 @@ def test_similarity_plots_a_panel_of_every_quantity(work: Path, monkeypatch: pyt
 
 def test_demo_hands_its_options_on(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     calls = []
-    stand_in = types.ModuleType("qrlora.demo")
+    stand_in = types.ModuleType("qrlora.apps.demo")
     stand_in.run = lambda **options: calls.append(options) or "report.html"  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "qrlora.demo", stand_in)
+    monkeypatch.setitem(sys.modules, "qrlora.apps.demo", stand_in)
     monkeypatch.setattr(qrlora, "demo", stand_in, raising=False)
     assert main(["demo", "--subject", "mine.jpg", "--seed", "3"]) == 0
     assert calls == [{"out": Path("out/demo"), "seed": 3, "subject": "mine.jpg"}]
@@ -518,7 +518,7 @@ def test_long_preparations_show_progress_and_short_ones_do_not(
     flags = ["--model", str(tiny_sd3), "--rank", "2", "--steps", "1", "--batch-size", "1", "--buckets", "--flip"]
     flags += ["--num-repeats", "2,1"]
     for patience, seen in ((60.0, 0), (-1.0, 1)):
-        monkeypatch.setattr("qrlora.cli.train.PATIENCE", patience)
+        monkeypatch.setattr("qrlora.apps.cli.train.PATIENCE", patience)
         assert (
             main(["train", "--subject", "a.png", "b.png", "--num-repeats", "2,1", *flags, "-o", "a.safetensors"]) == 0
         )

@@ -11,11 +11,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qrlora.basis import Basis, fingerprint
-from qrlora.composition import Composition, compose_delta_weights, giving_way, similarity
 from qrlora.errors import MismatchError
-from qrlora.evaluation.rivals.deltas import Delta
-from qrlora.evaluation.rivals.projections import project_both
+from qrlora.lab.baselines.deltas import Delta
+from qrlora.lab.baselines.projections import project_both
+from qrlora.method.basis import Basis, fingerprint
+from qrlora.method.composition import Composition, compose_delta_weights, giving_way, similarity
 from samples import EPS, SHAPES, assert_rounded, changed, delta_weights, make_adapter, make_basis, make_lora
 
 EVEN, ODD = (0, 2, 4, 6), (1, 3, 5, 7)
@@ -102,7 +102,7 @@ def test_three_give_way_as_in_the_bench(basis):
 
 
 def test_giving_way_is_the_bench_s_projection_and_stays_on_the_basis(basis):
-    """`project_both` of qrlora.evaluation.rivals, which works on factors of ΔW and knows of no basis."""
+    """`project_both` of qrlora.lab.baselines, which works on factors of ΔW and knows of no basis."""
     one, two = make_adapter(basis, EVEN, seed=1, alpha=3.0), make_adapter(basis, ODD, seed=2)
     parts = [(one, 1.4), (two, -0.6)]
     composed = Composition(parts, 0.5).adapter()

@@ -12,10 +12,10 @@ import torch
 from PIL import Image, ImageCms
 
 from qrlora.errors import DataError
-from qrlora.families import load_pipeline
-from qrlora.training.dataset import Source, encode, find_pictures, load_examples
-from qrlora.training.overview import overview
-from qrlora.training.pictures import bucket_sizes, read_picture
+from qrlora.models.families import load_pipeline
+from qrlora.models.training.dataset import Source, encode, find_pictures, load_examples
+from qrlora.models.training.overview import overview
+from qrlora.models.training.pictures import bucket_sizes, read_picture
 
 
 def save(

@@ -15,13 +15,14 @@ import pytest
 import torch
 from PIL import Image
 
-from qrlora import demo, pico
-from qrlora.adapter import load_adapter
-from qrlora.demo import flow, page, plan
-from qrlora.demo.flow import PARTS, SETS, Answer, Outcome
-from qrlora.demo.numbers import crosstalk, data
-from qrlora.demo.plan import DEFAULT, METHODS, Budget, Lesson, questions
+from qrlora import pico
+from qrlora.apps import demo
+from qrlora.apps.demo import flow, page, plan
+from qrlora.apps.demo.flow import PARTS, SETS, Answer, Outcome
+from qrlora.apps.demo.numbers import crosstalk, data
+from qrlora.apps.demo.plan import DEFAULT, METHODS, Budget, Lesson, questions
 from qrlora.errors import DataError, QrloraError
+from qrlora.method.adapter import load_adapter
 from qrlora.pico import world
 from qrlora.pico.judge import Judge
 

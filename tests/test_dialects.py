@@ -17,13 +17,13 @@ from torch import Tensor
 
 from conftest import BUILDERS, build_tiny_sd3
 from dialects import DIALECTS, Lora, by_layer, by_original, layers_of, originals, peft_config, random_pairs
-from qrlora.adapter import Adapter, AdapterMetadata
-from qrlora.cli import main
+from qrlora.apps.cli import main
+from qrlora.apps.serving.engine import Shelf
 from qrlora.errors import AdapterFileError
-from qrlora.exchange import LayerNames, export_adapter, import_file, left_out_of, load_any
-from qrlora.exchange.forms import FAMILIES_OF, target_of
-from qrlora.families import family_of
-from qrlora.serving.engine import Shelf
+from qrlora.method.adapter import Adapter, AdapterMetadata
+from qrlora.models.exchange import LayerNames, export_adapter, import_file, left_out_of, load_any
+from qrlora.models.exchange.forms import FAMILIES_OF, target_of
+from qrlora.models.families import family_of
 
 DOCS = Path(__file__).parent.parent / "docs" / "exchange.md"
 CASES = Path(__file__).parent / "cases" / "loras"

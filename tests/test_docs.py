@@ -26,12 +26,12 @@ import torch
 from PIL import Image
 
 from conftest import BUILDERS
-from qrlora.cli import build_parser, main
-from qrlora.cli.train import recipe_of
-from qrlora.families import FAMILIES
+from qrlora._reading import tomllib
+from qrlora.apps.cli import build_parser, main
+from qrlora.apps.cli.train import recipe_of
+from qrlora.models.families import FAMILIES
+from qrlora.models.training.recipe import Recipe
 from qrlora.pico import world
-from qrlora.reading import tomllib
-from qrlora.training.recipe import Recipe
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -306,7 +306,7 @@ class Reader:
 
 @contextlib.contextmanager
 def served(arguments: list[str], port: str) -> Iterator[None]:
-    process = subprocess.Popen([sys.executable, "-m", "qrlora.cli", *arguments])
+    process = subprocess.Popen([sys.executable, "-m", "qrlora", *arguments])
     try:
         for _ in range(1200):
             assert process.poll() is None, "the server ended"

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from qrlora.cli import main
+from qrlora.apps.cli import main
 from qrlora.pico import world
 
 SHEET = """

@@ -13,17 +13,17 @@ import pytest
 import torch
 from PIL import Image
 
-from qrlora.adapter import Adapter, save_adapter
-from qrlora.basis import Basis, weight_digest
 from qrlora.errors import DataError, RecipeError
-from qrlora.families import load_pipeline
-from qrlora.families.stored import stored_weights
-from qrlora.generation import attached, generate
-from qrlora.training.dataset import encode, load_examples
-from qrlora.training.loop import peft_config, train
-from qrlora.training.placement import blocks
-from qrlora.training.recipe import Recipe
-from qrlora.tuner import basis_digests
+from qrlora.method.adapter import Adapter, save_adapter
+from qrlora.method.basis import Basis, weight_digest
+from qrlora.method.tuner import basis_digests
+from qrlora.models.families import load_pipeline
+from qrlora.models.generation import attached, generate
+from qrlora.models.stored import stored_weights
+from qrlora.models.training.dataset import encode, load_examples
+from qrlora.models.training.loop import peft_config, train
+from qrlora.models.training.placement import blocks
+from qrlora.models.training.recipe import Recipe
 from samples import NETWORK, assert_rounded
 
 PROMPT = "a photo of a <c> mug"

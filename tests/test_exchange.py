@@ -18,14 +18,14 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from conftest import BUILDERS, build_tiny_sd3, build_tiny_sdxl
-from qrlora.adapter import Adapter, AdapterMetadata, attach, load_adapter, save_adapter
-from qrlora.adapter.model import base_weights
-from qrlora.adapter.record import triangular_mask
-from qrlora.basis import Basis
-from qrlora.cli import main
-from qrlora.composition import Composition, compose_delta_weights
+from qrlora.apps.cli import main
 from qrlora.errors import AdapterFileError, MismatchError
-from qrlora.exchange import (
+from qrlora.method.adapter import Adapter, AdapterMetadata, attach, load_adapter, save_adapter
+from qrlora.method.adapter.attach import base_weights
+from qrlora.method.adapter.record import triangular_mask
+from qrlora.method.basis import Basis
+from qrlora.method.composition import Composition, compose_delta_weights
+from qrlora.models.exchange import (
     LayerNames,
     Onto,
     changed_components,
@@ -41,11 +41,11 @@ from qrlora.exchange import (
     target_of,
     verification,
 )
-from qrlora.exchange.names import flattened, kohya_names, module_of
-from qrlora.exchange.projection import truncated
-from qrlora.exchange.verification import original_names
-from qrlora.families import family_of
-from qrlora.generation import generate
+from qrlora.models.exchange.names import flattened, kohya_names, module_of
+from qrlora.models.exchange.projection import truncated
+from qrlora.models.exchange.verification import original_names
+from qrlora.models.families import family_of
+from qrlora.models.generation import generate
 from samples import EPS
 
 PROMPT = "a photo of a <c> mug"

@@ -14,13 +14,13 @@ from diffusers import AutoencoderDC, AutoencoderTiny
 from huggingface_hub import errors as hub_errors
 
 from conftest import build_tiny_flux, build_tiny_flux2_klein
-from qrlora import families
-from qrlora.adapter import adapter_from_model
 from qrlora.errors import DataError, ModelError
-from qrlora.families import FAMILIES, ModelFamily, family_of, load_pipeline
-from qrlora.families.base import encode_images
-from qrlora.training.loop import family_options, peft_config
-from qrlora.training.recipe import Recipe
+from qrlora.method.adapter import adapter_from_model
+from qrlora.models import families
+from qrlora.models.families import FAMILIES, ModelFamily, family_of, load_pipeline
+from qrlora.models.families.base import encode_images
+from qrlora.models.training.loop import family_options, peft_config
+from qrlora.models.training.recipe import Recipe
 from samples import assert_rounded
 
 ROOT = Path(__file__).parent.parent
@@ -160,7 +160,7 @@ def test_unknown_pipeline_lists_the_families() -> None:
 
 def test_short_names_resolve(tiny_sd3: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(families, "tiny", SimpleNamespace(path=lambda: tiny_sd3, SETTINGS={"steps": 3}), raising=False)
-    monkeypatch.setitem(families.EMBEDDED, "tiny", "qrlora.families:tiny")
+    monkeypatch.setitem(families.EMBEDDED, "tiny", "qrlora.models.families:tiny")
     family = load_pipeline("tiny", device="cpu")[1]
     assert (family.name, family.steps, family.guidance) == ("sd3", 3, families.SD3.guidance)
 

@@ -21,7 +21,7 @@ from conftest import (
     build_tiny_sdxl,
     build_tiny_z_image,
 )
-from qrlora.families import family_of
+from qrlora.models.families import family_of
 from samples import EPS, NETWORK, assert_rounded
 
 PROMPTS = ["a photo of a <c> mug", "a mug in <s> style", ""]

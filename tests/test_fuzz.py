@@ -22,22 +22,22 @@ import safetensors.torch
 import torch
 
 import mutations
-from qrlora.adapter import load_adapter, save_adapter
-from qrlora.basis import Basis
-from qrlora.cli.serve import _api_keys
+from qrlora._reading import read_json
+from qrlora.apps.cli.serve import _api_keys
+from qrlora.apps.serving.app import Limits, Service, create_app
+from qrlora.apps.serving.protocol import Event, Facts, Made, Picture, Settings
 from qrlora.errors import AdapterFileError, BasisError, BrandError, DataError, ModelError, QrloraError, RecipeError
-from qrlora.evaluation.brand import Sheet
-from qrlora.evaluation.pictures import read
-from qrlora.evaluation.rivals.deltas import Delta, load_learned, save_learned
-from qrlora.evaluation.tally import checked_key, lines, report, tally
-from qrlora.exchange import load_any
-from qrlora.families import find_model
-from qrlora.reading import read_json
-from qrlora.serving.app import Limits, Service, create_app
-from qrlora.serving.protocol import Event, Facts, Made, Picture, Settings
-from qrlora.training import checkpoint, dataset
-from qrlora.training.dataset import find_pictures
-from qrlora.training.recipe import Recipe
+from qrlora.lab.baselines.deltas import Delta, load_learned, save_learned
+from qrlora.method.adapter import load_adapter, save_adapter
+from qrlora.method.basis import Basis
+from qrlora.models.exchange import load_any
+from qrlora.models.families import find_model
+from qrlora.models.training import checkpoint, dataset
+from qrlora.models.training.dataset import find_pictures
+from qrlora.models.training.recipe import Recipe
+from qrlora.quality.brand import Sheet
+from qrlora.quality.images.read import read
+from qrlora.quality.study.tally import checked_key, lines, report, tally
 from samples import make_adapter, make_basis, make_lora, make_weights
 
 CORPUS = Path(__file__).parent / "corpus"

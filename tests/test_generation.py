@@ -11,13 +11,13 @@ import pytest
 import torch
 from PIL import Image
 
-from qrlora.adapter import Adapter, adapter_from_model, remove_adapters
-from qrlora.composition import giving_way
 from qrlora.errors import DataError, MismatchError
-from qrlora.families import load_pipeline
-from qrlora.generation import _labels, generate, labelled_grid, weight_grid
-from qrlora.training.loop import peft_config
-from qrlora.training.recipe import Recipe
+from qrlora.method.adapter import Adapter, adapter_from_model, remove_adapters
+from qrlora.method.composition import giving_way
+from qrlora.models.families import load_pipeline
+from qrlora.models.generation import _labels, generate, labelled_grid, weight_grid
+from qrlora.models.training.loop import peft_config
+from qrlora.models.training.recipe import Recipe
 
 STEPS = {"steps": 2, "guidance": 2.0}
 

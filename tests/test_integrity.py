@@ -20,22 +20,22 @@ import torch
 from PIL import Image
 from torch import nn
 
-from qrlora.adapter import Adapter, adapter_from_model, attach, load_adapter, remove_adapters, save_adapter
-from qrlora.basis import cached_layer_basis, weight_digest
-from qrlora.cli import main
-from qrlora.composition import Composition, Live, compose_delta_weights
+from qrlora._files import write_atomically
+from qrlora._tensor_file import DIGEST, MOST_TENSORS, packed, read_header, read_tensors
+from qrlora.apps.cli import main
+from qrlora.apps.serving.engine import Engine
+from qrlora.apps.serving.protocol import Made, Picture, Refused, Settings
 from qrlora.errors import AdapterFileError, MismatchError, PictureError, QrloraError, RecipeError, TensorFileError
-from qrlora.exchange import load_any
-from qrlora.families import load_pipeline
-from qrlora.files import write_atomically
-from qrlora.generation import Request, generate, generate_mixed
-from qrlora.serving.engine import Engine
-from qrlora.serving.protocol import Made, Picture, Refused, Settings
-from qrlora.tensor_file import DIGEST, MOST_TENSORS, packed, read_header, read_tensors
-from qrlora.training import checkpoint
-from qrlora.training.dataset import encode, load_examples
-from qrlora.training.recipe import Recipe
-from qrlora.tuner import QRLoraConfig
+from qrlora.method.adapter import Adapter, adapter_from_model, attach, load_adapter, remove_adapters, save_adapter
+from qrlora.method.basis import cached_layer_basis, weight_digest
+from qrlora.method.composition import Composition, Live, compose_delta_weights
+from qrlora.method.tuner import QRLoraConfig
+from qrlora.models.exchange import load_any
+from qrlora.models.families import load_pipeline
+from qrlora.models.generation import Request, generate, generate_mixed
+from qrlora.models.training import checkpoint
+from qrlora.models.training.dataset import encode, load_examples
+from qrlora.models.training.recipe import Recipe
 from samples import SHAPES, changed, make_adapter, make_basis, make_lora
 
 NAMES = {name: f"lora_unet_{name.replace('.', '_')}" for name in SHAPES}

@@ -23,17 +23,17 @@ import pytest
 import torch
 from PIL import Image
 
-from qrlora.adapter import load_adapter
+from qrlora.method.adapter import load_adapter
 
 pytestmark = pytest.mark.slow
 FORKED = multiprocessing.get_context("forkserver")
-FORKED.set_forkserver_preload(["qrlora.cli", "qrlora.training.loop"])
+FORKED.set_forkserver_preload(["qrlora.apps.cli", "qrlora.models.training.loop"])
 STEPS = 24
 
 
 def run(arguments: list[str], log: Path, cache: Path, terminal: str = "") -> None:
     """One command as a process of its own; what it prints goes to a file, or to a terminal that is then its own."""
-    from qrlora.cli import main
+    from qrlora.apps.cli import main
 
     if terminal:
         os.setsid()

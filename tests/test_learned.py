@@ -25,10 +25,10 @@ from transformers import (
 
 from conftest import byte_tokenizer
 from qrlora.errors import ModelError
-from qrlora.evaluation.learned import Eyes, style_network
-from qrlora.evaluation.measures import MEASURES, References, measure
-from qrlora.evaluation.pictures import Exhibit
 from qrlora.pico import world
+from qrlora.quality.images.read import Exhibit
+from qrlora.quality.metrics.learned import Eyes, style_network
+from qrlora.quality.metrics.table import MEASURES, References, measure
 from samples import EPS, NETWORK, assert_rounded
 
 SIDE, PATCH, WIDTH = 32, 8, 64

@@ -17,12 +17,12 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 
 from denoisers import build, predict
-from qrlora.adapter import Adapter, adapter_from_model, attach, remove_adapters
-from qrlora.composition import Composition, Live
 from qrlora.errors import MismatchError, TunerError
-from qrlora.families import load_pipeline
-from qrlora.generation import Request, generate, generate_mixed
-from qrlora.tuner import QRLoraConfig, QRLoraLayer
+from qrlora.method.adapter import Adapter, adapter_from_model, attach, remove_adapters
+from qrlora.method.composition import Composition, Live
+from qrlora.method.tuner import QRLoraConfig, QRLoraLayer
+from qrlora.models.families import load_pipeline
+from qrlora.models.generation import Request, generate, generate_mixed
 from samples import NETWORK, assert_rounded, make_lora
 from test_generation import close
 

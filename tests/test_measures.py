@@ -15,10 +15,10 @@ from PIL import Image, ImageEnhance, ImageOps
 from PIL.PngImagePlugin import PngInfo
 
 from qrlora.errors import DataError
-from qrlora.evaluation.copies import LIMIT, likeness
-from qrlora.evaluation.measures import MEASURES, NEEDS, References, chosen, measure
-from qrlora.evaluation.pictures import Colours, Exhibit, gather, hex_colour, read
 from qrlora.pico import world
+from qrlora.quality.images.read import Colours, Exhibit, gather, hex_colour, read
+from qrlora.quality.metrics.copies import LIMIT, likeness
+from qrlora.quality.metrics.table import MEASURES, NEEDS, References, chosen, measure
 
 FREE = [name for name, row in MEASURES.items() if not row.model]
 

@@ -14,14 +14,14 @@ import torch
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
 from PIL import Image
 
-from qrlora.adapter import Adapter, load_adapter
-from qrlora.cli import main
+from qrlora.apps.cli import main
 from qrlora.errors import RecipeError, TrainingError
-from qrlora.families import load_pipeline
-from qrlora.generation import generate
-from qrlora.training.loop import Progress, TrainingInterrupted, train
-from qrlora.training.monitor import Sampler
-from qrlora.training.recipe import Recipe
+from qrlora.method.adapter import Adapter, load_adapter
+from qrlora.models.families import load_pipeline
+from qrlora.models.generation import generate
+from qrlora.models.training.loop import Progress, TrainingInterrupted, train
+from qrlora.models.training.monitor import Sampler
+from qrlora.models.training.recipe import Recipe
 
 
 def recipe_on(model: Path, folder: Path, **fields: Any) -> Recipe:

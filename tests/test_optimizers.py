@@ -14,10 +14,10 @@ from PIL import Image
 from torch import nn
 
 from qrlora.errors import RecipeError
-from qrlora.training import checkpoint, outputs
-from qrlora.training.loop import train
-from qrlora.training.optimizers import PACKAGES, evaluated, optimizer_for
-from qrlora.training.recipe import Recipe
+from qrlora.models.training import checkpoint, outputs
+from qrlora.models.training.loop import train
+from qrlora.models.training.optimizers import PACKAGES, evaluated, optimizer_for
+from qrlora.models.training.recipe import Recipe
 
 OPTIMIZERS = ["adamw", *PACKAGES]
 

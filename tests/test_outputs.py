@@ -19,15 +19,15 @@ from pathlib import Path
 
 import pytest
 
-from qrlora import files
-from qrlora.cli import main
+from qrlora import _files as files
+from qrlora._files import check_room, claimed, sweep, write_all, write_atomically
+from qrlora.apps.cli import main
 from qrlora.errors import OutputError
-from qrlora.files import check_room, claimed, sweep, write_all, write_atomically
 
 HOLD = """
 import sys, time
 from pathlib import Path
-from qrlora.files import claimed
+from qrlora._files import claimed
 with claimed(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(60)
@@ -36,7 +36,7 @@ with claimed(Path(sys.argv[1])):
 WRITE = """
 import sys, time
 from pathlib import Path
-from qrlora.files import write_atomically
+from qrlora._files import write_atomically
 def content(stream):
     stream.write(b"half")
     stream.flush()
@@ -227,7 +227,7 @@ def test_a_limit_on_the_size_of_files_is_found_at_once(monkeypatch: pytest.Monke
 
 NEEDS_NO_TORCH = """
 import json, sys
-from qrlora.cli import main
+from qrlora.apps.cli import main
 for command in json.loads(sys.argv[1]):
     code = main(command)
     print(json.dumps([code, "torch" in sys.modules]), file=sys.stderr)
@@ -345,7 +345,7 @@ def test_any_disk_error_of_a_command_names_file_and_remedy(
     def fail(_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device", "/somewhere/a.bin")
 
-    monkeypatch.setattr("qrlora.cli.inspect.run_inspect", fail)
+    monkeypatch.setattr("qrlora.apps.cli.inspect.run_inspect", fail)
     assert main(["inspect", "a.safetensors"]) == 2
     said = capsys.readouterr().err
     assert "/somewhere/a.bin" in said and "remedy:" in said
@@ -367,8 +367,8 @@ del signal.SIGHUP
 del os.register_at_fork
 sys.platform = "win32"
 from qrlora.errors import OutputError
-from qrlora.files import claimed, write_atomically
-from qrlora.interrupts import deferred, ended
+from qrlora._files import claimed, write_atomically
+from qrlora._interrupts import deferred, ended
 
 with claimed(Path("a.png")), deferred() as told:
     write_atomically(Path("a.png"), b"whole")

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from qrlora.errors import TunerError
-from qrlora.tuner import QRLoraConfig, QRLoraLayer
+from qrlora.method.tuner import QRLoraConfig, QRLoraLayer
 from samples import EPS, assert_rounded
 
 pytestmark = pytest.mark.filterwarnings(
@@ -160,7 +160,7 @@ def test_merging_some_rows_at_a_time_is_merging_them_all(kind, numbers, monkeypa
     layer = model.base_model.model.layer
     weight = layer.get_base_layer().weight
     before, expected = weight.clone(), weight + layer.get_delta_weight("default")
-    monkeypatch.setattr("qrlora.tuner.layer.MERGED_AT_ONCE", numbers)
+    monkeypatch.setattr("qrlora.method.tuner.layer.MERGED_AT_ONCE", numbers)
     layer.merge(safe_merge=True)
     close(weight, expected)
     layer.unmerge()

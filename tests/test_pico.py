@@ -17,8 +17,8 @@ from diffusers import StableDiffusion3Pipeline
 
 from qrlora import pico
 from qrlora.errors import TrainingError
-from qrlora.families import load_pipeline, load_structure
-from qrlora.generation import generate_jobs
+from qrlora.models.families import load_pipeline, load_structure
+from qrlora.models.generation import generate_jobs
 from qrlora.pico import evaluate, train, world
 from qrlora.pico.judge import Verdict
 

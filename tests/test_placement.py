@@ -13,14 +13,14 @@ from diffusers import SD3Transformer2DModel
 from PIL import Image
 from torch import nn
 
-from qrlora import families
-from qrlora.adapter import Adapter, load_adapter
 from qrlora.errors import ModelError, RecipeError
-from qrlora.families import load_pipeline
-from qrlora.generation import generate
-from qrlora.training import checkpoint, loop, placement
-from qrlora.training.loop import Progress, train
-from qrlora.training.recipe import Recipe
+from qrlora.method.adapter import Adapter, load_adapter
+from qrlora.models import families
+from qrlora.models.families import load_pipeline
+from qrlora.models.generation import generate
+from qrlora.models.training import checkpoint, loop, placement
+from qrlora.models.training.loop import Progress, train
+from qrlora.models.training.recipe import Recipe
 
 FORMS = {"int8": ("torchao", 0.01), "nf4": ("bitsandbytes", 0.12)}
 """Package of each form, and how far off its weights may be, ‖W - W'‖ / ‖W‖."""
@@ -72,7 +72,7 @@ def test_training_on_a_quantised_base(recipe: Recipe, form: str, method: str, mo
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_quantising_stores_the_blocks_and_leaves_the_rest(form: str, dtype: torch.dtype) -> None:
-    from qrlora.tuner.layer import is_quantised, readable_weight
+    from qrlora.method.tuner.layer import is_quantised, readable_weight
 
     model = SD3Transformer2DModel(
         sample_size=8,

@@ -12,16 +12,16 @@ import torch
 from PIL import Image
 from torch import nn
 
-from qrlora.adapter import save_adapter
-from qrlora.basis import Basis
-from qrlora.cli import main
+from qrlora.apps.cli import main
 from qrlora.errors import RecipeError
-from qrlora.families import load_pipeline, load_structure
-from qrlora.training.loop import adapter_on, train
-from qrlora.training.optimizers import STATE_BYTES, optimizer_for
-from qrlora.training.plan import Plan, plan, rehearse
-from qrlora.training.recipe import Recipe
-from qrlora.training.rehearsal import Pace, Rehearsal
+from qrlora.method.adapter import save_adapter
+from qrlora.method.basis import Basis
+from qrlora.models.families import load_pipeline, load_structure
+from qrlora.models.training.loop import adapter_on, train
+from qrlora.models.training.optimizers import STATE_BYTES, optimizer_for
+from qrlora.models.training.plan import Plan, plan, rehearse
+from qrlora.models.training.recipe import Recipe
+from qrlora.models.training.rehearsal import Pace, Rehearsal
 
 
 @pytest.fixture
@@ -214,6 +214,6 @@ def test_command_line(tiny_sd3: Path, tmp_path: Path, capsys: pytest.CaptureFixt
 def test_what_does_not_fit_is_said(
     tiny_sd3: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("qrlora.training.plan.free_memory", lambda device: 1000)
+    monkeypatch.setattr("qrlora.models.training.plan.free_memory", lambda device: 1000)
     assert main(["plan", "--subject", "a.png", "--model", str(tiny_sd3), "--rank", "2", "--no-time"]) == 0
     assert "does not fit" in capsys.readouterr().out

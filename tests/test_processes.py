@@ -16,11 +16,11 @@ from PIL import Image
 
 import qrlora
 from conftest import build_tiny_qwen_image
-from qrlora.adapter import Adapter, load_adapter
 from qrlora.errors import RecipeError
-from qrlora.training.loop import train
-from qrlora.training.processes import check_divisible, share
-from qrlora.training.recipe import Recipe
+from qrlora.method.adapter import Adapter, load_adapter
+from qrlora.models.training.loop import train
+from qrlora.models.training.processes import check_divisible, share
+from qrlora.models.training.recipe import Recipe
 from samples import EPS, NETWORK
 
 JOBS: dict[str, dict[str, Any]] = {

@@ -19,14 +19,14 @@ from PIL import Image
 from torch import Tensor, nn
 
 from conftest import build_tiny_flux
-from qrlora.adapter import Adapter, load_adapter
-from qrlora.adapter.model import base_weights
-from qrlora.basis import Basis
-from qrlora.cli import main
-from qrlora.families import family_of, load_pipeline
-from qrlora.generation import generate
-from qrlora.training.loop import train
-from qrlora.training.recipe import Recipe
+from qrlora.apps.cli import main
+from qrlora.method.adapter import Adapter, load_adapter
+from qrlora.method.adapter.attach import base_weights
+from qrlora.method.basis import Basis
+from qrlora.models.families import family_of, load_pipeline
+from qrlora.models.generation import generate
+from qrlora.models.training.loop import train
+from qrlora.models.training.recipe import Recipe
 from samples import EPS
 
 RANK = 4

@@ -23,21 +23,21 @@ from PIL import EpsImagePlugin, Image, ImageFile, features
 from starlette.requests import Request
 
 import qrlora
-from qrlora.adapter import load_adapter, save_adapter
-from qrlora.basis import default_cache_dir
-from qrlora.cli import main
-from qrlora.cli.serve import _api_keys
-from qrlora.cli.shared import count, number, seed, share, weighted_path, weights, whole
+from qrlora._reading import parse_json, parsing, read_text, read_toml
+from qrlora.apps.cli import main
+from qrlora.apps.cli.serve import _api_keys
+from qrlora.apps.cli.shared import count, number, seed, share, weighted_path, weights, whole
+from qrlora.apps.serving.app import authorise
+from qrlora.apps.serving.engine import Shelf
+from qrlora.apps.serving.names import composition_of
 from qrlora.errors import AdapterFileError, BrandError, DataError, OutputError, QrloraError, RecipeError, RequestError
-from qrlora.evaluation.brand import Sheet
-from qrlora.evaluation.pictures import gather, read
-from qrlora.reading import parse_json, parsing, read_text, read_toml
-from qrlora.serving.app import authorise
-from qrlora.serving.engine import Shelf
-from qrlora.serving.names import composition_of
-from qrlora.training.dataset import SUFFIXES, Source, find_pictures, load_examples
-from qrlora.training.pictures import LARGEST_FILE, LARGEST_PICTURE, open_picture
-from qrlora.training.recipe import Recipe
+from qrlora.method.adapter import load_adapter, save_adapter
+from qrlora.method.basis import default_cache_dir
+from qrlora.models.training.dataset import SUFFIXES, Source, find_pictures, load_examples
+from qrlora.models.training.pictures import LARGEST_FILE, LARGEST_PICTURE, open_picture
+from qrlora.models.training.recipe import Recipe
+from qrlora.quality.brand import Sheet
+from qrlora.quality.images.read import gather, read
 from samples import make_adapter, make_basis
 
 CASES = Path(__file__).parent / "cases/files"

@@ -13,7 +13,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image
 
-from qrlora.adapter import load_adapter
+from qrlora.method.adapter import load_adapter
 from real_size import build
 
 RANK = "16"
@@ -21,7 +21,7 @@ RANK = "16"
 
 COMMAND = """
 import sys
-from qrlora.cli import main
+from qrlora.apps.cli import main
 status = main(sys.argv[1:])
 print(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")), file=sys.stderr)
 sys.exit(status)

@@ -11,7 +11,7 @@ import jsonschema
 import pytest
 
 from qrlora.errors import RecipeError
-from qrlora.training.recipe import Recipe, default_caption
+from qrlora.models.training.recipe import Recipe, default_caption
 
 if sys.version_info >= (3, 11):
     import tomllib

@@ -15,8 +15,8 @@ from typing import NamedTuple
 
 import pytest
 
-from qrlora.cli import build_parser, less_memory
-from qrlora.training.recipe import Recipe
+from qrlora.apps.cli import build_parser, less_memory
+from qrlora.models.training.recipe import Recipe
 
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src"
@@ -101,7 +101,7 @@ def functions(module: str) -> dict[str, ast.AST]:
 def commands() -> dict[str, tuple[str, str]]:
     """Each command's module and the function that runs it."""
     found = {}
-    for module in (name for name in trees() if name.startswith("qrlora.cli.")):
+    for module in (name for name in trees() if name.startswith("qrlora.apps.cli.")):
         for node in ast.walk(trees()[module]):
             registers = isinstance(node, ast.Call) and getattr(node.func, "id", "") == "command"
             if registers and isinstance(name := node.args[1], ast.Constant):  # type: ignore[attr-defined]
@@ -119,7 +119,7 @@ def reached(command: str) -> set[tuple[str, str]]:
         if (module, name) in seen or module not in trees():
             continue
         seen.add((module, name))
-        if not module.startswith("qrlora.cli"):
+        if not module.startswith("qrlora.apps.cli"):
             inside = {(one, "") for one, _ in imports_in(trees()[module])}
             inside |= {(f"{one}.{part}", "") for one, part in imports_in(trees()[module])}
         elif name in functions(module):
@@ -128,13 +128,13 @@ def reached(command: str) -> set[tuple[str, str]]:
             inside = {(module, local) for local in functions(module) if local in names_in(function)}
             here = [*imports_in(function), *((one, part) for part, one in everywhere.items())]
             for one, part in here:
-                inside |= {(one, part)} if one.startswith("qrlora.cli") else {(one, ""), (f"{one}.{part}", "")}
+                inside |= {(one, part)} if one.startswith("qrlora.apps.cli") else {(one, ""), (f"{one}.{part}", "")}
         queue += inside
     return seen
 
 
 def who_prints(remedy: Remedy) -> list[str]:
-    name = remedy.function if remedy.module.startswith("qrlora.cli") else ""
+    name = remedy.function if remedy.module.startswith("qrlora.apps.cli") else ""
     return [command for command in commands() if (remedy.module, name) in reached(command)]
 
 
@@ -163,8 +163,8 @@ def faults_of(remedy: Remedy) -> list[str]:
 def test_every_command_line_module_is_understood() -> None:
     choices = build_parser()._subparsers._group_actions[0].choices  # type: ignore[union-attr]
     assert set(commands()) == set(choices or ()) and len(remedies()) > 250
-    assert ("qrlora.exchange.lora_files", "") in reached("inspect")
-    assert ("qrlora.cli.shared", "refuse_to_replace") not in reached("inspect")
+    assert ("qrlora.models.exchange.lora_files", "") in reached("inspect")
+    assert ("qrlora.apps.cli.shared", "refuse_to_replace") not in reached("inspect")
 
 
 def test_every_flag_and_command_that_a_remedy_names_is_there() -> None:
@@ -183,7 +183,7 @@ def test_a_command_that_runs_out_of_memory_names_its_own_flags() -> None:
     [("leave out --nothing", "has no --nothing"), ("qrlora import FILE --like", ""), ("`qrlora imprt FILE`", "imprt")],
 )
 def test_a_remedy_that_cannot_be_followed_is_found(text: str, fault: str) -> None:
-    found = faults_of(Remedy("qrlora.exchange.lora_files", "load_any", 1, text))
+    found = faults_of(Remedy("qrlora.models.exchange.lora_files", "load_any", 1, text))
     assert bool(found) == bool(fault) and fault in " ".join(found)
 
 
@@ -196,6 +196,6 @@ def test_every_recipe_field_module_extra_and_document_that_a_remedy_names_is_the
             assert name in trees(), remedy
         for name in re.findall(r"\b((?:docs|recipes|brands)/[\w.-]*)", remedy.text):
             assert (ROOT / name).exists(), remedy
-        if remedy.module.startswith(("qrlora.training", "qrlora.families")):
+        if remedy.module.startswith(("qrlora.models.training", "qrlora.models.families")):
             fields = set(re.findall(r"(?<![\w.(])[a-z]+_[a-z_]+\b(?![.(])", remedy.text))
             assert fields <= {*Recipe.model_fields, "save_pretrained", "file_name", "to_k", "to_q"}, remedy

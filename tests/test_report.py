@@ -15,7 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from qrlora.evaluation import (
+from qrlora.quality.metrics.shares import Share, difference
+from qrlora.quality.report import (
     Bars,
     Code,
     Equation,
@@ -27,11 +28,9 @@ from qrlora.evaluation import (
     Prose,
     Report,
     Section,
-    Share,
     Table,
-    difference,
+    render,
 )
-from qrlora.evaluation.report import render
 
 PIXELS = np.arange(5 * 4 * 3, dtype=np.uint8).reshape(5, 4, 3)
 HOSTILE = '<script>alert("x")</script> & <b>'

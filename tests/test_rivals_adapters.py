@@ -13,14 +13,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from qrlora.basis import cached_layer_basis, weight_digest
 from qrlora.errors import DataError, RecipeError
-from qrlora.evaluation.rivals.adapters import ADAPTERS, is_target, orthonormal, taught, teach, teach_joint
-from qrlora.evaluation.rivals.deltas import Delta, Learned, applied, inner
-from qrlora.evaluation.rivals.directions import PASSES
-from qrlora.families import load_pipeline
-from qrlora.training.loop import Attached, train, train_attached
-from qrlora.training.recipe import Recipe
+from qrlora.lab.baselines.adapters import ADAPTERS, is_target, orthonormal, taught, teach, teach_joint
+from qrlora.lab.baselines.deltas import Delta, Learned, applied, inner
+from qrlora.lab.baselines.directions import PASSES
+from qrlora.method.basis import cached_layer_basis, weight_digest
+from qrlora.models.families import load_pipeline
+from qrlora.models.training.loop import Attached, train, train_attached
+from qrlora.models.training.recipe import Recipe
 from samples import EPS, NETWORK, assert_rounded
 
 RANK = 2
@@ -317,7 +317,7 @@ def test_delta_is_read_as_float32_on_the_cpu(pipe: Any, recipe: Recipe) -> None:
 
 def test_only_freed_columns_move(pipe: Any, recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
     """Q ΔR + ΔQ (R + ΔR)[:k]: what lies outside span(Q) has rank k, and is read through the first k rows alone."""
-    monkeypatch.setattr("qrlora.evaluation.rivals.adapters.FREED", 1)
+    monkeypatch.setattr("qrlora.lab.baselines.adapters.FREED", 1)
     learned = teach("q_free_4", recipe, pipe=pipe[0], family=pipe[1])
     for name in ("transformer_blocks.0.attn.to_q", "transformer_blocks.1.ff.net.0.proj"):
         basis = _basis(pipe, name, RANK)
@@ -346,7 +346,7 @@ def test_a_penalty_shrinks_what_is_learned_in_the_other_roles_columns(
     pipe: Any, recipe: Recipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def energies(role: str, price: float) -> tuple[float, float]:
-        monkeypatch.setattr("qrlora.evaluation.rivals.adapters.PENALTY", price)
+        monkeypatch.setattr("qrlora.lab.baselines.adapters.PENALTY", price)
         learned = teach("qrlora_penalty", recipe.replace(role=role, steps=12), pipe=pipe[0], family=pipe[1])
         rows = [delta.factors[1].square().sum(1) for delta in learned.values() if delta.factors]
         assert {len(row) for row in rows} == {2 * RANK}

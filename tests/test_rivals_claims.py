@@ -11,9 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from qrlora.basis import Basis
-from qrlora.evaluation.rivals.adapters import orthonormal
-from qrlora.evaluation.rivals.claims import (
+from qrlora.lab.baselines.adapters import orthonormal
+from qrlora.lab.baselines.context import Context
+from qrlora.lab.baselines.deltas import of_adapter
+from qrlora.lab.claims import (
     Spread,
     alike,
     alike_trained,
@@ -25,11 +26,10 @@ from qrlora.evaluation.rivals.claims import (
     public_sizes,
     sizes_of,
 )
-from qrlora.evaluation.rivals.context import Context
-from qrlora.evaluation.rivals.deltas import of_adapter
-from qrlora.families import load_pipeline
-from qrlora.training.loop import train
-from qrlora.training.recipe import Recipe
+from qrlora.method.basis import Basis
+from qrlora.models.families import load_pipeline
+from qrlora.models.training.loop import train
+from qrlora.models.training.recipe import Recipe
 from samples import EPS, SHAPES, make_adapter, make_basis, make_lora
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from denoisers import build, predict
 from qrlora.errors import AdapterFileError, MismatchError
-from qrlora.evaluation.rivals.deltas import (
+from qrlora.lab.baselines.deltas import (
     Delta,
     Learned,
     Overlay,
@@ -24,7 +24,7 @@ from qrlora.evaluation.rivals.deltas import (
     scaled,
     total,
 )
-from qrlora.evaluation.rivals.merges import drawing
+from qrlora.lab.baselines.merges import drawing
 from samples import EPS, assert_rounded, make_adapter, make_basis, make_lora
 
 

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from qrlora.errors import MismatchError
-from qrlora.evaluation.rivals.adapters import orthonormal
-from qrlora.evaluation.rivals.deltas import Delta, Learned
-from qrlora.evaluation.rivals.file_measures import between, effective_rank
+from qrlora.lab.baselines.adapters import orthonormal
+from qrlora.lab.baselines.deltas import Delta, Learned
+from qrlora.lab.baselines.file_measures import between, effective_rank
 from samples import EPS
 
 SIZES = {"a": (20, 12), "b": (9, 30)}

@@ -15,14 +15,14 @@ from torch import Tensor, nn
 
 from denoisers import build, predict
 from qrlora.errors import MismatchError
-from qrlora.evaluation.rivals.adapters import is_target
-from qrlora.evaluation.rivals.context import Context
-from qrlora.evaluation.rivals.deltas import Delta, Learned, applied, inner, total
-from qrlora.evaluation.rivals.merges import MERGES, KLora, Schedule, blocks_of, drawing
-from qrlora.evaluation.rivals.projections import project_out, weights_by_activation
-from qrlora.families import load_pipeline
-from qrlora.generation import one_batch
-from qrlora.training.recipe import Recipe
+from qrlora.lab.baselines.adapters import is_target
+from qrlora.lab.baselines.context import Context
+from qrlora.lab.baselines.deltas import Delta, Learned, applied, inner, total
+from qrlora.lab.baselines.merges import MERGES, KLora, Schedule, blocks_of, drawing
+from qrlora.lab.baselines.projections import project_out, weights_by_activation
+from qrlora.models.families import load_pipeline
+from qrlora.models.generation import one_batch
+from qrlora.models.training.recipe import Recipe
 from samples import EPS, NETWORK, assert_rounded
 
 NAMES = [f"transformer_blocks.{i}.attn.{part}" for i in range(6) for part in ("to_q", "to_k")]

@@ -29,22 +29,22 @@ import pytest
 import torch
 from PIL import Image
 
-from qrlora.adapter import Adapter, adapter_from_model, load_adapter, remove_adapters, save_adapter
-from qrlora.cli import main
-from qrlora.composition import Composition
+from qrlora.apps.cli import main
+from qrlora.apps.serving import openapi
+from qrlora.apps.serving.app import ImageRequest, Kept, Limits, Service, create_app, side_of
+from qrlora.apps.serving.connections import Server
+from qrlora.apps.serving.dispatch import Dispatcher
+from qrlora.apps.serving.engine import Engine
+from qrlora.apps.serving.metrics import Metrics
+from qrlora.apps.serving.names import composition_of
+from qrlora.apps.serving.protocol import Event, Facts, Made, Picture, Refused, Settings, Step
 from qrlora.errors import DataError, QrloraError, RequestError
-from qrlora.families import load_pipeline
-from qrlora.generation import generate
-from qrlora.serving import openapi
-from qrlora.serving.app import ImageRequest, Kept, Limits, Service, create_app, side_of
-from qrlora.serving.connections import Server
-from qrlora.serving.dispatch import Dispatcher
-from qrlora.serving.engine import Engine
-from qrlora.serving.metrics import Metrics
-from qrlora.serving.names import composition_of
-from qrlora.serving.protocol import Event, Facts, Made, Picture, Refused, Settings, Step
-from qrlora.training.loop import peft_config
-from qrlora.training.recipe import Recipe
+from qrlora.method.adapter import Adapter, adapter_from_model, load_adapter, remove_adapters, save_adapter
+from qrlora.method.composition import Composition
+from qrlora.models.families import load_pipeline
+from qrlora.models.generation import generate
+from qrlora.models.training.loop import peft_config
+from qrlora.models.training.recipe import Recipe
 
 BASE = "tiny-sd3"
 CLIENTS: list[openai.OpenAI] = []
@@ -385,7 +385,7 @@ def test_a_reader_that_fails_in_an_unknown_way_leaves_that_file_out(
             raise KeyError("a secret")
         return load_adapter(path)
 
-    monkeypatch.setattr("qrlora.serving.engine.load_adapter", fails)
+    monkeypatch.setattr("qrlora.apps.serving.engine.load_adapter", fails)
     with contextlib.closing(Engine(str(tiny_sd3), tmp_path)) as engine:
         facts = asyncio.run(engine.facts())
     assert set(facts.adapters) == {"mug"} and facts.left_out == {"odd": "its file cannot be read (KeyError)"}
@@ -990,7 +990,7 @@ def test_without_the_extra_the_command_says_what_to_install(
     extra: str,
 ) -> None:
     monkeypatch.setitem(sys.modules, lacking, None)
-    monkeypatch.delitem(sys.modules, "qrlora.serving.app")
+    monkeypatch.delitem(sys.modules, "qrlora.apps.serving.app")
     monkeypatch.setattr(os, "environ", {**os.environ})
     assert main(["serve", "--adapters", str(tmp_path), "--port", str(free_port()), *place]) == 2
     assert f"pip install 'qrlora[{extra}]'" in capsys.readouterr().err
@@ -1015,7 +1015,7 @@ def environment(tmp_path: Path) -> dict[str, str]:
 
 def command(tiny_sd3: Path, shelf: Path, port: int, *place: str) -> list[str]:
     what = ["--adapters", str(shelf), "--model", str(tiny_sd3), "--port", str(port), "--threads", "1"]
-    return [sys.executable, "-m", "qrlora.cli", "serve", *what, *place]
+    return [sys.executable, "-m", "qrlora", "serve", *what, *place]
 
 
 @contextlib.contextmanager

@@ -16,13 +16,12 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from conftest import build_tiny_flux, build_tiny_sd3
-from qrlora import basis as basis_module
-from qrlora import families
-from qrlora.adapter import load_adapter
-from qrlora.cli import main
+from qrlora.apps.cli import main
 from qrlora.errors import ModelError, TunerError
-from qrlora.families import stored
-from qrlora.families.stored import stored_weights
+from qrlora.method import basis as basis_module
+from qrlora.method.adapter import load_adapter
+from qrlora.models import families, stored
+from qrlora.models.stored import stored_weights
 
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
 

@@ -20,9 +20,9 @@ import pytest
 from PIL import Image
 
 from qrlora.errors import DataError
-from qrlora.evaluation.pictures import Exhibit
-from qrlora.evaluation.study import LARGEST_PNG, make
-from qrlora.evaluation.tally import Pair, Vote, bradley_terry, krippendorff, lines, report, tally
+from qrlora.quality.images.read import Exhibit
+from qrlora.quality.study.ballot import LARGEST_PNG, make
+from qrlora.quality.study.tally import Pair, Vote, bradley_terry, krippendorff, lines, report, tally
 
 
 def picture(name: str, value: int, side: int = 16) -> Exhibit:
@@ -149,7 +149,7 @@ def planned() -> Callable[[dict[str, Any], str], list[dict[str, str]]]:
     node = shutil.which("node")
     if node is None:
         pytest.skip("the page's script is run by node, which is not here")
-    template = files("qrlora.evaluation").joinpath("study.template.html").read_text()
+    template = files("qrlora.quality.study").joinpath("study.template.html").read_text()
     script = template.split('"use strict";')[1].split("// page")[0]
 
     def run(study: dict[str, Any], rater: str) -> list[dict[str, str]]:

@@ -15,13 +15,13 @@ import pytest
 import torch
 from PIL import Image
 
-from qrlora.adapter import Adapter, load_adapter
 from qrlora.errors import DataError, ModelError, OutputError, RecipeError, TrainingError, TunerError
-from qrlora.families import load_pipeline
-from qrlora.generation import generate
-from qrlora.training import checkpoint, loop, monitor, outputs, placement
-from qrlora.training.loop import Progress, TrainingInterrupted, order, pace, train
-from qrlora.training.recipe import Recipe
+from qrlora.method.adapter import Adapter, load_adapter
+from qrlora.models.families import load_pipeline
+from qrlora.models.generation import generate
+from qrlora.models.training import checkpoint, loop, monitor, outputs, placement
+from qrlora.models.training.loop import Progress, TrainingInterrupted, order, pace, train
+from qrlora.models.training.recipe import Recipe
 
 
 @pytest.fixture

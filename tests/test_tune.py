@@ -13,19 +13,19 @@ import pytest
 import torch
 from PIL import Image
 
-from qrlora.adapter import load_adapter
-from qrlora.basis import Basis
-from qrlora.cli import main
-from qrlora.cli.tune import default_prompt
-from qrlora.composition import Composition, giving_way
+from qrlora.apps.cli import main
+from qrlora.apps.cli.tune import default_prompt
 from qrlora.errors import DataError, MismatchError, QrloraError
-from qrlora.evaluation.dials import Album, by_blocks, by_judge, by_measures, painting
-from qrlora.evaluation.measures import MEASURES, References
-from qrlora.evaluation.pictures import Exhibit
-from qrlora.evaluation.tune import Found, Scores, Tried, Weights, frontier, ranked, search
-from qrlora.families import load_pipeline
-from qrlora.generation import generate
+from qrlora.method.adapter import load_adapter
+from qrlora.method.basis import Basis
+from qrlora.method.composition import Composition, giving_way
+from qrlora.models.families import load_pipeline
+from qrlora.models.generation import generate
 from qrlora.pico import world
+from qrlora.quality.images.read import Exhibit
+from qrlora.quality.metrics.table import MEASURES, References
+from qrlora.quality.search.dials import Album, by_blocks, by_judge, by_measures, painting
+from qrlora.quality.search.search import Found, Scores, Tried, Weights, frontier, ranked, search
 from samples import SHAPES, make_adapter, make_basis, make_lora
 
 # the search

@@ -12,10 +12,10 @@ from peft import LoraConfig, get_peft_model, inject_adapter_in_model
 from torch import Tensor, nn
 
 from denoisers import BUILDERS, build, predict
-from qrlora import tuner as tuner_package
-from qrlora.basis import Basis, layer_basis
 from qrlora.errors import TunerError
-from qrlora.tuner import QRLoraConfig, QRLoraLayer, adapter_fingerprint, basis_digests, resolve_columns
+from qrlora.method import tuner as tuner_package
+from qrlora.method.basis import Basis, layer_basis
+from qrlora.method.tuner import QRLoraConfig, QRLoraLayer, adapter_fingerprint, basis_digests, resolve_columns
 from samples import NETWORK, assert_rounded
 
 # diffusers' second add_adapter goes through a PEFT constructor that warns whenever the model has one already.

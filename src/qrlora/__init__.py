@@ -15,15 +15,15 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "errors": ("QrloraError",),
-    "basis": ("Basis", "LayerBasis", "layer_basis"),
-    "tuner": ("QRLoraConfig", "QRLoraModel"),
-    "adapter": ("Adapter", "AdapterMetadata", "adapter_from_model", "attach", "load_adapter", "save_adapter"),
-    "composition": ("Composition", "Live", "compose_delta_weights", "similarity"),
-    "families": ("FAMILIES", "load_pipeline"),
-    "exchange": ("export_adapter", "extract_lora", "import_file", "load_any", "project"),
-    "training.recipe": ("Recipe",),
-    "training.loop": ("train",),
-    "generation": ("Request", "generate", "generate_mixed"),
+    "method.basis": ("Basis", "LayerBasis", "layer_basis"),
+    "method.tuner": ("QRLoraConfig", "QRLoraModel"),
+    "method.adapter": ("Adapter", "AdapterMetadata", "adapter_from_model", "attach", "load_adapter", "save_adapter"),
+    "method.composition": ("Composition", "Live", "compose_delta_weights", "similarity"),
+    "models.families": ("FAMILIES", "load_pipeline"),
+    "models.exchange": ("export_adapter", "extract_lora", "import_file", "load_any", "project"),
+    "models.training.recipe": ("Recipe",),
+    "models.training.loop": ("train",),
+    "models.generation": ("Request", "generate", "generate_mixed"),
 }
 _HOME_OF = {name: f"qrlora.{home}" for home, names in _HOMES.items() for name in names}
 
@@ -60,16 +60,18 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from qrlora.adapter import Adapter, AdapterMetadata, adapter_from_model, attach, load_adapter, save_adapter
-    from qrlora.basis import Basis, LayerBasis, layer_basis
-    from qrlora.composition import Composition, Live, compose_delta_weights, similarity
     from qrlora.errors import QrloraError
-    from qrlora.exchange import export_adapter, extract_lora, import_file, load_any, project
-    from qrlora.families import FAMILIES, load_pipeline
-    from qrlora.generation import Request, generate, generate_mixed
-    from qrlora.training.loop import train
-    from qrlora.training.recipe import Recipe
-    from qrlora.tuner import QRLoraConfig, QRLoraModel
+    from qrlora.method.adapter import Adapter, AdapterMetadata, load_adapter, save_adapter
+    from qrlora.method.adapter.attach import adapter_from_model, attach
+    from qrlora.method.basis import Basis, LayerBasis, layer_basis
+    from qrlora.method.composition import Composition, Live, compose_delta_weights
+    from qrlora.method.composition.similarity import similarity
+    from qrlora.method.tuner import QRLoraConfig, QRLoraModel
+    from qrlora.models.exchange import export_adapter, extract_lora, import_file, load_any, project
+    from qrlora.models.families import FAMILIES, load_pipeline
+    from qrlora.models.generation import Request, generate, generate_mixed
+    from qrlora.models.training.loop import train
+    from qrlora.models.training.recipe import Recipe
 
 
 def __getattr__(name: str) -> Any:

@@ -20,9 +20,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from qrlora.families import load_pipeline
-from qrlora.files import write_atomically
-from qrlora.generation import generate_jobs
+from qrlora._files import write_atomically
+from qrlora.models.families import load_pipeline
+from qrlora.models.generation import generate_jobs
 from qrlora.pico import SETTINGS, path, world
 from qrlora.pico.judge import Judge, Verdict
 

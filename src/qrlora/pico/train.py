@@ -29,9 +29,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import CLIPTokenizer
 
+from qrlora._files import check_room, claimed, disk_error, write_atomically
+from qrlora._interrupts import deferred, ended
 from qrlora.errors import TrainingError
-from qrlora.files import check_room, claimed, disk_error, write_atomically
-from qrlora.interrupts import deferred, ended
 from qrlora.pico import model, world
 
 CHUNK = 500

@@ -26,9 +26,9 @@ from jaxtyping import UInt8
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from qrlora import pico
-from qrlora.files import claimed, write_atomically
-from qrlora.interrupts import ended
+import qrlora.pico as pico
+from qrlora._files import claimed, write_atomically
+from qrlora._interrupts import ended
 from qrlora.pico import model, world
 from qrlora.pico.judge import WEIGHTS, Judge, defects
 from qrlora.pico.judge.colours import VISIBLE, quantiles

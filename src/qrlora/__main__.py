@@ -1,0 +1,5 @@
+"""`python -m qrlora`."""
+
+from qrlora.apps.cli import main
+
+raise SystemExit(main())

@@ -1,0 +1,95 @@
+"""How a command ends: by an error in words, or by Ctrl-C, SIGTERM and SIGHUP, which are all treated alike."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from types import FrameType
+
+from qrlora._files import disk_error
+from qrlora.errors import QrloraError
+
+Handler = Callable[[int, FrameType | None], None]
+
+_received: list[int] = []
+
+
+def ended(name: str, work: Callable[[], int]) -> int:
+    """The exit code of a command: what `work` returns, 2 after an error, which is printed, or 128 and the signal's
+    number: 130 for Ctrl-C, 143 for SIGTERM, 129 for SIGHUP."""
+    try:
+        with _raised():
+            return work()
+    except QrloraError as error:
+        say(f"{name}: {error}")
+        return 2
+    except OSError as error:  # a full disk, a missing right: about the file, so the user's to mend
+        say(f"{name}: {disk_error(error)}")
+        return 2
+    except KeyboardInterrupt as interrupt:
+        say(f"\n{name}: {str(interrupt) or 'interrupted'}")
+        if getattr(interrupt, "checkpoint", None):
+            say("continue with the same command and --resume")
+        return 128 + (_received[0] if _received else signal.SIGINT)
+
+
+def say(text: str) -> None:
+    """Print to stderr, if there is one: SIGHUP says that the terminal is gone."""
+    with contextlib.suppress(OSError):
+        print(text, file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def _raised() -> Iterator[None]:
+    """SIGTERM and SIGHUP raise KeyboardInterrupt, as Ctrl-C does without this; what follows them finds a process that
+    ends already."""
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        _received.append(number)
+        if len(_received) == 1:
+            raise KeyboardInterrupt
+
+    _received.clear()
+    with _handling(handle, _others()):
+        yield
+
+
+@contextlib.contextmanager
+def deferred() -> Iterator[Callable[[], bool]]:
+    """Ctrl-C, SIGTERM and SIGHUP are only noted, so that what is being done comes to a whole; yields what tells.
+
+    A second Ctrl-C does not wait. The others come in pairs (a terminal that closes, then its shell), and do.
+    """
+    pressed = threading.Event()
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and pressed.is_set():
+            raise KeyboardInterrupt
+        _received.append(number)
+        pressed.set()
+
+    with _handling(handle, [signal.SIGINT, *_others()]):
+        yield pressed.is_set
+
+
+def _others() -> list[signal.Signals]:
+    """Those that are not ignored: nohup ignores SIGHUP, and means it."""
+    there = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]  # Windows has no SIGHUP
+    return [one for one in there if signal.getsignal(one) is not signal.SIG_IGN]
+
+
+@contextlib.contextmanager
+def _handling(handle: Handler, numbers: list[signal.Signals]) -> Iterator[None]:
+    """Signals reach the main thread only; elsewhere nothing is handled."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, handle) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)

@@ -1,0 +1,113 @@
+"""`qrlora compose`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from qrlora.apps.cli.shared import (
+    ADAPTER_HELP,
+    MODEL_HELP,
+    OVERWRITE_HELP,
+    Parsers,
+    add_give_way,
+    bases_of,
+    check_room_for,
+    claim,
+    command,
+    count,
+    load_weighted,
+    refuse_default_output,
+    weighted_path,
+)
+
+
+def add_compose(commands: Parsers) -> None:
+    parser = command(
+        commands,
+        "compose",
+        run_compose,
+        "add adapters of one basis, exactly, into one file, and say how much they interfere",
+        OVERWRITE_HELP,
+    )
+    parser.add_argument("parts", nargs="+", metavar="FILE[:WEIGHT]", type=weighted_path, help=ADAPTER_HELP)
+    parser.add_argument("-o", "--output", type=Path, default=Path("composition.safetensors"), help="file to write")
+    parser.add_argument(
+        "--spelling",
+        choices=("compact", "lora"),
+        default="compact",
+        help="compact: ΔR alone (default); lora: reads in every LoRA loader, needs the base model once",
+    )
+    parser.add_argument(
+        "--delta-weights",
+        type=count,
+        metavar="RANK",
+        help="for adapters of different bases, or plain LoRAs: sum ΔW and cut it back to RANK, saying what is lost",
+    )
+    add_give_way(parser)
+    parser.add_argument("--model", help=f"{MODEL_HELP} (default: the one the adapters name)")
+    parser.add_argument("--json", action="store_true", help="print the numbers as JSON")
+
+
+def run_compose(options: argparse.Namespace) -> None:
+    """Write the composition of the parts, and print their interference or what the truncation lost."""
+    refuse_default_output(options, "composition.safetensors")
+    claim(options, options.output)
+    from qrlora.method.adapter import save_adapter
+    from qrlora.method.composition import Composition, compose_delta_weights
+
+    parts = load_weighted(options.parts, options.model)
+    if options.delta_weights:
+        bases = bases_of(options.model, [adapter for adapter, _ in parts])
+        adapter, loss = compose_delta_weights(parts, bases, options.delta_weights, options.give_way)
+        report, lines = loss.to_dict(), _truncation_lines(loss, sum(part.metadata.rank for part, _ in parts))
+        save_adapter(adapter, options.output, spelling="lora")
+    else:
+        composition = Composition(parts, options.give_way)
+        adapter, interference = composition.adapter(), composition.interference()
+        report, lines = interference.to_dict(), _interference_lines(interference)
+        if options.give_way:
+            report["energy_kept"] = composition.energy_kept()
+        check_room_for(options.output, adapter, options.spelling)
+        basis = bases_of(options.model, [adapter])[0] if options.spelling == "lora" else None
+        save_adapter(adapter, options.output, spelling=options.spelling, basis=basis)
+    if options.give_way:
+        kept = report["energy_kept"]
+        lines.append(f"each gives way to the others by {options.give_way:g}: {kept:.3f} of the sum's energy is kept")
+    if options.json:
+        print(json.dumps({"output": str(options.output)} | report, indent=2))
+    else:
+        print("\n".join([*lines, f"{options.output}: rank {adapter.metadata.rank}, {len(adapter.deltas)} layers"]))
+
+
+def _truncation_lines(loss: Any, exact: int) -> list[str]:
+    """The whole loss, the three layers that lose most, and the rank that would lose nothing."""
+    lines = [f"rank {loss.rank}: {loss.total:.2%} of the sum's energy is lost"]
+    if loss.rank < exact:
+        worst = sorted(loss.layers.items(), key=lambda item: -item[1])[:3]
+        most = ", ".join(f"{layer} ({share:.2%})" for layer, share in worst)
+        lines.append(f"  most in {most}; rank {exact} loses nothing")
+    if loss.other_weights:
+        lines.append(f"  {len(loss.other_weights)} layers were trained on different base weights: look at the pictures")
+    return lines
+
+
+def _interference_lines(interference: Any) -> list[str]:
+    """The totals, pair by pair, and the three layers that interfere most."""
+    total, lines = interference.total, []
+    for i, (name, weight) in enumerate(zip(interference.parts, interference.weights, strict=True)):
+        lines.append(f"{name} x {weight:g}: energy {total.energy[i]:.4g}")
+        for j in range(i):
+            worst = sorted(interference.layers.items(), key=lambda item: -abs(item[1].cosine[i][j]))[:3]
+            lines.append(
+                f"  with {interference.parts[j]}: cosine of ΔW {total.cosine[i][j]:+.4f}, "
+                f"shared row space {total.shared_rows[i][j]:.4f}; most in "
+                + ", ".join(f"{layer} ({values.cosine[i][j]:+.3f})" for layer, values in worst)
+            )
+    lines.append(
+        f"together: energy {total.sum_energy:.4g}, {total.sum_energy / max(sum(total.energy), 1e-300):.3f} of "
+        "the parts' sum (1: they neither reinforce nor cancel each other)"
+    )
+    return lines

@@ -1,0 +1,295 @@
+"""`qrlora evaluate`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qrlora.apps.cli.shared import (
+    Bar,
+    Parsers,
+    add_give_way,
+    add_sampling,
+    add_seeds,
+    check_give_way,
+    claim,
+    command,
+    load_weighted,
+    refuse_to_replace,
+    seeds_of,
+    weighted_path,
+)
+from qrlora.errors import QrloraError
+
+if TYPE_CHECKING:
+    from qrlora.quality.assessment import Assessment
+    from qrlora.quality.images.read import Exhibit
+    from qrlora.quality.metrics.table import References
+
+DEFAULT_OUTPUT = "evaluation"
+NETWORKS = ("dino", "clip", "csd", "lpips")
+MEASURE_HELP = (
+    "without weights: palette, palette_subject, colours, texture, grain, edges, structure, copied; with: dino, clip_i, "
+    "clip_style, clip_t, csd, lpips (docs/evaluate.md says what each tells)"
+)
+
+
+def add_evaluate(commands: Parsers) -> None:
+    parser = command(
+        commands,
+        "evaluate",
+        run_evaluate,
+        "measure pictures against a subject, a style, a palette, a brand sheet",
+        f"Measures {MEASURE_HELP}. A report, the numbers and the pictures that were made go into the folder named by "
+        "-o. The exit code is 0 once all was measured; with --strict it is 1 if a brand sheet is not kept.",
+    )
+    parser.add_argument(
+        "what",
+        nargs="*",
+        metavar="WHAT",
+        help="pictures and folders of them (each folder is a group), or adapters, FILE[:WEIGHT], which are put "
+        "together and asked for --prompt",
+    )
+    add_references(parser)
+    add_pictures(parser, "--training", "learned from: no copy is wanted")
+    parser.add_argument("--palette", metavar="HEX,...", help="colours to stay near, such as '#d7263d,#f7b538'")
+    parser.add_argument("--brand", type=Path, metavar="TOML", help="brand sheet (docs/evaluate.md)")
+    parser.add_argument("--strict", action="store_true", help="exit code 1 if the brand sheet is not kept")
+    parser.add_argument(
+        "--measures",
+        type=lambda text: [part.strip() for part in text.split(",")],
+        metavar="NAME,...",
+        help="which ones, or all (default: those without weights that have what they need)",
+    )
+    add_weights(parser)
+    parser.add_argument("--prompt", action="append", help="with adapters, several times; with pictures, their prompt")
+    add_seeds(parser)
+    add_give_way(parser)
+    add_sampling(parser)
+    parser.add_argument("--json", action="store_true", help="print the numbers as JSON")
+    parser.add_argument("--brand-schema", action=_Schema, help="print the JSON Schema of brand sheets, and end")
+    parser.add_argument("-o", "--output", type=Path, default=Path(DEFAULT_OUTPUT), help="folder (default: evaluation/)")
+
+
+def add_references(parser: Any) -> None:
+    """What is measured against, other than what was learned from."""
+    for name in ("subject", "style"):
+        add_pictures(parser, f"--{name}", f"what the {name} should be like")
+
+
+def add_pictures(parser: Any, option: str, text: str) -> None:
+    """An option that names a picture or a folder of them."""
+    parser.add_argument(
+        option, action="append", type=Path, default=[], metavar="PICTURE", help=f"{text}; a folder, or given again"
+    )
+
+
+def add_weights(parser: Any) -> None:
+    """Where the networks are."""
+    parser.add_argument(
+        "--weights",
+        action="append",
+        default=[],
+        type=_located,
+        metavar="NAME=WHERE",
+        help=f"weights of {', '.join(NETWORKS)}: a folder or file, or an id in the Hugging Face cache",
+    )
+    parser.add_argument("--device", help="where these run: cpu, cuda, ... (default: a GPU if there is one)")
+
+
+def _located(text: str) -> tuple[str, str]:
+    name, equals, where = text.partition("=")
+    if name not in NETWORKS or not equals or not where:
+        raise argparse.ArgumentTypeError(f"expected NAME=WHERE, NAME one of {', '.join(NETWORKS)}, got {text!r}")
+    return name, where
+
+
+class _Schema(argparse.Action):
+    """Prints the schema, as `--help` prints help."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(nargs=0, **options)
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        from qrlora.quality.brand import Sheet
+
+        print(json.dumps(Sheet.file_schema(), indent=2, ensure_ascii=False))
+        parser.exit()
+
+
+def run_evaluate(options: argparse.Namespace) -> int:
+    """Measure, print and write; returns the exit code."""
+    if options.output == Path(DEFAULT_OUTPUT):
+        refuse_to_replace(options.output / "report.html")
+    claim(options, options.output, folder=True)
+    from qrlora.quality.assessment import assess, report
+    from qrlora.quality.brand import Sheet
+    from qrlora.quality.metrics.learned import Eyes
+    from qrlora.quality.metrics.table import chosen
+
+    sheet = Sheet.load(options.brand) if options.brand else None
+    if options.strict and sheet is None:
+        raise QrloraError("--strict asks for a brand sheet", expected="--brand TOML", got="none")
+    references = references_of(options, sheet)
+    adapters = _adapters(options.what)
+    check_give_way(options.give_way, len(adapters))
+    # Checked before pictures are made; made ones have a prompt and no mask.
+    groups = {"made": _prompts_alone(options)} if adapters else _groups(options)
+    everything = [picture for pictures in groups.values() for picture in pictures]
+    names = options.measures
+    if names is None and sheet and not _anything(references):
+        names = []  # the sheet alone is reason enough
+    measures = chosen(names, everything, references)
+    if sheet:
+        measures += chosen([n for n in sheet.scores if n not in [m.name for m in measures]], everything, references)
+    if adapters:
+        groups = {_title(adapters, options.give_way): _made(options, adapters)}
+    eyes = Eyes(dict(options.weights), options.device)
+    found = assess(groups, references, measures, sheet, eyes, Bar("picture"))
+    page = report(found).write(options.output, {"pictures.csv": found.csv().encode()})
+    print(json.dumps(found.data(), indent=2, ensure_ascii=False) if options.json else table(found))
+    if not options.json:
+        print(page)
+    return 1 if options.strict and not found.passes else 0
+
+
+def references_of(options: argparse.Namespace, sheet: Any = None) -> References:
+    """What the options and the brand sheet hold pictures against."""
+    from qrlora.quality.images.read import gather, hex_colour
+    from qrlora.quality.metrics.table import References
+
+    try:
+        palette = [hex_colour(code) for code in options.palette.split(",")] if options.palette else []
+    except ValueError as error:
+        raise QrloraError("unreadable palette", got=error, remedy="--palette '#d7263d,#f7b538'") from error
+    if not palette and sheet and sheet.palette:
+        palette = list(sheet.palette.colours)
+    kinds = {name: gather(getattr(options, name)) for name in ("subject", "style", "training")}
+    return References(palette=palette, **kinds)
+
+
+def _anything(references: References) -> bool:
+    """Whether there is anything to hold pictures against."""
+    return bool(references.subject or references.style or references.training or references.palette)
+
+
+def _adapters(what: Sequence[str]) -> list[tuple[Path, float]]:
+    """The arguments as weighted adapters, if that is what they are; none if they are pictures."""
+    if not what:
+        raise QrloraError("nothing to evaluate", expected="pictures, folders of pictures, or adapters")
+    try:
+        parts = [weighted_path(text) for text in what]
+    except argparse.ArgumentTypeError as error:
+        raise QrloraError(str(error)) from error
+    are = [path.suffix == ".safetensors" for path, _ in parts]
+    if any(are) and not all(are):
+        got = [text for text, is_adapter in zip(what, are, strict=True) if not is_adapter]
+        raise QrloraError("adapters and pictures in one evaluation", expected="one of the two", got=got)
+    return parts if all(are) else []
+
+
+def _groups(options: argparse.Namespace) -> dict[str, list[Exhibit]]:
+    """Each folder is a group by its name, single pictures are one together."""
+    from qrlora.quality.images.read import gather
+
+    paths = [Path(text) for text in options.what]
+    if len(options.prompt or []) > 1:
+        raise QrloraError(
+            "pictures have one prompt each",
+            expected="--prompt once",
+            got=options.prompt,
+            remedy="write mug.txt beside mug.png for each",
+        )
+    loose = [path for path in paths if not path.is_dir()]
+    groups = {"pictures": gather(loose)} if loose else {}
+    for path in paths:
+        if path.is_dir():
+            groups[path.resolve().name if path.resolve().name not in groups else str(path)] = gather([path])
+    if not options.prompt:
+        return groups
+    return {name: [replace(one, prompt=options.prompt[0]) for one in group] for name, group in groups.items()}
+
+
+def _prompts_alone(options: argparse.Namespace) -> list[Exhibit]:
+    """What is known of pictures before they are made."""
+    import numpy as np
+
+    from qrlora.quality.images.read import Exhibit
+
+    if not options.prompt:
+        raise QrloraError("no prompt to ask the adapters for", expected="--prompt TEXT, once or several times")
+    return [Exhibit("", np.zeros((16, 16, 3), np.uint8), None, prompt) for prompt in options.prompt]
+
+
+def _title(adapters: Sequence[tuple[Path, float]], share: float) -> str:
+    together = " + ".join(f"{path.stem} {weight:g}" for path, weight in adapters)
+    return f"{together}, giving way by {share:g}" if share else together
+
+
+def _made(options: argparse.Namespace, parts: Sequence[tuple[Path, float]]) -> list[Exhibit]:
+    """The pictures of a composition, kept in the output folder."""
+    import torch
+
+    from qrlora._files import write_all
+    from qrlora.apps.cli.generate import described_png, picture_file
+    from qrlora.method.composition import giving_way
+    from qrlora.models.families import load_pipeline
+    from qrlora.models.generation import generate
+    from qrlora.quality.images.read import read
+
+    adapters, seeds = giving_way(load_weighted(parts, options.model), options.give_way), seeds_of(options)
+    pipe, family = load_pipeline(options.model, dtype=getattr(torch, options.dtype))
+    sampling = {name: getattr(options, name) for name in ("steps", "guidance", "resolution", "batch_size")}
+    images = iter(
+        generate(pipe, family, options.prompt, seeds, adapters=adapters, progress=Bar("picture made"), **sampling)
+    )
+    folder = options.output / "pictures"
+    pictures: dict[Path, bytes] = {}
+    for index, prompt in enumerate(options.prompt):
+        for seed in seeds:
+            path = picture_file(folder, index, prompt, seed)
+            adapter = [f"{file}:{weight:g}" for file, weight in parts]
+            made = {"prompt": [prompt], "seed": [seed], "adapter": adapter, "give_way": options.give_way}
+            made |= {"model": options.model, **sampling}
+            pictures[path] = described_png(next(images), made)
+    write_all(pictures, make_folder=True)
+    return [read(path) for path in pictures]
+
+
+def table(found: Assessment) -> str:
+    """The numbers for people: a column a group; then what the brand sheet found, picture by picture."""
+    names = list(found.groups)
+    head = ["", "better", *names]
+    rows = [head, *([_titled(one), one.better, *(_cell(found, n, one.name) for n in names)] for one in found.measures)]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
+    lines = ["  ".join(f"{cell:<{w}}" for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+    lines = lines if found.measures else []
+    for name in names:
+        copies = found.copies(name)
+        lines += [f"{name}: copies of a training picture: {', '.join(copies)}"] if copies else []
+        together = found.passing(name)
+        if together and found.verdicts:
+            share, enough = together
+            low, high = (100 * bound for bound in share.interval)
+            lines.append(
+                f"{name}: {share.right} of {share.n} pass the brand sheet (95% interval {low:.0f} to {high:.0f}%): "
+                + ("enough" if enough else "not enough")
+            )
+            for picture, verdict in zip(found.groups[name], found.verdicts[name], strict=True):
+                lines += [f"  {picture.name}: {reason}" for reason in verdict.reasons]
+    return "\n".join(lines)
+
+
+def _titled(one: Any) -> str:
+    return f"{one.name} ({one.unit})" if one.unit else str(one.name)
+
+
+def _cell(found: Assessment, group: str, name: str) -> str:
+    spread = found.spread(group, name)
+    if spread is None:
+        return "-"
+    return f"{spread.mean:.3f} ({spread.lowest:.3f} to {spread.highest:.3f})"

@@ -1,0 +1,167 @@
+"""`qrlora generate`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from qrlora._files import make_folder, write_all
+from qrlora.apps.cli.shared import (
+    ADAPTER_HELP,
+    OVERWRITE_HELP,
+    Bar,
+    Parsers,
+    add_give_way,
+    add_sampling,
+    add_seeds,
+    check_give_way,
+    check_png,
+    claim,
+    command,
+    load_weighted,
+    refuse_to_replace,
+    seeds_of,
+    weighted_path,
+    weights,
+)
+from qrlora.errors import PictureError, QrloraError
+
+
+def add_generate(commands: Parsers) -> None:
+    parser = command(
+        commands,
+        "generate",
+        run_generate,
+        "make pictures from prompts and seeds, with adapters at any weights",
+        "One PNG per prompt and seed goes into the folder named by -o; with --grid one labelled PNG. "
+        "Each keeps its prompt, seed and adapters in its metadata. " + OVERWRITE_HELP,
+    )
+    parser.add_argument("--prompt", action="append", required=True, help="may be given several times")
+    add_seeds(parser)
+    parser.add_argument(
+        "--adapter", action="append", default=[], type=weighted_path, metavar="FILE[:WEIGHT]", help=ADAPTER_HELP
+    )
+    parser.add_argument(
+        "--grid",
+        type=weights,
+        metavar="W,W,...",
+        help="with two adapters: one labelled picture of all pairs of these weights, the first adapter's down the rows "
+        "(if the first is negative: --grid=-0.5,0,0.5)",
+    )
+    add_give_way(parser)
+    add_sampling(parser)
+    parser.add_argument(
+        "-o", "--output", type=Path, help="folder, or .png for one picture or a grid (default: pictures/ or grid.png)"
+    )
+
+
+def run_generate(options: argparse.Namespace) -> None:
+    """Make the pictures and print where they are."""
+    seeds = seeds_of(options)
+    if options.grid:
+        _check_grid(options, seeds)
+    check_give_way(options.give_way, len(options.adapter))
+    paths = _picture_paths(options, seeds)
+    _claim(options, paths)
+    adapters = load_weighted(options.adapter, options.model)
+    import torch
+
+    from qrlora.method.composition import giving_way
+    from qrlora.models.families import load_pipeline
+    from qrlora.models.generation import generate, weight_grid
+
+    pipe, family = load_pipeline(options.model, dtype=getattr(torch, options.dtype))
+    bar, failed = Bar("picture"), None
+    images: list[Any]
+    names = ("steps", "guidance", "resolution")
+    common: dict[str, Any] = {**{name: getattr(options, name) for name in names}, "progress": bar}
+    if options.grid:
+        (rows, _), (columns, _) = adapters
+        common |= {"row_weights": options.grid, "column_weights": options.grid, "seed": seeds[0]}
+        common["share"] = options.give_way
+        images = [weight_grid(pipe, family, options.prompt[0], rows, columns, **common)]
+    else:
+        common |= {"adapters": giving_way(adapters, options.give_way), "batch_size": options.batch_size}
+        try:
+            images = generate(pipe, family, options.prompt, seeds, **common)
+        except PictureError as error:
+            images, failed = error.images, error
+    made = {key: value for key, value in vars(options).items() if key not in ("run", "claims", "output", "command")}
+    finished = {path: image for path, image in zip(paths, images, strict=True) if image is not None}
+    write_all({path: described_png(image, made) for path, image in finished.items()})
+    print(*finished, sep="\n")
+    if failed is not None:
+        raise failed
+
+
+def _check_grid(options: argparse.Namespace, seeds: Sequence[int]) -> None:
+    if len(options.adapter) != 2 or len(options.prompt) != 1 or len(seeds) != 1:
+        raise QrloraError(
+            "a grid shows two adapters, one prompt and one seed",
+            expected="--adapter twice, --prompt once, one seed",
+            got=f"{len(options.adapter)} adapters, {len(options.prompt)} prompts, {len(seeds)} seeds",
+        )
+    if any(weight != 1 for _, weight in options.adapter):
+        raise QrloraError(
+            "a grid sets the weights of both adapters itself",
+            expected="--adapter FILE",
+            got=[f"{path}:{weight:g}" for path, weight in options.adapter],
+            remedy="leave the weights out, or make single pictures without --grid",
+        )
+
+
+def _picture_paths(options: argparse.Namespace, seeds: Sequence[int]) -> list[Path]:
+    """Where each picture goes, checked before any is made."""
+    ending = options.output.suffix.lower() if options.output and not options.output.is_dir() else ""
+    one_file = ending in (".png", ".jpg", ".jpeg", ".webp")  # a folder may be called v1.5
+    if one_file and not options.grid and len(options.prompt) * len(seeds) > 1:
+        raise QrloraError(
+            "several pictures do not go into one file",
+            expected="-o FOLDER",
+            got=f"{options.output} for {len(options.prompt) * len(seeds)} pictures",
+            remedy="name a folder without an ending, or add --grid to see two adapters in one picture",
+        )
+    if options.grid or one_file:
+        paths = [options.output or Path("grid.png")]
+        check_png(paths[0])
+    else:
+        folder = options.output or Path("pictures")
+        paths = [
+            picture_file(folder, index, prompt, seed) for index, prompt in enumerate(options.prompt) for seed in seeds
+        ]
+    for path in paths:
+        if options.output is None:
+            refuse_to_replace(path)
+    return paths
+
+
+def _claim(options: argparse.Namespace, paths: Sequence[Path]) -> None:
+    """Try the file or folder that the pictures go to, and hold it."""
+    if options.grid or paths == [options.output]:
+        make_folder(paths[0].parent)
+        claim(options, paths[0])
+    else:
+        least = len(paths) * (options.resolution or 0) ** 2  # bytes: a third of the pixels as they are
+        claim(options, paths[0].parent, least, folder=True)
+
+
+def picture_file(folder: Path, index: int, prompt: str, seed: int) -> Path:
+    """Where the picture of the prompt of this number goes."""
+    return folder / f"{index:02d}-{re.sub(r'[^a-z0-9]+', '-', prompt.lower()).strip('-')[:60]}-seed{seed}.png"
+
+
+def described_png(image: Any, made: Mapping[str, Any]) -> bytes:
+    """A PNG that says how it was made."""
+    from io import BytesIO
+
+    from PIL.PngImagePlugin import PngInfo
+
+    info = PngInfo()
+    info.add_itxt("qrlora", json.dumps(made, default=str, ensure_ascii=False))
+    stream = BytesIO()
+    image.save(stream, "PNG", pnginfo=info)
+    return stream.getvalue()

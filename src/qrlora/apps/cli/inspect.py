@@ -1,0 +1,75 @@
+"""`qrlora inspect`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qrlora.apps.cli.shared import Parsers, command
+
+if TYPE_CHECKING:
+    from qrlora.method.adapter import Adapter
+
+
+def add_inspect(commands: Parsers) -> None:
+    parser = command(
+        commands, "inspect", run_inspect, "say what an adapter file is, what it needs, and how large it is"
+    )
+    parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="adapter file")
+    parser.add_argument("--json", action="store_true", help="print everything as JSON")
+
+
+def run_inspect(options: argparse.Namespace) -> None:
+    """Print what each file says about itself."""
+    from qrlora.models.exchange import load_any
+
+    records = [describe(path, load_any(path)) for path in options.files]
+    if options.json:
+        print(json.dumps(records if len(records) > 1 else records[0], indent=2, ensure_ascii=False))
+        return
+    for record in records:
+        metadata, parameters = record["metadata"], record["parameters"]
+        rows = {
+            "what": f"{metadata['role'] or 'adapter'}, method {metadata['method']}, rank {metadata['rank']}, "
+            f"{record['layers']} layers",
+            "trigger": metadata["trigger"] or "none",
+            "needs": f"base model {metadata['base_model'] or 'not recorded'}, family {metadata['family'] or 'unknown'}",
+            "basis": record["basis"],
+            **({"clipped": record["clipped"]} if record["clipped"] else {}),
+            "parameters": f"{parameters['trained']:,}; a LoRA of the same rank has {parameters['lora_same_rank']:,} "
+            f"(ratio {parameters['ratio']:.4f})",
+            "file": f"{record['bytes']:,} bytes",
+            "licence": metadata["licence"] or "none given",
+            "recipe": metadata["recipe_digest"][:16] if metadata["recipe"] else "none",
+        }
+        print("\n".join([str(record["file"]), *(f"  {key:<11}{value}" for key, value in rows.items())]))
+
+
+def describe(path: Path, adapter: Adapter) -> dict[str, Any]:
+    """Everything `inspect` knows about one file, as JSON values."""
+    from dataclasses import asdict
+
+    from qrlora.method.basis import VERSIONS, clipping
+
+    metadata = adapter.metadata
+    count = adapter.parameters()
+    basis = "none: it carries its own ups"
+    if metadata.on_basis:
+        current = adapter.basis_version == VERSIONS.get(metadata.algorithm)
+        basis = (
+            f"{len(metadata.columns)} of {metadata.basis_rank} columns, {metadata.algorithm} version "
+            f"{adapter.basis_version or 'unknown'}{'' if current else ', which this qrlora does not make'}, "
+            f"fingerprint {metadata.basis_fingerprint[:16]}"
+        )
+    return {
+        "file": str(path),
+        "bytes": path.stat().st_size,
+        "layers": len(adapter.deltas),
+        "basis": basis,
+        "clipped": clipping({name: (len(delta), metadata.rank) for name, delta in adapter.deltas.items()}),
+        "parameters": {"trained": count.trained, "lora_same_rank": count.lora_same_rank, "ratio": count.ratio},
+        "metadata": asdict(metadata) | {"recipe_digest": metadata.recipe_digest},
+        "shapes": {name: list(shape) for name, shape in adapter.shapes.items()},
+    }

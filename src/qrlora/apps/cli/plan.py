@@ -1,0 +1,102 @@
+"""`qrlora plan`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import TYPE_CHECKING
+
+from qrlora.apps.cli.shared import Parsers, command
+from qrlora.apps.cli.train import add_recipe, recipe_of
+
+if TYPE_CHECKING:
+    from qrlora.models.training.plan import Estimate, Plan
+
+
+def add_plan(commands: Parsers, with_recipe: bool) -> None:
+    parser = command(
+        commands,
+        "plan",
+        run_plan,
+        "say what training would take, before anything heavy is loaded: parameters, files, memory, time",
+        "Takes what `qrlora train` takes. Only the base model's configs are read.",
+    )
+    if not with_recipe:
+        return
+    parser.add_argument("--json", action="store_true", help="print everything as JSON, in bytes and seconds")
+    parser.add_argument("--no-time", dest="timed", action="store_false", help="leave out the times, which take a while")
+    add_recipe(parser)
+
+
+def run_plan(options: argparse.Namespace) -> None:
+    """Print the plan as a table, or as JSON."""
+    from qrlora.models.training.plan import plan
+
+    recipe = recipe_of(options)
+    made = plan(recipe, timed=options.timed)
+    print(json.dumps(made.to_dict(), indent=2, ensure_ascii=False) if options.json else table(made))
+
+
+def table(plan: Plan) -> str:
+    """The plan for people: a column a method."""
+    recipe, estimates = plan.recipe, list(plan.estimates.values())
+    first = estimates[0]
+    rows = {
+        "": list(plan.estimates),
+        "trained parameters": [f"{one.parameters:,}" for one in estimates],
+        "file, compact": [_size(one.file_bytes.get("compact")) for one in estimates],
+        "file, as a LoRA": [_size(one.file_bytes["lora"]) for one in estimates],
+        **{f"  {part.replace('_', ' ')}": [_size(one.memory[part]) for one in estimates] for part in first.memory},
+        **({"  the program itself": [_size(plan.program_bytes)] * len(estimates)} if plan.program_bytes else {}),
+        "memory while training": [_size(plan.program_bytes + sum(one.memory.values())) for one in estimates],
+        "operations of a step": [f"{one.flops:.2e}" for one in estimates],
+    }
+    if first.step_seconds is not None:
+        rows |= {
+            "a step": [_seconds(one.step_seconds) for one in estimates],
+            f"{recipe.steps} steps": [_seconds(recipe.steps * (one.step_seconds or 0)) for one in estimates],
+            "basis, the first time": [_seconds(one.basis_seconds) for one in estimates],
+        }
+    widths = [max(len(row[i]) for row in rows.values()) for i in range(len(estimates))]
+    lines = [
+        f"{recipe.model} ({plan.family}), {first.layers} layers at rank {recipe.rank}, {plan.resolution} pixels, "
+        f"batch {recipe.batch_size}, {recipe.dtype}",
+        f"on {plan.device}: {_size(plan.free_bytes)} free",
+        *(
+            f"{name:<24}" + "".join(f"{cell:>{width + 3}}" for cell, width in zip(row, widths, strict=True))
+            for name, row in rows.items()
+        ),
+        f"before that, until the encoders leave: at most {_size(plan.program_bytes + plan.loading_bytes)} "
+        f"({_size(plan.host_bytes)} are loaded)",
+        *_warnings(plan, first),
+    ]
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _warnings(plan: Plan, first: Estimate) -> list[str]:
+    need = plan.program_bytes + max(plan.loading_bytes, sum(first.memory.values()))
+    if need <= plan.free_bytes:
+        return []
+    short = f"It does not fit: {_size(need)} are needed and {_size(plan.free_bytes)} are free."
+    return [short + " Lower batch_size or resolution, or load the model in half precision (dtype)."]
+
+
+def _size(count: int | None) -> str:
+    """Bytes with a unit."""
+    if count is None:
+        return "-"
+    size, units = float(count), iter(("B", "KiB", "MiB", "GiB", "TiB"))
+    unit = next(units)
+    while size >= 1000:
+        size, unit = size / 1024, next(units)
+    return f"{size:.3g} {unit}"
+
+
+def _seconds(seconds: float | None) -> str:
+    """A duration, to the second from ten of them on."""
+    if seconds is None:
+        return "-"
+    if seconds < 10:
+        return f"{seconds:.2g} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"

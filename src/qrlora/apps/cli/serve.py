@@ -1,0 +1,165 @@
+"""`qrlora serve`."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import signal
+import socket
+import sys
+import threading
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qrlora._reading import read_text
+from qrlora.apps.cli.shared import MODEL_HELP, Parsers, command, count
+from qrlora.errors import QrloraError
+
+if TYPE_CHECKING:
+    from qrlora.apps.serving.app import Limits
+    from qrlora.apps.serving.protocol import Facts
+
+KEY_VARIABLE = "QRLORA_API_KEY"
+RAY_SETTINGS = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    # Serve gives up a proxy that does not answer within 5 s of its start, which takes longer where cores are busy.
+    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
+}
+"""Read when Ray is imported, here and in the processes that it starts."""
+
+
+def add_serve(commands: Parsers) -> None:
+    parser = command(
+        commands,
+        "serve",
+        run_serve,
+        "serve pictures over HTTP, every request with a composition of its own, to any OpenAI client",
+        "Needs pip install 'qrlora[serve]', on Ray 'qrlora[cluster]'. Ctrl-C lets what was begun come to an end; a "
+        "second one does not. See docs/serve.md.",
+    )
+    parser.add_argument("--adapters", type=Path, required=True, metavar="DIR", help="folder of adapter files")
+    parser.add_argument("--model", default="pico", help=MODEL_HELP + " (default: pico)")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of the weights")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine alone)")
+    parser.add_argument("--port", type=count, default=8000, help="default: 8000")
+    parser.add_argument(
+        "--api-key-file", type=Path, metavar="FILE", help=f"keys, one a line (or ${KEY_VARIABLE}; default: none needed)"
+    )
+    parser.add_argument("--batch-size", type=count, default=8, help="pictures made at once (default: 8)")
+    parser.add_argument("--queue", type=count, default=256, help="most pictures that may wait (default: 256)")
+    parser.add_argument("--max-side", type=count, metavar="PIXELS", help="default: twice the model's own")
+    parser.add_argument("--max-steps", type=count, default=100, help="denoising steps (default: 100)")
+    parser.add_argument("--threads", type=count, help="processor cores of an engine (default: all, in equal shares)")
+    parser.add_argument("--engines", type=count, default=1, help="copies of the base model; several run on Ray Serve")
+    parser.add_argument(
+        "--address",
+        metavar="HOST:PORT",
+        help="join the Ray cluster there (auto: this machine's), or start one that ends with the server: local "
+        "(default: no Ray)",
+    )
+
+
+def run_serve(options: argparse.Namespace) -> None:
+    """Serve until told to stop."""
+    keys = _api_keys(options.api_key_file)
+    if not options.adapters.is_dir():
+        got = "a file" if options.adapters.exists() else "nothing there"
+        raise QrloraError(f"{options.adapters} is no folder", expected="a folder of adapters", got=got)
+    if options.address in (None, "local"):
+        _check_free(options.host, options.port)
+    elif options.address != "auto":
+        _check_there(options.address)
+    on_ray = options.address or options.engines > 1
+    try:
+        from qrlora.apps.serving.app import Limits
+
+        if on_ray:
+            os.environ.update({**RAY_SETTINGS, **os.environ})
+            import ray.serve  # noqa: F401
+    except ImportError as error:
+        extra = "cluster" if on_ray else "serve"
+        remedy = f"pip install 'qrlora[{extra}]'"
+        raise QrloraError("serving needs more packages", got=f"no {error.name}", remedy=remedy) from error
+    limits = Limits(
+        api_keys=keys,
+        side=options.max_side,
+        steps=options.max_steps,
+        at_once=options.engines,
+        batch_size=options.batch_size,
+        queue_length=options.queue,
+    )
+    (_run_on_ray if on_ray else _run_here)(options, limits)
+
+
+def _run_here(options: argparse.Namespace, limits: Limits) -> None:
+    from qrlora.apps.serving import local
+
+    what = (options.model, options.adapters, options.dtype, options.threads)
+    local.run(*what, options.host, options.port, limits, lambda facts: _say_ready(facts, options, limits))
+
+
+def _run_on_ray(options: argparse.Namespace, limits: Limits) -> None:
+    from qrlora.apps.serving import cluster
+
+    place = cluster.Place(options.host, options.port, options.address or "local", options.engines, options.threads)
+    told = threading.Event()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a cluster would go on with what was begun
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    try:
+        front = cluster.start(options.model, options.adapters, options.dtype, place, limits)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda *_: told.set())
+        _say_ready(front.facts.remote().result(), options, limits)
+        told.wait()
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # the second one is meant
+        cluster.stop(front, limits)
+    finally:
+        cluster.leave()
+
+
+def _api_keys(path: Path | None) -> tuple[str, ...]:
+    if path is None:
+        return tuple(os.environ.get(KEY_VARIABLE, "").split())
+    text = read_text(path, "the API keys in", QrloraError)
+    keys = tuple(line.strip() for line in text.split("\n") if line.strip())
+    if not keys:
+        raise QrloraError(f"{path} holds no key", expected="one a line", got="none", remedy="leave --api-key-file out")
+    return keys
+
+
+def _check_free(host: str, port: int) -> None:
+    """Said at once, not after the model is loaded."""
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as trial:
+        trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            trial.bind((host, port))
+        except (OSError, OverflowError) as error:
+            what = f"cannot listen on {host}, port {port}"
+            raise QrloraError(
+                what, expected="a free port of this machine", got=error, remedy="name another --port"
+            ) from error
+
+
+def _check_there(address: str) -> None:
+    """Said at once: Ray itself tries for minutes."""
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host, int(port)), timeout=10).close()
+    except (OSError, ValueError, OverflowError) as error:
+        raise QrloraError(
+            f"no Ray cluster at {address}",
+            expected="HOST:PORT of a cluster's head node, auto or local",
+            got=error,
+            remedy="start one there: ray start --head --port 6379",
+        ) from error
+
+
+def _say_ready(facts: Facts, options: argparse.Namespace, limits: Limits) -> None:
+    for name, reason in sorted(facts.left_out.items()):
+        print(f"not served: {name}: {reason}", file=sys.stderr)
+    if not limits.api_keys and options.host not in ("127.0.0.1", "::1", "localhost"):
+        print(f"without --api-key-file, whoever reaches {options.host} may use this server", file=sys.stderr)
+    adapters = ", ".join(sorted(facts.adapters)) or "none"
+    print(f"{facts.model} with adapters: {adapters}")
+    print(f"ready at http://{options.host}:{options.port}/v1", flush=True)

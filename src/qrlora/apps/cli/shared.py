@@ -1,0 +1,252 @@
+"""What the commands share: their help texts, the reading of values, progress, refusals."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import math
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qrlora._files import check_room, claimed
+from qrlora._reading import plain_float, plain_int
+from qrlora.errors import QrloraError
+
+if TYPE_CHECKING:
+    from qrlora.method.adapter import Adapter
+    from qrlora.method.basis import Basis
+
+ADAPTER_HELP = "adapter file, with a weight if not 1: mug.safetensors:0.9"
+OVERWRITE_HELP = "A file named by -o is replaced if it is there; a default name never is."
+MODEL_HELP = "base model: pico (embedded), a folder in the diffusers layout, or a hub id"
+
+Parsers = Any  # argparse's subparsers action, which has no public type
+
+
+def command(
+    commands: Parsers, name: str, run: Callable[[argparse.Namespace], int | None], text: str, epilog: str = ""
+) -> Any:
+    parser = commands.add_parser(name, help=text, description=text + ".", epilog=epilog)
+    parser.set_defaults(run=run)
+    return parser
+
+
+def add_seeds(parser: Any) -> None:
+    """The options that `seeds_of` reads."""
+    parser.add_argument("--seed", action="append", type=seed, help="may be given several times (default: 0)")
+    parser.add_argument("--seeds", type=count, metavar="COUNT", help="that many seeds, from --seed on")
+
+
+def seeds_of(options: argparse.Namespace) -> list[int]:
+    """The seeds asked for."""
+    seeds = options.seed or [0]
+    return list(range(seeds[0], seeds[0] + options.seeds)) if options.seeds else seeds
+
+
+def add_sampling(parser: Any) -> None:
+    """What makes pictures, and how."""
+    parser.add_argument("--model", default="pico", help=MODEL_HELP + " (default: pico)")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of the weights")
+    parser.add_argument("--steps", type=count, help="denoising steps (default: the family's)")
+    parser.add_argument("--guidance", type=number, help="classifier-free guidance scale (default: the family's)")
+    parser.add_argument("--resolution", type=count, help="side of the pictures in pixels (default: the model's)")
+    parser.add_argument("--batch-size", type=count, default=8, help="pictures made at once (default: 8)")
+
+
+class Bar:
+    """Progress on stderr: one line that rewrites itself on a terminal, every tenth as a line of its own elsewhere."""
+
+    def __init__(self, unit: str):
+        self.unit, self.started = unit, time.perf_counter()
+
+    def __call__(self, done: int, of: int, note: str = "", seconds_left: float | None = None) -> None:
+        """Say that `done` of `of` units are done; the time left is estimated unless given."""
+        if seconds_left is None:
+            seconds_left = (time.perf_counter() - self.started) / done * (of - done)
+        minutes, seconds = divmod(round(seconds_left), 60)
+        text = f"{self.unit} {done}/{of}  {note}{'  ' if note else ''}{minutes}:{seconds:02d} left"
+        with contextlib.suppress(OSError):  # the terminal may be gone, the work need not be
+            if sys.stderr.isatty():
+                print(f"\r{text}\x1b[K", end="\n" if done == of else "", file=sys.stderr, flush=True)
+            elif done == of or done * 10 // of != (done - 1) * 10 // of:
+                print(text, file=sys.stderr, flush=True)
+
+
+def weighted_path(text: str) -> tuple[Path, float]:
+    """`file:weight`, or a file alone at weight 1. A colon that is part of the path stays there."""
+    path, colon, weight = text.rpartition(":")
+    if colon and path and not Path(text).exists():
+        try:
+            return Path(path), plain_float(weight)
+        except ValueError as error:
+            if path.endswith(".safetensors") or Path(path).is_file():
+                said = f"expected a finite number behind the last colon of {text[:200]!r}"
+                raise argparse.ArgumentTypeError(said) from error
+    return Path(text), 1.0  # the last colon belongs to the path
+
+
+def weights(text: str) -> list[float]:
+    """`0,0.5,1` as numbers."""
+    return [number(part.strip()) for part in text.split(",")]
+
+
+def number(text: str) -> float:
+    """A finite number."""
+    return _checked(text, plain_float, "a finite number", math.isfinite)
+
+
+def count(text: str) -> int:
+    """A whole number from 1."""
+    return _checked(text, plain_int, "a whole number from 1", lambda value: value >= 1)
+
+
+def whole(text: str) -> int:
+    """A whole number from 0."""
+    return _checked(text, plain_int, "a whole number from 0", lambda value: value >= 0)
+
+
+def share(text: str) -> float:
+    """A number from 0 to 1."""
+    return _checked(text, plain_float, "a number from 0 to 1", lambda value: 0 <= value <= 1)
+
+
+def seed(text: str) -> int:
+    """A whole number that seeds a torch generator."""
+    return _checked(text, plain_int, "a whole number from 0, below 2^63", lambda value: 0 <= value < 2**63)
+
+
+def _checked(text: str, kind: Callable[[str], Any], expected: str, holds: Callable[[Any], bool]) -> Any:
+    """The text as a value, or what argparse prints behind the name of the option."""
+    try:
+        value = kind(text)
+    except ValueError:
+        value = None
+    if value is None or not holds(value):
+        raise argparse.ArgumentTypeError(f"expected {expected}, got {text!r}")
+    return value
+
+
+def add_give_way(parser: argparse.ArgumentParser) -> None:
+    """The option by which adapters give way to one another."""
+    parser.add_argument(
+        "--give-way",
+        type=share,
+        default=0.0,
+        metavar="SHARE",
+        help="each adapter gives up this share, 0 to 1, of what it reads where the others read: what it gains at 0.5 "
+        "is in docs/bench.md (default: 0, adapters as they are)",
+    )
+
+
+def check_give_way(share: float, adapters: int) -> None:
+    """QrloraError if there is a share to give up and nobody to give way to."""
+    if share and adapters < 2:
+        raise QrloraError("nobody to give way to", expected="two adapters or more", got=f"{adapters} adapters")
+
+
+def load_weighted(parts: Sequence[tuple[Path, float]], model: str | None) -> list[tuple[Adapter, float]]:
+    adapters = load_adapters([path for path, _ in parts], model)
+    return [(adapter, weight) for adapter, (_, weight) in zip(adapters, parts, strict=True)]
+
+
+def load_adapters(paths: Sequence[Path], model: str | None) -> list[Adapter]:
+    """The adapters in these files. The layers of a foreign LoRA are found by the names of the base model's modules: of
+    the one asked for, else of the one that an adapter among them needs; without either by those of the known families.
+    """
+    from qrlora.models.exchange import LayerNames, is_ours, load_any
+    from qrlora.models.families import load_structure
+
+    found = {path: load_any(path) for path in paths if is_ours(path)}
+    foreign = [path for path in paths if path not in found]
+    bases = [adapter.metadata.base_model for adapter in found.values() if adapter.metadata.on_basis]
+    model = model or next(filter(None, bases), None)
+    names = None
+    if foreign and model:
+        pipe, family = load_structure(model)
+        names = LayerNames(family, family.denoiser_of(pipe))
+    for path in foreign:
+        found[path] = load_any(path, names=names)
+        say_left_out(path, found[path])
+    return [found[path] for path in paths]
+
+
+def say_left_out(path: Path, adapter: Adapter) -> None:
+    """One line on stderr about what was in a foreign file besides the denoiser's layers."""
+    from qrlora.models.exchange import left_out_of
+
+    names = left_out_of(adapter)
+    if names:
+        print(f"{path}: not read, because they are not the denoiser's: {', '.join(names)}", file=sys.stderr)
+
+
+def bases_of(model: str | None, adapters: Sequence[Adapter]) -> list[Basis | None]:
+    """The basis of each adapter that stands on one, from the model asked for or the one it names.
+
+    Where there is but one model, the adapters that stand on none have to fit it too.
+    """
+    from qrlora.method.adapter.attach import check_fits
+    from qrlora.models.families import load_pipeline
+
+    loaded: dict[str, Any] = {}
+    bases: list[Basis | None] = []
+    for adapter in adapters:
+        metadata = adapter.metadata
+        if not metadata.on_basis:
+            bases.append(None)
+            continue
+        source = model or metadata.base_model or "pico"
+        if source not in loaded:
+            pipe, family = load_pipeline(source)
+            loaded[source] = family.denoiser_of(pipe)
+        bases.append(basis_in(loaded[source], adapter))
+    if len(loaded) == 1:
+        for adapter in adapters:
+            if not adapter.metadata.on_basis:
+                check_fits(next(iter(loaded.values())), adapter)
+    return bases
+
+
+def basis_in(denoiser: Any, adapter: Adapter) -> Basis | None:
+    """The basis that an adapter stands on, if it does, from this denoiser's weights."""
+    from qrlora.method.adapter.attach import base_weights
+    from qrlora.method.basis import Basis
+
+    meta = adapter.metadata
+    if not meta.on_basis:
+        return None
+    weights_of = base_weights(denoiser, adapter.deltas, meta)
+    return Basis.of(weights_of, meta.basis_rank, algorithm=meta.algorithm, seed=meta.basis_seed)
+
+
+def claim(options: argparse.Namespace, path: Path, size: int = 0, *, folder: bool = False) -> None:
+    """Try the output of a command before anything heavy is imported, and hold it until the command ends."""
+    options.claims.enter_context(claimed(path, size, folder=folder))
+
+
+def check_room_for(path: Path, adapter: Adapter, spelling: str) -> None:
+    """OutputError unless there is room for this adapter's file."""
+    from qrlora.method.adapter.file import tensor_shapes
+
+    shapes = tensor_shapes(adapter.metadata, adapter.shapes, spelling)
+    width = max((delta.element_size() for delta in adapter.deltas.values()), default=0)
+    check_room(path, width * sum(map(math.prod, shapes.values())))
+
+
+def check_png(path: Path) -> None:
+    """Refuse what no PNG can be written to, before time is spent on it."""
+    if path.suffix.lower() != ".png" or path.is_dir():
+        got = "a folder" if path.is_dir() else path.name
+        raise QrloraError(f"no picture can be written to {path}", expected="a file *.png", got=got, remedy="name one")
+
+
+def refuse_default_output(options: argparse.Namespace, default: str) -> None:
+    if options.output == Path(default):
+        refuse_to_replace(options.output)
+
+
+def refuse_to_replace(path: Path) -> None:
+    if path.exists():
+        raise QrloraError(f"{path} is already there", remedy="name the output with -o (a named file is replaced)")

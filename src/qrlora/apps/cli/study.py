@@ -1,0 +1,99 @@
+"""`qrlora study`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from qrlora._reading import read_json
+from qrlora.apps.cli.evaluate import add_pictures
+from qrlora.apps.cli.shared import Parsers, claim, command, count, refuse_to_replace, seed, whole
+from qrlora.errors import DataError, QrloraError
+
+DEFAULT_OUTPUT = "study"
+KEY = "key.json"
+
+
+def add_study(commands: Parsers) -> None:
+    parser = command(
+        commands,
+        "study",
+        run_study,
+        "ask people: a blind vote between folders of pictures, and the count of it",
+        "Writes vote.html, one page to send to people, which needs no server and tells no names, and key.json, which "
+        "stays here: with it --tally counts the files that the page saved.",
+    )
+    parser.add_argument(
+        "folders", nargs="*", type=Path, metavar="FOLDER", help="two or more; pictures of one name are compared"
+    )
+    parser.add_argument("--question", help="what to choose by (default: which picture do you like better?)")
+    add_pictures(parser, "--reference", "shown above every pair")
+    parser.add_argument("--trials", type=count, help="at most so many pairs for each person (default: all)")
+    parser.add_argument(
+        "--catch", type=whole, default=4, metavar="COUNT", help="trials with a right answer, to find who guesses (4)"
+    )
+    parser.add_argument("--by-order", action="store_true", help="compare first with first, whatever their names")
+    parser.add_argument("--seed", type=seed, default=0, help="of what is drawn by chance (default: 0)")
+    parser.add_argument("--tally", nargs="+", type=Path, metavar="JSON", help="count these files instead")
+    parser.add_argument("--key", type=Path, help=f"with --tally: the study's key (default: {DEFAULT_OUTPUT}/{KEY})")
+    parser.add_argument(
+        "--misses", type=whole, default=1, metavar="COUNT", help="with --tally: catch trials that one may miss (1)"
+    )
+    parser.add_argument("--json", action="store_true", help="with --tally: print the numbers as JSON")
+    parser.add_argument("-o", "--output", type=Path, help="folder (default: study/); with --tally, for a report")
+
+
+def run_study(options: argparse.Namespace) -> None:
+    """Write the page and its key, or count votes."""
+    if options.tally:
+        _tally(options)
+        return
+    folder = options.output or Path(DEFAULT_OUTPUT)
+    if options.output is None:
+        refuse_to_replace(folder / KEY)
+    claim(options, folder, folder=True)
+    from qrlora._files import write_all
+    from qrlora.quality.images.read import gather
+    from qrlora.quality.study.ballot import QUESTION, make
+
+    names = [str(path.resolve().name) for path in options.folders]
+    unique = names if len(set(names)) == len(names) else [str(path) for path in options.folders]
+    if len(set(unique)) < len(unique):
+        raise QrloraError("one folder named twice", expected="different ones", got=unique)
+    for path in options.folders:
+        if not path.is_dir():
+            raise QrloraError(f"no folder: {path}", remedy="name folders of pictures")
+    page, key = make(
+        {name: gather([path]) for name, path in zip(unique, options.folders, strict=True)},
+        options.question or QUESTION,
+        references=gather(options.reference),
+        trials=options.trials,
+        catch=options.catch,
+        seed=options.seed,
+        by_order=options.by_order,
+    )
+    known = (json.dumps(key, indent=1, ensure_ascii=False) + "\n").encode()
+    write_all({folder / KEY: known, folder / "vote.html": page.encode()})
+    asked = sum(trial["kind"] == "pair" for trial in key["trials"].values())
+    print(f"{folder / 'vote.html'}: {asked} pairs and {len(key['trials']) - asked} catch trials, to send to people")
+    print(f"{folder / KEY}: keep it; without it the votes cannot be read")
+
+
+def _tally(options: argparse.Namespace) -> None:
+    """Print the count, and write a report if an output is named."""
+    if options.output:
+        claim(options, options.output, folder=True)
+    from qrlora.quality.study.tally import checked_key, lines, report, tally
+
+    if options.folders:
+        raise QrloraError("--tally counts votes of a study that was made", got=[str(path) for path in options.folders])
+    key_file = options.key or Path(DEFAULT_OUTPUT) / KEY
+    key = checked_key(read_json(key_file, "the key of a study", DataError), str(key_file))
+    votes = [read_json(path, "the votes", DataError) for path in options.tally]
+    found = tally(votes, key, options.misses, [str(path) for path in options.tally])
+    print(json.dumps(found.to_dict(), indent=2, ensure_ascii=False) if options.json else "\n".join(lines(found)))
+    if options.output:
+        page = report(found).write(options.output)
+        if not options.json:
+            print(page)

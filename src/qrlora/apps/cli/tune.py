@@ -1,0 +1,220 @@
+"""`qrlora tune`."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qrlora.apps.cli.evaluate import add_weights
+from qrlora.apps.cli.shared import (
+    Bar,
+    Parsers,
+    add_give_way,
+    add_sampling,
+    claim,
+    command,
+    count,
+    load_adapters,
+    number,
+    refuse_to_replace,
+    seed,
+)
+from qrlora.errors import QrloraError
+
+if TYPE_CHECKING:
+    from qrlora.method.adapter import Adapter
+
+DEFAULT_OUTPUT = "tune"
+DEFAULTS = {"subject": "edges,structure", "style": "texture,grain"}
+
+
+def add_tune(commands: Parsers) -> None:
+    parser = command(
+        commands,
+        "tune",
+        run_tune,
+        "search the weights of a composition by looking at pictures, and report what they trade",
+        "Every picture is kept in the folder named by -o: the same command finds it there, so a search that was "
+        "interrupted goes on. docs/evaluate.md says how it searches.",
+    )
+    parser.add_argument(
+        "adapters", nargs="+", type=Path, metavar="ADAPTER", help="adapter file, subject and style first"
+    )
+    parser.add_argument("--prompt", action="append", help="may be given several times (default: from the adapters)")
+    for side in ("subject", "style"):
+        parser.add_argument(
+            f"--{side}",
+            action="append",
+            required=True,
+            metavar="WHAT",
+            help=f"what the {side} should be like: a picture or a folder, may be given again; or a name of pico's "
+            "world, for its judge",
+        )
+        parser.add_argument(
+            f"--{side}-measures",
+            metavar="NAME,...",
+            help=f"by which measures of qrlora evaluate, against pictures (default: {DEFAULTS[side]})",
+        )
+    parser.add_argument("--budget", type=count, default=120, metavar="PICTURES", help="pictures in all (default: 120)")
+    parser.add_argument(
+        "--per-block",
+        type=count,
+        metavar="PARTS",
+        help="weights of so many parts of each adapter, by blocks of the model",
+    )
+    parser.add_argument("--highest", type=number, default=1.5, help="largest weight (default: 1.5)")
+    parser.add_argument("--seed", type=seed, default=0, help="of the search, and of the first picture (default: 0)")
+    add_give_way(parser)
+    add_sampling(parser)
+    add_weights(parser)
+    parser.add_argument("--json", action="store_true", help="print the numbers as JSON")
+    parser.add_argument("-o", "--output", type=Path, default=Path(DEFAULT_OUTPUT), help="folder (default: tune/)")
+
+
+def run_tune(options: argparse.Namespace) -> None:
+    """Search, print the frontier and write the report."""
+    if options.output == Path(DEFAULT_OUTPUT):
+        refuse_to_replace(options.output / "report.html")
+    if options.highest <= 0:
+        raise QrloraError("no weights to search", expected="--highest above 0", got=options.highest)
+    claim(options, options.output, folder=True)
+    import json
+
+    from qrlora.quality.search.page import lines, report
+
+    aims = {side: _aim(options, side) for side in ("subject", "style")}
+    adapters = load_adapters(options.adapters, options.model)
+    prompts = options.prompt or [default_prompt(adapters)]
+    tuning = _tuned(options, adapters, prompts, aims)
+    page = report(tuning).write(options.output)
+    if options.json:
+        print(json.dumps(tuning.data(), indent=2, ensure_ascii=False))
+    else:
+        print("\n".join([*lines(tuning), str(page)]))
+
+
+def default_prompt(adapters: Sequence[Adapter]) -> str:
+    """The published one for both: "a <c> dog in <s> style", from what the adapters say of themselves."""
+    by_role = {adapter.metadata.role: adapter.metadata for adapter in adapters}
+    if "subject" not in by_role or "style" not in by_role:
+        remedy = '--prompt "a photo of a <c> mug in <s> style", with their triggers'
+        raise QrloraError(
+            "no prompt", expected="one, or adapters of a subject and a style", got=[*by_role], remedy=remedy
+        )
+    noun = by_role["subject"].recipe.get("noun", "")
+    subject = f"{by_role['subject'].trigger} {noun}".strip()
+    return f"a {subject} in {by_role['style'].trigger} style"
+
+
+def _aim(options: argparse.Namespace, side: str) -> tuple[str, Any]:
+    """What a score is, in words, and what counts it; checked before a model is loaded."""
+    from qrlora.pico.world import STYLES, SUBJECTS
+    from qrlora.quality.images.read import gather
+    from qrlora.quality.metrics.learned import Eyes
+    from qrlora.quality.metrics.table import MEASURES, References, chosen
+    from qrlora.quality.search.dials import by_judge, by_measures
+
+    wanted, names = getattr(options, side), SUBJECTS if side == "subject" else STYLES
+    listed = getattr(options, f"{side}_measures")
+    if len(wanted) == 1 and wanted[0] in names and not Path(wanted[0]).exists():
+        if listed:
+            raise QrloraError(f"{wanted[0]} is for pico's judge", expected=f"no --{side}-measures", got=listed)
+        return f"pico's judge, asked for {wanted[0]}", by_judge(side, wanted[0])
+    strange = [text for text in wanted if not Path(text).exists()]
+    if strange:
+        near = difflib.get_close_matches(strange[0], names, 1)
+        expected = f"a picture, a folder of pictures, or one of {', '.join(names)}"
+        remedy = f"did you mean {near[0]}?" if near else "check the path or the spelling"
+        raise QrloraError(f"no such {side}", expected=expected, got=", ".join(strange), remedy=remedy)
+    pictures = gather(Path(path) for path in wanted)
+    given = References(subject=pictures) if side == "subject" else References(style=pictures)
+    measures = chosen([part.strip() for part in (listed or DEFAULTS[side]).split(",")], pictures, given)
+    if any(need != side for one in measures for need in one.needs):
+        fitting = ", ".join(name for name, row in MEASURES.items() if row.needs == (side,))
+        raise QrloraError(f"no measure of the {side} alone", expected=f"some of {fitting}", got=listed)
+    eyes = Eyes(dict(options.weights), options.device)
+    for one in measures:
+        if one.model:
+            eyes.load(one.model)
+    return " and ".join(one.name for one in measures), by_measures(measures, given, eyes)
+
+
+def _tuned(options: argparse.Namespace, adapters: list[Adapter], prompts: list[str], aims: dict[str, Any]) -> Any:
+    """Everything between the arguments and the page."""
+    import torch
+
+    from qrlora.models.families import load_pipeline
+    from qrlora.quality.search.dials import Album, painting, scored
+    from qrlora.quality.search.page import Tuning
+    from qrlora.quality.search.search import FIRST, search
+
+    pipe, family = load_pipeline(options.model, dtype=getattr(torch, options.dtype))
+    dials, parts = _dials(options, adapters, [name for name, _ in family.denoiser_of(pipe).named_modules()])
+    sampling = {name: getattr(options, name) for name in ("steps", "guidance", "resolution")}
+    of = {"adapters": [one.digest for one in parts], "model": options.model, "dtype": options.dtype, **sampling}
+    of |= {"give_way": options.give_way} if options.give_way else {}  # pictures of before are still these
+    turned = dict(zip(dials, parts, strict=True))
+    with painting(pipe, family, turned, options.batch_size, sampling, options.give_way) as paint:
+        album = Album(paint, options.output / "pictures", of, prompts, options.seed, options.batch_size)
+        album.progress = _Told(options.budget)
+        score = scored(album, aims["subject"][1], aims["style"][1])
+        tell = _say if not options.json else lambda _: None
+        found = search(score, len(parts), options.budget, highest=options.highest, seed=options.seed, tell=tell)
+        numbers = range(FIRST, FIRST + len(found.confirmed[0].again))
+        pictures = [album.pictures([(one.weights, n) for n in numbers]) for one in found.frontier]
+    commands = [_command(options, parts, one.weights, i + 1, prompts[0]) for i, one in enumerate(found.frontier)]
+    settings = {"prompts": prompts, "budget": options.budget, "seed": options.seed, "highest": options.highest, **of}
+    return Tuning(found, dials, (aims["subject"][0], aims["style"][0]), pictures, commands, album.made, settings)
+
+
+class _Told:
+    """Counts what `Album` says has been done of the budget."""
+
+    def __init__(self, budget: int) -> None:
+        self.bar, self.done, self.budget = Bar("picture"), 0, budget
+
+    def __call__(self, more: int) -> None:
+        if more and self.done < self.budget:
+            self.done = min(self.done + more, self.budget)
+            self.bar(self.done, self.budget)
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _dials(options: argparse.Namespace, adapters: list[Adapter], order: list[str]) -> tuple[list[str], list[Adapter]]:
+    """What each weight turns, and the adapter it is of: the whole, or some of its blocks."""
+    from qrlora.quality.search.dials import by_blocks
+
+    names = [path.stem for path in options.adapters]
+    if len(set(names)) < len(names):
+        names = [f"{name} ({i + 1})" for i, name in enumerate(names)]
+    if not options.per_block:
+        return names, adapters
+    dials, parts = [], []
+    for name, adapter in zip(names, adapters, strict=True):
+        for i, part in enumerate(by_blocks(adapter, options.per_block, order)):
+            dials.append(f"{name} {i + 1}/{options.per_block}")
+            parts.append(part)
+    return dials, parts
+
+
+def _command(
+    options: argparse.Namespace, parts: list[Adapter], weights: Sequence[float], place: int, prompt: str
+) -> str:
+    """What makes pictures at a point; for weights by blocks, of a composition that is written for it."""
+    from qrlora.method.adapter import save_adapter
+    from qrlora.method.composition import Composition
+    from qrlora.quality.search.page import command
+
+    if not options.per_block:
+        paths = [str(path) for path in options.adapters]
+        return command(list(zip(paths, weights, strict=True)), prompt, options.model, options.give_way)
+    file = options.output / f"point-{place}.safetensors"
+    save_adapter(Composition(list(zip(parts, weights, strict=True)), options.give_way).adapter(), file)
+    return command([(str(file), 1.0)], prompt, options.model)

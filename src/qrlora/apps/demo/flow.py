@@ -1,0 +1,323 @@
+"""The demo's steps: teach, generate, judge, and keep what was found."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool, UInt8
+
+from qrlora._files import make_folder
+from qrlora.apps.demo.plan import (
+    DEFAULT,
+    GIVING_WAY,
+    METHODS,
+    Budget,
+    Lesson,
+    Wanted,
+    lesson,
+    questions,
+    recipe_fields,
+    weights_of,
+)
+from qrlora.method.adapter import Adapter, save_adapter
+from qrlora.method.basis import Basis
+from qrlora.method.composition import Composition, Live, giving_way, similarity
+from qrlora.models.families import ModelFamily, load_pipeline
+from qrlora.models.generation import Request, generate_jobs, generate_mixed
+from qrlora.models.training.loop import train
+from qrlora.models.training.recipe import Recipe
+from qrlora.pico import world
+from qrlora.pico.judge import Judge
+from qrlora.quality.metrics.shares import Share
+from qrlora.quality.report import png_bytes
+
+SETS = ("subject_alone", "style_alone", "composed")
+PARTS = ("subject", "style", "both")
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Pictures for a list of Wanted, and the judge's verdict on each.
+
+    pixels (n, h, w, 3) uint8. right: "subject", "style", "both", and "recognised" (both asked for are the likeliest
+    of the world's, however drawn) -> n verdicts, or None where the truth is not known.
+    likeness: mean cosine of the judge's subject features to the user's own picture, if there is one.
+    """
+
+    wanted: Sequence[Wanted]
+    pixels: UInt8[np.ndarray, "n h w 3"]
+    right: dict[str, Bool[np.ndarray, " n"] | None] = field(default_factory=dict)
+    likeness: float | None = None
+
+    def share(self, part: str) -> Share | None:
+        """The share of pictures in which ``part``, of `right`, holds; None if not known."""
+        verdicts = self.right.get(part)
+        return None if verdicts is None else Share.of(verdicts)
+
+
+@dataclass
+class Setting:
+    """What all steps share. ``seconds``: stage -> time spent in it so far."""
+
+    pipe: Any
+    family: ModelFamily
+    judge: Judge
+    budget: Budget
+    seed: int
+    say: Say
+    model: str = "pico"
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def stage(self, name: str, said: str = "") -> Iterator[None]:
+        """Measure a stage; a stage entered again adds to its time."""
+        self.say(f"{name}{': ' if said else ''}{said}")
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
+
+    def teach(self, lesson: Lesson, method: str, **fields: Any) -> Adapter:
+        """Train one adapter by a method of METHODS; ``fields`` change its recipe."""
+        planned = recipe_fields(lesson, self.budget, self.seed, method)
+        recipe = Recipe.of({"model": self.model, **planned, **fields})
+        return replace(train(recipe, pipe=self.pipe, family=self.family), name=f"{method}-{lesson.role}")
+
+    def draw(self, wanted: Sequence[Wanted], adapters: Sequence[tuple[Adapter, float]] = ()) -> Answer:
+        """Generate every picture asked for, not yet judged."""
+        options = {"steps": self.budget.denoising_steps, "guidance": self.budget.guidance}
+        jobs = [(one.prompt, one.seed) for one in wanted]
+        images = generate_jobs(self.pipe, self.family, jobs, adapters=adapters, **options)  # type: ignore[arg-type]
+        return Answer(wanted, np.stack([np.asarray(image) for image in images]))
+
+    def judged(self, answer: Answer, picture: Lesson | None = None) -> Answer:
+        """The answer with its verdicts; with ``picture``, also how like the user's own picture it is."""
+        anything = {"subject": next(iter(world.SUBJECTS)), "style": next(iter(world.STYLES))}
+        asked = {part: [getattr(w, part) or name for w in answer.wanted] for part, name in anything.items()}
+        verdict = self.judge.verdict(answer.pixels, **asked, colour=[w.colour for w in answer.wanted])
+        # what is said of one part does not change the verdict on the other, so any name may stand for the user's own
+        known = {part: getattr(answer.wanted[0], part) is not None for part in anything}
+        known["both"] = all(known.values())
+        known["recognised"] = known["both"]
+        right = {part: getattr(verdict, part) if known[part] else None for part in known}
+        likeness = self._likeness(answer, picture) if picture else None
+        return replace(answer, right=right, likeness=likeness)
+
+    def _likeness(self, answer: Answer, picture: Lesson) -> float:
+        from qrlora.models.training.pictures import read_picture
+
+        own = np.asarray(read_picture(picture.file, answer.pixels.shape[1]))[None]
+        features = self.judge.look(np.concatenate([own, answer.pixels]))["subject"][0]
+        return float(torch.nn.functional.cosine_similarity(features[:1], features[1:]).mean())
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Everything one run found, ready to be put on a page."""
+
+    setting: Setting
+    subject: Lesson
+    style: Lesson
+    learned: dict[str, tuple[Adapter, Adapter]]
+    answers: dict[str, dict[str, Answer]]
+    base: Answer
+    grid: list[list[Answer]]
+    interference: dict[str, dict[str, float]]
+    file_bytes: dict[str, int]
+    command: str
+
+    def share(self, method: str, name: str, part: str) -> Share | None:
+        """One score."""
+        return self.answers[method][name].share(part)
+
+
+def run(
+    out: Path | str = "out/demo",
+    subject: str = "teapot",
+    style: str = "chalk",
+    seed: int = 0,
+    steps: int | None = None,
+    *,
+    model: str = "pico",
+    judge: Judge | None = None,
+    budget: Budget | None = None,
+    say: Say | None = None,
+) -> Path:
+    """The whole demo; returns the path of its page.
+
+    Args:
+        out: folder for report.html, report.json, summary.png, the two pictures and the adapter files.
+        subject, style: a name in pico's world, or a picture file.
+        seed: of the pictures to learn from, of training and of generating.
+        steps: training steps of each adapter, instead of the plan's.
+        model, judge, budget: other than pico, its judge and the plan's numbers, for tests.
+        say: told what happens, one line at a time; stderr if None.
+
+    Raises:
+        ModelError: the base model or the judge is missing.
+        DataError: ``subject`` or ``style`` is neither a name nor a picture that can be used.
+    """
+    from qrlora.apps.demo.page import report, summary
+
+    budget = budget or Budget()
+    budget = budget if steps is None else replace(budget, steps=steps)
+    setting = load(model, judge, budget, seed, say)
+    out = Path(out)
+    make_folder(out / "adapters")
+    outcome = _experiment(setting, out, subject, style, _command(subject, style, seed, steps))
+    setting.say("page")
+    return report(outcome).write(out, {"summary.png": png_bytes(summary(outcome))})
+
+
+def load(model: str, judge: Judge | None, budget: Budget, seed: int, say: Say | None) -> Setting:
+    """The base model and the judge. Imports were paid for before; weights are read here."""
+    started = time.perf_counter()
+    say = say or _stderr(started)
+    say("load: base model and judge")
+    pipe, family = load_pipeline(model)
+    setting = Setting(pipe, family, judge or Judge.load(), budget, seed, say, model)
+    setting.seconds["load"] = time.perf_counter() - started
+    return setting
+
+
+def _stderr(started: float) -> Say:
+    def say(text: str) -> None:
+        print(f"{time.perf_counter() - started:5.0f} s  {text}", file=sys.stderr, flush=True)
+
+    return say
+
+
+def _command(subject: str, style: str, seed: int, steps: int | None) -> str:
+    words = ["qrlora", "demo", "--subject", subject, "--style", style, "--seed", str(seed)]
+    return shlex.join(words + ([] if steps is None else ["--steps", str(steps)]))
+
+
+def _experiment(setting: Setting, out: Path, subject: str, style: str, command: str) -> Outcome:
+    resolution = world.SIZE
+    with setting.stage("pictures", f"the subject ({subject}) and the style ({style})"):
+        lessons = [lesson(r, w, out, setting.seed, resolution) for r, w in (("subject", subject), ("style", style))]
+    learned = _teach_all(setting, lessons)
+    answers, base = _generate_all(setting, lessons, learned)
+    grid = _grid(setting, lessons, learned[DEFAULT])
+    with setting.stage("files", "adapters in both spellings"):
+        sizes = _save(setting, out, learned, weights_of(DEFAULT, *lessons))
+        interference = {method: _interference(setting, pair) for method, pair in learned.items()}
+    return Outcome(setting, lessons[0], lessons[1], learned, answers, base, grid, interference, sizes, command)
+
+
+def _teach_all(setting: Setting, lessons: Sequence[Lesson]) -> dict[str, tuple[Adapter, Adapter]]:
+    learned = {}
+    for method in METHODS:
+        adapters = []
+        for one in lessons:
+            with setting.stage(f"train {method}", f"{one.role}, {setting.budget.steps} steps"):
+                adapters.append(setting.teach(one, method))
+        learned[method] = (adapters[0], adapters[1])
+    return learned
+
+
+def _generate_all(
+    setting: Setting, lessons: Sequence[Lesson], learned: dict[str, tuple[Adapter, Adapter]]
+) -> tuple[dict[str, dict[str, Answer]], Answer]:
+    """Every method's answer to every question, and the base model's to the plain words, judged."""
+    asked = questions(lessons[0], lessons[1], setting.budget, setting.seed)
+    with setting.stage("generate", "the base model alone"):
+        base = setting.draw(asked["base"][: len(asked["composed"])])
+    answers: dict[str, dict[str, Answer]] = {}
+    for method, (subject, style) in learned.items():
+        used = {
+            "subject_alone": [(subject, 1.0)],
+            "style_alone": [(style, 1.0)],
+            "composed": _parts(method, (subject, style), lessons),
+        }
+        with setting.stage("generate", f"{method}, {sum(len(asked[name]) for name in SETS)} pictures"):
+            answers[method] = {name: setting.draw(asked[name], used[name]) for name in SETS}
+    own = lessons[0] if lessons[0].name is None else None
+    with setting.stage("judge"):
+        base = setting.judged(base, own)
+        for sets in answers.values():
+            for name in SETS:
+                sets[name] = setting.judged(sets[name], own if name != "style_alone" else None)
+    return answers, base
+
+
+def _parts(method: str, pair: tuple[Adapter, Adapter], lessons: Sequence[Lesson]) -> list[tuple[Adapter, float]]:
+    """What a method of METHODS composes: both adapters, or what they keep of each other's way, at its weights."""
+    weights = weights_of(method, lessons[0], lessons[1])
+    return giving_way(list(zip(pair, weights, strict=True)), GIVING_WAY.get(method, 0.0))
+
+
+def _grid(setting: Setting, lessons: Sequence[Lesson], pair: tuple[Adapter, Adapter]) -> list[list[Answer]]:
+    """One prompt and seed at every pair of weights: the subject's down the rows, the style's along the columns."""
+    weights, budget = setting.budget.weights, setting.budget
+    first = questions(lessons[0], lessons[1], budget, setting.seed)["composed"][0]
+    adapters = dict(zip(("subject", "style"), pair, strict=True))
+    composed = [{"subject": subject, "style": style} for subject in weights for style in weights]
+    requests = [Request(first.prompt, first.seed, composition, GIVING_WAY[DEFAULT]) for composition in composed]
+    options = {"steps": budget.denoising_steps, "guidance": budget.guidance}
+    with setting.stage("generate", f"{len(weights)} x {len(weights)} weights"):
+        denoiser = setting.family.denoiser_of(setting.pipe)
+        with Live(denoiser, adapters) as live:
+            images = generate_mixed(setting.pipe, setting.family, requests, live, **options)  # type: ignore[arg-type]
+    answers = [Answer([first], np.asarray(image)[None]) for image in images]
+    return [answers[start : start + len(weights)] for start in range(0, len(answers), len(weights))]
+
+
+def _save(
+    setting: Setting, out: Path, learned: dict[str, tuple[Adapter, Adapter]], weights: tuple[float, float]
+) -> dict[str, int]:
+    """All adapters as files, and the default's composed at these weights; returns the bytes of the subject's: both
+    spellings of the default's, and plain LoRA's."""
+    folder = out / "adapters"
+    for pair in learned.values():
+        for adapter in pair:
+            spelling = "compact" if adapter.metadata.on_basis else "lora"
+            save_adapter(adapter, folder / f"{adapter.name}.safetensors", spelling)
+    pair = learned[DEFAULT]
+    basis = basis_of(setting, pair[0])
+    parts = list(zip(pair, weights, strict=True))
+    both = replace(Composition(parts, GIVING_WAY[DEFAULT]).adapter(), name=f"{DEFAULT}-composed")
+    for adapter in (*pair, both):
+        save_adapter(adapter, folder / f"{adapter.name}.lora.safetensors", "lora", basis)
+    name = pair[0].name
+    kept = {
+        "compact": f"{name}.safetensors",
+        "lora": f"{name}.lora.safetensors",
+        "plain_lora": "lora-subject.safetensors",
+    }
+    return {key: (folder / file).stat().st_size for key, file in kept.items()}
+
+
+def basis_of(setting: Setting, adapter: Adapter) -> Basis:
+    """The basis an adapter stands on, from the cache."""
+    found = dict(setting.family.denoiser_of(setting.pipe).named_parameters())
+    weights = {name: found[f"{name}.weight"] for name in adapter.deltas}
+    meta = adapter.metadata
+    return Basis.of(weights, meta.basis_rank, algorithm=meta.algorithm, seed=meta.basis_seed)
+
+
+def _interference(setting: Setting, pair: tuple[Adapter, Adapter]) -> dict[str, float]:
+    """From the files alone: cosine of the two ΔW; on a basis also the row space they share."""
+    if not pair[0].metadata.on_basis:
+        return {"cosine": similarity(*pair).total["delta_w"]}
+    total = Composition([(adapter, 1.0) for adapter in pair]).interference().total
+    common = set(pair[0].metadata.columns) & set(pair[1].metadata.columns)
+    return {
+        "cosine": total.cosine[0][1],
+        "shared_rows": total.shared_rows[0][1],
+        "shared_rows_by_chance": fmean(len(delta) / delta.shape[1] for delta in pair[0].deltas.values()),
+        "shared_columns": len(common),
+        "energy_of_sum": total.sum_energy / sum(total.energy),
+    }

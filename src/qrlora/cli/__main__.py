@@ -1,5 +1,0 @@
-"""`python -m qrlora.cli`."""
-
-from qrlora.cli import main
-
-raise SystemExit(main())

@@ -1,0 +1,631 @@
+"""Every way to learn from a picture that the bench compares, taught by the package's one training loop.
+
+A method is how something that trains is put on a denoiser, and how ΔW is read off it afterwards. Data, noise,
+timesteps, optimiser, clipping and cooldown are the loop's, and the same for all. PEFT's own classes are used where it
+has them.
+
+ΔW is what the weights became less what they were before the method touched them: PiSSA and OLoRA take their start out
+of the base weight, and what that leaves behind by rounding is no part of what was learned.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from peft import LoraConfig, OFTConfig, PeftConfig
+from peft.tuners.lora import LoraLayer
+from peft.tuners.oft import OFTLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from qrlora.errors import DataError, RecipeError
+from qrlora.lab.baselines.deltas import Delta, Learned
+from qrlora.lab.baselines.directions import Directions, activation, base_of, gradient, minor
+from qrlora.method.basis import cached_layer_basis, clipping, weight_digest
+from qrlora.method.tuner import QRLoraConfig, QRLoraLayer, resolve_columns
+from qrlora.method.tuner.config import least_basis_rank
+from qrlora.method.tuner.layer import BasisColumns, TrainedColumns
+from qrlora.models.families import ModelFamily
+from qrlora.models.training.dataset import find_pictures
+from qrlora.models.training.loop import (
+    ADAPTER_NAME,
+    Attached,
+    Losses,
+    Progress,
+    adapter_on,
+    peft_config,
+    train_attached,
+)
+from qrlora.models.training.recipe import Recipe
+
+Attach = Callable[[Any, ModelFamily, Recipe, Losses], AbstractContextManager[Attached[Learned]]]
+Config = Callable[[Recipe, dict[str, Any]], PeftConfig]
+Prepare = Callable[[Mapping[str, Any], Recipe], None]
+"""Given the adapter layers by name, and the recipe: changes them before the first step."""
+FREED = 4
+"""Columns of Q that `q_free_4` frees."""
+PRIOR = (
+    "a photo of a yellow <k3> in flat style",
+    "a photo of a blue <k9> in neon style",
+    "a photo of a green sofa in <r2> style",
+)
+"""What `qrlora_disjoint_preserve` leaves as the base draws it when a style is taught: other new words.
+No subject and no style that the bench measures drift by."""
+PENALTY = 1e-3
+"""How much of a row of ΔR is added to its gradient in `qrlora_penalty`, where the row's column is the other role's."""
+NEUTRAL = "thing"
+"""What `qrlora_disjoint_contrast` calls a subject whose word is its trigger alone."""
+
+
+def as_it_is(recipe: Recipe) -> Recipe:
+    """The recipe of a method that is taught like all others."""
+    return recipe
+
+
+@dataclass(frozen=True)
+class AdapterMethod:
+    """One row of the comparison: what it is called, what it does, where it comes from, how it goes on a denoiser.
+
+    lesson: what the method changes of how it is taught. version: to be raised whenever the same recipe would be learned
+    otherwise than before, so that what the old method gave is not taken for the new one's.
+    """
+
+    name: str
+    about: str
+    source: str
+    attach: Attach
+    lesson: Callable[[Recipe], Recipe] = as_it_is
+    version: int = 1
+
+
+@dataclass(frozen=True)
+class Taught:
+    """What one run gave: ΔW, how many numbers trained (zeros of a triangle not counted), the loss of every step."""
+
+    learned: Learned
+    trained: int
+    losses: tuple[float, ...]
+
+
+def teach(method: str, recipe: Recipe, *, pipe: Any, family: ModelFamily) -> Learned:
+    """ΔW of every layer after the recipe's steps by a method of ADAPTERS; `pipe` comes back bit for bit as it was.
+
+    The recipe's own method, and fields that the method decides (columns where all own the first, triangular,
+    train_basis), have no effect; its output is not written. Raises RecipeError for an unknown method; else as `train`.
+    """
+    return taught(method, recipe, pipe=pipe, family=family).learned
+
+
+def teach_joint(method: str, recipes: Sequence[Recipe], *, pipe: Any, family: ModelFamily) -> Learned:
+    """One adapter taught by all recipes' pictures and captions at once: the ceiling of what merging could reach.
+
+    All but pictures, captions and triggers is taken from the first recipe. Half of each batch is of either of two
+    pictures, so that each is seen as often as alone only in twice the steps. Errors: as `teach`.
+    """
+    return taught(method, recipes[0], pipe=pipe, family=family, beside=recipes[1:]).learned
+
+
+def taught(
+    method: str,
+    recipe: Recipe,
+    *,
+    pipe: Any,
+    family: ModelFamily,
+    beside: Sequence[Recipe] = (),
+    progress: Callable[[Progress], None] | None = None,
+) -> Taught:
+    """As `teach`, with what was measured on the way. beside: recipes whose pictures are learned from too."""
+    if method not in ADAPTERS:
+        raise RecipeError(f"no adapter method {method!r}", expected=", ".join(ADAPTERS), got=method)
+    losses: list[float] = []
+    counted: list[int] = []
+
+    @contextlib.contextmanager
+    def attach(denoiser: Any, family: ModelFamily, recipe: Recipe, losses: Losses) -> Iterator[Attached[Learned]]:
+        with ADAPTERS[method].attach(denoiser, family, recipe, losses) as attached:
+            counted.append(_trained(denoiser, attached.parameters))
+            yield attached
+
+    def note(done: Progress) -> None:
+        losses.append(done.loss)
+        if progress:
+            progress(done)
+
+    recipe = ADAPTERS[method].lesson(recipe)
+    recipe = recipe.replace(output=None, sample_every=0, checkpoint_every=0, log_with="none")
+    learned = train_attached(attach, recipe, pipe=pipe, family=family, beside=beside, progress=note)
+    return Taught(learned, counted[0], tuple(losses))
+
+
+def _trained(denoiser: nn.Module, parameters: Mapping[str, nn.Parameter]) -> int:
+    ours = [layer for layer in denoiser.modules() if isinstance(layer, QRLoraLayer)]
+    masks = [layer._delta(ADAPTER_NAME).outside for layer in ours]
+    outside = sum(int(mask.sum()) for mask in masks if mask is not None)
+    return sum(parameter.numel() for parameter in parameters.values()) - outside
+
+
+def _by_peft(config: Config, prepare: Prepare | None = None) -> Attach:
+    """A method of PEFT or of this package: its configuration, and what is done to its layers before the first step."""
+
+    @contextlib.contextmanager
+    def attach(denoiser: Any, family: ModelFamily, recipe: Recipe, _: Losses) -> Iterator[Attached[Learned]]:
+        targets = family.targets if recipe.targets is None else recipe.targets
+        common: dict[str, Any] = {"target_modules": targets if isinstance(targets, str) else list(targets)}
+        before = {name: tensor.detach().clone() for name, tensor in denoiser.named_parameters()}
+        try:
+            with adapter_on(denoiser, family, recipe, config=config(recipe, common)):
+                layers = {n: m for n, m in denoiser.named_modules() if isinstance(m, BaseTunerLayer)}
+                if prepare:
+                    _check_not_clipped(layers)
+                    prepare(layers, recipe)
+                for name, parameter in denoiser.named_parameters():
+                    if ".lora_" in name:  # a frozen factor has to have the dtype of the one that trains
+                        parameter.data = parameter.data.float()
+                moving = {name: parameter for name, parameter in denoiser.named_parameters() if parameter.requires_grad}
+                start = {n: _factors(m) for n, m in layers.items() if _begins_in_the_base(m)}
+                yield Attached(moving, functools.partial(_read, layers, start))
+        finally:
+            _restore(denoiser, before)
+
+    return attach
+
+
+def _check_not_clipped(layers: Mapping[str, Any]) -> None:
+    """RecipeError if a layer holds fewer columns than were asked for: these methods change Q or its rows."""
+    ours = {name: layer for name, layer in layers.items() if isinstance(layer, QRLoraLayer)}
+    columns = {
+        n: (len(layer._own_adapters()[ADAPTER_NAME].columns), layer.r[ADAPTER_NAME]) for n, layer in ours.items()
+    }
+    if clipped := clipping(columns):
+        raise RecipeError(
+            "a rank that not all layers hold, which this method needs",
+            expected="as many columns in every target",
+            got=clipped,
+            remedy="lower the rank, or leave these layers out of the targets",
+        )
+
+
+def _by_recipe(**fields: Any) -> Attach:
+    """A method that a recipe can name."""
+
+    @contextlib.contextmanager
+    def attach(denoiser: Any, family: ModelFamily, recipe: Recipe, losses: Losses) -> Iterator[Attached[Learned]]:
+        by = recipe.replace(**fields)
+        with _by_peft(lambda *_: peft_config(by, family))(denoiser, family, by, losses) as attached:
+            yield attached
+
+    return attach
+
+
+def _on_directions(directions: Directions) -> Attach:
+    """A dense ΔR on a frozen Q of other directions than the basis has. Layers that get none keep the basis's Q."""
+
+    @contextlib.contextmanager
+    def attach(denoiser: Any, family: ModelFamily, recipe: Recipe, losses: Losses) -> Iterator[Attached[Learned]]:
+        def put(layers: Mapping[str, Any], recipe: Recipe) -> None:
+            for name, q in directions(layers, recipe.rank, losses).items():
+                _set_columns(layers[name], q)
+
+        with _by_peft(_dense, put)(denoiser, family, recipe, losses) as attached:
+            yield attached
+
+    return attach
+
+
+def _lora(init: bool | str) -> Config:
+    def config(recipe: Recipe, common: dict[str, Any]) -> PeftConfig:
+        return LoraConfig(init_lora_weights=init, r=recipe.rank, lora_alpha=recipe.alpha, **common)  # type: ignore[arg-type]
+
+    return config
+
+
+def _oft(recipe: Recipe, common: dict[str, Any]) -> PeftConfig:
+    """Blocks of 2 r: (b - 1) / 2 numbers for each input, so about r · in of them, as many as ΔR has."""
+    return OFTConfig(oft_block_size=2 * recipe.rank, use_cayley_neumann=False, **common)
+
+
+def _dense(recipe: Recipe, common: dict[str, Any]) -> PeftConfig:
+    return QRLoraConfig(r=recipe.rank, lora_alpha=recipe.alpha, triangular=False, **common)
+
+
+def _triangular(width: int = 1) -> Config:
+    """The published form on the first r of `width` · r columns of a basis."""
+
+    def config(recipe: Recipe, common: dict[str, Any]) -> PeftConfig:
+        wide: dict[str, Any] = {"columns": "first", "basis_rank": width * recipe.rank}
+        return QRLoraConfig(r=recipe.rank, lora_alpha=recipe.alpha, triangular=True, **wide, **common)
+
+    return config
+
+
+def _both_roles(recipe: Recipe, common: dict[str, Any]) -> PeftConfig:
+    """All columns of the basis that subjects and styles share, at the scaling that each has in its own."""
+    wide: dict[str, Any] = {"columns": "first", "basis_rank": 2 * recipe.rank}
+    return QRLoraConfig(r=2 * recipe.rank, lora_alpha=2 * recipe.alpha, triangular=True, **wide, **common)
+
+
+@contextlib.contextmanager
+def _full(denoiser: Any, family: ModelFamily, recipe: Recipe, _: Losses) -> Iterator[Attached[Learned]]:
+    """The target matrices themselves train; biases do not, since no adapter has any."""
+    denoiser.requires_grad_(False)
+    targets = family.targets if recipe.targets is None else recipe.targets
+    named: list[tuple[str, Any]] = [(n, m) for n, m in denoiser.named_modules() if isinstance(m, nn.Linear)]
+    chosen: dict[str, nn.Parameter] = {name: module.weight for name, module in named if is_target(name, targets)}
+    if not chosen:
+        raise RecipeError("targets match no layer of the denoiser", expected="names of its linear layers", got=targets)
+    before = {f"{name}.weight": weight.detach().clone() for name, weight in chosen.items()}
+    for weight in chosen.values():
+        weight.data = weight.data.float()
+        weight.requires_grad_(True)
+
+    def read() -> Learned:
+        now = {name: weight.detach().float() for name, weight in chosen.items()}
+        return {n: Delta(matrix=(w - before[f"{n}.weight"].float()).cpu()) for n, w in now.items()}
+
+    try:
+        yield Attached({f"{name}.weight": weight for name, weight in chosen.items()}, read)
+    finally:
+        denoiser.requires_grad_(False)
+        _restore(denoiser, before)
+
+
+def is_target(name: str, targets: str | Sequence[str]) -> bool:
+    """Whether PEFT would adapt the layer of this name: a pattern matches names whole, a list their ends."""
+    if isinstance(targets, str):
+        return re.fullmatch(targets, name) is not None
+    return any(name == target or name.endswith(f".{target}") for target in targets)
+
+
+@torch.no_grad()
+def _restore(denoiser: nn.Module, before: Mapping[str, Tensor]) -> None:
+    """Put kept copies back where the values differ in any bit."""
+    for name, parameter in denoiser.named_parameters():
+        parameter.grad = None
+        if name in before and (parameter.dtype != before[name].dtype or not torch.equal(parameter, before[name])):
+            parameter.data = before[name]
+
+
+def _begins_in_the_base(layer: Any) -> bool:
+    """Whether an adapter that has not trained yet is not zero, because as much was taken out of the base weight."""
+    stock = isinstance(layer, LoraLayer) and not isinstance(layer, QRLoraLayer)
+    return stock and all(bool(part[ADAPTER_NAME].weight.any()) for part in (layer.lora_A, layer.lora_B))
+
+
+@torch.no_grad()
+def _factors(layer: Any) -> tuple[Float[Tensor, "out rank"], Float[Tensor, "rank in"]]:
+    """up and s · down of an adapter layer as it is now, copied to the CPU."""
+    down, up = layer.lora_A[ADAPTER_NAME], layer.lora_B[ADAPTER_NAME]
+    ours = isinstance(layer, QRLoraLayer)
+    pair = (up.up(), down.down()) if ours else (up.weight.flatten(1), down.weight.flatten(1))
+    return pair[0].cpu().float().clone(), layer.scaling[ADAPTER_NAME] * pair[1].cpu().float()
+
+
+@torch.no_grad()
+def _read(layers: Mapping[str, Any], start: Mapping[str, tuple[Tensor, Tensor]]) -> Learned:
+    """ΔW of every adapter layer: s B A - s B₀ A₀ where the start was taken out of the base, W Rᵀ - W for OFT."""
+    learned = {}
+    for name, layer in layers.items():
+        if isinstance(layer, OFTLayer):
+            learned[name] = _rotation(layer)
+            continue
+        up, down = _factors(layer)
+        if name in start:
+            up, down = torch.cat([up, start[name][0]], dim=1), torch.cat([down, -start[name][1]])
+        learned[name] = Delta(up, down)
+    return learned
+
+
+def _rotation(layer: Any) -> Delta:
+    """ΔW of an OFT layer, which gives its base layer the inputs x R."""
+    weight: Tensor = layer.get_base_layer().weight.detach().float()
+    turned = layer.oft_R[ADAPTER_NAME](torch.eye(weight.shape[1], device=weight.device))
+    return Delta(matrix=(weight @ turned.T - weight).cpu())
+
+
+@torch.no_grad()
+def _set_columns(layer: Any, q: Float[Tensor, "out rank"]) -> None:
+    """Put other columns where an adapter layer of ours looks up Q."""
+    layer.lora_B[ADAPTER_NAME].basis.q.copy_(q)
+
+
+def _random(layers: Mapping[str, Any], recipe: Recipe, of: str = "all") -> None:
+    for name, layer in layers.items():
+        _set_columns(layer, orthonormal(len(base_of(layer)), recipe.rank, f"{of} {name}"))
+
+
+def _random_each(layers: Mapping[str, Any], recipe: Recipe) -> None:
+    """Another Q for other pictures, roles and seeds, the same for other learning rates."""
+    pictures = b"".join(source.picture.read_bytes() for source in find_pictures(recipe.images))
+    _random(layers, recipe, f"{hashlib.sha256(pictures).hexdigest()} {recipe.role} {recipe.seed}")
+
+
+def orthonormal(size: int, count: int, seed: str) -> Float[Tensor, "size count"]:
+    """Random orthonormal columns (uniformly distributed ones, by QR with positive pivots), a function of the seed."""
+    generator = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(seed.encode()).digest()[:7], "big"))
+    q, r = torch.linalg.qr(torch.randn(size, count, generator=generator, dtype=torch.float64))
+    return (q * torch.where(r.diagonal() < 0, -1.0, 1.0).double()).float()
+
+
+@torch.no_grad()
+def _hold_down(layer: Any, rows: Float[Tensor, "rank in"]) -> None:
+    """Freeze a stock LoRA's down at these rows; its up starts at zero and trains."""
+    down = layer.lora_A[ADAPTER_NAME].weight
+    down.copy_(rows.reshape(down.shape))
+    down.requires_grad_(False)
+
+
+class RotatedColumns(BasisColumns):
+    """Q turned out of its own span: Q' = [Q P] C with P the next r columns of the basis, `turn` (r, r) trained.
+
+    C is the first r columns of the Cayley transform (1 - A)⁻¹ (1 + A) of A = [[0, -Kᵀ], [K, 0]] with K = turn / 2, so
+    Q'ᵀQ' = 1 whatever trains. A rotation Q' = Q C within the span would be none: Q C (R + ΔR) is Q (R + ΔR') for a
+    dense ΔR' = C (R + ΔR) - R, which ΔR reaches alone. This A has no such part to first order. ΔW = Q ΔR + (Q' - Q)
+    (R + ΔR), exactly zero at the start.
+    """
+
+    def __init__(self, basis: Any, columns: tuple[int, ...], kernel_dims: int, turn: Float[Tensor, "rank rank"]):
+        super().__init__(basis, columns, kernel_dims)
+        self.turn = nn.Parameter(turn)
+
+    def up(self) -> Float[Tensor, "out inner"]:
+        """Left factor of ΔW: Q beside Q' - Q."""
+        half, rank = self.turn / 2, len(self.turn)
+        one = torch.eye(2 * rank, dtype=half.dtype, device=half.device)
+        skew = torch.zeros_like(one)
+        skew[rank:, :rank], skew[:rank, rank:] = half, -half.T
+        turned = torch.linalg.solve(one - skew, (one + skew)[:, :rank])
+        every: Any = self.basis.q
+        wide = every[:, : 2 * rank].to(half.dtype)
+        return torch.cat([wide[:, :rank], wide @ (turned - one[:, :rank])], dim=1)
+
+
+def _free(layers: Mapping[str, Any], recipe: Recipe) -> None:
+    """The first FREED columns train too, with nothing that keeps them orthonormal: ΔW = Q ΔR + ΔQ (R + ΔR)[:FREED]."""
+    for layer in layers.values():
+        count = min(FREED, recipe.rank)
+        _let_move(layer, TrainedColumns, count, torch.zeros(len(base_of(layer)), count))
+
+
+def _rotate(layers: Mapping[str, Any], recipe: Recipe) -> None:
+    for layer in layers.values():
+        _let_move(layer, RotatedColumns, recipe.rank, torch.zeros(recipe.rank, recipe.rank))
+
+
+def _let_move(layer: Any, kind: type[BasisColumns], count: int, start: Tensor) -> None:
+    """Put columns that train, of a subclass of BasisColumns, where the adapter's are; ΔR gets R of the first count."""
+    columns, delta = layer.lora_B[ADAPTER_NAME], layer.lora_A[ADAPTER_NAME]
+    basis = columns.basis.fill(layer._base_weight())
+    device = delta.weight.device
+    delta.r = basis.r[list(columns.columns[:count])].to(device)
+    make: Callable[..., BasisColumns] = kind
+    layer.lora_B[ADAPTER_NAME] = make(columns.basis, columns.columns, columns._kernel_dims, start.to(device))
+
+
+def _prior(recipe: Recipe) -> Recipe:
+    """A style leaves new subjects, and new styles that are not its own, as they were: to others' adapters."""
+    return recipe.replace(preserve=PRIOR) if recipe.role == "style" else recipe
+
+
+def _contrast(recipe: Recipe) -> Recipe:
+    """The lesson's own caption without its trigger, to be answered as the base answers it on its way to a picture."""
+    return recipe.replace(preserve=(_without_trigger(recipe),))
+
+
+def _without_trigger(recipe: Recipe) -> str:
+    """The caption as one who has not learned anything would say it.
+
+    A style is not named: "a photo of a red car in <s> style" becomes "a photo of a red car". A subject keeps the noun
+    that follows its trigger, or is called NEUTRAL: "a photo of a red thing in flat style".
+    """
+    if recipe.role == "style":
+        plain = re.sub(rf"(\bin )?{re.escape(recipe.trigger)}( style\b)?", "", recipe.text)
+    else:
+        named = recipe.text.replace(f"{recipe.trigger} {recipe.noun}", recipe.noun) if recipe.noun else recipe.text
+        plain = named.replace(recipe.trigger, NEUTRAL)
+    return " ".join(plain.split())
+
+
+def _penalise(layers: Mapping[str, Any], recipe: Recipe) -> None:
+    """Add PENALTY / 2 · |ΔR|² over the rows of the other role's columns to the loss, by its gradient."""
+    own = set(resolve_columns(recipe.role, recipe.rank))
+    others = [row for row in range(2 * recipe.rank) if row not in own]
+    for layer in layers.values():
+        weight = layer.lora_A[ADAPTER_NAME].weight
+        weight.register_hook(functools.partial(_pulled, weight, others))
+
+
+def _pulled(weight: Tensor, rows: list[int], gradient: Tensor) -> Tensor:
+    pulled = gradient.clone()
+    pulled[rows] += PENALTY * weight.detach()[rows]
+    return pulled
+
+
+def _masked(recipe: Recipe) -> Recipe:
+    """A subject is learned where its mask is white, a style, which is everywhere, from the whole picture.
+
+    Raises DataError if a subject's picture has no mask.
+    """
+    sources = find_pictures(recipe.images)
+    bare = [source.picture.name for source in sources if source.mask is None and not recipe.alpha_mask]
+    if recipe.role == "subject" and bare:
+        raise DataError(
+            "no mask to learn the subject by",
+            expected="NAME.mask.png beside each picture, or alpha_mask",
+            got=f"none for {', '.join(bare)}",
+            remedy="draw one, or take the method qrlora_disjoint",
+        )
+    return recipe.replace(mask_min_value=0.0 if recipe.role == "subject" else 1.0)
+
+
+def _row_space(layers: Mapping[str, Any], recipe: Recipe, columns: str = "first") -> None:
+    """P: columns of the basis of Wᵀ, so that P Pᵀ = 1 and the first rows span the first right singular vectors of W."""
+    chosen = list(resolve_columns(columns, recipe.rank))
+    for name, layer in layers.items():
+        transposed = base_of(layer).T.contiguous()
+        width = least_basis_rank(columns, recipe.rank)
+        basis = cached_layer_basis(transposed, weight_digest(transposed), width, name=name)
+        _hold_down(layer, basis.q[:, chosen].T)
+
+
+def _row_space_disjoint(layers: Mapping[str, Any], recipe: Recipe) -> None:
+    """The role's own columns of a basis of Wᵀ twice as wide."""
+    _row_space(layers, recipe, recipe.role)
+
+
+def _own_rows(layers: Mapping[str, Any], recipe: Recipe) -> None:
+    """The role's own columns of one random orthogonal matrix a layer, as `columns` of a basis are numbered."""
+    columns = list(resolve_columns(recipe.columns, recipe.rank))
+    for name, layer in layers.items():
+        width = base_of(layer).shape[1]
+        if columns[-1] >= width:
+            expected = f"columns below {width}, the inputs of {name}"
+            raise RecipeError("no more directions to own", expected=expected, got=columns[-1], remedy="lower the rank")
+        _hold_down(layer, orthonormal(width, width, f"rows {name}")[:, columns].T)
+
+
+_ROWS = (
+    AdapterMethod(
+        "lora", "A random, B zero, both train", "Hu et al. 2021, arXiv 2106.09685", _by_recipe(method="lora")
+    ),
+    AdapterMethod(
+        "pissa",
+        "A and B start at the first singular triples",
+        "Meng et al. 2024, arXiv 2404.02948",
+        _by_peft(_lora("pissa")),
+    ),
+    AdapterMethod(
+        "olora", "A and B start at the QR of W", "Büyükakyüz 2024, arXiv 2406.01775", _by_peft(_lora("olora"))
+    ),
+    AdapterMethod(
+        "mica", "B frozen at the last left singular vectors", "PEFT's mica, arXiv 2604.01694", _by_peft(_lora("mica"))
+    ),
+    AdapterMethod("oft", "inputs rotated in blocks of 2 r", "Qiu et al. 2023, arXiv 2306.07280", _by_peft(_oft)),
+    AdapterMethod("full", "the target matrices themselves train", "full fine-tuning", _full),
+    AdapterMethod(
+        "qrlora",
+        "frozen Q of all first r columns, ΔR triangular: the published form",
+        "arXiv 2507.04599",
+        _by_recipe(method="qrlora", columns="first", basis_rank=None, triangular=True, train_basis=False),
+    ),
+    AdapterMethod(
+        "qrlora_dense",
+        "the same with a dense ΔR",
+        "arXiv 2507.04599, without the triangle",
+        _by_recipe(method="qrlora", columns="first", basis_rank=None, triangular=False, train_basis=False),
+    ),
+    AdapterMethod(
+        "qrlora_trained",
+        "Q and R both train, from the basis on",
+        "arXiv 2507.04599, the fast mode",
+        _by_recipe(method="qrlora", columns="first", basis_rank=None, triangular=True, train_basis=True),
+    ),
+    AdapterMethod(
+        "qrlora_disjoint",
+        "subjects and styles own different columns of a basis twice as wide",
+        "this package's default",
+        _by_recipe(method="qrlora", triangular=True, train_basis=False),
+    ),
+    AdapterMethod(
+        "q_free_4",
+        f"the published form with {FREED} of the r columns of Q trained too",
+        "between qrlora and qrlora_trained",
+        _by_peft(_triangular(), _free),
+    ),
+    AdapterMethod(
+        "qrlora_wide",
+        "the published form on the first r columns of a basis twice as wide",
+        "control of q_cayley: its columns, not turned",
+        _by_peft(_triangular(2)),
+    ),
+    AdapterMethod(
+        "q_cayley",
+        "Q turned towards the next r columns of the basis by a trained rotation, ΔR triangular",
+        "ours, Cayley transform as in arXiv 2306.07280",
+        _by_peft(_triangular(2), _rotate),
+    ),
+    AdapterMethod(
+        "qrlora_disjoint_preserve",
+        "the default, a style taught to leave what other new words call as the base draws it",
+        "prior preservation, Ruiz et al. 2023, arXiv 2208.12242",
+        _by_recipe(method="qrlora", triangular=True, train_basis=False),
+        _prior,
+        version=3,
+    ),
+    AdapterMethod(
+        "qrlora_disjoint_contrast",
+        "the default, taught to leave its caption without the trigger as the base draws it",
+        "ours",
+        _by_recipe(method="qrlora", triangular=True, train_basis=False),
+        _contrast,
+        version=2,
+    ),
+    AdapterMethod(
+        "qrlora_disjoint_masked",
+        "the default, a subject taught where its mask is white and a style from its whole picture",
+        "masked loss, docs/data.md",
+        _by_recipe(method="qrlora", triangular=True, train_basis=False),
+        _masked,
+    ),
+    AdapterMethod(
+        "qrlora_penalty",
+        "columns of both roles, those of the other role at a price: between one basis shared and disjoint columns",
+        "ours: the penalty of O-LoRA, arXiv 2310.14152, on columns that are known before anything is taught",
+        _by_peft(_both_roles, _penalise),
+    ),
+    AdapterMethod(
+        "q_minor",
+        "frozen Q of the last singular vectors in QR coordinates, dense ΔR",
+        "control: which directions",
+        _on_directions(minor),
+    ),
+    AdapterMethod(
+        "q_activation",
+        "frozen Q of the directions in which a layer puts out most on the lesson, dense ΔR; each adapter has its own",
+        "after CorDA, arXiv 2406.05223, and EVA, arXiv 2410.07170: of outputs, for the side that writes",
+        _on_directions(activation),
+    ),
+    AdapterMethod(
+        "q_gradient",
+        "frozen Q of the first left singular vectors of the lesson's gradient, dense ΔR; each adapter has its own",
+        "after LoRA-GA, arXiv 2407.05000: the directions alone, frozen, and ΔR from zero",
+        _on_directions(gradient),
+    ),
+    AdapterMethod(
+        "q_random", "one random Q for all adapters, dense ΔR", "control: which directions", _by_peft(_dense, _random)
+    ),
+    AdapterMethod(
+        "q_random_each",
+        "a random Q for each adapter, dense ΔR",
+        "control: whether it is shared",
+        _by_peft(_dense, _random_each),
+    ),
+    AdapterMethod(
+        "transposed",
+        "W' = W + s ΔL P: rows frozen at the first right singular vectors, the other side trains",
+        "control: which side",
+        _by_peft(_lora(True), _row_space),
+    ),
+    AdapterMethod(
+        "transposed_disjoint",
+        "the same, subjects and styles own different rows of a basis twice as wide: what two adapters read is apart",
+        "ours: the default's mirror image",
+        _by_peft(_lora(True), _row_space_disjoint),
+    ),
+    AdapterMethod(
+        "orthogonal",
+        "down frozen at disjoint columns of a shared random orthogonal matrix, up trains",
+        "Po et al. 2024, arXiv 2312.02432",
+        _by_peft(_lora(True), _own_rows),
+    ),
+)
+ADAPTERS: dict[str, AdapterMethod] = {row.name: row for row in _ROWS}
+"""Name -> method. Learning rates are no part of a method: the bench tunes them, for each alike."""

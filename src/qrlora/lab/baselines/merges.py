@@ -1,0 +1,336 @@
+"""Every way to put several ΔW together that the bench compares, and how the result is drawn with.
+
+    merged = MERGES["nplora"](subject, style, context, soft=1.0)
+    with drawing(denoiser, merged) as on_step:
+        one_batch(pipe, family, jobs, on_step=on_step)
+
+A merge takes ΔW of any adapters and gives ΔW, or for K-LoRA a schedule of them. Strengths are the caller's: scale the
+parts (`deltas.scaled`) or what comes out.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from peft.utils import merge_utils
+from torch import Tensor, nn
+
+from qrlora.errors import MismatchError
+from qrlora.lab.baselines.context import Context
+from qrlora.lab.baselines.deltas import Delta, Learned, Overlay, total
+from qrlora.lab.baselines.projections import (
+    activation_weights,
+    nplora,
+    project_activation,
+    project_both,
+    project_style,
+    regmean,
+)
+from qrlora.lab.baselines.ziplora import zipped
+from qrlora.models.generation import OnStep
+
+DEFAULT_K = 256
+"""How many entries K-LoRA looks at where a ΔW has no rank that would say."""
+
+
+@runtime_checkable
+class Schedule(Protocol):
+    """ΔW that changes while a picture is made."""
+
+    def at(self, progress: float) -> Learned:
+        """What is used when this share of the denoising steps is done: from 0 (noise alone) to 1."""
+
+
+Combine = Callable[..., "Learned | Schedule"]
+"""(parts, context, **options)"""
+
+
+@dataclass(frozen=True)
+class Merge:
+    """One row of the comparison.
+
+    Attributes:
+        several: takes any number of parts; otherwise two, subject and style.
+        once: what becomes of each part, if that holds for all weights: the parts are then summed, at any.
+        runs: whether it runs the base model, and so needs a context with one.
+        options: names of what it lets be tuned.
+        adapters: the method of `ADAPTERS` it is meant for; empty if any.
+        version: to be raised whenever the same parts would be merged otherwise than before, as a method's.
+    """
+
+    name: str
+    about: str
+    source: str
+    combine: Combine
+    several: bool = False
+    runs: bool = False
+    options: tuple[str, ...] = ()
+    once: Callable[..., list[Learned]] | None = None
+    adapters: str = ""
+    version: int = 1
+
+    def __call__(
+        self, subject: Learned, style: Learned, context: Context | None = None, **options: Any
+    ) -> Learned | Schedule:
+        """Subject and style merged. Raises MismatchError for an option it lacks, or a context without what it needs."""
+        return self.of([subject, style], context, **options)
+
+    def of(self, parts: Sequence[Learned], context: Context | None = None, **options: Any) -> Learned | Schedule:
+        """Any number of parts merged. Raises MismatchError if it takes two, and as a call."""
+        if len(parts) != 2 and not (self.several and parts):
+            expected = "one part or more" if self.several else "two parts, subject and style"
+            raise MismatchError(f"{self.name} cannot merge these", expected=expected, got=len(parts))
+        if unknown := sorted(options.keys() - set(self.options)):
+            expected = ", ".join(self.options) or "no options"
+            raise MismatchError(f"{self.name} has no option {unknown[0]}", expected=expected, got=unknown)
+        return self.combine(parts, context or Context(), **options)
+
+
+def direct_sum(parts: Sequence[Learned], context: Context | None = None) -> Learned:
+    """Σ ΔWᵢ, exact: what loading LoRAs side by side does."""
+    return _layerwise(parts, total)
+
+
+def ziplora(parts: Sequence[Learned], context: Context, **options: Any) -> Learned:
+    """The sum of what `zipped` makes of the parts."""
+    return direct_sum(zipped(parts, context, **options))
+
+
+def ties(parts: Sequence[Learned], context: Context | None = None, *, density: float = 0.5) -> Learned:
+    """TIES (Yadav et al. 2023, arXiv 2306.01708) by PEFT's own function, on ΔW itself rather than on the factors:
+    the largest entries of each, the sign that has more weight, the mean of those that agree with it.
+
+    density: share of the entries that is kept, of each part and layer, above 0 and below 1.
+    """
+    return _layerwise(parts, lambda own: _by_peft(merge_utils.ties, own, density))
+
+
+def dare(parts: Sequence[Learned], context: Context | None = None, *, density: float = 0.5) -> Learned:
+    """DARE (Yu et al. 2024, arXiv 2311.03099) by PEFT's own function, on ΔW itself: entries dropped at random, the
+    rest divided by the share that is left, summed. Draws follow the context's seed.
+
+    density: the share that is left.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(context.seed if context else 0)
+        return _layerwise(parts, lambda own: _by_peft(merge_utils.dare_linear, own, density))
+
+
+def _by_peft(function: Callable[..., Tensor], own: Sequence[Delta], density: float) -> Delta:
+    if not 0 < density < 1:
+        raise MismatchError("no such density", expected="above 0 and below 1", got=density)
+    return Delta(matrix=function([delta.dense() for delta in own], torch.ones(len(own)), density))
+
+
+def _layerwise(parts: Sequence[Learned], combine: Callable[[Sequence[Delta]], Delta]) -> Learned:
+    """Combine what the parts have of each layer."""
+    names = dict.fromkeys(name for part in parts for name in part)
+    return {name: combine([part[name] for part in parts if name in part]) for name in names}
+
+
+@dataclass(frozen=True)
+class KLora:
+    """K-LoRA's choice in every layer: the subject's ΔW until α · progress + β is more than `ratios[layer]`."""
+
+    subject: Learned
+    style: Learned
+    ratios: dict[str, float]
+    alpha: float
+    beta: float
+
+    def at(self, progress: float) -> Learned:
+        """As `Schedule`."""
+        scale = self.alpha * progress + self.beta
+        chosen = {name: self.subject if ratio >= scale else self.style for name, ratio in self.ratios.items()}
+        return self.subject | self.style | {name: part[name] for name, part in chosen.items()}
+
+
+def klora(
+    parts: Sequence[Learned],
+    context: Context | None = None,
+    *,
+    k: int | None = None,
+    alpha: float = 1.5,
+    beta: float = 0.5,
+) -> Schedule:
+    """K-LoRA (Ouyang et al. 2025, arXiv 2502.18461): in each layer and step one of the two, whose largest entries
+    weigh more: S_c, S_s are the sums of the K largest |ΔW|, and the subject is taken if S_c >= γ (α t / T + β) S_s.
+
+    γ = Σ |ΔW_c| / Σ |ΔW_s| over all layers; α, β and K = r_c r_s (as many entries as the product of the ranks; k, if it
+    is given) are the paper's. Adapted: the paper chooses in attention layers; here every target matrix of both streams
+    of an MMDiT, feed-forward too, makes its own choice.
+    """
+    subject, style = parts
+    magnitudes = [sum(float(delta.dense().abs().sum()) for delta in part.values()) for part in (subject, style)]
+    gamma = magnitudes[0] / max(magnitudes[1], torch.finfo(torch.float32).tiny)
+    ratios = {}
+    for name in subject.keys() & style.keys():
+        a, b = subject[name], style[name]
+        factored = a.factors is not None and b.factors is not None
+        count = k or (a.rank * b.rank if factored else DEFAULT_K)
+        ratios[name] = _largest(a, count) / max(gamma * _largest(b, count), torch.finfo(torch.float32).tiny)
+    return KLora(subject, style, ratios, alpha, beta)
+
+
+def _largest(delta: Delta, k: int) -> float:
+    entries = delta.dense().abs().flatten()
+    return float(entries.topk(min(k, entries.numel())).values.sum())
+
+
+@dataclass(frozen=True)
+class StepRoute:
+    """One ΔW until a share of the denoising steps is done, the other from there on."""
+
+    early: Learned
+    late: Learned
+    switch: float
+
+    def at(self, progress: float) -> Learned:
+        """As `Schedule`."""
+        return self.early if progress < self.switch else self.late
+
+
+def route_steps(
+    parts: Sequence[Learned], context: Context | None = None, *, first: str = "subject", switch: float = 0.5
+) -> Schedule:
+    """The part named `first` ("subject" or "style") in the steps before `switch` of them are done, the other after.
+
+    Coarse shape is decided near noise alone and texture late, so that each could have the steps that carry it. Never
+    both at once. Raises MismatchError for another name, or a switch outside 0 to 1.
+    """
+    if first not in ("subject", "style"):
+        raise MismatchError("no such part to begin with", expected="subject or style", got=first)
+    if not 0 <= switch <= 1:
+        raise MismatchError("no such share of the steps", expected="switch from 0 to 1", got=switch)
+    early, late = parts if first == "subject" else reversed(parts)
+    return StepRoute(early, late, switch)
+
+
+def blora(
+    parts: Sequence[Learned],
+    context: Context | None = None,
+    *,
+    subject_blocks: Collection[int] | None = None,
+    style_blocks: Collection[int] | None = None,
+) -> Learned:
+    """B-LoRA (Frenkel et al. 2024, arXiv 2403.14572) and SplitFlux (arXiv 2511.15258): a part only in its own blocks.
+
+    The papers find them by prompting blocks apart: in SDXL's UNet the fourth and fifth for content and style, in FLUX's
+    single-stream blocks early ones for content and later ones for style. Adapted to an MMDiT of joint blocks: numbered
+    from 0 in the order of the network; by default the subject has the first half and the style the rest. With both
+    given, blocks in neither get nothing. (The papers also train in those blocks alone: restrict `targets` for that.)
+    """
+    subject, style = parts
+    blocks = blocks_of(subject | style)
+    count = max(blocks.values(), default=-1) + 1
+    if subject_blocks is None:
+        subject_blocks = set(range(count)) - set(style_blocks) if style_blocks is not None else range((count + 1) // 2)
+    if style_blocks is None:
+        style_blocks = set(range(count)) - set(subject_blocks)
+    strange = sorted((set(subject_blocks) | set(style_blocks)) - set(range(count)))
+    if strange or set(subject_blocks) & set(style_blocks):
+        raise MismatchError(
+            "blocks that cannot be shared out",
+            expected=f"each of the blocks 0 to {count - 1} given at most once",
+            got=f"subject {sorted(subject_blocks)}, style {sorted(style_blocks)}",
+        )
+    kept = {name: delta for name, delta in subject.items() if blocks[name] in set(subject_blocks)}
+    return kept | {name: delta for name, delta in style.items() if blocks[name] in set(style_blocks)}
+
+
+def blocks_of(learned: Learned) -> dict[str, int]:
+    """Layer -> number of its block: what its name begins with up to the first number, counted as they come."""
+    starts = {name: match[0] if (match := re.match(r"\D*\d+", name)) else name for name in learned}
+    number = {start: i for i, start in enumerate(dict.fromkeys(starts.values()))}
+    return {name: number[start] for name, start in starts.items()}
+
+
+_ROWS = (
+    Merge("sum", "both added", "loading LoRAs side by side", direct_sum, several=True),
+    Merge("ties", "trimmed, one sign elected", "arXiv 2306.01708", ties, several=True, options=("density",)),
+    Merge("dare", "dropped at random, rescaled", "arXiv 2311.03099", dare, several=True, options=("density",)),
+    Merge(
+        "ziplora",
+        "a learned coefficient for every column",
+        "arXiv 2311.13600",
+        ziplora,
+        once=zipped,
+        several=True,
+        runs=True,
+        options=("penalty", "learning_rate", "steps", "report"),
+        version=2,
+    ),
+    Merge("klora", "one of the two, by layer and step", "arXiv 2502.18461", klora, options=("k", "alpha", "beta")),
+    Merge("route_steps", "one of the two, by step", "ours", route_steps, options=("first", "switch")),
+    Merge("nplora", "the subject outside the style's rows", "arXiv 2511.11051", nplora, options=("rank", "soft")),
+    Merge(
+        "orthogonal",
+        "adapters taught on disjoint random rows, added",
+        "arXiv 2312.02432",
+        direct_sum,
+        several=True,
+        adapters="orthogonal",
+    ),
+    Merge(
+        "blora",
+        "the subject in some blocks, the style in the others",
+        "arXiv 2403.14572, arXiv 2511.15258",
+        blora,
+        options=("subject_blocks", "style_blocks"),
+    ),
+    Merge("project_style", "the style outside the subject's rows", "ours", project_style, options=("rank", "soft")),
+    Merge("project_both", "each gives way to the others", "ours", project_both, several=True, options=("rank", "soft")),
+    Merge(
+        "project_activation",
+        "one outside the other's rows, in the metric of their inputs",
+        "ours",
+        project_activation,
+        runs=True,
+        options=("rank", "soft", "giving"),
+    ),
+    Merge(
+        "activation_weights",
+        "two weights a layer, by least squares on each one's inputs",
+        "ours",
+        activation_weights,
+        several=True,
+        runs=True,
+    ),
+    Merge(
+        "regmean",
+        "each weighted by its inputs' second moments",
+        "arXiv 2212.09849",
+        regmean,
+        several=True,
+        runs=True,
+        options=("off_diagonal",),
+    ),
+)
+MERGES: dict[str, Merge] = {row.name: row for row in _ROWS}
+"""Name -> merge. Joint training, the ceiling, is `adapters.teach_joint`."""
+
+
+@contextlib.contextmanager
+def drawing(denoiser: nn.Module, merged: Learned | Schedule) -> Iterator[OnStep]:
+    """The denoiser with what was merged in its weights; afterwards as it was, bit for bit.
+
+    Yields what `generation.one_batch` is to call after every step (`on_step`): a schedule changes the weights there,
+    and begins anew after the last step, for the next batch.
+    """
+    overlay = Overlay(denoiser)
+    schedule = None if isinstance(merged, dict) else merged
+
+    def on_step(done: int, steps: int) -> None:
+        if schedule is not None:
+            overlay.show(schedule.at(done / steps if done < steps else 0.0))
+
+    try:
+        overlay.show(merged if isinstance(merged, dict) else merged.at(0.0))
+        yield on_step
+    finally:
+        overlay.lift()

@@ -1,0 +1,463 @@
+"""One measurement each: teach an adapter, look at it alone, in a composition, over weights, among many.
+
+A cell is a few names and numbers; what it gives is a record of JSON values, and for those that draw a strip of the
+pictures. Both lie in the bench's folder under the cell's digest, which is of everything that decides the result: the
+base model's and the judge's weights, the plan's numbers, the learning rates, and the versions of method and merge. So
+nothing is done twice, a run can be interrupted anywhere, and a record of another model is never taken for one of this.
+Adapters and pictures do not depend on the judge: another one, or another measure, looks at the pictures that are there.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, UInt8
+from PIL import Image
+
+import qrlora.pico as pico
+from qrlora._files import make_folder, write_atomically
+from qrlora.apps.demo.plan import LESSON_STYLE, LESSON_SUBJECT, NOISE, Lesson, Wanted, lesson_of_world, scene_of_lesson
+from qrlora.lab.baselines.adapters import ADAPTERS, taught
+from qrlora.lab.baselines.context import Context
+from qrlora.lab.baselines.deltas import Learned, load_learned, save_learned, scaled
+from qrlora.lab.baselines.file_measures import between
+from qrlora.lab.baselines.merges import MERGES, Schedule, drawing
+from qrlora.lab.compare.plan import ROWS, Scope, balance_of, joint_rate_of, rate_of
+from qrlora.models.families import load_pipeline
+from qrlora.models.generation import one_batch, or_black
+from qrlora.models.training.pictures import open_picture
+from qrlora.models.training.recipe import Recipe
+from qrlora.pico import world
+from qrlora.pico.judge import WEIGHTS, Judge
+from qrlora.quality.report import png_bytes
+
+VERSION = 2
+"""Of what a record means: another number, and old records are not taken for new ones. Pictures are."""
+MADE = 1
+"""Of how adapters and pictures are made: another number, and all of them are made anew."""
+Record = dict[str, Any]
+UNRELATED = (("mug", "ink"), ("lamp", "clay"), ("bottle", "risograph"), ("chair", "pixel"))
+"""Seen pairs that no adapter should touch: asked for without a trigger, to see how far the pictures drift."""
+MAKING = ("teach", "once")
+"""Kinds of cells that make what others look at, and look at nothing."""
+BATCH = 8
+TRUE_SCENES = 3_000_000
+"""Scene seed of the first true render that pictures are held against: none that the base or the judge was made of."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One measurement. kind: a key of KINDS. row: of ROWS ("" for an adapter's own cells); adapter: its method.
+
+    rates, weights: instead of the tuned ones, for tuning: of the subject, then of the style, as far as there are both.
+    """
+
+    kind: str
+    adapter: str
+    seed: int
+    subject: str = ""
+    style: str = ""
+    row: str = ""
+    many: int = 0
+    rates: tuple[float, ...] = ()
+    weights: tuple[float, ...] = ()
+
+    @property
+    def said(self) -> str:
+        """For a reader: "pair lora+ties teapot chalk seed 0"."""
+        parts = (self.kind, self.row or self.adapter, self.subject, self.style, f"{self.many or ''}")
+        at = "".join(f" at {', '.join(f'{x:g}' for x in each)}" for each in (self.rates, self.weights) if each)
+        return " ".join(part for part in parts if part) + f" seed {self.seed}{at}"
+
+    def rate(self, role: str) -> float | None:
+        """Instead of the tuned one; None: the tuned one."""
+        return self.rates[0 if role == "subject" else -1] if self.rates else None
+
+    def taught(self, subject: str = "", style: str = "") -> Cell:
+        """The cell of an adapter that this one looks at."""
+        rate = self.rate("subject" if subject else "style")
+        return Cell("teach", self.adapter, self.seed, subject, style, rates=(rate,) if rate else ())
+
+
+@functools.cache
+def weights_digest(judged: bool = True) -> str:
+    """Of pico, and its judge: what was measured on others says nothing about these."""
+    digest = hashlib.sha256()
+    judges = [WEIGHTS / "judge.safetensors", WEIGHTS / "judge.json"] if judged else []
+    for file in sorted(pico.path().rglob("*.safetensors")) + judges:
+        digest.update(file.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def digest_of(cell: Cell, scope: Scope, judged: bool = True) -> str:
+    """Of everything that decides the cell's record, or, not judged, its adapter or pictures."""
+    judged = judged and cell.kind not in MAKING
+    version = VERSION if judged else MADE
+    decides: dict[str, Any] = {"version": version, "weights": weights_digest(judged), "cell": cell.__dict__}
+    decides |= {name: getattr(scope, name) for name in ("steps", "batch_size", "rank")}
+    each = cell.many // 2
+    parts = {"subject": scope.subjects[:each], "style": scope.styles[:each]}
+    names = [(role, name) for role in parts for name in (parts[role] if each else [getattr(cell, role)]) if name]
+    decides["rates"] = _rates(cell, names, scope)
+    if cell.kind not in MAKING:
+        count = {"alone": "alone", "grid": "grid_weights"}.get(cell.kind, "pictures")
+        decides |= {name: getattr(scope, name) for name in ("denoising_steps", "guidance", count)}
+    if cell.many:
+        decides["among"] = names
+    if cell.row:
+        decides["options"] = dict(ROWS[cell.row].options)
+    if cell.row and cell.kind not in ("grid", *MAKING):
+        subjects, styles = ([name for role, name in names if role == one] for one in parts)
+        pairs = zip(subjects, styles, strict=True)
+        decides["balance"] = [cell.weights or balance_of(cell.row, a, b, scope.balance) for a, b in pairs]
+    decides |= _versions(cell)
+    return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:20]
+
+
+def _rates(cell: Cell, names: Sequence[tuple[str, str]], scope: Scope) -> Sequence[float]:
+    """The cell's own, or the tuned ones for these (role, name); what is taught jointly has one for both."""
+    if cell.rates:
+        return cell.rates
+    if cell.row and ROWS[cell.row].joint:
+        return [joint_rate_of(cell.row, cell.subject, cell.style, scope.rates)]
+    return [rate_of(cell.adapter, role, name, scope.rates) for role, name in names]
+
+
+def _versions(cell: Cell) -> dict[str, int]:
+    """Of the cell's method and merge, where one has changed since it was first measured."""
+    versions = {"adapter_version": ADAPTERS[cell.adapter].version}
+    if cell.row and not ROWS[cell.row].joint:
+        versions["merge_version"] = MERGES[ROWS[cell.row].merge].version
+    return {name: version for name, version in versions.items() if version != 1}
+
+
+@dataclass(frozen=True)
+class Bench:
+    """The base model, the judge, and the folder that everything lies in."""
+
+    folder: Path
+    scope: Scope
+    pipe: Any
+    family: Any
+    judge: Judge
+
+    @classmethod
+    def open(cls, folder: Path, scope: Scope) -> Bench:
+        """Raises ModelError if pico or its judge is missing."""
+        pipe, family = load_pipeline("pico")
+        return cls(folder, scope, pipe, family, Judge.load())
+
+    def file(self, cell: Cell, part: str) -> Path:
+        """Where a part of a cell lies: "records", "adapters" or "pictures"."""
+        ending = {"records": "json", "adapters": "safetensors", "pictures": "png"}[part]
+        path = self.folder / part / f"{digest_of(cell, self.scope, judged=part == 'records')}.{ending}"
+        make_folder(path.parent)
+        return path
+
+    def lesson(self, role: str, name: str, seed: int) -> Lesson:
+        """Seed decides the picture. Each subject and style has a trigger of its own, so that many can be composed.
+
+        Beside a subject's picture lies its mask, which the world knows; of a style there is none.
+        """
+        names = list(world.SUBJECTS if role == "subject" else world.STYLES)
+        file = self.folder / "lessons" / f"{role}-{name.replace(' ', '-')}-{seed}.png"
+        make_folder(file.parent)
+        if role == "subject":
+            mask = world.render(scene_of_lesson(role, name, seed))[1]
+            pixels = Image.fromarray((mask * 255 + 0.5).astype(np.uint8))
+            write_atomically(file.with_suffix(".mask.png"), png_bytes(pixels))
+        return lesson_of_world(role, name, file, seed, f"<{'c' if role == 'subject' else 's'}{names.index(name)}>")
+
+    def recipe(self, lesson: Lesson, adapter: str, seed: int, rate: float | None = None) -> Recipe:
+        """All but the method and its learning rate is common to all methods.
+
+        A style trains with another seed than a subject: LoRA's adapters would begin at one random A otherwise, read
+        nearly the same directions ever after, and be merged at a disadvantage.
+        """
+        return Recipe.of(
+            {
+                "role": lesson.role,
+                "images": lesson.file,
+                "caption": lesson.caption,
+                "trigger": lesson.trigger,
+                "mask_min_value": 1.0,  # as if there were no mask, unless the method asks for it
+                "rank": self.scope.rank,
+                "steps": self.scope.steps,
+                "cooldown_steps": self.scope.steps // 2,
+                "batch_size": self.scope.batch_size,
+                "learning_rate": rate or rate_of(adapter, lesson.role, lesson.name, self.scope.rates),
+                "logit_mean": NOISE[0],
+                "logit_std": NOISE[1],
+                "seed": 2 * seed + (lesson.role == "style"),
+            }
+        )
+
+    def learned(self, cell: Cell) -> Learned:
+        """ΔW of a "teach" cell: from its file, or taught now."""
+        file = self.file(cell, "adapters")
+        if not file.exists():
+            teach(self, cell)
+        return load_learned(file)
+
+    def drawn(self, cell: Cell, draw: Callable[[], UInt8[np.ndarray, "n h w 3"]]) -> UInt8[np.ndarray, "n h w 3"]:
+        """The cell's pictures: from its strip, or drawn now and kept as one."""
+        file = self.file(cell, "pictures")
+        if not file.exists():
+            write_atomically(file, png_bytes(Image.fromarray(np.concatenate(list(draw()), axis=1))))
+        strip = np.asarray(open_picture(file).image)
+        return np.stack(np.split(strip, strip.shape[1] // world.SIZE, axis=1))
+
+    def draw(self, wanted: Sequence[Wanted], merged: Learned | Schedule | None) -> UInt8[np.ndarray, "n h w 3"]:
+        """The pictures asked for, with what was merged in the base weights."""
+        images: list[Image.Image] = []
+        jobs = [(one.prompt, one.seed) for one in wanted]
+        options = (self.scope.denoising_steps, self.scope.guidance)
+        with drawing(self.family.denoiser_of(self.pipe), merged or {}) as on_step:
+            for start in range(0, len(jobs), BATCH):
+                batch = jobs[start : start + BATCH]
+                images += or_black(
+                    functools.partial(one_batch, self.pipe, self.family, batch, *options, on_step=on_step)
+                )
+        return np.stack([np.asarray(image) for image in images])
+
+    def judged(self, wanted: Sequence[Wanted], pixels: UInt8[np.ndarray, "n h w 3"]) -> Record:
+        """Shares and means over the pictures: see `MEASURES`."""
+        subjects, styles, colours = zip(*((w.subject, w.style, w.colour) for w in wanted), strict=True)
+        verdict = self.judge.verdict(pixels, subjects, styles, colours)
+        seen = {factor: p.numpy() for factor, (_, p) in self.judge.look(pixels).items()}
+        leak = {"subject": (LESSON_SUBJECT, subjects, list(world.SUBJECTS))}
+        leak["style"] = (LESSON_STYLE, styles, list(world.STYLES))
+        record: Record = dict(verdict.rates())
+        record["named"] = float((verdict.p_subject * verdict.p_style).mean())
+        record["p_subject"], record["p_style"] = float(verdict.p_subject.mean()), float(verdict.p_style.mean())
+        record["recognised"] = float(verdict.recognised.mean())
+        record |= {f"among_{factor}": float(found.mean()) for factor, found in verdict.among.items()}
+        record["excess"] = float(verdict.excess.mean())
+        record["obedience"] = float((verdict.distance["palette"] <= 1).mean())
+        for factor, (name, asked, names) in leak.items():
+            other = np.array([one != name for one in asked])
+            record[f"leaked_{factor}"] = float(seen[factor][other, names.index(name)].mean()) if other.any() else None
+        return record
+
+    def keep(self, cell: Cell, record: Record) -> Record:
+        """The record, written with what it is of."""
+        whole = {key: value for key, value in cell.__dict__.items() if value not in ("", 0, ()) or key == "seed"}
+        whole |= {"digest": digest_of(cell, self.scope), "measured": record}
+        write_atomically(self.file(cell, "records"), (json.dumps(whole) + "\n").encode())
+        return whole
+
+
+def teach(bench: Bench, cell: Cell) -> Record:
+    """One adapter: how many numbers it trained, the mean loss of its last tenth of steps, and the seconds it took."""
+    role = "subject" if cell.subject else "style"
+    lesson = bench.lesson(role, cell.subject or cell.style, cell.seed)
+    started = time.perf_counter()
+    recipe = bench.recipe(lesson, cell.adapter, cell.seed, cell.rate(role))
+    found = taught(cell.adapter, recipe, pipe=bench.pipe, family=bench.family)
+    facts = {"trained": found.trained, "loss": float(np.mean(found.losses[-max(1, recipe.steps // 10) :]))}
+    save_learned(bench.file(cell, "adapters"), found.learned, {"facts": json.dumps(facts)})
+    return bench.keep(cell, facts | {"seconds": round(time.perf_counter() - started, 1)})
+
+
+def _wanted(subject: tuple[str, str], style: tuple[str, str], colour: str, seed: int) -> Wanted:
+    """(word in the prompt, name in the world) of each."""
+    return Wanted(f"a photo of a {colour} {subject[0]} in {style[0]} style", subject[1], style[1], colour, seed)
+
+
+def alone_wanted(bench: Bench, lesson: Lesson, seed: int) -> list[Wanted]:
+    """A subject in the seen styles, a style on seen subjects; never what its own picture shows besides."""
+    count, colours, own = bench.scope.alone, list(world.COLOURS), (lesson.trigger, str(lesson.name))
+    if lesson.role == "subject":
+        names = [name for name in world.SEEN_STYLES if name not in (LESSON_STYLE, lesson.name)]
+        pairs = [(own, (name, name)) for name in names]
+    else:
+        names = [name for name in world.SEEN_SUBJECTS if name not in (LESSON_SUBJECT, lesson.name)]
+        pairs = [((name, name), own) for name in names[:: max(1, len(names) // count)]]
+    return [_wanted(*pairs[i % len(pairs)], colours[i % len(colours)], 1000 * seed + i) for i in range(count)]
+
+
+def pair_wanted(subject: Lesson, style: Lesson, count: int, seed: int) -> list[Wanted]:
+    """Both by their triggers, in every colour in turn."""
+    colours = list(world.COLOURS)
+    parts = (subject.trigger, str(subject.name)), (style.trigger, str(style.name))
+    return [_wanted(*parts, colours[i % len(colours)], 1000 * seed + i) for i in range(count)]
+
+
+def alone(bench: Bench, cell: Cell) -> Record:
+    """One adapter by itself, and what it does to prompts that do not call it."""
+    lesson = bench.lesson("subject" if cell.subject else "style", cell.subject or cell.style, cell.seed)
+    learned = bench.learned(cell.taught(cell.subject, cell.style))
+    return bench.keep(cell, with_drift(bench, cell, alone_wanted(bench, lesson, cell.seed), learned))
+
+
+def with_drift(bench: Bench, cell: Cell, wanted: Sequence[Wanted], merged: Learned | Schedule) -> Record:
+    """The judge's record of what is wanted, and the drift: root mean square difference, in levels of 255, of pictures
+    of UNRELATED from the base model's own. They are the last of the strip."""
+    unrelated = [_wanted((s, s), (t, t), "red", 1000 * cell.seed + i) for i, (s, t) in enumerate(UNRELATED)]
+    pixels = bench.drawn(cell, lambda: bench.draw([*wanted, *unrelated], merged))
+    key = (weights_digest(), cell.seed, bench.scope.denoising_steps, bench.scope.guidance)
+    if key not in _UNTOUCHED:
+        _UNTOUCHED[key] = bench.draw(unrelated, None)
+    change = pixels[len(wanted) :].astype(float) - _UNTOUCHED[key]
+    return bench.judged(wanted, pixels[: len(wanted)]) | {"drift": float(np.square(change).mean() ** 0.5)}
+
+
+_UNTOUCHED: dict[Any, UInt8[np.ndarray, "n h w 3"]] = {}
+"""What the base model itself draws of UNRELATED."""
+
+
+def parts_of(bench: Bench, cell: Cell, subject: str, style: str) -> tuple[Learned, Learned]:
+    """The two adapters of a pair."""
+    return bench.learned(cell.taught(subject=subject)), bench.learned(cell.taught(style=style))
+
+
+def weights_of(bench: Bench, cell: Cell, subject: str, style: str) -> Sequence[float]:
+    """Of the two: the cell's own, or those chosen for its row."""
+    return cell.weights or balance_of(cell.row, subject, style, bench.scope.balance)
+
+
+def merged_of(
+    bench: Bench, cell: Cell, parts: Sequence[Learned], weights: Sequence[float], lessons: Sequence[Lesson]
+) -> Learned | Schedule:
+    """What the row's merge makes of adapters at these weights."""
+    row = ROWS[cell.row]
+    recipes = [bench.recipe(lesson, cell.adapter, cell.seed, cell.rate(lesson.role)) for lesson in lessons]
+    context = Context(bench.pipe, bench.family, recipes, seed=cell.seed)
+    merge, options = MERGES[row.merge], dict(row.options)
+    if merge.once:
+        parts = once(bench, cell, functools.partial(merge.once, parts, context, **options), len(parts))
+        merge, options = MERGES["sum"], {}
+    return merge.of([scaled(part, weight) for part, weight in zip(parts, weights, strict=True)], context, **options)
+
+
+def once(bench: Bench, cell: Cell, make: Callable[[], list[Learned]], count: int) -> list[Learned]:
+    """What the row's merge makes of each part whatever the weights: from files, or made now and kept in them."""
+    file = bench.file(replace(cell, kind="once", weights=()), "adapters")
+    files = [file.with_name(f"{file.stem}-{i}{file.suffix}") for i in range(count)]
+    if not all(one.exists() for one in files):
+        for one, part in zip(files, make(), strict=True):
+            save_learned(one, part)
+    return [load_learned(one) for one in files]
+
+
+def joint(bench: Bench, cell: Cell, lessons: Sequence[Lesson]) -> Learned:
+    """Both taught at once to one adapter, in twice the steps, so that each picture is seen as often as alone."""
+    file = bench.file(replace(cell, kind="once", weights=()), "adapters")
+    if not file.exists():
+        (rate,) = _rates(cell, (), bench.scope)
+        recipes = [bench.recipe(lesson, cell.adapter, cell.seed, rate) for lesson in lessons]
+        longer = {"steps": 2 * bench.scope.steps, "cooldown_steps": bench.scope.steps}
+        recipes[0] = recipes[0].replace(**longer)
+        found = taught(cell.adapter, recipes[0], pipe=bench.pipe, family=bench.family, beside=recipes[1:])
+        save_learned(file, found.learned)
+    return load_learned(file)
+
+
+def pair(bench: Bench, cell: Cell) -> Record:
+    """A subject and a style composed: the judge's verdict, closeness to true renders, and what the files say."""
+    lessons = [bench.lesson("subject", cell.subject, cell.seed), bench.lesson("style", cell.style, cell.seed)]
+    started, record = time.perf_counter(), Record()
+    weights = weights_of(bench, cell, cell.subject, cell.style)
+    if ROWS[cell.row].joint:
+        merged: Learned | Schedule = scaled(joint(bench, cell, lessons), weights[0])
+    else:
+        parts = parts_of(bench, cell, cell.subject, cell.style)
+        merged = merged_of(bench, cell, parts, weights, lessons)
+        record["files"] = between(*parts) if cell.row == cell.adapter else None
+    record["merge_seconds"] = round(time.perf_counter() - started, 2)
+    wanted = pair_wanted(lessons[0], lessons[1], bench.scope.pictures, cell.seed)
+    pixels = bench.drawn(cell, lambda: bench.draw(wanted, merged))
+    return bench.keep(cell, record | bench.judged(wanted, pixels) | closeness(bench, wanted, pixels, cell.seed))
+
+
+def closeness(bench: Bench, wanted: Sequence[Wanted], pixels: UInt8[np.ndarray, "n h w 3"], seed: int) -> Record:
+    """How far the pictures' features are from those of as many true renders, and how varied they are beside them.
+
+    energy: 2 E|X - Y| - E|X - X'| - E|Y - Y'| over whitened features of the judge (Székely and Rizzo 2013), 0 for the
+    same distribution. It stands for the Fréchet distance, which needs thousands of pictures. diversity: E|X - X'| over
+    E|Y - Y'|. None with fewer than two pictures.
+    """
+    if len(wanted) < 2:
+        return {"energy": None, "diversity": None}
+    scenes = [
+        world.sample_scene(TRUE_SCENES + 1000 * seed + i, subject=w.subject, style=w.style, colour=w.colour)
+        for i, w in enumerate(wanted)
+    ]
+    true = np.stack([world.render(scene)[0] for scene in scenes])
+    x, y = (_whitened(bench.judge, pictures) for pictures in (pixels, true))
+    within = [float(torch.pdist(points).mean()) for points in (x, y)]
+    return {
+        "energy": 2 * float(torch.cdist(x, y).mean()) - sum(within),
+        "diversity": within[0] / within[1],
+    }
+
+
+def _whitened(judge: Judge, pixels: UInt8[np.ndarray, "n h w 3"]) -> Float[torch.Tensor, "n 96"]:
+    features = torch.cat([found for found, _ in judge.look(pixels).values()], dim=1)
+    return features @ judge.tables["pair.whiten"]
+
+
+def grid(bench: Bench, cell: Cell) -> Record:
+    """The frontier: a pair at every two weights, two pictures each."""
+    lessons = [bench.lesson("subject", cell.subject, cell.seed), bench.lesson("style", cell.style, cell.seed)]
+    parts = parts_of(bench, cell, cell.subject, cell.style)
+    wanted = pair_wanted(lessons[0], lessons[1], 2, cell.seed)
+    both = list(product(bench.scope.grid_weights, repeat=2))
+
+    def draw() -> UInt8[np.ndarray, "n h w 3"]:
+        merged = (merged_of(bench, cell, parts, weights, lessons) for weights in both)
+        return np.concatenate([bench.draw(wanted, one) for one in merged])
+
+    strips = np.split(bench.drawn(cell, draw), len(both))
+    found = [{"weights": list(at)} | bench.judged(wanted, strip) for at, strip in zip(both, strips, strict=True)]
+    kept = ("weights", "named", "recognised", "among_subject", "among_style")
+    return bench.keep(cell, {"points": [{name: point[name] for name in kept} for point in found]})
+
+
+def many(bench: Bench, cell: Cell) -> Record:
+    """Several subjects and as many styles in one composition; each is asked for with one of the others' kind."""
+    each = cell.many // 2
+    lessons = [bench.lesson("subject", name, cell.seed) for name in bench.scope.subjects[:each]]
+    styles = [bench.lesson("style", name, cell.seed) for name in bench.scope.styles[:each]]
+    pairs = [(a.called, b.called) for a, b in zip(lessons, styles, strict=True)]
+    parts = [part for role in zip(*(parts_of(bench, cell, *pair) for pair in pairs), strict=True) for part in role]
+    weights = [w for role in zip(*(weights_of(bench, cell, *pair) for pair in pairs), strict=True) for w in role]
+    merged = merged_of(bench, cell, parts, weights, [*lessons, *styles])
+    count = max(1, bench.scope.pictures // each)
+    wanted = [w for a, b in zip(lessons, styles, strict=True) for w in pair_wanted(a, b, count, cell.seed)]
+    return bench.keep(cell, with_drift(bench, cell, wanted, merged))
+
+
+KINDS: dict[str, Callable[[Bench, Cell], Record]] = {
+    "teach": teach,
+    "alone": alone,
+    "pair": pair,
+    "grid": grid,
+    "many": many,
+}
+"""kind -> what does it. What a cell needs that is not there is made on the way."""
+MEASURES: Mapping[str, tuple[str, bool]] = {
+    "both": ("both right, by the judge", True),
+    "subject": ("subject right", True),
+    "style": ("style right", True),
+    "recognised": ("both are the likeliest of what the world has", True),
+    "named": ("probability that the judge names both, mean", True),
+    "obedience": ("palette of the style in the colour asked for", True),
+    "leaked_subject": ("probability of the style picture's subject where another was asked for", False),
+    "leaked_style": ("probability of the subject picture's style where another was asked for", False),
+    "diversity": ("variety beside true renders", True),
+    "energy": ("distance to true renders of the pair", False),
+    "excess": ("how far beyond the judge's limits", False),
+    "drift": ("change of pictures that call no adapter, in levels of 255", False),
+}
+"""Name -> (what it is, whether more is better)."""

@@ -1,0 +1,196 @@
+"""What is compared, on what, and how much of it: every number of the bench."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.resources import files
+from typing import Any
+
+from qrlora.errors import DataError
+from qrlora.pico import SETTINGS, world
+
+RIVAL = "lora"
+"""The row that others are held against: plain LoRA, both adapters added."""
+DEFAULT = "qrlora_disjoint"
+"""The method that this package teaches by unless told otherwise."""
+COMPOSED = f"{DEFAULT}+project_both"
+"""The row that its demo composes by: `qrlora compose --give-way 0.5`."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of the table: how adapters are taught (of ``rivals.ADAPTERS``), and how two of them are put together (of
+    ``rivals.MERGES``, or "joint": taught together). options: of the merge."""
+
+    name: str
+    adapter: str
+    merge: str = "sum"
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def joint(self) -> bool:
+        """Whether subject and style are taught together, and nothing is merged."""
+        return self.merge == "joint"
+
+    @property
+    def rated(self) -> str:
+        """What its learning rates are kept under: joint training has its own."""
+        return self.name if self.joint else self.adapter
+
+
+_ADAPTERS = (
+    *("lora", "qrlora_disjoint", "qrlora", "q_random", "pissa", "orthogonal", "q_minor", "qrlora_dense"),
+    *("q_activation", "q_gradient"),
+    *("q_random_each", "transposed", "transposed_disjoint", "qrlora_trained", "mica", "olora", "oft", "full"),
+    *("q_free_4", "qrlora_wide", "q_cayley", f"{DEFAULT}_preserve"),
+    *(f"{DEFAULT}_contrast", f"{DEFAULT}_masked", "qrlora_penalty"),
+)
+_MERGES = ("ties", "dare", "ziplora", "klora", "nplora", "blora", "activation_weights", "regmean", "project_both")
+_OURS = ("nplora", "project_style", "project_both", "project_activation", "activation_weights", "route_steps")
+_GIVING_WAY = ("q_random", "qrlora_trained", f"{DEFAULT}_contrast")
+ROWS: dict[str, Row] = {
+    row.name: row
+    for row in (
+        *(Row(name, name) for name in _ADAPTERS),
+        *(Row(f"lora+{merge}", "lora", merge) for merge in _MERGES),
+        *(Row(f"{DEFAULT}+{merge}", DEFAULT, merge) for merge in _OURS),
+        *(Row(f"{name}+project_both_whole", name, "project_both", {"soft": math.inf}) for name in (RIVAL, DEFAULT)),
+        *(Row(f"{name}+project_both", name, "project_both") for name in _GIVING_WAY),
+        Row(f"{DEFAULT}+route_steps_reversed", DEFAULT, "route_steps", {"first": "style"}),
+        Row("lora+joint", "lora", "joint"),
+        Row(f"{DEFAULT}+joint", DEFAULT, "joint"),
+    )
+}
+"""Name -> row. Adapters alone stand for their direct sum."""
+
+
+Rates = dict[str, dict[str, dict[str, float]]]
+"""Method -> role -> half of the parts -> learning rate; row of joint training -> the subject's half -> the style's ->
+learning rate."""
+Balance = dict[str, dict[str, tuple[float, float]]]
+"""Row -> pair, as `key_of` has it -> weights of subject and style in a composition."""
+ANY = "any"
+"""The key of all pairs that are not of reserved parts."""
+
+
+@dataclass(frozen=True)
+class Scope:
+    """On what, and how much. Adapters are the demo's: the same steps, batch, rank and noise levels for all methods.
+
+    pictures: of every composed pair; alone: of every adapter alone. grid_weights: of both, in the frontier. rates,
+    balance: as the functions of these names have them.
+    """
+
+    rows: tuple[str, ...] = tuple(ROWS)
+    subjects: tuple[str, ...] = world.RESERVED_SUBJECTS
+    styles: tuple[str, ...] = world.RESERVED_STYLES
+    seeds: tuple[int, ...] = (0, 1, 2)
+    steps: int = 240
+    batch_size: int = 4
+    rank: int = 16
+    pictures: int = 8
+    alone: int = 11
+    denoising_steps: int = SETTINGS["steps"]
+    guidance: float = SETTINGS["guidance"]
+    grid_rows: tuple[str, ...] = (RIVAL, "qrlora", DEFAULT, COMPOSED)
+    grid_pairs: int = 4
+    grid_weights: tuple[float, ...] = (0.7, 1.0, 1.4, 2.0)
+    many_rows: tuple[str, ...] = (
+        *(RIVAL, "lora+ties", "lora+dare", "lora+project_both"),
+        *("qrlora", DEFAULT, COMPOSED, "q_random"),
+    )
+    many: tuple[int, ...] = (2, 4, 8)
+    rates: Rates = field(default_factory=lambda: rates())
+    balance: Balance = field(default_factory=lambda: balance())
+
+    @property
+    def pairs(self) -> list[tuple[str, str]]:
+        """Every subject with every style."""
+        return [(subject, style) for subject in self.subjects for style in self.styles]
+
+
+SMALL: dict[str, Any] = {
+    "rows": ("lora", "qrlora", DEFAULT),
+    "subjects": ("teapot", "rocket"),
+    "styles": ("chalk", "candy"),
+    "seeds": (0,),
+    "steps": 60,
+    "pictures": 4,
+    "alone": 4,
+    "grid_pairs": 0,
+    "many": (),
+}
+"""What ``--small`` changes: minutes instead of a night, and too little to say anything about the methods."""
+
+
+def chosen(noun: str, wanted: Iterable[str], known: Sequence[str]) -> tuple[str, ...]:
+    """The names asked for, each once. Raises DataError for one that is not known, with the nearest that is."""
+    names = tuple(dict.fromkeys(wanted))
+    for name in names:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 1)
+            remedy = f"did you mean {near[0]!r}?" if near else None
+            raise DataError(f"no {noun} {name!r} in the bench", expected=", ".join(known), got=name, remedy=remedy)
+    if not names:
+        raise DataError(f"the bench needs a {noun}", expected=", ".join(known), got="none")
+    return names
+
+
+def rates() -> Rates:
+    """Those that the package has; ``qrlora bench --tune`` chose them on none of the half that they are for."""
+    return _packaged()["chosen"]
+
+
+def balance() -> Balance:
+    """The weights of compositions that the package has, chosen like the rates."""
+    return {
+        row: {key: (float(a), float(b)) for key, (a, b) in found.items()}
+        for row, found in _packaged()["balance"].items()
+    }
+
+
+def _packaged() -> dict[str, Any]:
+    return json.loads(files("qrlora.lab.compare").joinpath("rates.json").read_text(encoding="utf-8"))
+
+
+def half_of(role: str, name: str | None) -> str:
+    """Every second reserved part is in one half, "even", the others in the other, "odd"; any other name in "even"."""
+    names = world.RESERVED_SUBJECTS if role == "subject" else world.RESERVED_STYLES
+    return "odd" if name in names and names.index(name) % 2 else "even"
+
+
+def key_of(subject: str | None, style: str | None) -> str:
+    """ "teapot in chalk" of reserved parts, ANY of others."""
+    reserved = subject in world.RESERVED_SUBJECTS and style in world.RESERVED_STYLES
+    return f"{subject} in {style}" if reserved else ANY
+
+
+def rate_of(adapter: str, role: str, name: str | None, known: Rates | None = None) -> float:
+    """For one part, of the rates given or the package's. Raises DataError if the method has not been tuned."""
+    return _rates_of(adapter, known)[role][half_of(role, name)]
+
+
+def joint_rate_of(row: str, subject: str, style: str, known: Rates | None = None) -> float:
+    """For a subject and a style that a row teaches together; as `rate_of`."""
+    return _rates_of(row, known)[half_of("subject", subject)][half_of("style", style)]
+
+
+def _rates_of(name: str, known: Rates | None) -> dict[str, dict[str, float]]:
+    known = rates() if known is None else known
+    if name not in known:
+        remedy = f"qrlora bench --tune --rows {name}"
+        raise DataError(f"{name} has no learning rate yet", expected=", ".join(known), got=name, remedy=remedy)
+    return known[name]
+
+
+def balance_of(row: str, subject: str | None, style: str | None, known: Balance | None = None) -> tuple[float, float]:
+    """Weights of a subject and a style in a row's composition of them. Raises DataError if they were never chosen."""
+    known = balance() if known is None else known
+    if row not in known:
+        remedy = f"qrlora bench --tune --rows {row}"
+        raise DataError(f"{row} has no weights yet", expected=", ".join(known), got=row, remedy=remedy)
+    return known[row][key_of(subject, style)]

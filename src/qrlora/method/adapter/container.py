@@ -1,0 +1,127 @@
+"""The container of adapter files: safetensors, read with suspicion.
+
+What is asked of every LoRA file is here: its kind, dtypes, finite numbers, the hashes that it says of itself. Its sizes
+and its digest are checked by qrlora._tensor_file. All complaints are AdapterFileError, of which `about` names the file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qrlora._tensor_file import DIGEST, is_whole, note, parse_json, read_header, read_tensors
+from qrlora.errors import AdapterFileError, MismatchError, TensorFileError, bounded
+from qrlora.method.adapter.record import require
+
+__all__ = ["is_whole", "parse_json", "read_header", "read_tensors"]
+
+DTYPES = ("F32", "F16", "BF16")
+PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+
+
+@contextmanager
+def about(path: Path) -> Iterator[None]:
+    """Put the file's name before any complaint about it."""
+    try:
+        yield
+    except (AdapterFileError, TensorFileError, MismatchError) as error:
+        what = f"{path}: {error.what}"
+        raise AdapterFileError(what, expected=error.expected, got=error.got, remedy=error.remedy) from error
+    except OSError as error:
+        raise AdapterFileError(f"{path}: cannot be read", got=error) from error
+
+
+def check_is_file(path: Path) -> None:
+    """Refuse what is no file, and pickles and zips by name or first bytes."""
+    require(
+        path.is_file(),
+        "not a file",
+        expected="a .safetensors file",
+        got="a folder" if path.is_dir() else "something else" if path.exists() else "nothing there",
+        remedy="name the adapter's .safetensors file itself",
+    )
+    with path.open("rb") as stream:
+        start = stream.read(9)
+    # A header of a length that begins with the same bytes as a pickle would still have "{" as its ninth byte.
+    pickled = start[:1] == b"\x80" and start[1:2] <= b"\x05" and start[8:9] != b"{"
+    require(
+        path.suffix not in PICKLE_SUFFIXES and not pickled and not start.startswith(b"PK\x03\x04"),
+        "a pickle or zip; it was not opened, because opening a pickle runs the code inside it",
+        expected="a .safetensors file",
+        got=f"{path.suffix or 'no suffix'}, first bytes {start!r}",
+        remedy="ask its author for a .safetensors file",
+    )
+
+
+def check_entries(header: Mapping[str, Any]) -> None:
+    """Refuse tensors without a shape or of a dtype that is no adapter's. `header` is without the metadata."""
+    for key, entry in header.items():
+        sizes = entry.get("shape")
+        shaped = isinstance(sizes, list) and all(is_whole(size) and size >= 0 for size in sizes)
+        require(shaped, f"{key}: malformed entry", expected="dtype, shape and data_offsets", got=entry)
+    wrong = {key: entry.get("dtype") for key, entry in header.items() if str(entry.get("dtype")) not in DTYPES}
+    require(
+        not wrong,
+        f"{len(wrong)} tensors have a wrong dtype",
+        expected="F32, F16 or BF16",
+        got=wrong,
+        remedy="save it in one of these",
+    )
+
+
+def check_said_hashes(path: Path, metadata: Mapping[str, str], tensors: Mapping[str, Tensor], body_digest: str) -> None:
+    """Refuse a file that ModelSpec's hash says is another; say so where kohya's hash does.
+
+    ModelSpec's is of all tensor data. Programs that write it hash the bytes after the header, or tensor after tensor in
+    the order of their keys or (kohya's merging scripts) of the model, which the file does not tell; those write kohya's
+    `sshs_model_hash`, of the bytes after the header, beside it. That one stays behind where other programs rename keys
+    or round, so alone it proves nothing.
+    """
+    said = metadata.get("modelspec.hash_sha256", "").lower().removeprefix("0x")
+    kohya = metadata.get("sshs_model_hash", "").lower()
+    known = body_digest in (said, kohya)
+    if said and not known:
+        by_key = hashlib.sha256()
+        for key in sorted(tensors):
+            by_key.update(tensors[key].reshape(-1).view(torch.uint8).numpy().data)
+        require(
+            by_key.hexdigest() == said,
+            "damaged or changed: its tensors are not those that modelspec.hash_sha256 was taken of",
+            expected=f"SHA-256 {said}",
+            got=f"SHA-256 {body_digest}",
+            remedy="download it again; if a program that you trust changed it, remove that field from its metadata",
+        )
+    if kohya and not known and not said:
+        note(f"{path}: changed or damaged since kohya's scripts wrote it, by its sshs_model_hash")
+
+
+def note_undigested(path: Path, metadata: Mapping[str, str]) -> None:
+    """Say of a file of ours without a digest that damage to it would not be found."""
+    if DIGEST not in metadata:
+        note(f"{path}: written by an older version, without a digest: damage to it cannot be found")
+
+
+def check_finite(tensors: Mapping[str, Tensor], remedy: str = "train again at a lower learning rate") -> None:
+    """Refuse NaN and Inf, naming every tensor that has one."""
+    extremes = {key: tensor.detach().aminmax() for key, tensor in tensors.items() if tensor.numel()}
+    bad = sorted(key for key, both in extremes.items() if not all(math.isfinite(value) for value in both))
+    require(not bad, "NaN or Inf", expected="finite numbers", got=bad, remedy=remedy)
+
+
+def check_keys(what: str, expected: Iterable[str], got: Mapping[str, Any]) -> None:
+    """Refuse `got` unless its keys are exactly `expected`; list all that are missing and all that are too many."""
+    missing, unexpected = sorted(set(expected) - set(got)), sorted(set(got) - set(expected))
+    require(
+        not missing and not unexpected,
+        f"{what}: keys missing or unknown",
+        expected=f"all of the format's keys; missing: {bounded(missing or 'none')}",
+        got=f"unexpected: {bounded(unexpected or 'none')}",
+        remedy="take the original file; a newer qrlora may also have written it",
+    )

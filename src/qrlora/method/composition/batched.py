@@ -1,0 +1,244 @@
+"""Compositions on a denoiser that runs: changed between two steps, one for each picture of a batch.
+
+    with Live(pipe.transformer, {"mug": mug, "chalk": chalk}) as live:
+        live.compose([{"mug": 0.9}, {"mug": 1.0, "chalk": 0.5}, {}])
+        pipe(["..."] * 3)
+
+On one basis, picture i gets x Wᵀ + (x ΔRᵢᵀ) Qᵀ with ΔRᵢ = Σⱼ λᵢⱼ sⱼ ΔRⱼ. So the ΔR of all adapters lie in one tensor a
+layer, (adapters, rank, in); composing is one product with the weights, (pictures, adapters); and the denoiser computes
+with (pictures, rank, in) and one Q, however many adapters there are.
+
+Giving way changes ΔRᵢ to ΔRᵢ (1 - c V Vᵀ) = (1 - c) ΔRᵢ + c ΔRᵢ (1 - V Vᵀ), so of adapters that are composed so what
+is left of each when it gives all (c = 1) is found once, and lies in another tensor like that one.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qrlora.errors import MismatchError, TunerError
+from qrlora.method.adapter.attach import adapted_layers, attach, remove_adapters
+from qrlora.method.adapter.record import Adapter
+from qrlora.method.composition.parts import check_share, check_weights, giving_way
+from qrlora.method.composition.sum import Composition
+from qrlora.method.tuner.layer import DeltaR
+
+KEPT = 8
+"""Sets of adapters of which what is left after giving way is remembered."""
+
+
+class Live:
+    """Adapters of one basis attached once to a denoiser; any weights, one composition per picture of a batch, at the
+    price of one adapter.
+
+    They are attached when this is made and taken off when its `with` block ends. Until `compose` is called, the
+    denoiser computes what it would without. Takes 4 bytes for every number of every adapter's ΔR, on the union of the
+    adapters' columns, beside what one adapter takes for every picture; and the same for the adapters of each of the
+    last eight sets that were composed giving way.
+
+    Args:
+        denoiser: a diffusers denoiser that carries no adapters.
+        adapters: by the names that compositions call them; may be empty.
+
+    Raises:
+        MismatchError: the adapters are not all ΔR on one basis, or that basis is not this denoiser's.
+        TunerError: the denoiser carries adapters already.
+    """
+
+    def __init__(self, denoiser: nn.Module, adapters: Mapping[str, Adapter]) -> None:
+        self.denoiser: Any = denoiser
+        carried = sorted(getattr(denoiser, "peft_config", {}))
+        if carried:
+            remedy = "take them off, or give them to Live"
+            raise TunerError("a denoiser with adapters", expected="a denoiser without", got=carried, remedy=remedy)
+        self._adapters: dict[str, Adapter] = {}
+        self._rows: list[dict[str, float]] = [{}]
+        self._shares: list[float] = [0.0]
+        self._attached: tuple[str, Adapter] | None = None  # the name in the denoiser, and what was attached under it
+        self._layers: dict[str, DeltaR] = {}
+        self._stacks: dict[str, Tensor] = {}  # of a layer: (adapters, rank * in) float32, s · ΔR of each
+        self._left: OrderedDict[tuple[str, ...], dict[str, Tensor]] = OrderedDict()  # the same of what gave all
+        if adapters:
+            self._take(dict(adapters))
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The adapters that a composition may name."""
+        return tuple(self._adapters)
+
+    def compose(self, rows: Sequence[Mapping[str, float]], giving_way: Sequence[float] | float = 0.0) -> None:
+        """From the next step on, one composition for every picture of a batch, in their order.
+
+        Args:
+            rows: adapters by name with their weights, of any sign; {} is the base model. One row is for all pictures
+                of a batch of any size. n rows serve a batch of n, or of a multiple of n in which every n rows have the
+                same order, as classifier-free guidance makes them.
+            giving_way: as `Composition` has it, of every row or of all.
+
+        Raises:
+            MismatchError: no rows, or as `check`; or a share that is not from 0 to 1.
+        """
+        wanted = [dict(row) for row in rows]
+        shares = [float(giving_way)] * len(wanted) if isinstance(giving_way, (int, float)) else list(giving_way)
+        if len(shares) != len(wanted):
+            raise MismatchError("shares that do not fit the rows", expected=len(wanted), got=len(shares))
+        for share in shares:
+            check_share(share)
+        if not wanted:
+            raise MismatchError("no composition", expected="one for every picture, or one for all", got="none")
+        for row in wanted:
+            self.check(row)
+        self._rows, self._shares = wanted, shares
+        self._write()
+
+    def check(self, row: Mapping[str, float]) -> None:
+        """Whether a composition can be computed; nothing changes.
+
+        Raises:
+            MismatchError: an adapter that is not there, a weight that is no finite number, or a sum beyond the numbers
+                of this denoiser's dtype.
+        """
+        unknown = sorted(set(row) - set(self._adapters))
+        if unknown:
+            raise MismatchError(
+                "a composition of adapters that are not there",
+                expected=f"some of {sorted(self._adapters)}",
+                got=unknown,
+                remedy="add them first",
+            )
+        if not row:
+            return
+        check_weights([(self._adapters[name], weight) for name, weight in row.items()])
+        most = min(torch.finfo(delta.weight.dtype).max for delta in self._layers.values())
+        largest = sum(abs(weight) * self._adapters[name].strength for name, weight in row.items())
+        if not largest <= most:
+            raise MismatchError(
+                f"the sum of {' and '.join(row)} is not finite at these weights",
+                expected=f"numbers up to {most:.3g}",
+                got=f"{dict(row)}, which may make {largest:.3g}",
+                remedy="lower the weights, or load the model in bfloat16 or float32",
+            )
+
+    def add(self, name: str, adapter: Adapter) -> None:
+        """One more adapter, which no picture uses until `compose` names it; what is composed stays as it is.
+
+        Raises:
+            MismatchError: the name is taken, or the adapter is not of the others' basis, or not of this denoiser's.
+        """
+        if name in self._adapters:
+            raise MismatchError(
+                "adapter name in use",
+                expected=f"none of {sorted(self._adapters)}",
+                got=name,
+                remedy="choose another name, or remove that adapter first",
+            )
+        self._take({**self._adapters, name: adapter})
+
+    def remove(self, name: str) -> None:
+        """One adapter fewer; what is composed goes on without it.
+
+        Raises:
+            MismatchError: no such adapter.
+        """
+        if name not in self._adapters:
+            raise MismatchError("no such adapter", expected=f"one of {sorted(self._adapters)}", got=name)
+        self._adapters.pop(name)
+        self._rows = [{other: weight for other, weight in row.items() if other != name} for row in self._rows]
+        for names in [names for names in self._left if name in names]:
+            del self._left[names]
+        self._stack()
+        self._write()
+
+    def __enter__(self) -> Live:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._attached:
+            remove_adapters(self.denoiser, [self._attached[0]])
+        self._adapters, self._attached, self._layers, self._stacks = {}, None, {}, {}
+        self._left.clear()
+
+    def _take(self, adapters: dict[str, Adapter]) -> None:
+        """Compute with these adapters; where they are refused, go on with those there are."""
+        blank = Composition([(adapter, 1.0) for adapter in adapters.values()]).blank()
+        before = self._attached
+        if before is None or not _within(blank, before[1]):
+            self._attach(blank)
+        self._adapters = adapters
+        self._stack()
+        self._write()
+        if before and before is not self._attached:
+            remove_adapters(self.denoiser, [before[0]])
+
+    def _attach(self, blank: Adapter) -> None:
+        before = self._attached
+        name = "live" if before is None or before[0] != "live" else "live again"
+        try:
+            attach(self.denoiser, blank, name)
+        except BaseException:
+            remove_adapters(self.denoiser, [name])
+            if before:
+                self.denoiser.set_adapter(before[0])
+            raise
+        self._attached = name, blank
+        self._left.clear()  # lay on the columns of what was attached before
+        self._layers = {layer: found.lora_A[name] for layer, found in adapted_layers(self.denoiser, name).items()}
+
+    def _stack(self) -> None:
+        if self._attached:
+            self._stacks = self._stacked(list(self._adapters.values()))
+
+    @torch.no_grad()
+    def _stacked(self, adapters: Sequence[Adapter]) -> dict[str, Tensor]:
+        """Of every layer (adapters, rank * in) float32: s · ΔR of each, on the columns of what is attached."""
+        assert self._attached
+        attached, stacks = self._attached[1], {}
+        for layer, delta in self._layers.items():
+            columns = attached.columns(layer)
+            width = delta.weight[0].numel()
+            stack = delta.weight.new_zeros(len(adapters), len(columns), width, dtype=torch.float32)
+            for place, adapter in enumerate(adapters):
+                if layer in adapter.deltas:
+                    rows = [columns.index(column) for column in adapter.columns(layer)]
+                    stack[place, rows] = adapter.scaling * adapter.deltas[layer].to(stack)
+            stacks[layer] = stack.flatten(1)
+        return stacks
+
+    def _after_giving(self, names: tuple[str, ...]) -> dict[str, Tensor]:
+        """`_stacked` of what is left of these adapters when each gives all to the others."""
+        if names not in self._left:
+            left = giving_way([(self._adapters[name], 1.0) for name in names], 1.0)
+            self._left[names] = self._stacked([adapter for adapter, _ in left])
+            while len(self._left) > KEPT:
+                self._left.popitem(last=False)
+        self._left.move_to_end(names)
+        return self._left[names]
+
+    @torch.no_grad()
+    def _write(self) -> None:
+        giving: list[tuple[int, dict[str, float], dict[str, Tensor]]] = []
+        table = torch.tensor([[row.get(name, 0.0) for name in self._adapters] for row in self._rows])
+        for place, (row, share) in enumerate(zip(self._rows, self._shares, strict=True)):
+            names = tuple(name for name in self._adapters if row.get(name))
+            if share and len(names) > 1:
+                table[place] *= 1 - share
+                giving.append((place, {name: share * row[name] for name in names}, self._after_giving(names)))
+        for layer, delta in self._layers.items():
+            stack = self._stacks[layer]
+            several = table.to(stack) @ stack
+            for place, weights, left in giving:
+                several[place] += torch.tensor([*weights.values()]).to(stack) @ left[layer]
+            delta.hold(several.view(len(table), -1, delta.weight[0].numel()))
+
+
+def _within(part: Adapter, whole: Adapter) -> bool:
+    """Whether an adapter's layers and columns are all in another's, and so its base weights known to fit."""
+    return part.digests.items() <= whole.digests.items() and set(part.metadata.columns) <= set(whole.metadata.columns)

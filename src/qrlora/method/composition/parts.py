@@ -1,0 +1,186 @@
+"""What every way of putting adapters together needs: names, checks, factors of one layer, collected metadata."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from qrlora.errors import MismatchError
+from qrlora.method.adapter.record import Adapter
+from qrlora.method.basis import TURNED, Basis, turned
+
+RANK_TOLERANCE = 1e-10  # of squared singular values, relative: below it a row space has no further dimension
+
+
+def called(adapter: Adapter) -> str:
+    """What to call an adapter in messages and tables: its name, else its trigger or role."""
+    return adapter.name or adapter.metadata.trigger or adapter.metadata.role or "unnamed"
+
+
+def check_weights(parts: Sequence[tuple[Adapter, float]]) -> None:
+    """MismatchError unless there is a part and every weight is finite, as are the numbers it makes of its adapter."""
+    bad = [weight for _, weight in parts if not math.isfinite(weight)]
+    if not parts or bad:
+        raise MismatchError("nothing to compose", expected="adapters with finite weights", got=bad or "no adapters")
+    for adapter, weight in parts:
+        adapter.check_strength(weight)
+
+
+def check_sum(total: Tensor, parts: Sequence[tuple[Adapter, float]], layer: str) -> Tensor:
+    """The sum that was made of these parts for a layer, unless it is beyond the numbers that it is written in."""
+    if not bool(torch.isfinite(total).all()):
+        raise MismatchError(
+            f"{layer}: the sum of {' and '.join(called(adapter) for adapter, _ in parts)} is not finite",
+            expected=f"numbers up to {torch.finfo(total.dtype).max:.3g}",
+            got=f"weights {[weight for _, weight in parts]}",
+            remedy="lower the weights",
+        )
+    return total
+
+
+def basis_difference(first: Adapter, second: Adapter) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What two adapters say of their bases if these differ, else ({}, {}).
+
+    One basis: equal family, rank, algorithm, version of it, and seed, and in the layers both adapt equal base weights
+    and, as far as the marks of both are known, the same Q.
+    So adapters of different layers of one model may still share it, though their fingerprints differ.
+    """
+    one, two = first.metadata, second.metadata
+    names = ("family", "basis_rank", "algorithm", "basis_seed")
+    ours, theirs = ({name: getattr(meta, name) for name in names} for meta in (one, two))
+    ours["version"], theirs["version"] = first.basis_version, second.basis_version
+    differing = [n for n in first.digests if n in second.digests and first.digests[n] != second.digests[n]]
+    shared = [n for n in first.marks if n in second.marks and n not in differing]
+    moved = [n for n in shared if not turned(first.marks[n], second.marks[n]) <= TURNED]
+    if ours == theirs and not differing and not moved:
+        return {}, {}
+    for side, adapter in ((ours, first), (theirs, second)):
+        side["fingerprint"] = adapter.metadata.basis_fingerprint
+        side["base_model"] = adapter.metadata.base_model
+        side["base_weights"] = {name: adapter.digests[name] for name in differing}
+        side |= {"marks_of_q": {name: adapter.marks[name] for name in moved}} if moved else {}
+    return ours, theirs
+
+
+def on_one_basis(adapters: Sequence[Adapter]) -> bool:
+    """Whether all are ΔR on one basis, so that their weighted sum is exact."""
+    return all(one.metadata.on_basis and basis_difference(adapters[0], one) == ({}, {}) for one in adapters)
+
+
+def scaled_down(adapter: Adapter, layer: str) -> Float[Tensor, "rank in"]:
+    """s · ΔR, float64 on the CPU."""
+    return adapter.scaling * adapter.deltas[layer].detach().cpu().double()
+
+
+def known_up(adapter: Adapter, basis: Basis | None, layer: str) -> Float[Tensor, "out rank"] | None:
+    """The left factor, float64 on the CPU; None if it is columns of a basis that was not given."""
+    if adapter.metadata.on_basis and basis is None:
+        return None
+    return adapter.up(layer, None if basis is None else basis[layer].q).detach().cpu().double()
+
+
+def row_space(rows: Float[Tensor, "rank in"]) -> Float[Tensor, "dims in"]:
+    """Orthonormal rows that span the given ones, float64: with A Aᵀ = U Λ Uᵀ they are Λ^(-1/2) Uᵀ A."""
+    rows = rows.detach().cpu().double()
+    values, vectors = torch.linalg.eigh(rows @ rows.T)
+    kept = values > RANK_TOLERANCE * values.max().clamp(min=torch.finfo(values.dtype).tiny)
+    return (vectors[:, kept] / values[kept].sqrt()).T @ rows
+
+
+def check_share(share: float) -> None:
+    """MismatchError unless it is what can be given up."""
+    if not 0 <= share <= 1:
+        raise MismatchError("no such share to give up", expected="0 to 1", got=share)
+
+
+def giving_way(parts: Sequence[tuple[Adapter, float]], share: float) -> list[tuple[Adapter, float]]:
+    """The parts at their weights, each less what it gives up to the others: ΔWᵢ (1 - share · V Vᵀ), layer by layer.
+
+    V (in, k) spans the row spaces of all others' ΔW whose weight is not zero; of ΔW = Q ΔR that is the one of ΔR, so no
+    basis is needed. What is left is float32, stands on what the adapter stood on, and has lost a triangle. Raises
+    MismatchError for a share that is not from 0 to 1, and for layers of one name and different inputs.
+    """
+    check_share(share)
+    if not share:
+        return list(parts)
+    widths: dict[str, int] = {}
+    for adapter, _ in parts:
+        for name, delta in adapter.deltas.items():
+            if widths.setdefault(name, delta.shape[1]) != delta.shape[1]:
+                raise MismatchError(f"other inputs of {name}", expected=widths[name], got=delta.shape[1])
+    spaces = [{n: row_space(_read(a, n)) for n in a.deltas} if weight else {} for a, weight in parts]
+    left = []
+    for i, (adapter, weight) in enumerate(parts):
+        others = spaces[:i] + spaces[i + 1 :]
+        deltas = {}
+        for name, delta in adapter.deltas.items():
+            rows = delta.detach().cpu().double()
+            read = [space[name] for space in others if len(space.get(name, ()))]
+            if read:
+                space = row_space(torch.cat(read))
+                rows = rows - share * (rows @ space.T) @ space
+            deltas[name] = rows.float()
+        metadata = replace(adapter.metadata, triangular=False)
+        left.append((replace(adapter, metadata=metadata, deltas=deltas), weight))
+    return left
+
+
+def _read(adapter: Adapter, layer: str) -> Float[Tensor, "rank in"]:
+    """As many rows as the adapter has, with the row space of its ΔW; float64. R · down where up = Q R."""
+    rows = adapter.deltas[layer].detach().cpu().double()
+    if adapter.metadata.on_basis:
+        return rows
+    return torch.linalg.qr(adapter.up(layer, None).detach().cpu().double()).R @ rows
+
+
+def products(
+    a: Float[Tensor, "rank_a width"], b: Float[Tensor, "rank_b width"], rows_a: Sequence[int], rows_b: Sequence[int]
+) -> Float[Tensor, " products"]:
+    """⟨a, b⟩ over the rows both own, ⟨a, a⟩, ⟨b, b⟩; rows_x[i] is the basis column that row i of x belongs to."""
+    common = sorted(set(rows_a) & set(rows_b))
+    mine, yours = [list(rows_a).index(row) for row in common], [list(rows_b).index(row) for row in common]
+    return torch.stack([(a[mine] * b[yours]).sum(), a.square().sum(), b.square().sum()])
+
+
+def union(maps: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """All entries of all maps."""
+    return {name: value for one in maps for name, value in one.items()}
+
+
+def joined(texts: Iterable[str], by: str) -> str:
+    """The different, non-empty texts in their first order."""
+    return by.join(dict.fromkeys(text for text in texts if text))
+
+
+def collected(parts: Sequence[tuple[Adapter, float]], share: float = 0.0) -> dict[str, Any]:
+    """The metadata that tell where a composition came from: every part by name, digest, weight, and its licence; and
+    the share that they gave up to one another, if any."""
+    metas = [adapter.metadata for adapter, _ in parts]
+    listed = [
+        {
+            "name": called(adapter),
+            "digest": adapter.digest,
+            "weight": float(weight),
+            "role": adapter.metadata.role,
+            "trigger": adapter.metadata.trigger,
+            "licence": adapter.metadata.licence,
+            "recipe_digest": adapter.metadata.recipe_digest,
+        }
+        for adapter, weight in parts
+    ]
+    return {
+        "role": "composition",
+        "family": joined((meta.family for meta in metas), ", "),
+        "denoiser": metas[0].denoiser,
+        "base_model": joined((meta.base_model for meta in metas), ", "),
+        "base_digest": joined((meta.base_digest for meta in metas), ", "),
+        "trigger": joined((meta.trigger for meta in metas), ", "),
+        "licence": joined((meta.licence for meta in metas), "; "),
+        "provenance": {"parts": listed} | ({"giving_way": share} if share else {}),
+    }

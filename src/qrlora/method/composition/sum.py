@@ -1,0 +1,229 @@
+"""Compositions: adapters with weights λ on one basis, and what can be known about them before a picture is made.
+
+On one basis ΔWᵢ = sᵢ Q[:, Cᵢ] ΔRᵢ with QᵀQ = I. So Σ λᵢ ΔWᵢ = Q[:, ∪Cᵢ] Σ λᵢ sᵢ ΔRᵢ exactly, at the rank of the union
+of the column sets; and ⟨ΔWᵢ, ΔWⱼ⟩ = sᵢ sⱼ ⟨ΔRᵢ, ΔRⱼ⟩ over the columns both own, zero if they own none in common.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from qrlora.errors import MismatchError
+from qrlora.method.adapter.record import Adapter, AdapterMetadata
+from qrlora.method.basis import fingerprint
+from qrlora.method.composition.parts import (
+    basis_difference,
+    called,
+    check_share,
+    check_sum,
+    check_weights,
+    collected,
+    giving_way,
+    joined,
+    products,
+    row_space,
+    scaled_down,
+    union,
+)
+
+ONTO_BASIS = "`qrlora import FILE --like ADAPTER` puts a LoRA file onto the basis of another adapter"
+BY_DELTA_WEIGHT = (
+    "`qrlora compose --delta-weights RANK` (compose_delta_weights) sums ΔW itself and cuts the sum back to a rank, "
+    "reporting what that loses"
+)
+
+
+@dataclass(frozen=True)
+class Composition:
+    """Adapters of one basis, each with a weight λ: any number, any finite λ, negative and fractional too.
+
+    giving_way: what share c, from 0 to 1, each ΔRᵢ gives up of what it reads where the others read:
+    ΔRᵢ (1 - c V Vᵀ), V the row space of all others whose λ is not zero. At 0 the composition is the sum. The result
+    stands on the basis as before, since only its rows change; a triangle is lost.
+
+    Raises MismatchError if a part is no ΔR on a basis (plain LoRA, train_basis), if the bases differ, or for another
+    share.
+    """
+
+    parts: Sequence[tuple[Adapter, float]]
+    giving_way: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_weights(self.parts)
+        check_share(self.giving_way)
+        for adapter, _ in self.parts:
+            _check_on_its_basis(adapter)
+        for (first, _), (second, _) in itertools.combinations(self.parts, 2):
+            ours, theirs = basis_difference(first, second)
+            if ours != theirs:
+                raise MismatchError(
+                    f"{called(first)} and {called(second)} stand on different bases, so their ΔR cannot be added",
+                    expected=ours,
+                    got=theirs,
+                    remedy=f"train both on one base model and basis; {ONTO_BASIS}; {BY_DELTA_WEIGHT}",
+                )
+
+    def adapter(self) -> Adapter:
+        """The weighted sum of what each part keeps as an adapter of its own: float32, alpha = rank, a "composition"."""
+        return self._filled_by(partial(self._sum, giving_way(self.parts, self.giving_way)))
+
+    def blank(self) -> Adapter:
+        """Zeros on all layers and columns of the parts."""
+        return self._filled_by(lambda _, columns, width: torch.zeros(len(columns), width))
+
+    def _filled_by(self, delta: Callable[[str, tuple[int, ...], int], Tensor]) -> Adapter:
+        metas = [adapter.metadata for adapter, _ in self.parts]
+        columns = tuple(sorted({column for meta in metas for column in meta.columns}))
+        shapes = union(adapter.shapes for adapter, _ in self.parts)
+        digests = union(adapter.digests for adapter, _ in self.parts)
+        first = metas[0]
+        metadata = AdapterMetadata(
+            method="qrlora",
+            rank=len(columns),
+            alpha=float(len(columns)),
+            basis_rank=first.basis_rank,
+            columns=columns,
+            triangular=all(meta.triangular for meta in metas) and not self.giving_way,
+            algorithm=first.algorithm,
+            basis_seed=first.basis_seed,
+            basis_fingerprint=fingerprint(digests, first.basis_rank, first.algorithm, first.basis_seed),
+            **collected(self.parts, self.giving_way),
+        )
+        deltas = {name: delta(name, metadata.columns_in(shape), math.prod(shape[1:])) for name, shape in shapes.items()}
+        name, marks = joined((a.name for a, _ in self.parts), "+"), union(adapter.marks for adapter, _ in self.parts)
+        return Adapter(metadata, deltas, shapes, digests, name=name, marks=marks)
+
+    @staticmethod
+    def _sum(
+        parts: Sequence[tuple[Adapter, float]], layer: str, columns: tuple[int, ...], width: int
+    ) -> Float[Tensor, "rank in"]:
+        # float64, so that the order of the parts is lost in the rounding to float32.
+        total = torch.zeros(len(columns), width, dtype=torch.float64)
+        for adapter, weight in parts:
+            if layer in adapter.deltas:
+                rows = [columns.index(column) for column in adapter.columns(layer)]
+                total[rows] += weight * scaled_down(adapter, layer)
+        return check_sum(total.float(), parts, layer)
+
+    def energy_kept(self) -> float:
+        """‖Σ λᵢ ΔWᵢ‖² of what the parts keep, as a share of the same of the whole parts; 1 without giving way."""
+        sums = [composition.adapter() for composition in (self, Composition(self.parts))]
+        kept, whole = (sum(float(d.double().square().sum()) for d in one.deltas.values()) for one in sums)
+        return kept / whole if whole else 1.0
+
+    def interference(self) -> Interference:
+        """How much the parts interfere, computed from ΔR alone: no base model, no basis, no picture."""
+        layers = {}
+        for name in union(adapter.shapes for adapter, _ in self.parts):
+            rows = [row_space(adapter.deltas[name]) if name in adapter.deltas else None for adapter, _ in self.parts]
+            layers[name] = (self._gram(name), _shared_rows(rows))
+        weights = torch.tensor([weight for _, weight in self.parts], dtype=torch.float64)
+        gram = torch.stack([gram for gram, _ in layers.values()]).sum(0)
+        # NaN marks a layer that one of the two does not adapt: it has no say in the mean.
+        shared = torch.stack([shared for _, shared in layers.values()]).nanmean(0)
+        return Interference(
+            parts=tuple(called(adapter) for adapter, _ in self.parts),
+            weights=tuple(weights.tolist()),
+            total=LayerInterference.of(gram, shared, weights),
+            layers={name: LayerInterference.of(gram, shared, weights) for name, (gram, shared) in layers.items()},
+        )
+
+    def _gram(self, layer: str) -> Float[Tensor, "parts parts"]:
+        """⟨ΔWᵢ, ΔWⱼ⟩ of one layer without λ, float64."""
+        gram = torch.zeros(len(self.parts), len(self.parts), dtype=torch.float64)
+        for i, j in itertools.combinations_with_replacement(range(len(self.parts)), 2):
+            first, second = self.parts[i][0], self.parts[j][0]
+            if layer in first.deltas and layer in second.deltas:
+                gram[i, j] = gram[j, i] = _inner_on_basis(first, second, layer)
+        return gram
+
+
+@dataclass(frozen=True)
+class LayerInterference:
+    """Interference in one layer, or in all of them together; lists are in the order of the parts.
+
+    cosine       of ΔWᵢ and ΔWⱼ, without λ; 0 where one of them is zero
+    shared_rows  mean squared cosine of the principal angles between the row spaces of ΔRᵢ and ΔRⱼ: 1 if they read the
+                 same input directions, about max(rᵢ, rⱼ) / d_in by chance. Total: mean over the layers both adapt
+    energy       ‖λᵢ ΔWᵢ‖²_F
+    sum_energy   ‖Σ λᵢ ΔWᵢ‖²_F; more than the energies' sum if the parts reinforce, less if they cancel
+    """
+
+    cosine: list[list[float]]
+    shared_rows: list[list[float]]
+    energy: list[float]
+    sum_energy: float
+
+    @classmethod
+    def of(
+        cls,
+        gram: Float[Tensor, "parts parts"],
+        shared: Float[Tensor, "parts parts"],
+        weights: Float[Tensor, " parts"],
+    ) -> LayerInterference:
+        """From ⟨ΔWᵢ, ΔWⱼ⟩, shared row spaces (NaN: not both there, read as 0) and λ; all float64."""
+        norms = gram.diagonal().sqrt()
+        products = norms[:, None] * norms[None, :]
+        cosine = torch.where(products > 0, gram / products.clamp(min=torch.finfo(gram.dtype).tiny), 0.0)
+        energy = weights.square() * gram.diagonal()
+        total = float(weights @ gram @ weights)
+        return cls(cosine.tolist(), shared.nan_to_num(0.0).tolist(), energy.tolist(), max(total, 0.0))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain lists and numbers, for JSON."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Interference:
+    """Interference of a composition's parts, per layer and in total."""
+
+    parts: tuple[str, ...]
+    weights: tuple[float, ...]
+    total: LayerInterference
+    layers: Mapping[str, LayerInterference]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain lists and numbers, for JSON."""
+        return {
+            "parts": list(self.parts),
+            "weights": list(self.weights),
+            "total": self.total.to_dict(),
+            "layers": {name: layer.to_dict() for name, layer in self.layers.items()},
+        }
+
+
+def _check_on_its_basis(adapter: Adapter) -> None:
+    meta = adapter.metadata
+    if not meta.on_basis:
+        raise MismatchError(
+            f"{called(adapter)} carries its own ups, so there is no shared Q to add on",
+            expected="method qrlora",
+            got=f"method {meta.method}",
+            remedy=f"{ONTO_BASIS}; {BY_DELTA_WEIGHT}",
+        )
+    adapter.check_version()
+
+
+def _inner_on_basis(a: Adapter, b: Adapter, layer: str) -> Float[Tensor, ""]:
+    """⟨ΔWₐ, ΔW_b⟩ on one basis = sₐ s_b ⟨ΔRₐ, ΔR_b⟩, because QᵀQ = I."""
+    return products(scaled_down(a, layer), scaled_down(b, layer), a.columns(layer), b.columns(layer))[0]
+
+
+def _shared_rows(rows: Sequence[Float[Tensor, "_ in"] | None]) -> Float[Tensor, "parts parts"]:
+    """Mean squared cosine of the principal angles of each pair of row spaces; NaN where one of the two is absent."""
+    shared = torch.full((len(rows), len(rows)), math.nan, dtype=torch.float64)
+    for i, j in itertools.product(range(len(rows)), repeat=2):
+        first, second = rows[i], rows[j]
+        if first is not None and second is not None and len(first) and len(second):
+            shared[i, j] = (first @ second.T).square().sum() / min(len(first), len(second))
+    return shared

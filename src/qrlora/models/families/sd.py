@@ -1,0 +1,66 @@
+"""Stable Diffusion 1.x and 2.x: UNet, epsilon or v-prediction, one CLIP text encoder.
+
+Source: Rombach et al., "High-Resolution Image Synthesis with Latent Diffusion Models" (arXiv 2112.10752).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from qrlora.models.families.base import Conditions, ModelFamily, encode_images
+from qrlora.models.families.objectives import NOISE_OPTIONS, Mask, noise_loss, noise_timesteps
+from qrlora.models.families.sdxl import SDXL, prompt_options
+
+
+def resolution(pipe: Any) -> int:
+    """Side in pixels of the model's square pictures: latent side times the autoencoder's reduction."""
+    return pipe.unet.config.sample_size * pipe.vae_scale_factor
+
+
+@torch.no_grad()
+def encode_prompts(pipe: Any, prompts: list[str]) -> dict[str, Tensor]:
+    """Text to `encoder_hidden_states` (n, tokens, features)."""
+    prompt_options(pipe, prompts)
+    hidden, _ = pipe.encode_prompt(prompts, pipe.device, num_images_per_prompt=1, do_classifier_free_guidance=False)
+    return {"encoder_hidden_states": hidden}
+
+
+def loss(
+    denoiser: nn.Module,
+    scheduler: Any,
+    latents: Float[Tensor, "n c h w"],
+    noise: Float[Tensor, "n c h w"],
+    timesteps: Float[Tensor, " n"],
+    conditions: Conditions,
+    mask: Mask | None = None,
+    min_snr_gamma: float | None = None,
+) -> Float[Tensor, ""]:
+    """Noise or v prediction, as diffusers' `train_text_to_image_lora`; `min_snr_gamma` is its `--snr_gamma`."""
+    dtype = next(denoiser.parameters()).dtype
+
+    def predict(noisy: Tensor) -> Tensor:
+        return denoiser(noisy.to(dtype), timesteps, return_dict=False, **conditions)[0]
+
+    return noise_loss(predict, scheduler, latents, noise, timesteps, mask, min_snr_gamma)
+
+
+SD = ModelFamily(
+    name="sd",
+    pipeline_class="StableDiffusionPipeline",
+    denoiser="unet",
+    targets=SDXL.targets,
+    steps=50,
+    guidance=7.5,
+    resolution=resolution,
+    prompt_options=prompt_options,
+    encode_prompts=encode_prompts,
+    encode_images=encode_images,
+    sample_timesteps=noise_timesteps,
+    loss=loss,
+    scheduler=SDXL.scheduler,
+    loss_options=NOISE_OPTIONS,
+)

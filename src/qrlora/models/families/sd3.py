@@ -1,0 +1,111 @@
+"""Stable Diffusion 3 and 3.5: MMDiT, flow matching, two CLIP text encoders and an optional T5.
+
+Source: Esser et al., "Scaling Rectified Flow Transformers for High-Resolution Image Synthesis" (arXiv 2403.03206).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from qrlora.models.families.base import Conditions, ModelFamily, encode_images, refuse_long_prompts
+from qrlora.models.families.objectives import FLOW_OPTIONS, Mask, flow_loss, flow_timesteps
+
+T5_TOKENS = 256
+"""The pipeline's own default for how much T5 reads."""
+
+
+def resolution(pipe: Any) -> int:
+    """Side in pixels of the model's square pictures: latent side times the autoencoder's reduction."""
+    return pipe.transformer.config.sample_size * pipe.vae_scale_factor
+
+
+def largest_side(pipe: Any) -> int:
+    """Longest side in pixels that the denoiser's table of places has room for."""
+    config = pipe.transformer.config
+    return config.pos_embed_max_size * config.patch_size * pipe.vae_scale_factor
+
+
+def prompt_options(pipe: Any, prompts: list[str]) -> dict[str, Any]:
+    """How much T5 reads, for `pipe(...)` and `pipe.encode_prompt(...)` alike.
+
+    A pipeline without T5 stands zero tokens in its place, `max_sequence_length` of them. They carry nothing, but the
+    denoiser attends to every one: a single one is kept, at training and at generation alike.
+
+    Raises:
+        DataError: there is no T5 and a prompt is longer than CLIP reads; the pipeline would cut it without a word.
+    """
+    if pipe.text_encoder_3 is not None:
+        return {"max_sequence_length": T5_TOKENS}
+    refuse_long_prompts(pipe.tokenizer, pipe.tokenizer_max_length, prompts)
+    return {"max_sequence_length": 1}
+
+
+@torch.no_grad()
+def encode_prompts(pipe: Any, prompts: list[str]) -> dict[str, Tensor]:
+    """Text to the denoiser's `encoder_hidden_states` (n, tokens, features) and `pooled_projections` (n, features).
+
+    Errors: as `prompt_options`.
+    """
+    hidden, _, pooled, _ = pipe.encode_prompt(
+        prompts,
+        prompt_2=None,
+        prompt_3=None,
+        do_classifier_free_guidance=False,
+        **prompt_options(pipe, prompts),
+    )
+    return {"encoder_hidden_states": hidden, "pooled_projections": pooled}
+
+
+def loss(
+    denoiser: nn.Module,
+    scheduler: Any,
+    latents: Float[Tensor, "n c h w"],
+    noise: Float[Tensor, "n c h w"],
+    timesteps: Float[Tensor, " n"],
+    conditions: Conditions,
+    mask: Mask | None = None,
+) -> Float[Tensor, ""]:
+    """Flow matching, as diffusers' `train_dreambooth_lora_sd3` without output preconditioning, by which that script
+    weights each example with σ²."""
+    dtype = next(denoiser.parameters()).dtype
+
+    def velocity(noisy: Tensor) -> Tensor:
+        return denoiser(hidden_states=noisy.to(dtype), timestep=timesteps, return_dict=False, **conditions)[0]
+
+    return flow_loss(velocity, scheduler, latents, noise, timesteps, mask)
+
+
+SD3 = ModelFamily(
+    name="sd3",
+    pipeline_class="StableDiffusion3Pipeline",
+    denoiser="transformer",
+    # The published FLUX set in SD3's names: all attention projections of both streams, and both feed-forwards.
+    targets=(
+        "to_q",
+        "to_k",
+        "to_v",
+        "to_out.0",
+        "add_q_proj",
+        "add_k_proj",
+        "add_v_proj",
+        "to_add_out",
+        "ff.net.0.proj",
+        "ff.net.2",
+        "ff_context.net.0.proj",
+        "ff_context.net.2",
+    ),
+    steps=28,
+    guidance=7.0,
+    resolution=resolution,
+    prompt_options=prompt_options,
+    encode_prompts=encode_prompts,
+    encode_images=encode_images,
+    sample_timesteps=flow_timesteps,
+    loss=loss,
+    timestep_options=FLOW_OPTIONS,
+    largest_side=largest_side,
+)

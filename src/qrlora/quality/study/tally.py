@@ -1,0 +1,368 @@
+"""The votes of a study, decoded and counted.
+
+    found = tally([json.loads(file.read_text()) for file in files], key)
+    found.pairs["ours", "theirs"].share      # of the votes that chose one of the two, those for ours
+
+Raters who fell for more than a few catch trials are left out, and listed. Votes of one rater depend on each other, so
+beside the interval over votes stands the count of raters by whom they mostly chose.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from jaxtyping import Float
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from qrlora._reading import parsing
+from qrlora.errors import DataError
+from qrlora.quality.metrics.shares import Share, Z
+from qrlora.quality.report import Block, Prose, Report, Section, Table
+
+MISSES = 1
+"""Catch trials that a rater may miss: anyone's finger slips once."""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Votes between two arms: for the first, for the second, for neither; and raters by whom they mostly chose."""
+
+    wins: int
+    losses: int
+    ties: int
+    raters_for: int
+    raters_against: int
+
+    @property
+    def share(self) -> Share | None:
+        """Of the votes that chose, those for the first; None if none chose."""
+        return Share(self.wins, self.wins + self.losses) if self.wins + self.losses else None
+
+    @property
+    def raters(self) -> Share | None:
+        """Of the raters who leaned to one side, those to the first; None if none did."""
+        n = self.raters_for + self.raters_against
+        return Share(self.raters_for, n) if n else None
+
+
+@dataclass(frozen=True)
+class Strength:
+    """Bradley-Terry strength of an arm: log of the odds against an average arm, and its 95 % interval."""
+
+    value: float
+    interval: tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Tally:
+    """A study's outcome. raters: votes by name. excluded: why, by name. agreement: by rater, with the others' votes on
+    the same trials. alpha: Krippendorff's, of all counted raters; None if no trial has two votes or all are alike."""
+
+    arms: tuple[str, ...]
+    pairs: Mapping[tuple[str, str], Pair]
+    strengths: Mapping[str, Strength]
+    raters: Mapping[str, int]
+    excluded: Mapping[str, str]
+    agreement: Mapping[str, Share]
+    alpha: float | None
+    question: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values."""
+        return {
+            "question": self.question,
+            "arms": list(self.arms),
+            "pairs": [
+                {"first": a, "second": b, **vars(pair), "share": _share(pair.share), "rater_share": _share(pair.raters)}
+                for (a, b), pair in self.pairs.items()
+            ],
+            "strengths": {
+                arm: {"log_odds": one.value, "interval": list(one.interval)} for arm, one in self.strengths.items()
+            },
+            "raters": dict(self.raters),
+            "excluded": dict(self.excluded),
+            "agreement": {rater: _share(share) for rater, share in self.agreement.items()},
+            "alpha": self.alpha,
+        }
+
+
+def _share(share: Share | None) -> dict[str, Any] | None:
+    if share is None:
+        return None
+    return {"right": share.right, "n": share.n, "interval": list(share.interval)}
+
+
+@dataclass(frozen=True)
+class Vote:
+    """One answer: what was chosen is "a", "b" or "tie" of the key's trial."""
+
+    rater: str
+    trial: str
+    choice: str
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(strict=True, coerce_numbers_to_str=True)
+
+
+class _Shown(_Part):
+    arm: str | None
+
+
+class _Trial(_Part):
+    kind: Literal["pair", "same", "spoilt"]
+    a: str
+    b: str
+    right: str | None = None
+
+
+class _Key(_Part):
+    """What the count needs of a key."""
+
+    study: str
+    question: str
+    arms: list[str] = Field(min_length=2)
+    pictures: dict[str, _Shown]
+    trials: dict[str, _Trial]
+
+    @model_validator(mode="after")
+    def _consistent(self) -> _Key:
+        for name, trial in self.trials.items():
+            sides = [self.pictures[side].arm if side in self.pictures else "" for side in (trial.a, trial.b)]
+            known = [side in self.arms for side in sides]
+            if not (all(known) if trial.kind == "pair" else trial.right in (trial.a, trial.b, "tie")):
+                raise ValueError(f"trial {name} is between pictures or arms that are none")
+        if len(set(self.arms)) < len(self.arms):
+            raise ValueError("an arm named twice")
+        return self
+
+
+class _Answer(_Part):
+    trial: str
+    left: str
+    right: str
+    choice: Literal["left", "right", "tie"]
+
+
+class _Result(_Part):
+    """What the count needs of a rater's file."""
+
+    study: str
+    rater: str
+    votes: list[_Answer]
+
+
+def checked_key(found: object, what: str = "this") -> dict[str, Any]:
+    """The key of a study out of JSON. what: its file. DataError if it is none."""
+    with parsing(f"{what} is no key of a study", DataError, expected="key.json as qrlora study wrote it"):
+        return _Key.model_validate(found).model_dump()
+
+
+def tally(
+    results: Sequence[object], key: Mapping[str, Any], misses: int = MISSES, names: Sequence[str] | None = None
+) -> Tally:
+    """Count the results of a study by its key, both as JSON values. names: of the results' files, for errors.
+
+    Raises:
+        DataError: results of another study, of one rater twice, or that are no results, or no key.
+    """
+    key = checked_key(key)
+    named = zip(names or [f"file {i + 1}" for i in range(len(results))], results, strict=True)
+    each = [_votes(result, key, name) for name, result in named]
+    votes = [vote for _, listed in each for vote in listed]
+    _refuse_twice([rater for rater, _ in each])
+    excluded = {
+        rater: reason
+        for rater in dict.fromkeys(v.rater for v in votes)
+        if (reason := _careless(rater, votes, key, misses))
+    }
+    counted = [v for v in votes if v.rater not in excluded and key["trials"][v.trial]["kind"] == "pair"]
+    if not counted:
+        got = "; ".join(f"{rater}: {reason}" for rater, reason in excluded.items()) or "no votes"
+        raise DataError("no votes are left to count", got=got, remedy="ask more people, or allow more --misses")
+    arms = tuple(key["arms"])
+    pairs = {pair: _pair(pair, counted, key) for pair in itertools.combinations(arms, 2)}
+    return Tally(
+        arms,
+        pairs,
+        bradley_terry(arms, pairs) if len(arms) > 2 else {},
+        dict(Counter(v.rater for v in counted)),
+        excluded,
+        _agreement(counted),
+        krippendorff(counted),
+        key["question"],
+    )
+
+
+def _votes(found: object, key: Mapping[str, Any], name: str) -> tuple[str, list[Vote]]:
+    """The rater and the votes of one file, checked against the key and turned to its sides."""
+    expected = "the file that the study's page saved, unchanged"
+    with parsing(f"{name}: these are no votes of this study", DataError, expected=expected):
+        result = _Result.model_validate(found)
+        if result.study != key["study"]:
+            remedy = "name the key.json that was written with the page"
+            raise DataError(f"{name}: votes of another study", expected=key["study"], got=result.study, remedy=remedy)
+        votes: dict[str, Vote] = {}
+        for answer in result.votes:
+            trial, sides = key["trials"][answer.trial], {"left": answer.left, "right": answer.right}
+            if {trial["a"], trial["b"]} != set(sides.values()) or answer.trial in votes:
+                raise ValueError(f"trial {answer.trial} has other pictures, or two answers")
+            side = "tie" if answer.choice == "tie" else "a" if sides[answer.choice] == trial["a"] else "b"
+            votes[answer.trial] = Vote(result.rater, answer.trial, side)
+    return result.rater, list(votes.values())
+
+
+def _refuse_twice(raters: Sequence[str]) -> None:
+    twice = [rater for rater, count in Counter(raters).items() if count > 1]
+    if twice:
+        remedy = 'leave one out, or, if they are two people, change "rater" in one of the files'
+        raise DataError("two files of one rater", expected="one of each", got=", ".join(twice), remedy=remedy)
+
+
+def _careless(rater: str, votes: Sequence[Vote], key: Mapping[str, Any], misses: int) -> str:
+    """Why this rater's votes are not counted; "" if they are."""
+    asked = missed = 0
+    for vote in votes:
+        trial = key["trials"][vote.trial]
+        if vote.rater == rater and trial["kind"] != "pair":
+            asked += 1
+            missed += (vote.choice if vote.choice == "tie" else trial[vote.choice]) != trial["right"]
+    return f"missed {missed} of {asked} catch trials" if missed > misses else ""
+
+
+def _arm(vote: Vote, key: Mapping[str, Any]) -> tuple[str | None, frozenset[str]]:
+    """The arm that a vote chose (None: neither), and the two it chose between."""
+    trial = key["trials"][vote.trial]
+    arms = {side: key["pictures"][trial[side]]["arm"] for side in "ab"}
+    return arms.get(vote.choice), frozenset(arms.values())
+
+
+def _pair(pair: tuple[str, str], votes: Sequence[Vote], key: Mapping[str, Any]) -> Pair:
+    chosen = [(vote.rater, arm) for vote in votes for arm, between in [_arm(vote, key)] if between == frozenset(pair)]
+    balance: Counter[str] = Counter()
+    for rater, arm in chosen:
+        balance[rater] += (arm == pair[0]) - (arm == pair[1])
+    counts = Counter(arm for _, arm in chosen)
+    leaning = [value for value in balance.values() if value]
+    ahead = sum(value > 0 for value in leaning)
+    return Pair(counts[pair[0]], counts[pair[1]], counts[None], ahead, len(leaning) - ahead)
+
+
+def bradley_terry(
+    arms: Sequence[str], pairs: Mapping[tuple[str, str], Pair], rounds: int = 2000
+) -> dict[str, Strength]:
+    """Strengths that explain all votes together, with mean zero; a tie is half a vote for each (Hunter 2004, MM).
+
+    One tie is added to every pair, so that an arm that won or lost every vote stays finite. The intervals are of
+    independent votes, from the information matrix.
+    """
+    place = {arm: i for i, arm in enumerate(arms)}
+    wins = np.full((len(arms), len(arms)), 0.5)
+    np.fill_diagonal(wins, 0)
+    for (a, b), pair in pairs.items():
+        wins[place[a], place[b]] += pair.wins + pair.ties / 2
+        wins[place[b], place[a]] += pair.losses + pair.ties / 2
+    played, strength = wins + wins.T, np.ones(len(arms))
+    for _ in range(rounds):
+        strength = wins.sum(1) / (played / (strength[:, None] + strength[None])).sum(1)
+        strength /= np.exp(np.log(strength).mean())
+    likely = strength[:, None] / (strength[:, None] + strength[None])
+    weight = played * likely * (1 - likely)
+    spread = np.sqrt(np.diag(np.linalg.pinv(np.diag(weight.sum(1)) - weight)))
+    logs: Float[np.ndarray, " arms"] = np.log(strength)
+    return {
+        arm: Strength(float(v), (float(v - Z * s), float(v + Z * s)))
+        for arm, v, s in zip(arms, logs, spread, strict=True)
+    }
+
+
+def _by_trial(votes: Sequence[Vote]) -> dict[str, list[Vote]]:
+    found: dict[str, list[Vote]] = {}
+    for vote in votes:
+        found.setdefault(vote.trial, []).append(vote)
+    return found
+
+
+def _agreement(votes: Sequence[Vote]) -> dict[str, Share]:
+    """Of each rater the share of other people's votes on the same trials that say the same."""
+    same: dict[str, list[bool]] = {}
+    for together in _by_trial(votes).values():
+        for one, other in itertools.permutations(together, 2):
+            same.setdefault(one.rater, []).append(one.choice == other.choice)
+    return {rater: Share.of(listed) for rater, listed in same.items()}
+
+
+def krippendorff(votes: Sequence[Vote]) -> float | None:
+    """Krippendorff's alpha of nominal values (2011, "Computing Krippendorff's alpha-reliability"): 1 if all agree, 0 if
+    no more than by chance. None if no trial has two votes, or every vote is the same."""
+    units = [Counter(v.choice for v in together) for together in _by_trial(votes).values() if len(together) > 1]
+    total: Counter[str] = sum(units, Counter())
+    n = total.total()
+    expected = sum(total[a] * total[b] for a, b in itertools.permutations(total, 2)) / max(n - 1, 1)
+    if not expected:
+        return None
+    observed = sum(unit[a] * unit[b] / (unit.total() - 1) for unit in units for a, b in itertools.permutations(unit, 2))
+    return 1 - observed / expected
+
+
+def lines(found: Tally) -> list[str]:
+    """The outcome for people, line by line."""
+    said = [found.question, f"{len(found.raters)} raters, {sum(found.raters.values())} votes"]
+    for (a, b), pair in found.pairs.items():
+        said.append(f"{a} against {b}: {_words(pair.share)} of the votes that chose; {pair.ties} ties")
+        said.append(f"  raters leaning to {a}: {_words(pair.raters)}")
+    for arm, one in sorted(found.strengths.items(), key=lambda item: -item[1].value):
+        odds = 1 / (1 + math.exp(-one.value))
+        low, high = one.interval
+        said.append(f"{arm}: strength {one.value:+.2f} ({low:+.2f} to {high:+.2f}), beats an average one {odds:.0%}")
+    said += [f"left out: {rater}: {reason}" for rater, reason in found.excluded.items()]
+    said += [f"agreement of {rater} with others: {_words(share)}" for rater, share in found.agreement.items()]
+    if found.alpha is not None:
+        said.append(f"Krippendorff's alpha: {found.alpha:.2f} (1: all agree, 0: as by chance)")
+    return said
+
+
+def _words(share: Share | None) -> str:
+    if share is None:
+        return "none"
+    low, high = (100 * bound for bound in share.interval)
+    return f"{share.value:.0%} ({share.right} of {share.n}, 95% interval {low:.0f} to {high:.0f}%)"
+
+
+def report(found: Tally) -> Report:
+    """The outcome as a page."""
+    rows: list[list[str | Share | None]] = [
+        [f"{a} against {b}", pair.share, str(pair.ties), pair.raters] for (a, b), pair in found.pairs.items()
+    ]
+    note = (
+        "Shares are of the votes that chose; ties stand beside. The first interval takes votes as independent, which "
+        "votes of one rater are not: it is too narrow, the more so the fewer raters. The last column counts raters."
+    )
+    blocks: list[Block] = [Table(["", "votes for the first", "ties", "raters who lean to the first"], rows, note)]
+    if found.strengths:
+        order = sorted(found.strengths.items(), key=lambda item: -item[1].value)
+        cells = [[arm, f"{s.value:+.2f}", f"{s.interval[0]:+.2f} to {s.interval[1]:+.2f}"] for arm, s in order]
+        blocks.append(Table(["Bradley-Terry strength", "log odds", "95% interval"], cells))
+    rows = [[rater, str(count), found.agreement.get(rater)] for rater, count in found.raters.items()]
+    people: list[Block] = [Table(["rater", "votes", "agreement with others on the same pairs"], rows)]
+    if found.alpha is not None:
+        people.append(
+            Prose([f"Krippendorff's alpha is {found.alpha:.2f}: 1 if all agree, 0 if no more than by chance."])
+        )
+    if found.excluded:
+        listed = [f"{rater}: {reason}" for rater, reason in found.excluded.items()]
+        people += [Prose(["Not counted:"]), Prose(listed, "bad", listed=True)]
+    return Report(
+        title=found.question,
+        subtitle=f"A blind vote: {len(found.raters)} raters, {sum(found.raters.values())} votes between "
+        f"{len(found.arms)} sets of pictures.",
+        sections=[Section("What people chose", blocks), Section("Who chose", people)],
+        data=found.to_dict(),
+        footer="Written by qrlora study --tally.",
+    )
