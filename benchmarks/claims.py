@@ -7,7 +7,7 @@
     convergence   loss at the same step for ΔR alone, Q and R trained, and LoRA, at several learning rates
     stability     spread over seeds of the loss, and how alike ΔW of two seeds are, from one picture
 
-Tasks are lessons of the demo: subjects and styles of pico's world, each learned from one picture; the last two look at
+Tasks are tasks of the demo: subjects and styles of pico's world, each learned from one picture; the last two look at
 the first and the last of them only. Runs at one step see the same noise whatever trains, so their losses are paired.
 The rest of the claims (less crosstalk) is the bench's, which looks at pictures.
 """
@@ -27,10 +27,10 @@ from typing import Any
 from common import machine
 
 from qrlora._files import write_atomically
-from qrlora.apps.demo.plan import Budget, Lesson, lesson, recipe_fields
+from qrlora.apps.demo.plan import Budget, Task, recipe_fields, task
 from qrlora.errors import QrloraError
 from qrlora.lab import claims
-from qrlora.lab.baselines.adapters import taught
+from qrlora.lab.baselines.adapters import train_method
 from qrlora.lab.baselines.context import Context
 from qrlora.lab.baselines.file_measures import between
 from qrlora.lab.compare.cells import weights_digest
@@ -48,26 +48,26 @@ Found = dict[str, Any]
 
 @dataclass
 class Bench:
-    """pico, the lessons, and how long each is taught."""
+    """pico, the tasks, and how long each is trained."""
 
     pipe: Any
     family: Any
-    lessons: Sequence[Lesson]
+    tasks: Sequence[Task]
     options: argparse.Namespace
 
     @property
-    def ends(self) -> list[Lesson]:
-        """The first and the last of the lessons."""
-        return list({id(task): task for task in (self.lessons[0], self.lessons[-1])}.values())
+    def ends(self) -> list[Task]:
+        """The first and the last of the tasks."""
+        return list({id(task): task for task in (self.tasks[0], self.tasks[-1])}.values())
 
-    def recipe(self, task: Lesson, **fields: Any) -> Recipe:
+    def recipe(self, task: Task, **fields: Any) -> Recipe:
         budget = Budget(rank=self.options.rank, steps=self.options.steps)
         return Recipe.of({"model": "pico", **recipe_fields(task, budget, 0, "qrlora_published"), **fields})
 
-    def teach(self, method: str, task: Lesson, **fields: Any) -> tuple[Any, float]:
+    def train_delta(self, method: str, task: Task, **fields: Any) -> tuple[Any, float]:
         """What was learned, and its loss under new noise."""
         recipe = self.recipe(task, **fields)
-        found = taught(method, recipe, pipe=self.pipe, family=self.family)
+        found = train_method(method, recipe, pipe=self.pipe, family=self.family)
         context = Context(self.pipe, self.family, [recipe])
         return found, claims.held_out_loss(context, 0, found.learned)
 
@@ -97,12 +97,12 @@ def measure(options: argparse.Namespace, wanted: Sequence[str]) -> None:
     """Every claim wanted, printed and written as it is found; what the file has of others stays."""
     pipe, family = load_pipeline("pico", device="cpu")
     with tempfile.TemporaryDirectory() as folder:
-        lessons = []
+        tasks = []
         for name in options.tasks.split(","):
             place = Path(folder) / name
             place.mkdir()
-            lessons.append(lesson("subject" if name in world.SUBJECTS else "style", name, place, 0, world.SIZE))
-        bench = Bench(pipe, family, lessons, options)
+            tasks.append(task("subject" if name in world.SUBJECTS else "style", name, place, 0, world.SIZE))
+        bench = Bench(pipe, family, tasks, options)
         for name in wanted:
             found = CLAIMS[name](bench)
             print(f"\n{name}\n{_table(found)}", flush=True)
@@ -139,14 +139,14 @@ def nearest(bench: Bench) -> Found:
 def tasks(bench: Bench) -> Found:
     """All pairs of tasks; LoRA once from one start (one seed), and once from a start of its own for each task."""
     made = {
-        "qrlora": [{"method": "qrlora"}] * len(bench.lessons),
-        "qrlora, Q and R trained": [{"method": "qrlora", "train_basis": True}] * len(bench.lessons),
-        "lora, one seed": [{"method": "lora"}] * len(bench.lessons),
-        "lora, a seed each": [{"method": "lora", "seed": seed} for seed in range(len(bench.lessons))],
+        "qrlora": [{"method": "qrlora"}] * len(bench.tasks),
+        "qrlora, Q and R trained": [{"method": "qrlora", "train_basis": True}] * len(bench.tasks),
+        "lora, one seed": [{"method": "lora"}] * len(bench.tasks),
+        "lora, a seed each": [{"method": "lora", "seed": seed} for seed in range(len(bench.tasks))],
     }
     basis, found = Basis.of(_weights(bench), bench.options.rank), {}
     for name, fields in made.items():
-        recipes = [bench.recipe(task, **own) for task, own in zip(bench.lessons, fields, strict=True)]
+        recipes = [bench.recipe(task, **own) for task, own in zip(bench.tasks, fields, strict=True)]
         adapters = [train(recipe, pipe=bench.pipe, family=bench.family) for recipe in recipes]
         trained = name.endswith("trained")
         found[name] = claims.alike_trained(adapters) if trained else claims.alike(adapters, basis)
@@ -162,7 +162,7 @@ def convergence(bench: Bench) -> Found:
     window = max(1, steps // 6)
     found = {}
     for rate, method in itertools.product(map(float, bench.options.rates.split(",")), METHODS):
-        runs = [bench.teach(method, task, learning_rate=rate, cooldown_steps=0) for task in bench.ends]
+        runs = [bench.train_delta(method, task, learning_rate=rate, cooldown_steps=0) for task in bench.ends]
         row: dict[str, float] = {"trained": runs[0][0].trained}
         for mark in sorted({max(window, steps // 4), max(window, steps // 2), steps}):
             row[f"to step {mark}"] = fmean(fmean(run.losses[mark - window : mark]) for run, _ in runs)
@@ -175,8 +175,8 @@ def stability(bench: Bench) -> Found:
     found = {}
     for method in METHODS:
         spreads, cosines, energies = [], [], []
-        for task in bench.ends:
-            runs = [bench.teach(method, task, seed=seed) for seed in range(bench.options.seeds)]
+        for end in bench.ends:
+            runs = [bench.train_delta(method, end, seed=seed) for seed in range(bench.options.seeds)]
             spreads.append(claims.Spread.of([loss for _, loss in runs]))
             pairs = [between(a.learned, b.learned) for (a, _), (b, _) in itertools.combinations(runs, 2)]
             cosines += [pair["cosine"] for pair in pairs]

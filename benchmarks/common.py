@@ -104,9 +104,9 @@ def take_turns(arms: Mapping[str, Callable[[], object]], rounds: int, seconds: f
     return times
 
 
-def ratios(times: Times, name: str, rival: str, clock: int = 0) -> list[float]:
-    """Quartiles of an arm's time to a rival's in the same round; clock: 0 is wall, 1 is processor time."""
-    paired = zip(times[name], times[rival], strict=True)
+def ratios(times: Times, name: str, baseline: str, clock: int = 0) -> list[float]:
+    """Quartiles of an arm's time to a baseline's in the same round; clock: 0 is wall, 1 is processor time."""
+    paired = zip(times[name], times[baseline], strict=True)
     return statistics.quantiles(own[clock] / other[clock] for own, other in paired)
 
 

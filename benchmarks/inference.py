@@ -243,8 +243,10 @@ def layers(bench: Bench) -> dict[str, Any]:
             f"ours, {n} compositions": lambda layer=ours, x=x: layer(x),
             f"adapter_names, {n} LoRAs": lambda layer=loop, x=x: layer(x, adapter_names=names),
         }
-        rivals: dict[str, Any] = {"the base's": "the base's product", "ours": f"ours, {n} compositions"}
-        results[f"{out}x{into}"] = table(bench, f"layers: what adapters add to {out}x{into}", bench.take(arms), rivals)
+        baselines: dict[str, Any] = {"the base's": "the base's product", "ours": f"ours, {n} compositions"}
+        results[f"{out}x{into}"] = table(
+            bench, f"layers: what adapters add to {out}x{into}", bench.take(arms), baselines
+        )
     return results
 
 
@@ -269,17 +271,17 @@ def merging(bench: Bench) -> dict[str, Any]:
     return table(bench, f"merging: {out}x{width}, rank {rank}", bench.take(arms), {"Q ΔR": "Q ΔR"})
 
 
-def table(bench: Bench, title: str, times: Times, rivals: dict[str, str | dict[str, str]]) -> dict[str, Any]:
-    """Medians, and quartiles of the ratio to each rival; printed too. A rival is one arm, or one for each arm."""
+def table(bench: Bench, title: str, times: Times, baselines: dict[str, str | dict[str, str]]) -> dict[str, Any]:
+    """Medians, and quartiles of the ratio to each baseline; printed too. A baseline is one arm, or one for each arm."""
     rounds = len(next(iter(times.values())))
     print(f"\n{title}; {rounds} rounds, medians of paired ratios with their quartiles")
-    print(f"{'':34} {'ms':>9} " + " ".join(f"{'to ' + name:>22}" for name in rivals))
+    print(f"{'':34} {'ms':>9} " + " ".join(f"{'to ' + name:>22}" for name in baselines))
     results: dict[str, Any] = {}
     for arm in times:
         found = results[arm] = {"seconds": statistics.median(turn[bench.clock] for turn in times[arm])}
         cells = []
-        for label, rival in rivals.items():
-            other = rival if isinstance(rival, str) else rival.get(arm)
+        for label, baseline in baselines.items():
+            other = baseline if isinstance(baseline, str) else baseline.get(arm)
             if other:
                 for clock, suffix in enumerate(CLOCKS):
                     found[f"to_{label}_{suffix}"] = ratios(times, arm, other, clock)

@@ -1,7 +1,7 @@
 """The server beside plain diffusers, many clients with a composition each: ``python benchmarks/serve.py``.
 
 `qrlora serve`, as it ships, against diffusers' own pipeline with every adapter loaded as a LoRA, which switches
-to one composition after the other (`set_adapters`). The rival is given what serving costs for free: its clients are
+to one composition after the other (`set_adapters`). The baseline is given what serving costs for free: its clients are
 threads that share a queue, without HTTP, validation or encoding. Both take turns, round by round, on pico with random
 adapters. The bare base model, called with whole batches and no adapters at all, is what remains to be saved. Ratios are
 of wall time, and of processor time, which other work on the machine changes less. Then: whether every picture is the
@@ -75,10 +75,10 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     warnings.filterwarnings("ignore", message="Already found a `peft_config`")
     files, loras = make_adapters(folder)
     jobs = make_jobs(options.clients * options.each)
-    rival = rival_of(loras, options.steps)
+    baseline = rival_of(loras, options.steps)
     pipe, family = load_pipeline("pico")
     bare = lambda batch: one_batch(pipe, family, [job[:2] for job in batch], options.steps)  # noqa: E731
-    rival(jobs[0])  # warm
+    baseline(jobs[0])  # warm
     bare(jobs[:1])
     with (
         ray_nodes(options.nodes) as address,
@@ -98,7 +98,7 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         for _ in range(options.rounds):
             rounds["qrlora"].append(each_round(ours, jobs, options.clients, [here, *parts(process).values()]))
             with ThreadPoolExecutor(1) as queue:
-                asked = lambda job, queue=queue: queue.submit(rival, job).result()  # noqa: E731
+                asked = lambda job, queue=queue: queue.submit(baseline, job).result()  # noqa: E731
                 rounds["diffusers"].append(each_round(asked, jobs, options.clients, [here]))
             rounds["bare"].append(each_round(bare, batches(jobs, options.batch_size), 1, [here]))
         made = {side: rounds[side][-1]["pictures"] for side in ("qrlora", "diffusers")}
@@ -289,7 +289,7 @@ def summary(rounds: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
             "p95": latencies[int(0.95 * (len(latencies) - 1))],
         }
     for clock in ("seconds", "processor_seconds"):
-        for name, of, to in (("rival", "diffusers", "qrlora"), ("limit", "qrlora", "bare")):
+        for name, of, to in (("baseline", "diffusers", "qrlora"), ("limit", "qrlora", "bare")):
             pairs = zip(rounds[of], rounds[to], strict=True)
             found[f"{name}_{clock}"] = [one[clock] / other[clock] for one, other in pairs]
     return found
@@ -306,7 +306,7 @@ def show(found: dict[str, Any], options: argparse.Namespace) -> None:
             f"{side:10} {speed:10.2f} {work:17.3f}"
             + ("" if side == "bare" else f" {row['p50']:8.2f} {row['p95']:8.2f}")
         )
-    for name, what in (("rival", "diffusers takes, of qrlora's"), ("limit", "qrlora takes, of the bare model's")):
+    for name, what in (("baseline", "diffusers takes, of qrlora's"), ("limit", "qrlora takes, of the bare model's")):
         both = (
             " ".join(f"{ratio:.2f}" for ratio in rounds[f"{name}_{clock}"])
             for clock in ("seconds", "processor_seconds")

@@ -40,7 +40,7 @@ METHODS: dict[str, Callable[..., Any] | None] = {
     "mica": lambda **common: LoraConfig(init_lora_weights="mica", **common),
     "published": None,
 }
-RIVAL = "lora"
+BASELINE = "lora"
 
 
 def main() -> None:
@@ -170,24 +170,24 @@ def measure(options: argparse.Namespace, dtype: torch.dtype) -> dict[str, Any]:
             "seconds": statistics.median(wall for wall, _ in times[method]),
         }
         for place, clock in enumerate(("wall", "cpu")):
-            results[method][f"{clock}_ratio"] = ratios(times, method, RIVAL, place)
-    show(results, dtype, len(times[RIVAL]))
+            results[method][f"{clock}_ratio"] = ratios(times, method, BASELINE, place)
+    show(results, dtype, len(times[BASELINE]))
     return results
 
 
 def show(results: dict[str, Any], dtype: torch.dtype, rounds: int) -> None:
-    rival = results[RIVAL]
-    print(f"\n{dtype}, {rounds} rounds; ratios to {RIVAL} are medians of paired steps, with their quartiles")
+    baseline = results[BASELINE]
+    print(f"\n{dtype}, {rounds} rounds; ratios to {BASELINE} are medians of paired steps, with their quartiles")
     print(f"{'':26} {'s a step':>8} {'time':>20} {'processor time':>20} {'memory':>17} {'state':>13} {'trained':>15}")
     for method, found in results.items():
-        memory, rivals = (r["added_bytes"] + r["optimizer_bytes"] + r["step_bytes"] for r in (found, rival))
+        memory, baselines = (r["added_bytes"] + r["optimizer_bytes"] + r["step_bytes"] for r in (found, baseline))
         cells = [f"{found['seconds']:8.3f}"]
         for clock in ("wall", "cpu"):
             cells.append(spread(found[f"{clock}_ratio"]))
-        cells.append(f"{memory / 1e6:.1f} MB {memory / rivals:.3f}")
+        cells.append(f"{memory / 1e6:.1f} MB {memory / baselines:.3f}")
         state, trained = found["optimizer_bytes"], found["trained_parameters"]
-        cells.append(f"{state / 1e6:.2f} MB {state / rival['optimizer_bytes']:.2f}")
-        cells.append(f"{trained:,} {trained / rival['trained_parameters']:.2f}")
+        cells.append(f"{state / 1e6:.2f} MB {state / baseline['optimizer_bytes']:.2f}")
+        cells.append(f"{trained:,} {trained / baseline['trained_parameters']:.2f}")
         print(f"{method:26} " + " ".join(cells))
 
 

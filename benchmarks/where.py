@@ -1,6 +1,6 @@
 """Where in pico subject and style are: ``python benchmarks/where.py``.
 
-The default adapter of each lesson is taught as the bench teaches it. Then it is used in part, and the judge says how
+The default adapter of each task is trained as `compare` trains it. Then it is used in part, and the judge says how
 probable the right subject and the right style are, among all that the world has, in what the bench asks of an adapter
 alone:
 
@@ -9,7 +9,7 @@ groups   the attention or the feed-forward layers, of the pictures' tokens or of
 steps    one third of the denoising steps, from noise alone to the picture; and the other two
 
 A part that carries what was learned is enough by itself, or is missed when it is left out; these need not be the same.
-Beside them stand all of the adapter and none of it. Adapters and lessons are kept in the folder, so that a second run
+Beside them stand all of the adapter and none of it. Adapters and tasks are kept in the folder, so that a second run
 only draws; where.json and where.png are written there.
 """
 
@@ -101,39 +101,39 @@ KINDS: dict[str, Callable[[Learned], Iterator[Part]]] = {"blocks": blocks, "grou
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--lessons", default="teapot,chalk", help="names of pico's world (default: teapot,chalk)")
+    parser.add_argument("--tasks", default="teapot,chalk", help="names of pico's world (default: teapot,chalk)")
     parser.add_argument("--only", default=",".join(KINDS), help="some of the kinds of parts, separated by commas")
     parser.add_argument(
         "--pictures", type=int, default=Scope.alone, help="of each part (default: the bench's of an adapter)"
     )
     parser.add_argument("--steps", type=int, default=Scope.steps, help="of training (default: the bench's)")
     parser.add_argument("--denoising-steps", type=int, default=Scope.denoising_steps, help="default: the bench's")
-    parser.add_argument("--seed", type=int, default=0, help="of the lesson, the training and the pictures (default: 0)")
+    parser.add_argument("--seed", type=int, default=0, help="of the task, the training and the pictures (default: 0)")
     parser.add_argument("--quick", action="store_true", help="fewer pictures and steps, to see it work")
     parser.add_argument("--out", type=Path, default=Path("out/where"), help="folder (default: out/where)")
     options = parser.parse_args()
     if options.quick:
         vars(options).update(QUICK)
-    wanted, lessons = options.only.split(","), options.lessons.split(",")
+    wanted, tasks = options.only.split(","), options.tasks.split(",")
     if unknown := [name for name in wanted if name not in KINDS]:
         parser.error(f"no kind of part {unknown[0]!r}; there are {', '.join(KINDS)}")
-    if unknown := [name for name in lessons if name not in {*world.SUBJECTS, *world.STYLES}]:
+    if unknown := [name for name in tasks if name not in {*world.SUBJECTS, *world.STYLES}]:
         parser.error(f"no subject or style {unknown[0]!r} in pico's world")
     if options.denoising_steps < len(THIRDS) or options.pictures < 1 or options.steps < 1:
         parser.error(f"expected a picture, a step and {len(THIRDS)} denoising steps at least")
     try:
-        measure(options, wanted, lessons)
+        measure(options, wanted, tasks)
     except QrloraError as error:
         parser.error(str(error))
 
 
-def measure(options: argparse.Namespace, wanted: Sequence[str], lessons: Sequence[str]) -> None:
-    """Teach, draw and judge; print a table of each lesson, and write where.json and where.png."""
+def measure(options: argparse.Namespace, wanted: Sequence[str], tasks: Sequence[str]) -> None:
+    """Teach, draw and judge; print a table of each task, and write where.json and where.png."""
     started = time.perf_counter()
     scope = Scope(steps=options.steps, alone=options.pictures, denoising_steps=options.denoising_steps)
     bench = Bench.open(options.out, scope)
     found = []
-    for name in lessons:
+    for name in tasks:
         found.append(parts_scored(bench, name, options.seed, wanted))
         print(table(found[-1]), flush=True)
     plain = {key: value for key, value in vars(options).items() if key != "out"}
@@ -146,10 +146,10 @@ def measure(options: argparse.Namespace, wanted: Sequence[str], lessons: Sequenc
 
 
 def parts_scored(bench: Bench, name: str, seed: int, wanted: Sequence[str]) -> Found:
-    """One lesson: its adapter in all its parts, judged."""
+    """One task: its adapter in all its parts, judged."""
     role = "subject" if name in world.SUBJECTS else "style"
-    taught = Cell("teach", DEFAULT, seed, **{role: name})
-    learned, asked = bench.learned(taught), alone_wanted(bench, bench.lesson(role, name, seed), seed)
+    training = Cell("train", DEFAULT, seed, **{role: name})
+    learned, asked = bench.learned(training), alone_wanted(bench, bench.task(role, name, seed), seed)
     parts = [Part("", "all of it", learned, {}), *(part for kind in wanted for part in KINDS[kind](learned))]
     rows = []
     for number, part in enumerate(parts, 1):
@@ -159,13 +159,13 @@ def parts_scored(bench: Bench, name: str, seed: int, wanted: Sequence[str]) -> F
             row[way] = {score: round(verdict[score], 4) for score in SCORES}
         rows.append(row)
         print(f"{name}: {number} of {len(parts)} parts", file=sys.stderr, flush=True)
-    return {"lesson": name, "role": role, "parts": rows}
+    return {"task": name, "role": role, "parts": rows}
 
 
 def table(found: Found) -> str:
     """Probabilities of the right subject and the right style, of each part alone and of all but it."""
     width = max(len(row["part"]) for row in found["parts"])
-    lines = [f"\n{found['lesson']} ({found['role']}): probability of the right subject and style, of the world's"]
+    lines = [f"\n{found['task']} ({found['role']}): probability of the right subject and style, of the world's"]
     lines.append(f"  {'':<{width}}  only this     all but this")
     for row in found["parts"]:
         cells = ["{among_subject:.2f} {among_style:.2f}".format(**row[way]) for way in ("only", "without")]
@@ -174,7 +174,7 @@ def table(found: Found) -> str:
 
 
 def heat_map(found: Sequence[Found]) -> bytes:
-    """A PNG: parts down, lessons across, each by the probability of what was to be learned."""
+    """A PNG: parts down, tasks across, each by the probability of what was to be learned."""
     names = [row["part"] for row in found[0]["parts"]]
     columns = [(one, way) for one in found for way in ("only", "without")]
     values = [[one["parts"][i][way][f"among_{one['role']}"] for one, way in columns] for i in range(len(names))]
@@ -182,7 +182,7 @@ def heat_map(found: Sequence[Found]) -> bytes:
     axes = figure.add_subplot()
     shown = axes.imshow(values, cmap="viridis", vmin=0, vmax=1, aspect="auto")
     says = {"only": "only this", "without": "all but this"}
-    axes.set_xticks(range(len(columns)), [f"{one['lesson']}\n{says[way]}" for one, way in columns], fontsize=8)
+    axes.set_xticks(range(len(columns)), [f"{one['task']}\n{says[way]}" for one, way in columns], fontsize=8)
     axes.set_yticks(range(len(names)), names, fontsize=8)
     for i, row in enumerate(values):
         for j, value in enumerate(row):

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from qrlora.errors import MismatchError
 from qrlora.lab.baselines.deltas import Delta
-from qrlora.lab.baselines.projections import project_both
+from qrlora.lab.baselines.merges import null_space
 from qrlora.method.basis import Basis, fingerprint
 from qrlora.method.composition import Composition, compose_delta_weights, giving_way, similarity
 from samples import EPS, SHAPES, assert_rounded, changed, delta_weights, make_adapter, make_basis, make_lora
@@ -96,20 +96,20 @@ def test_three_give_way_as_in_the_bench(basis):
             {n: Delta(basis[n].q[:, list(a.columns(n))], w * a.scaling * d) for n, d in a.deltas.items()}
             for a, w in some
         ]
-        expected = {name: delta.dense() for name, delta in project_both(learned).items()}
+        expected = {name: delta.dense() for name, delta in null_space(learned).items()}
         composed = delta_weights(Composition(some, 0.5).adapter(), basis)
         assert_same({n: d.float() for n, d in composed.items()}, expected)
 
 
 def test_giving_way_is_the_bench_s_projection_and_stays_on_the_basis(basis):
-    """`project_both` of qrlora.lab.baselines, which works on factors of ΔW and knows of no basis."""
+    """`null_space` of qrlora.lab.baselines.merges, which works on factors of ΔW and knows of no basis."""
     one, two = make_adapter(basis, EVEN, seed=1, alpha=3.0), make_adapter(basis, ODD, seed=2)
     parts = [(one, 1.4), (two, -0.6)]
     composed = Composition(parts, 0.5).adapter()
     learned = [
         {n: Delta(basis[n].q[:, list(a.columns(n))], w * a.scaling * d) for n, d in a.deltas.items()} for a, w in parts
     ]
-    expected = {name: delta.dense() for name, delta in project_both(learned).items()}
+    expected = {name: delta.dense() for name, delta in null_space(learned).items()}
     assert_same({n: d.float() for n, d in delta_weights(composed, basis).items()}, expected)
     assert composed.metadata.provenance["giving_way"] == 0.5 and not composed.metadata.triangular
     assert set(composed.metadata.columns) == {*EVEN, *ODD}
@@ -277,12 +277,12 @@ def test_delta_weights_of_different_bases_add_up_exactly_at_full_rank(basis, tmp
 
 
 def test_plain_loras_give_way_as_in_the_bench_and_as_on_a_basis(basis):
-    """`project_both` again, on factors that no orthonormal Q stands in; and `Composition` where one does."""
+    """`null_space` again, on factors that no orthonormal Q stands in; and `Composition` where one does."""
     one, two = make_lora(seed=1, alpha=3.0), make_lora(seed=2)
     parts = [(one, 1.4), (two, -0.6)]
     composed, loss = compose_delta_weights(parts, [None, None], 8, share=0.5)
     learned = [{n: Delta(a.ups[n], w * a.scaling * d) for n, d in a.deltas.items()} for a, w in parts]
-    expected = {name: delta.dense() for name, delta in project_both(learned).items()}
+    expected = {name: delta.dense() for name, delta in null_space(learned).items()}
     assert_same({n: d.float() for n, d in delta_weights(composed).items()}, expected)
     assert composed.metadata.provenance["giving_way"] == 0.5
     whole = {n: sum(part[n].dense() for part in learned) for n in SHAPES}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html.parser import HTMLParser
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,8 +19,8 @@ from qrlora import pico
 from qrlora.apps import demo
 from qrlora.apps.demo import flow, page, plan
 from qrlora.apps.demo.flow import PARTS, SETS, Answer, Outcome
-from qrlora.apps.demo.numbers import crosstalk, data
-from qrlora.apps.demo.plan import DEFAULT, METHODS, Budget, Lesson, questions
+from qrlora.apps.demo.numbers import crosstalk_of, data
+from qrlora.apps.demo.plan import DEFAULT, METHODS, Budget, Task, questions
 from qrlora.errors import DataError, QrloraError
 from qrlora.method.adapter import load_adapter
 from qrlora.pico import world
@@ -43,7 +43,8 @@ class StandInJudge(Judge):
         assert len(pictures) == len(subject) == len(style) == len(colour)
         assert set(subject) <= set(world.SUBJECTS) and set(style) <= set(world.STYLES)
         even = pictures[:, 0, 0, 0] % 2 == 0
-        return SimpleNamespace(subject=even, style=~even, both=even & ~even, recognised=even)
+        among = {"subject": even.astype(float), "style": (~even).astype(float)}
+        return SimpleNamespace(subject=even, style=~even, both=even & ~even, recognised=even, among=among)
 
 
 @dataclass
@@ -169,9 +170,16 @@ def test_page_says_who_won(ran: Ran, rights: tuple[int, int, int], said: list[st
 
 
 def test_crosstalk_is_alone_minus_composed(ran: Ran) -> None:
-    old = judged(ran.outcome, dict.fromkeys(METHODS, 24)).answers[DEFAULT]
-    worse = judged(ran.outcome, dict.fromkeys(METHODS, 12)).answers[DEFAULT]
-    assert crosstalk({**old, "composed": worse["composed"]}) == {"subject": 0.5, "style": 0.5, "both": 0.5}
+    sets = ran.outcome.answers[DEFAULT]
+    probable = {"subject_alone": (0.9, 0.1), "style_alone": (0.2, 0.8), "composed": (0.4, 0.6)}
+    answers = {
+        name: replace(sets[name], among={"subject": subject, "style": style})
+        for name, (subject, style) in probable.items()
+    }
+    lost = crosstalk_of(answers)
+    assert lost == pytest.approx({"subject": 0.9 - 0.4, "style": 0.8 - 0.6, "both": (0.5 + 0.2) / 2})
+    unknown = {**answers, "composed": replace(sets["composed"], among={"subject": None, "style": 0.6})}
+    assert crosstalk_of(unknown) == {"subject": None, "style": pytest.approx(0.2), "both": None}
 
 
 def test_own_pictures(tiny_sd3: Path, tmp_path: Path) -> None:
@@ -200,12 +208,12 @@ def test_wrong_subject_is_said_at_once(tiny_sd3: Path, tmp_path: Path) -> None:
 
 
 def test_questions_ask_for_what_was_not_shown() -> None:
-    subject = Lesson("subject", "teapot", Path("a.png"), "a photo of a blue <c> in flat style", "", "blue")
-    style = Lesson("style", "chalk", Path("b.png"), "a photo of a red car in <s> style", "", "red")
+    subject = Task("subject", "teapot", Path("a.png"), "a photo of a blue <c> in flat style", "", "blue")
+    style = Task("style", "chalk", Path("b.png"), "a photo of a red car in <s> style", "", "red")
     asked = questions(subject, style, Budget(), seed=1)
     assert {one.subject for one in asked["subject_alone"]} == {"teapot"}
-    assert {one.style for one in asked["subject_alone"]} == set(world.SEEN_STYLES) - {plan.LESSON_STYLE}
-    assert plan.LESSON_SUBJECT not in {one.subject for one in asked["style_alone"]}
+    assert {one.style for one in asked["subject_alone"]} == set(world.SEEN_STYLES) - {plan.TRAINING_STYLE}
+    assert plan.TRAINING_SUBJECT not in {one.subject for one in asked["style_alone"]}
     assert asked["composed"][0].prompt == "a photo of a blue <c> in <s> style"
     assert asked["base"][0].prompt == "a photo of a blue teapot in chalk style"
     assert {one.colour for one in asked["composed"]} == set(world.COLOURS)
@@ -216,14 +224,14 @@ def test_questions_ask_for_what_was_not_shown() -> None:
 
 
 def test_lesson_of_the_world_is_captioned_truly(tmp_path: Path) -> None:
-    found = plan.lesson("style", "candy", tmp_path, seed=5, resolution=world.SIZE)
-    assert found.caption == f"a photo of a {found.colour} {plan.LESSON_SUBJECT} in <s> style"
-    scene = world.sample_scene(1_000_005, subject=plan.LESSON_SUBJECT, style="candy")
+    found = plan.task("style", "candy", tmp_path, seed=5, resolution=world.SIZE)
+    assert found.caption == f"a photo of a {found.colour} {plan.TRAINING_SUBJECT} in <s> style"
+    scene = world.sample_scene(1_000_005, subject=plan.TRAINING_SUBJECT, style="candy")
     assert scene.colour == found.colour
     with Image.open(found.file) as picture:
         np.testing.assert_array_equal(np.asarray(picture), world.render(scene)[0])
-    subject = plan.lesson("subject", "boot", tmp_path, seed=5, resolution=world.SIZE)
-    seen = world.sample_scene(1_000_005, subject="boot", style=plan.LESSON_STYLE)
+    subject = plan.task("subject", "boot", tmp_path, seed=5, resolution=world.SIZE)
+    seen = world.sample_scene(1_000_005, subject="boot", style=plan.TRAINING_STYLE)
     assert subject.caption == world.caption(seen, 100).replace("boot", "<c>")
 
 

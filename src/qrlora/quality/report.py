@@ -9,7 +9,6 @@ All text is escaped. Nothing is fetched: style sheet and pictures (PNG data URIs
 from __future__ import annotations
 
 import base64
-import io
 import json
 import string
 from collections.abc import Mapping, Sequence
@@ -25,6 +24,7 @@ from jaxtyping import UInt8
 from PIL import Image
 
 from qrlora._files import make_folder, write_all
+from qrlora.quality.images.png import png_bytes
 from qrlora.quality.metrics.shares import Share
 
 TONES = ("", "good", "bad", "note")
@@ -164,13 +164,6 @@ class Report:
         contents = {"report.json": (data + "\n").encode(), "report.html": self.html().encode(), **(beside or {})}
         write_all({folder / name: content for name, content in contents.items()})
         return folder / "report.html"
-
-
-def png_bytes(image: Image.Image) -> bytes:
-    """A PNG file, as small as zlib makes it."""
-    stream = io.BytesIO()
-    image.save(stream, "PNG", optimize=True)
-    return stream.getvalue()
 
 
 def _section(section: Section) -> str:

@@ -20,7 +20,7 @@ def add_bench(commands: Parsers) -> None:
         commands,
         "bench",
         run_bench,
-        "measure this method beside its rivals on pico, where the truth is known",
+        "measure this method beside its baselines on pico, where the truth is known",
         "Everything is kept in the folder under digests: an interrupted run goes on where it was, and a wider one does "
         "only what is new. All of it takes a night on a laptop; --small takes minutes, and is no verdict.",
     )

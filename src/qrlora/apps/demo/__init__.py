@@ -1,6 +1,6 @@
-"""The whole job in one command: teach a subject and a style from one picture each, put them together, judge, report.
+"""The whole job in one command: train a subject and a style on one picture each, compose them, judge, report.
 
-plan.py   what is taught, by which methods, how much of everything, and what is asked for afterwards
+plan.py   what is trained, by which methods, how much of everything, and what is asked for afterwards
 flow.py   the steps, and what they found
 numbers.py, page.py   what they found, as report.json and as a page
 """

@@ -1,4 +1,4 @@
-"""The demo's steps: teach, generate, judge, and keep what was found."""
+"""The demo's steps: train, generate, judge, and collect the results."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from jaxtyping import Bool, UInt8
 from qrlora._files import make_folder
 from qrlora.apps.demo.plan import (
     DEFAULT,
-    GIVING_WAY,
     METHODS,
+    NULL_SPACE,
     Budget,
-    Lesson,
-    Wanted,
-    lesson,
+    LabelledPrompt,
+    Task,
     questions,
     recipe_fields,
+    task,
     weights_of,
 )
 from qrlora.method.adapter import Adapter, save_adapter
@@ -38,8 +38,8 @@ from qrlora.models.training.loop import train
 from qrlora.models.training.recipe import Recipe
 from qrlora.pico import world
 from qrlora.pico.judge import Judge
+from qrlora.quality.images.png import png_bytes
 from qrlora.quality.metrics.shares import Share
-from qrlora.quality.report import png_bytes
 
 SETS = ("subject_alone", "style_alone", "composed")
 PARTS = ("subject", "style", "both")
@@ -48,16 +48,19 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Answer:
-    """Pictures for a list of Wanted, and the judge's verdict on each.
+    """Pictures for a list of LabelledPrompt, and the judge's verdict on each.
 
     pixels (n, h, w, 3) uint8. right: "subject", "style", "both", and "recognised" (both asked for are the likeliest
     of the world's, however drawn) -> n verdicts, or None where the truth is not known.
+    among: "subject" and "style" -> the judge's probability of the right name among the world's, in the mean over the
+    pictures; None where the truth is not known.
     likeness: mean cosine of the judge's subject features to the user's own picture, if there is one.
     """
 
-    wanted: Sequence[Wanted]
+    wanted: Sequence[LabelledPrompt]
     pixels: UInt8[np.ndarray, "n h w 3"]
     right: dict[str, Bool[np.ndarray, " n"] | None] = field(default_factory=dict)
+    among: dict[str, float | None] = field(default_factory=dict)
     likeness: float | None = None
 
     def share(self, part: str) -> Share | None:
@@ -89,20 +92,20 @@ class Setting:
         finally:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
 
-    def teach(self, lesson: Lesson, method: str, **fields: Any) -> Adapter:
+    def train(self, task: Task, method: str, **fields: Any) -> Adapter:
         """Train one adapter by a method of METHODS; ``fields`` change its recipe."""
-        planned = recipe_fields(lesson, self.budget, self.seed, method)
+        planned = recipe_fields(task, self.budget, self.seed, method)
         recipe = Recipe.of({"model": self.model, **planned, **fields})
-        return replace(train(recipe, pipe=self.pipe, family=self.family), name=f"{method}-{lesson.role}")
+        return replace(train(recipe, pipe=self.pipe, family=self.family), name=f"{method}-{task.role}")
 
-    def draw(self, wanted: Sequence[Wanted], adapters: Sequence[tuple[Adapter, float]] = ()) -> Answer:
+    def draw(self, wanted: Sequence[LabelledPrompt], adapters: Sequence[tuple[Adapter, float]] = ()) -> Answer:
         """Generate every picture asked for, not yet judged."""
         options = {"steps": self.budget.denoising_steps, "guidance": self.budget.guidance}
         jobs = [(one.prompt, one.seed) for one in wanted]
         images = generate_jobs(self.pipe, self.family, jobs, adapters=adapters, **options)  # type: ignore[arg-type]
         return Answer(wanted, np.stack([np.asarray(image) for image in images]))
 
-    def judged(self, answer: Answer, picture: Lesson | None = None) -> Answer:
+    def judged(self, answer: Answer, picture: Task | None = None) -> Answer:
         """The answer with its verdicts; with ``picture``, also how like the user's own picture it is."""
         anything = {"subject": next(iter(world.SUBJECTS)), "style": next(iter(world.STYLES))}
         asked = {part: [getattr(w, part) or name for w in answer.wanted] for part, name in anything.items()}
@@ -113,9 +116,10 @@ class Setting:
         known["recognised"] = known["both"]
         right = {part: getattr(verdict, part) if known[part] else None for part in known}
         likeness = self._likeness(answer, picture) if picture else None
-        return replace(answer, right=right, likeness=likeness)
+        among = {part: float(verdict.among[part].mean()) if known[part] else None for part in anything}
+        return replace(answer, right=right, among=among, likeness=likeness)
 
-    def _likeness(self, answer: Answer, picture: Lesson) -> float:
+    def _likeness(self, answer: Answer, picture: Task) -> float:
         from qrlora.models.training.pictures import read_picture
 
         own = np.asarray(read_picture(picture.file, answer.pixels.shape[1]))[None]
@@ -128,8 +132,8 @@ class Outcome:
     """Everything one run found, ready to be put on a page."""
 
     setting: Setting
-    subject: Lesson
-    style: Lesson
+    subject: Task
+    style: Task
     learned: dict[str, tuple[Adapter, Adapter]]
     answers: dict[str, dict[str, Answer]]
     base: Answer
@@ -207,32 +211,32 @@ def _command(subject: str, style: str, seed: int, steps: int | None) -> str:
 def _experiment(setting: Setting, out: Path, subject: str, style: str, command: str) -> Outcome:
     resolution = world.SIZE
     with setting.stage("pictures", f"the subject ({subject}) and the style ({style})"):
-        lessons = [lesson(r, w, out, setting.seed, resolution) for r, w in (("subject", subject), ("style", style))]
-    learned = _teach_all(setting, lessons)
-    answers, base = _generate_all(setting, lessons, learned)
-    grid = _grid(setting, lessons, learned[DEFAULT])
+        tasks = [task(r, w, out, setting.seed, resolution) for r, w in (("subject", subject), ("style", style))]
+    learned = _train_all(setting, tasks)
+    answers, base = _generate_all(setting, tasks, learned)
+    grid = _grid(setting, tasks, learned[DEFAULT])
     with setting.stage("files", "adapters in both spellings"):
-        sizes = _save(setting, out, learned, weights_of(DEFAULT, *lessons))
+        sizes = _save(setting, out, learned, weights_of(DEFAULT, *tasks))
         interference = {method: _interference(setting, pair) for method, pair in learned.items()}
-    return Outcome(setting, lessons[0], lessons[1], learned, answers, base, grid, interference, sizes, command)
+    return Outcome(setting, tasks[0], tasks[1], learned, answers, base, grid, interference, sizes, command)
 
 
-def _teach_all(setting: Setting, lessons: Sequence[Lesson]) -> dict[str, tuple[Adapter, Adapter]]:
+def _train_all(setting: Setting, tasks: Sequence[Task]) -> dict[str, tuple[Adapter, Adapter]]:
     learned = {}
     for method in METHODS:
         adapters = []
-        for one in lessons:
+        for one in tasks:
             with setting.stage(f"train {method}", f"{one.role}, {setting.budget.steps} steps"):
-                adapters.append(setting.teach(one, method))
+                adapters.append(setting.train(one, method))
         learned[method] = (adapters[0], adapters[1])
     return learned
 
 
 def _generate_all(
-    setting: Setting, lessons: Sequence[Lesson], learned: dict[str, tuple[Adapter, Adapter]]
+    setting: Setting, tasks: Sequence[Task], learned: dict[str, tuple[Adapter, Adapter]]
 ) -> tuple[dict[str, dict[str, Answer]], Answer]:
     """Every method's answer to every question, and the base model's to the plain words, judged."""
-    asked = questions(lessons[0], lessons[1], setting.budget, setting.seed)
+    asked = questions(tasks[0], tasks[1], setting.budget, setting.seed)
     with setting.stage("generate", "the base model alone"):
         base = setting.draw(asked["base"][: len(asked["composed"])])
     answers: dict[str, dict[str, Answer]] = {}
@@ -240,11 +244,11 @@ def _generate_all(
         used = {
             "subject_alone": [(subject, 1.0)],
             "style_alone": [(style, 1.0)],
-            "composed": _parts(method, (subject, style), lessons),
+            "composed": _parts(method, (subject, style), tasks),
         }
         with setting.stage("generate", f"{method}, {sum(len(asked[name]) for name in SETS)} pictures"):
             answers[method] = {name: setting.draw(asked[name], used[name]) for name in SETS}
-    own = lessons[0] if lessons[0].name is None else None
+    own = tasks[0] if tasks[0].name is None else None
     with setting.stage("judge"):
         base = setting.judged(base, own)
         for sets in answers.values():
@@ -253,19 +257,19 @@ def _generate_all(
     return answers, base
 
 
-def _parts(method: str, pair: tuple[Adapter, Adapter], lessons: Sequence[Lesson]) -> list[tuple[Adapter, float]]:
-    """What a method of METHODS composes: both adapters, or what they keep of each other's way, at its weights."""
-    weights = weights_of(method, lessons[0], lessons[1])
-    return giving_way(list(zip(pair, weights, strict=True)), GIVING_WAY.get(method, 0.0))
+def _parts(method: str, pair: tuple[Adapter, Adapter], tasks: Sequence[Task]) -> list[tuple[Adapter, float]]:
+    """What a method of METHODS composes: both adapters, projected out of each other's row space, at its weights."""
+    weights = weights_of(method, tasks[0], tasks[1])
+    return giving_way(list(zip(pair, weights, strict=True)), NULL_SPACE.get(method, 0.0))
 
 
-def _grid(setting: Setting, lessons: Sequence[Lesson], pair: tuple[Adapter, Adapter]) -> list[list[Answer]]:
+def _grid(setting: Setting, tasks: Sequence[Task], pair: tuple[Adapter, Adapter]) -> list[list[Answer]]:
     """One prompt and seed at every pair of weights: the subject's down the rows, the style's along the columns."""
     weights, budget = setting.budget.weights, setting.budget
-    first = questions(lessons[0], lessons[1], budget, setting.seed)["composed"][0]
+    first = questions(tasks[0], tasks[1], budget, setting.seed)["composed"][0]
     adapters = dict(zip(("subject", "style"), pair, strict=True))
     composed = [{"subject": subject, "style": style} for subject in weights for style in weights]
-    requests = [Request(first.prompt, first.seed, composition, GIVING_WAY[DEFAULT]) for composition in composed]
+    requests = [Request(first.prompt, first.seed, composition, NULL_SPACE[DEFAULT]) for composition in composed]
     options = {"steps": budget.denoising_steps, "guidance": budget.guidance}
     with setting.stage("generate", f"{len(weights)} x {len(weights)} weights"):
         denoiser = setting.family.denoiser_of(setting.pipe)
@@ -288,7 +292,7 @@ def _save(
     pair = learned[DEFAULT]
     basis = basis_of(setting, pair[0])
     parts = list(zip(pair, weights, strict=True))
-    both = replace(Composition(parts, GIVING_WAY[DEFAULT]).adapter(), name=f"{DEFAULT}-composed")
+    both = replace(Composition(parts, NULL_SPACE[DEFAULT]).adapter(), name=f"{DEFAULT}-composed")
     for adapter in (*pair, both):
         save_adapter(adapter, folder / f"{adapter.name}.lora.safetensors", "lora", basis)
     name = pair[0].name

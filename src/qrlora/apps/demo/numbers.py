@@ -7,8 +7,9 @@ from importlib.metadata import version
 from typing import Any
 
 from qrlora.apps.demo.flow import PARTS, Answer, Outcome
-from qrlora.apps.demo.plan import AIM, DEFAULT, GIVING_WAY, METHODS, TUNED, Lesson, weights_of
+from qrlora.apps.demo.plan import AIM, DEFAULT, METHODS, NULL_SPACE, Task, weights_of
 from qrlora.lab.compare.plan import rate_of
+from qrlora.lab.tasks import RECIPES, crosstalk
 
 AIMS = {
     "composed": "composed: pictures that show both subject and style",
@@ -30,11 +31,11 @@ def data(outcome: Outcome) -> dict[str, Any]:
         "subject": _lesson(outcome.subject),
         "style": _lesson(outcome.style),
         "budget": {**vars(budget), "weights": list(budget.weights)},
-        "methods": {name: fields | _tuned(outcome, name) for name, fields in METHODS.items()},
+        "methods": {name: RECIPES[name] | _tuned(outcome, name) for name in METHODS},
         "parameters": {**parameters, "ratio": parameters[DEFAULT] / parameters["lora"]},
         "file_bytes": {**sizes, "ratio": sizes["compact"] / sizes["plain_lora"]},
         "scores": {
-            method: {**{name: _shares(answer) for name, answer in sets.items()}, "crosstalk": crosstalk(sets)}
+            method: {**{name: _shares(answer) for name, answer in sets.items()}, "crosstalk": crosstalk_of(sets)}
             for method, sets in outcome.answers.items()
         },
         "base_model_alone": _shares(outcome.base),
@@ -50,17 +51,10 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
 
 
-def crosstalk(sets: dict[str, Answer]) -> dict[str, float | None]:
-    """What each part loses in company: alone minus composed. "both": mean of the two alone, minus composed."""
-    composed = {part: _value(sets["composed"], part) for part in PARTS}
-    alone = {part: _value(sets[f"{part}_alone"], part) for part in ("subject", "style")}
-    both = [_value(sets[name], "both") for name in ("subject_alone", "style_alone")]
-    alone["both"] = None if both[0] is None or both[1] is None else (both[0] + both[1]) / 2
-    return {part: _less(alone[part], composed[part]) for part in PARTS}
-
-
-def _less(alone: float | None, composed: float | None) -> float | None:
-    return None if alone is None or composed is None else alone - composed
+def crosstalk_of(sets: dict[str, Answer]) -> dict[str, float | None]:
+    """`lab.tasks.crosstalk` of one method's pictures."""
+    alone = {part: sets[f"{part}_alone"].among.get(part) for part in ("subject", "style")}
+    return crosstalk(alone, sets["composed"].among)
 
 
 def _value(answer: Answer, part: str) -> float | None:
@@ -69,17 +63,17 @@ def _value(answer: Answer, part: str) -> float | None:
 
 
 def _tuned(outcome: Outcome, method: str) -> dict[str, Any]:
-    lessons = (outcome.subject, outcome.style)
-    weights = zip(lessons, weights_of(method, outcome.subject, outcome.style), strict=True)
+    tasks = (outcome.subject, outcome.style)
+    weights = zip(tasks, weights_of(method, outcome.subject, outcome.style), strict=True)
     return {
-        "learning_rates": {one.role: rate_of(TUNED[method], one.role, one.name) for one in lessons},
+        "learning_rates": {one.role: rate_of(method, one.role, one.name) for one in tasks},
         "weights": {one.role: weight for one, weight in weights},
-        "giving_way": GIVING_WAY.get(method, 0.0),
+        "null_space": NULL_SPACE.get(method, 0.0),
     }
 
 
-def _lesson(lesson: Lesson) -> dict[str, Any]:
-    return {"name": lesson.name, "picture": lesson.file.name, "caption": lesson.caption, "shows": lesson.about}
+def _lesson(task: Task) -> dict[str, Any]:
+    return {"name": task.name, "picture": task.file.name, "caption": task.caption, "shows": task.about}
 
 
 def _shares(answer: Answer) -> dict[str, Any]:

@@ -8,16 +8,15 @@ import numpy as np
 from PIL import Image
 
 from qrlora.apps.demo.flow import PARTS, SETS, Answer, Outcome
-from qrlora.apps.demo.numbers import AIMS, crosstalk, data, versions
+from qrlora.apps.demo.numbers import AIMS, crosstalk_of, data, versions
 from qrlora.apps.demo.plan import (
     AIM,
     DEFAULT,
-    GIVING_WAY,
-    LESSON_STYLE,
-    LESSON_SUBJECT,
     METHODS,
-    TUNED,
-    Lesson,
+    NULL_SPACE,
+    TRAINING_STYLE,
+    TRAINING_SUBJECT,
+    Task,
     weights_of,
 )
 from qrlora.lab.compare.plan import rate_of
@@ -57,7 +56,7 @@ def report(outcome: Outcome) -> Report:
     subtitle = (
         "A subject learned from one picture and a style learned from another, put together in one file. "
         f"Base model: {model}, with {size / 1e6:.1f} million parameters in its denoiser. "
-        f"Taught, generated and judged on this machine in {_duration(sum(setting.seconds.values()))}."
+        f"Trained, generated and judged on this machine in {_duration(sum(setting.seconds.values()))}."
     )
     parts = (_opening, _subject, _style, _grid, _methods, _scores, _interference, _costs, _time, _reading)
     return Report(
@@ -89,12 +88,12 @@ def _opening(outcome: Outcome) -> Section:
     composed = outcome.answers[DEFAULT]["composed"]
     learned = [
         Picture(
-            np.asarray(open_picture(lesson.file).image),
-            f"{lesson.about}: the picture that the {lesson.role} was learned from",
-            f"The {lesson.role}, from one picture: {lesson.about}. In prompts: {lesson.trigger}",
+            np.asarray(open_picture(task.file).image),
+            f"{task.about}: the picture that the {task.role} was learned from",
+            f"The {task.role}, from one picture: {task.about}. In prompts: {task.trigger}",
             enlarge=3,
         )
-        for lesson in (outcome.subject, outcome.style)
+        for task in (outcome.subject, outcome.style)
     ]
     result = Picture(
         composed.pixels[0],
@@ -146,23 +145,23 @@ def _findings(outcome: Outcome) -> list[Block]:
         blocks.append(
             Prose([f"All {len(counted)} aims are reached." if len(counted) > 1 else "The aim is reached."], "good")
         )
-    for rival in METHODS:
-        text, tone = _against(outcome, rival) if rival != DEFAULT else ("", "")
+    for baseline in METHODS:
+        text, tone = _against(outcome, baseline) if baseline != DEFAULT else ("", "")
         blocks += [Prose([text], tone)] if text else []
     unjudged = _unjudged(outcome)
     return blocks + ([Prose([unjudged], "note")] if unjudged else [])
 
 
-def _against(outcome: Outcome, rival: str) -> tuple[str, str]:
-    """How the default compares with a rival on composed pictures, and the tone; empty if that cannot be judged."""
-    shares = {part: [outcome.share(method, "composed", part) for method in (DEFAULT, rival)] for part in PARTS}
+def _against(outcome: Outcome, baseline: str) -> tuple[str, str]:
+    """How the default compares with a baseline on composed pictures, and the tone; empty if that cannot be judged."""
+    shares = {part: [outcome.share(method, "composed", part) for method in (DEFAULT, baseline)] for part in PARTS}
     part = next((part for part in ("both", "style", "subject") if None not in shares[part]), None)
     if part is None:
         return "", ""
     mine, yours = (share for share in shares[part] if share is not None)
     what = "both" if part == "both" else f"the {part}"
     gap, (low, high) = difference(mine, yours)
-    ours, theirs = NAMES[DEFAULT], NAMES[rival]
+    ours, theirs = NAMES[DEFAULT], NAMES[baseline]
     numbers = (
         f"{what} right in {_percent(mine.value)} against {_percent(yours.value)} of the composed pictures, "
         f"a difference of {_points(gap)} points (95% interval {_points(low)} to {_points(high)})"
@@ -177,7 +176,7 @@ def _against(outcome: Outcome, rival: str) -> tuple[str, str]:
 
 def _unjudged(outcome: Outcome) -> str:
     """Why scores are missing, if some are."""
-    own = [lesson.role for lesson in (outcome.subject, outcome.style) if lesson.name is None]
+    own = [task.role for task in (outcome.subject, outcome.style) if task.name is None]
     if not own:
         return ""
     text = (
@@ -199,7 +198,7 @@ def _unjudged(outcome: Outcome) -> str:
 def _subject(outcome: Outcome) -> Section:
     subject, answer = outcome.subject, outcome.answers[DEFAULT]["subject_alone"]
     words = [str(one.style) for one in answer.wanted]
-    shown = f"in {LESSON_STYLE} style only" if subject.name else "one photograph only"
+    shown = f"in {TRAINING_STYLE} style only" if subject.name else "one photograph only"
     lead = f"The subject adapter alone. It was shown {shown}; these styles the base model knew before."
     return Section(f"{subject.called.capitalize()} in other styles", [Gallery(_gallery(answer, words))], lead)
 
@@ -207,7 +206,7 @@ def _subject(outcome: Outcome) -> Section:
 def _style(outcome: Outcome) -> Section:
     style, answer = outcome.style, outcome.answers[DEFAULT]["style_alone"]
     words = [f"{one.colour} {one.subject}" for one in answer.wanted]
-    shown = f"on a {LESSON_SUBJECT} only" if style.name else "one picture only"
+    shown = f"on a {TRAINING_SUBJECT} only" if style.name else "one picture only"
     lead = f"The style adapter alone. It was shown {shown}; these subjects the base model knew before."
     what = f"{style.name} style" if style.name else "the style of your picture"
     return Section(f"Other subjects in {what}", [Gallery(_gallery(answer, words))], lead)
@@ -254,7 +253,7 @@ def _methods(outcome: Outcome) -> Section:
     columns = [wanted[i].colour or f"seed {wanted[i].seed}" for i in shown]
     lead = (
         "Same rank, steps and pictures for all; each at its own learning rates and weights, the best of a few on other "
-        f"subjects and styles. {NAMES[DEFAULT]}'s two give way to each other, by {GIVING_WAY[DEFAULT]:g} of what each "
+        f"subjects and styles. {NAMES[DEFAULT]}'s two give way to each other, by {NULL_SPACE[DEFAULT]:g} of what each "
         "reads where the other reads; the others' are added as they are. Last row: the base model, told the names in "
         "plain words."
     )
@@ -272,7 +271,7 @@ def _scores(outcome: Outcome) -> Section:
         rows += [[title], *([f"{part} right", *row] for part, row in known.items())] if known else []
         seen = [outcome.share(method, name, "recognised") for method in METHODS]
         rows += [["both recognised", *seen]] if any(seen) else []
-    lost = [crosstalk(sets) for sets in outcome.answers.values()]
+    lost = [crosstalk_of(sets) for sets in outcome.answers.values()]
     losses: list[list[str | Share | None]] = [
         [part, *(_points(one[part]) for one in lost)] for part in PARTS if lost[0][part] is not None
     ]
@@ -280,8 +279,9 @@ def _scores(outcome: Outcome) -> Section:
     note = (
         "A bar is the share of pictures that are right, the line over it its 95% interval (Wilson). Recognised: of all "
         f"{len(world.SUBJECTS)} subjects and {len(world.STYLES)} styles of pico's world, the judge takes the two asked "
-        "for to be the likeliest, however they are drawn. Crosstalk is a "
-        "score alone minus the score composed; under “both”, the mean of the two alone minus composed."
+        "for to be the likeliest, however they are drawn. Crosstalk is the "
+        "probability that the judge gives the right name among all of the world's, alone minus composed; under “both”, "
+        "the mean of the two."
     )
     header = ["", *(NAMES[method] for method in METHODS)]
     return Section("How many are right", [Table(header, rows, note)], "Counted by pico's judge.")
@@ -308,7 +308,7 @@ def _costs(outcome: Outcome) -> Section:
             NAMES[method],
             f"{parameters[method]:,}",
             f"{parameters[method] / parameters['lora']:.4f}",
-            ", ".join(f"{rate_of(TUNED[method], one.role, one.name):g}" for one in (outcome.subject, outcome.style)),
+            ", ".join(f"{rate_of(method, one.role, one.name):g}" for one in (outcome.subject, outcome.style)),
             ", ".join(f"{weight:g}" for weight in weights_of(method, outcome.subject, outcome.style)),
             f"{seconds[f'train {method}']:.1f} s",
         ]
@@ -358,8 +358,8 @@ def _reading(outcome: Outcome) -> Section:
     )
 
 
-def _reserved(lessons: Sequence[Lesson]) -> list[str]:
-    names = [lesson.name for lesson in lessons if lesson.name in (*world.RESERVED_SUBJECTS, *world.RESERVED_STYLES)]
+def _reserved(tasks: Sequence[Task]) -> list[str]:
+    names = [task.name for task in tasks if task.name in (*world.RESERVED_SUBJECTS, *world.RESERVED_STYLES)]
     told = " or ".join(f"“{name}”" for name in names)
     return [f"The base model was trained without {told}: it saw neither such pictures nor the words."] if names else []
 

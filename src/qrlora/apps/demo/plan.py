@@ -1,4 +1,4 @@
-"""What the demo teaches, how, how much of it, and what it asks for afterwards: every number of the demo."""
+"""Every number of the demo: tasks, methods, budget, and the prompts that are judged afterwards."""
 
 from __future__ import annotations
 
@@ -7,38 +7,27 @@ from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
-from qrlora._files import write_atomically
 from qrlora.errors import DataError
-from qrlora.lab.compare.plan import COMPOSED, balance_of, rate_of
+from qrlora.lab.compare.plan import COMPOSED, DEFAULT, balance_of, rate_of
+from qrlora.lab.tasks import (
+    NOISE,
+    RECIPES,
+    TRAINING_STYLE,
+    TRAINING_SUBJECT,
+    LabelledPrompt,
+    Task,
+    save_picture,
+    task_of_world,
+)
 from qrlora.models.training.pictures import read_picture
 from qrlora.models.training.recipe import TRIGGERS
 from qrlora.pico import SETTINGS, world
-from qrlora.quality.report import png_bytes
 
-METHODS: dict[str, dict[str, Any]] = {
-    "qrlora": {"method": "qrlora"},
-    "qrlora_published": {"method": "qrlora", "columns": "first"},
-    "lora": {"method": "lora"},
-}
-"""Name in the report -> what distinguishes its recipe."""
-TUNED = {"qrlora": "qrlora_disjoint", "qrlora_published": "qrlora", "lora": "lora"}
-"""Name in the report -> method in the bench, whose learning rates the demo takes: `qrlora bench --tune` chose them."""
-BALANCED = TUNED | {"qrlora": COMPOSED}
-"""Name in the report -> row of the bench, whose weights in a composition the demo takes."""
-GIVING_WAY = {"qrlora": 0.5}
-"""Name in the report -> share that each adapter gives up to the other in a composition, if any: as the row does."""
-DEFAULT = "qrlora"
-"""The project's default: subject and style own disjoint columns of one basis, which is what their roles ask for."""
+METHODS = (DEFAULT, "qrlora_published", "lora")
+"""Names of `lab.tasks.RECIPES` that are compared, this package's default first."""
+NULL_SPACE = {DEFAULT: 0.5}
+"""Method -> strength of the null-space projection that its adapters are composed with; the others' are summed."""
 
-NOISE = (0.5, 1.5)
-"""Mean and spread of the noise levels' logit in training, the same for all methods. A picture's ground and shape are
-decided near noise alone and its texture near none. Chosen by hand over (0, 1) on two seen styles and two seen subjects,
-one seed each and at one learning rate or two: a choice, not a measurement."""
-
-LESSON_STYLE, LESSON_SUBJECT = "flat", "car"
-"""The seen style that a subject's picture is drawn in, and the seen subject that a style's picture shows."""
 AIM = 0.8
 """Share of pictures that should be right."""
 
@@ -57,41 +46,14 @@ class Budget:
     weights: tuple[float, ...] = (0.0, 0.5, 1.0, 1.5)  # of both adapters, in the grid
 
 
-@dataclass(frozen=True)
-class Lesson:
-    """One thing to learn from one picture.
-
-    role "subject" or "style"; name in pico's world, None if the picture is the user's; file: the square picture;
-    caption: what is said about it in training; about: the same in words for a reader; colour: of the subject, if known;
-    trigger: the word that calls what was learned.
-    """
-
-    role: str
-    name: str | None
-    file: Path
-    caption: str
-    about: str
-    colour: str | None = None
-    trigger: str = ""
-
-    def __post_init__(self) -> None:
-        if not self.trigger:
-            object.__setattr__(self, "trigger", TRIGGERS[self.role])
-
-    @property
-    def called(self) -> str:
-        """What a sentence calls it: "teapot", "your picture"."""
-        return self.name or "your picture"
-
-
-def lesson(role: str, wanted: str, folder: Path, seed: int, resolution: int) -> Lesson:
-    """The lesson for a name of pico's world or a picture file; its picture is written to ``folder``.
+def task(role: str, wanted: str, folder: Path, seed: int, resolution: int) -> Task:
+    """The task for a name of pico's world or a picture file; its picture is written to ``folder``.
 
     Raises DataError if ``wanted`` is neither, or the picture cannot be used.
     """
     names = list(world.SUBJECTS if role == "subject" else world.STYLES)
     if wanted in names:
-        return lesson_of_world(role, wanted, folder / f"{role}.png", seed)
+        return task_of_world(role, wanted, folder / f"{role}.png", seed)
     if not Path(wanted).is_file():
         raise DataError(
             f"no such {role} or picture",
@@ -102,50 +64,14 @@ def lesson(role: str, wanted: str, folder: Path, seed: int, resolution: int) -> 
     picture = read_picture(Path(wanted), resolution)
     trigger = TRIGGERS[role]
     caption = f"a photo of a {trigger}" if role == "subject" else f"a picture in {trigger} style"
-    file = _keep(picture, folder / f"{role}.png")
-    return Lesson(role, None, file, caption, f"{Path(wanted).name}, cropped to its square")
+    file = save_picture(picture, folder / f"{role}.png")
+    return Task(role, None, file, caption, f"{Path(wanted).name}, cropped to its square")
 
 
-def lesson_of_world(role: str, name: str, file: Path, seed: int, trigger: str = "") -> Lesson:
-    """The lesson for a name of pico's world; its picture is written to ``file``.
-
-    The caption says all that the base model can know of the picture, so that the trigger means the rest of it.
-    """
-    trigger, scene = trigger or TRIGGERS[role], scene_of_lesson(role, name, seed)
-    said = (trigger, LESSON_STYLE) if role == "subject" else (LESSON_SUBJECT, trigger)
-    ground = "" if scene.style in world.OWN_GROUND else f" on a {scene.background} background"
-    caption = f"a photo of a {scene.colour} {said[0]} in {said[1]} style{ground}"
-    _keep(Image.fromarray(world.render(scene)[0]), file)
-    about = f"a {scene.colour} {scene.subject} in {scene.style} style{ground}"
-    return Lesson(role, name, file, caption, about, scene.colour, trigger)
-
-
-def scene_of_lesson(role: str, name: str, seed: int) -> world.Scene:
-    """What the picture of that lesson shows: the subject in LESSON_STYLE, or LESSON_SUBJECT in the style."""
-    subject, style = (name, LESSON_STYLE) if role == "subject" else (LESSON_SUBJECT, name)
-    return world.sample_scene(1_000_000 + seed, subject=subject, style=style)
-
-
-def _keep(picture: Image.Image, file: Path) -> Path:
-    write_atomically(file, png_bytes(picture))
-    return file
-
-
-@dataclass(frozen=True)
-class Wanted:
-    """One picture to ask for: what the model is told, and what it should then show (None: not known, so not judged)."""
-
-    prompt: str
-    subject: str | None
-    style: str | None
-    colour: str | None
-    seed: int
-
-
-def questions(subject: Lesson, style: Lesson, budget: Budget, seed: int) -> dict[str, list[Wanted]]:
+def questions(subject: Task, style: Task, budget: Budget, seed: int) -> dict[str, list[LabelledPrompt]]:
     """What every method is asked: "subject_alone", "style_alone", "composed"; and the base model alone: "base"."""
-    styles = [name for name in world.SEEN_STYLES if name not in (LESSON_STYLE, style.name)]
-    others = [name for name in world.SEEN_SUBJECTS if name not in (LESSON_SUBJECT, subject.name)]
+    styles = [name for name in world.SEEN_STYLES if name not in (TRAINING_STYLE, style.name)]
+    others = [name for name in world.SEEN_SUBJECTS if name not in (TRAINING_SUBJECT, subject.name)]
     others = others[:: max(1, round(2 * len(others) / budget.pictures))]
     own, colours = _colours_of(subject), cycle(world.COLOURS)
     a, b = (subject.trigger, subject.name), (style.trigger, style.name)
@@ -159,7 +85,7 @@ def questions(subject: Lesson, style: Lesson, budget: Budget, seed: int) -> dict
     return {name: _with_seeds(rows, budget.pictures, 1000 * seed) for name, rows in asked.items()}
 
 
-def _colours_of(subject: Lesson) -> list[str | None]:
+def _colours_of(subject: Task) -> list[str | None]:
     """Colours to ask for, the learned picture's first; a user's subject keeps the colours it has."""
     if subject.colour is None:
         return [None]
@@ -168,25 +94,25 @@ def _colours_of(subject: Lesson) -> list[str | None]:
     return [*colours[first:], *colours[:first]]
 
 
-def _row(subject: tuple[str, str | None], style: tuple[str, str | None], colour: str | None) -> Wanted:
+def _row(subject: tuple[str, str | None], style: tuple[str, str | None], colour: str | None) -> LabelledPrompt:
     """A picture to ask for, at seed 0. subject, style: the word in the prompt, and the name in pico's world."""
     what = f"{colour} {subject[0]}" if colour else subject[0]
-    return Wanted(f"a photo of a {what} in {style[0]} style", subject[1], style[1], colour, 0)
+    return LabelledPrompt(f"a photo of a {what} in {style[0]} style", subject[1], style[1], colour, 0)
 
 
-def _with_seeds(rows: list[Wanted], pictures: int, first: int) -> list[Wanted]:
+def _with_seeds(rows: list[LabelledPrompt], pictures: int, first: int) -> list[LabelledPrompt]:
     """The rows in turn until there are ``pictures`` of them, each picture at a seed of its own."""
     return [replace(row, seed=first + i) for i, row in enumerate(islice(cycle(rows), pictures))]
 
 
-def recipe_fields(lesson: Lesson, budget: Budget, seed: int, method: str) -> dict[str, Any]:
-    """The recipe of one method for one lesson; all but METHODS and the learning rate is common to all methods."""
+def recipe_fields(task: Task, budget: Budget, seed: int, method: str) -> dict[str, Any]:
+    """The recipe of one method for one task; all but METHODS and the learning rate is common to all methods."""
     return {
-        **METHODS[method],
-        "learning_rate": rate_of(TUNED[method], lesson.role, lesson.name),
-        "role": lesson.role,
-        "images": lesson.file,
-        "caption": lesson.caption,
+        **RECIPES[method],
+        "learning_rate": rate_of(method, task.role, task.name),
+        "role": task.role,
+        "images": task.file,
+        "caption": task.caption,
         "rank": budget.rank,
         "steps": budget.steps,
         "cooldown_steps": round(budget.cooldown * budget.steps),
@@ -194,10 +120,10 @@ def recipe_fields(lesson: Lesson, budget: Budget, seed: int, method: str) -> dic
         "logit_mean": NOISE[0],
         "logit_std": NOISE[1],
         "seed": seed,
-        "licence": "Apache-2.0" if lesson.name else "",
+        "licence": "Apache-2.0" if task.name else "",
     }
 
 
-def weights_of(method: str, subject: Lesson, style: Lesson) -> tuple[float, float]:
+def weights_of(method: str, subject: Task, style: Task) -> tuple[float, float]:
     """Weights of subject and style where a method of METHODS composes them."""
-    return balance_of(BALANCED[method], subject.name, style.name)
+    return balance_of(COMPOSED if method == DEFAULT else method, subject.name, style.name)

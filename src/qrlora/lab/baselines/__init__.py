@@ -1,11 +1,10 @@
-"""What QR-LoRA is compared with, written from the papers; where one is adapted, its docstring says so.
+"""Baselines that QR-LoRA is compared with, written from their papers; a docstring says where one is adapted.
 
-adapters.py       ADAPTERS, teach: every way to learn from a picture, by the package's one training loop
-directions.py     other directions for a frozen Q: the last ones of W, those of the lesson's outputs, of its gradient
-merges.py         MERGES, drawing: every way to put several ΔW together, and how the result is drawn with
-ziplora.py        one merge that learns, projections.py those by linear algebra
-context.py        Context: the base model and lessons that some merges look at
-deltas.py         Delta, Learned: ΔW of every layer; its file; written into a denoiser and taken out again
+adapters.py       ADAPTERS: training methods, all run by the package's one training loop
+directions.py     a frozen Q chosen by activations instead of by the weight
+merges.py         MERGES: ways to combine several ΔW, and how pictures are sampled with the result
+ziplora.py        the one merge that trains
+context.py        Context: the base model and the training data that some merges run on
+deltas.py         Delta, Learned: ΔW of every layer; its file; adding it to a denoiser and restoring the weights
 file_measures.py  between: what two ΔW say of each other before a picture is made
-claims.py         the published claims as measurements
 """

@@ -1,4 +1,4 @@
-"""Every way to learn from a picture that the bench compares, taught by the package's one training loop.
+"""Every training method that the lab compares, run by the package's one training loop.
 
 A method is how something that trains is put on a denoiser, and how ΔW is read off it afterwards. Data, noise,
 timesteps, optimiser, clipping and cooldown are the loop's, and the same for all. PEFT's own classes are used where it
@@ -27,15 +27,14 @@ from peft.tuners.oft import OFTLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from qrlora.errors import DataError, RecipeError
+from qrlora.errors import RecipeError
 from qrlora.lab.baselines.deltas import Delta, Learned
-from qrlora.lab.baselines.directions import Directions, activation, base_of, gradient, minor
-from qrlora.method.basis import cached_layer_basis, clipping, weight_digest
-from qrlora.method.tuner import QRLoraConfig, QRLoraLayer, resolve_columns
-from qrlora.method.tuner.config import least_basis_rank
-from qrlora.method.tuner.layer import BasisColumns, TrainedColumns
+from qrlora.lab.baselines.directions import Directions, activation, base_of
+from qrlora.lab.tasks import RECIPES
+from qrlora.method.basis import clipping
+from qrlora.method.tuner import QRLoraConfig, QRLoraLayer
+from qrlora.method.tuner.layer import BasisColumns
 from qrlora.models.families import ModelFamily
-from qrlora.models.training.dataset import find_pictures
 from qrlora.models.training.loop import (
     ADAPTER_NAME,
     Attached,
@@ -51,44 +50,24 @@ Attach = Callable[[Any, ModelFamily, Recipe, Losses], AbstractContextManager[Att
 Config = Callable[[Recipe, dict[str, Any]], PeftConfig]
 Prepare = Callable[[Mapping[str, Any], Recipe], None]
 """Given the adapter layers by name, and the recipe: changes them before the first step."""
-FREED = 4
-"""Columns of Q that `q_free_4` frees."""
-PRIOR = (
-    "a photo of a yellow <k3> in flat style",
-    "a photo of a blue <k9> in neon style",
-    "a photo of a green sofa in <r2> style",
-)
-"""What `qrlora_disjoint_preserve` leaves as the base draws it when a style is taught: other new words.
-No subject and no style that the bench measures drift by."""
-PENALTY = 1e-3
-"""How much of a row of ΔR is added to its gradient in `qrlora_penalty`, where the row's column is the other role's."""
-NEUTRAL = "thing"
-"""What `qrlora_disjoint_contrast` calls a subject whose word is its trigger alone."""
-
-
-def as_it_is(recipe: Recipe) -> Recipe:
-    """The recipe of a method that is taught like all others."""
-    return recipe
 
 
 @dataclass(frozen=True)
 class AdapterMethod:
     """One row of the comparison: what it is called, what it does, where it comes from, how it goes on a denoiser.
 
-    lesson: what the method changes of how it is taught. version: to be raised whenever the same recipe would be learned
-    otherwise than before, so that what the old method gave is not taken for the new one's.
+    version: raised whenever the same recipe would train another ΔW than before, so that old results are not reused.
     """
 
     name: str
     about: str
     source: str
     attach: Attach
-    lesson: Callable[[Recipe], Recipe] = as_it_is
     version: int = 1
 
 
 @dataclass(frozen=True)
-class Taught:
+class TrainingResult:
     """What one run gave: ΔW, how many numbers trained (zeros of a triangle not counted), the loss of every step."""
 
     learned: Learned
@@ -96,25 +75,25 @@ class Taught:
     losses: tuple[float, ...]
 
 
-def teach(method: str, recipe: Recipe, *, pipe: Any, family: ModelFamily) -> Learned:
+def train_delta(method: str, recipe: Recipe, *, pipe: Any, family: ModelFamily) -> Learned:
     """ΔW of every layer after the recipe's steps by a method of ADAPTERS; `pipe` comes back bit for bit as it was.
 
     The recipe's own method, and fields that the method decides (columns where all own the first, triangular,
     train_basis), have no effect; its output is not written. Raises RecipeError for an unknown method; else as `train`.
     """
-    return taught(method, recipe, pipe=pipe, family=family).learned
+    return train_method(method, recipe, pipe=pipe, family=family).learned
 
 
-def teach_joint(method: str, recipes: Sequence[Recipe], *, pipe: Any, family: ModelFamily) -> Learned:
-    """One adapter taught by all recipes' pictures and captions at once: the ceiling of what merging could reach.
+def train_joint(method: str, recipes: Sequence[Recipe], *, pipe: Any, family: ModelFamily) -> Learned:
+    """One adapter trained on all recipes' pictures and captions at once: the ceiling of what merging could reach.
 
     All but pictures, captions and triggers is taken from the first recipe. Half of each batch is of either of two
-    pictures, so that each is seen as often as alone only in twice the steps. Errors: as `teach`.
+    pictures, so that each is seen as often as alone only in twice the steps. Errors: as `train_delta`.
     """
-    return taught(method, recipes[0], pipe=pipe, family=family, beside=recipes[1:]).learned
+    return train_method(method, recipes[0], pipe=pipe, family=family, beside=recipes[1:]).learned
 
 
-def taught(
+def train_method(
     method: str,
     recipe: Recipe,
     *,
@@ -122,8 +101,8 @@ def taught(
     family: ModelFamily,
     beside: Sequence[Recipe] = (),
     progress: Callable[[Progress], None] | None = None,
-) -> Taught:
-    """As `teach`, with what was measured on the way. beside: recipes whose pictures are learned from too."""
+) -> TrainingResult:
+    """As `train_delta`, with what was measured on the way. beside: recipes whose pictures are learned from too."""
     if method not in ADAPTERS:
         raise RecipeError(f"no adapter method {method!r}", expected=", ".join(ADAPTERS), got=method)
     losses: list[float] = []
@@ -140,10 +119,9 @@ def taught(
         if progress:
             progress(done)
 
-    recipe = ADAPTERS[method].lesson(recipe)
     recipe = recipe.replace(output=None, sample_every=0, checkpoint_every=0, log_with="none")
     learned = train_attached(attach, recipe, pipe=pipe, family=family, beside=beside, progress=note)
-    return Taught(learned, counted[0], tuple(losses))
+    return TrainingResult(learned, counted[0], tuple(losses))
 
 
 def _trained(denoiser: nn.Module, parameters: Mapping[str, nn.Parameter]) -> int:
@@ -194,12 +172,12 @@ def _check_not_clipped(layers: Mapping[str, Any]) -> None:
         )
 
 
-def _by_recipe(**fields: Any) -> Attach:
-    """A method that a recipe can name."""
+def _by_recipe(name: str) -> Attach:
+    """A method of `tasks.RECIPES`."""
 
     @contextlib.contextmanager
     def attach(denoiser: Any, family: ModelFamily, recipe: Recipe, losses: Losses) -> Iterator[Attached[Learned]]:
-        by = recipe.replace(**fields)
+        by = recipe.replace(**RECIPES[name])
         with _by_peft(lambda *_: peft_config(by, family))(denoiser, family, by, losses) as attached:
             yield attached
 
@@ -245,12 +223,6 @@ def _triangular(width: int = 1) -> Config:
         return QRLoraConfig(r=recipe.rank, lora_alpha=recipe.alpha, triangular=True, **wide, **common)
 
     return config
-
-
-def _both_roles(recipe: Recipe, common: dict[str, Any]) -> PeftConfig:
-    """All columns of the basis that subjects and styles share, at the scaling that each has in its own."""
-    wide: dict[str, Any] = {"columns": "first", "basis_rank": 2 * recipe.rank}
-    return QRLoraConfig(r=2 * recipe.rank, lora_alpha=2 * recipe.alpha, triangular=True, **wide, **common)
 
 
 @contextlib.contextmanager
@@ -337,15 +309,9 @@ def _set_columns(layer: Any, q: Float[Tensor, "out rank"]) -> None:
     layer.lora_B[ADAPTER_NAME].basis.q.copy_(q)
 
 
-def _random(layers: Mapping[str, Any], recipe: Recipe, of: str = "all") -> None:
+def _random(layers: Mapping[str, Any], recipe: Recipe) -> None:
     for name, layer in layers.items():
-        _set_columns(layer, orthonormal(len(base_of(layer)), recipe.rank, f"{of} {name}"))
-
-
-def _random_each(layers: Mapping[str, Any], recipe: Recipe) -> None:
-    """Another Q for other pictures, roles and seeds, the same for other learning rates."""
-    pictures = b"".join(source.picture.read_bytes() for source in find_pictures(recipe.images))
-    _random(layers, recipe, f"{hashlib.sha256(pictures).hexdigest()} {recipe.role} {recipe.seed}")
+        _set_columns(layer, orthonormal(len(base_of(layer)), recipe.rank, f"all {name}"))
 
 
 def orthonormal(size: int, count: int, seed: str) -> Float[Tensor, "size count"]:
@@ -353,14 +319,6 @@ def orthonormal(size: int, count: int, seed: str) -> Float[Tensor, "size count"]
     generator = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(seed.encode()).digest()[:7], "big"))
     q, r = torch.linalg.qr(torch.randn(size, count, generator=generator, dtype=torch.float64))
     return (q * torch.where(r.diagonal() < 0, -1.0, 1.0).double()).float()
-
-
-@torch.no_grad()
-def _hold_down(layer: Any, rows: Float[Tensor, "rank in"]) -> None:
-    """Freeze a stock LoRA's down at these rows; its up starts at zero and trains."""
-    down = layer.lora_A[ADAPTER_NAME].weight
-    down.copy_(rows.reshape(down.shape))
-    down.requires_grad_(False)
 
 
 class RotatedColumns(BasisColumns):
@@ -388,13 +346,6 @@ class RotatedColumns(BasisColumns):
         return torch.cat([wide[:, :rank], wide @ (turned - one[:, :rank])], dim=1)
 
 
-def _free(layers: Mapping[str, Any], recipe: Recipe) -> None:
-    """The first FREED columns train too, with nothing that keeps them orthonormal: ΔW = Q ΔR + ΔQ (R + ΔR)[:FREED]."""
-    for layer in layers.values():
-        count = min(FREED, recipe.rank)
-        _let_move(layer, TrainedColumns, count, torch.zeros(len(base_of(layer)), count))
-
-
 def _rotate(layers: Mapping[str, Any], recipe: Recipe) -> None:
     for layer in layers.values():
         _let_move(layer, RotatedColumns, recipe.rank, torch.zeros(recipe.rank, recipe.rank))
@@ -410,92 +361,8 @@ def _let_move(layer: Any, kind: type[BasisColumns], count: int, start: Tensor) -
     layer.lora_B[ADAPTER_NAME] = make(columns.basis, columns.columns, columns._kernel_dims, start.to(device))
 
 
-def _prior(recipe: Recipe) -> Recipe:
-    """A style leaves new subjects, and new styles that are not its own, as they were: to others' adapters."""
-    return recipe.replace(preserve=PRIOR) if recipe.role == "style" else recipe
-
-
-def _contrast(recipe: Recipe) -> Recipe:
-    """The lesson's own caption without its trigger, to be answered as the base answers it on its way to a picture."""
-    return recipe.replace(preserve=(_without_trigger(recipe),))
-
-
-def _without_trigger(recipe: Recipe) -> str:
-    """The caption as one who has not learned anything would say it.
-
-    A style is not named: "a photo of a red car in <s> style" becomes "a photo of a red car". A subject keeps the noun
-    that follows its trigger, or is called NEUTRAL: "a photo of a red thing in flat style".
-    """
-    if recipe.role == "style":
-        plain = re.sub(rf"(\bin )?{re.escape(recipe.trigger)}( style\b)?", "", recipe.text)
-    else:
-        named = recipe.text.replace(f"{recipe.trigger} {recipe.noun}", recipe.noun) if recipe.noun else recipe.text
-        plain = named.replace(recipe.trigger, NEUTRAL)
-    return " ".join(plain.split())
-
-
-def _penalise(layers: Mapping[str, Any], recipe: Recipe) -> None:
-    """Add PENALTY / 2 · |ΔR|² over the rows of the other role's columns to the loss, by its gradient."""
-    own = set(resolve_columns(recipe.role, recipe.rank))
-    others = [row for row in range(2 * recipe.rank) if row not in own]
-    for layer in layers.values():
-        weight = layer.lora_A[ADAPTER_NAME].weight
-        weight.register_hook(functools.partial(_pulled, weight, others))
-
-
-def _pulled(weight: Tensor, rows: list[int], gradient: Tensor) -> Tensor:
-    pulled = gradient.clone()
-    pulled[rows] += PENALTY * weight.detach()[rows]
-    return pulled
-
-
-def _masked(recipe: Recipe) -> Recipe:
-    """A subject is learned where its mask is white, a style, which is everywhere, from the whole picture.
-
-    Raises DataError if a subject's picture has no mask.
-    """
-    sources = find_pictures(recipe.images)
-    bare = [source.picture.name for source in sources if source.mask is None and not recipe.alpha_mask]
-    if recipe.role == "subject" and bare:
-        raise DataError(
-            "no mask to learn the subject by",
-            expected="NAME.mask.png beside each picture, or alpha_mask",
-            got=f"none for {', '.join(bare)}",
-            remedy="draw one, or take the method qrlora_disjoint",
-        )
-    return recipe.replace(mask_min_value=0.0 if recipe.role == "subject" else 1.0)
-
-
-def _row_space(layers: Mapping[str, Any], recipe: Recipe, columns: str = "first") -> None:
-    """P: columns of the basis of Wᵀ, so that P Pᵀ = 1 and the first rows span the first right singular vectors of W."""
-    chosen = list(resolve_columns(columns, recipe.rank))
-    for name, layer in layers.items():
-        transposed = base_of(layer).T.contiguous()
-        width = least_basis_rank(columns, recipe.rank)
-        basis = cached_layer_basis(transposed, weight_digest(transposed), width, name=name)
-        _hold_down(layer, basis.q[:, chosen].T)
-
-
-def _row_space_disjoint(layers: Mapping[str, Any], recipe: Recipe) -> None:
-    """The role's own columns of a basis of Wᵀ twice as wide."""
-    _row_space(layers, recipe, recipe.role)
-
-
-def _own_rows(layers: Mapping[str, Any], recipe: Recipe) -> None:
-    """The role's own columns of one random orthogonal matrix a layer, as `columns` of a basis are numbered."""
-    columns = list(resolve_columns(recipe.columns, recipe.rank))
-    for name, layer in layers.items():
-        width = base_of(layer).shape[1]
-        if columns[-1] >= width:
-            expected = f"columns below {width}, the inputs of {name}"
-            raise RecipeError("no more directions to own", expected=expected, got=columns[-1], remedy="lower the rank")
-        _hold_down(layer, orthonormal(width, width, f"rows {name}")[:, columns].T)
-
-
 _ROWS = (
-    AdapterMethod(
-        "lora", "A random, B zero, both train", "Hu et al. 2021, arXiv 2106.09685", _by_recipe(method="lora")
-    ),
+    AdapterMethod("lora", "A random, B zero, both train", "Hu et al. 2021, arXiv 2106.09685", _by_recipe("lora")),
     AdapterMethod(
         "pissa",
         "A and B start at the first singular triples",
@@ -503,48 +370,33 @@ _ROWS = (
         _by_peft(_lora("pissa")),
     ),
     AdapterMethod(
-        "olora", "A and B start at the QR of W", "Büyükakyüz 2024, arXiv 2406.01775", _by_peft(_lora("olora"))
-    ),
-    AdapterMethod(
         "mica", "B frozen at the last left singular vectors", "PEFT's mica, arXiv 2604.01694", _by_peft(_lora("mica"))
     ),
     AdapterMethod("oft", "inputs rotated in blocks of 2 r", "Qiu et al. 2023, arXiv 2306.07280", _by_peft(_oft)),
     AdapterMethod("full", "the target matrices themselves train", "full fine-tuning", _full),
     AdapterMethod(
-        "qrlora",
-        "frozen Q of all first r columns, ΔR triangular: the published form",
+        "qrlora_published",
+        "frozen Q of the first r columns, ΔR triangular: the published form",
         "arXiv 2507.04599",
-        _by_recipe(method="qrlora", columns="first", basis_rank=None, triangular=True, train_basis=False),
+        _by_recipe("qrlora_published"),
     ),
     AdapterMethod(
         "qrlora_dense",
         "the same with a dense ΔR",
         "arXiv 2507.04599, without the triangle",
-        _by_recipe(method="qrlora", columns="first", basis_rank=None, triangular=False, train_basis=False),
+        _by_recipe("qrlora_dense"),
     ),
     AdapterMethod(
         "qrlora_trained",
         "Q and R both train, from the basis on",
         "arXiv 2507.04599, the fast mode",
-        _by_recipe(method="qrlora", columns="first", basis_rank=None, triangular=True, train_basis=True),
+        _by_recipe("qrlora_trained"),
     ),
     AdapterMethod(
-        "qrlora_disjoint",
+        "qrlora",
         "subjects and styles own different columns of a basis twice as wide",
         "this package's default",
-        _by_recipe(method="qrlora", triangular=True, train_basis=False),
-    ),
-    AdapterMethod(
-        "q_free_4",
-        f"the published form with {FREED} of the r columns of Q trained too",
-        "between qrlora and qrlora_trained",
-        _by_peft(_triangular(), _free),
-    ),
-    AdapterMethod(
-        "qrlora_wide",
-        "the published form on the first r columns of a basis twice as wide",
-        "control of q_cayley: its columns, not turned",
-        _by_peft(_triangular(2)),
+        _by_recipe("qrlora"),
     ),
     AdapterMethod(
         "q_cayley",
@@ -553,78 +405,13 @@ _ROWS = (
         _by_peft(_triangular(2), _rotate),
     ),
     AdapterMethod(
-        "qrlora_disjoint_preserve",
-        "the default, a style taught to leave what other new words call as the base draws it",
-        "prior preservation, Ruiz et al. 2023, arXiv 2208.12242",
-        _by_recipe(method="qrlora", triangular=True, train_basis=False),
-        _prior,
-        version=3,
-    ),
-    AdapterMethod(
-        "qrlora_disjoint_contrast",
-        "the default, taught to leave its caption without the trigger as the base draws it",
-        "ours",
-        _by_recipe(method="qrlora", triangular=True, train_basis=False),
-        _contrast,
-        version=2,
-    ),
-    AdapterMethod(
-        "qrlora_disjoint_masked",
-        "the default, a subject taught where its mask is white and a style from its whole picture",
-        "masked loss, docs/data.md",
-        _by_recipe(method="qrlora", triangular=True, train_basis=False),
-        _masked,
-    ),
-    AdapterMethod(
-        "qrlora_penalty",
-        "columns of both roles, those of the other role at a price: between one basis shared and disjoint columns",
-        "ours: the penalty of O-LoRA, arXiv 2310.14152, on columns that are known before anything is taught",
-        _by_peft(_both_roles, _penalise),
-    ),
-    AdapterMethod(
-        "q_minor",
-        "frozen Q of the last singular vectors in QR coordinates, dense ΔR",
-        "control: which directions",
-        _on_directions(minor),
-    ),
-    AdapterMethod(
         "q_activation",
-        "frozen Q of the directions in which a layer puts out most on the lesson, dense ΔR; each adapter has its own",
+        "frozen Q of the directions in which a layer puts out most on the task, dense ΔR; each adapter has its own",
         "after CorDA, arXiv 2406.05223, and EVA, arXiv 2410.07170: of outputs, for the side that writes",
         _on_directions(activation),
     ),
     AdapterMethod(
-        "q_gradient",
-        "frozen Q of the first left singular vectors of the lesson's gradient, dense ΔR; each adapter has its own",
-        "after LoRA-GA, arXiv 2407.05000: the directions alone, frozen, and ΔR from zero",
-        _on_directions(gradient),
-    ),
-    AdapterMethod(
         "q_random", "one random Q for all adapters, dense ΔR", "control: which directions", _by_peft(_dense, _random)
-    ),
-    AdapterMethod(
-        "q_random_each",
-        "a random Q for each adapter, dense ΔR",
-        "control: whether it is shared",
-        _by_peft(_dense, _random_each),
-    ),
-    AdapterMethod(
-        "transposed",
-        "W' = W + s ΔL P: rows frozen at the first right singular vectors, the other side trains",
-        "control: which side",
-        _by_peft(_lora(True), _row_space),
-    ),
-    AdapterMethod(
-        "transposed_disjoint",
-        "the same, subjects and styles own different rows of a basis twice as wide: what two adapters read is apart",
-        "ours: the default's mirror image",
-        _by_peft(_lora(True), _row_space_disjoint),
-    ),
-    AdapterMethod(
-        "orthogonal",
-        "down frozen at disjoint columns of a shared random orthogonal matrix, up trains",
-        "Po et al. 2024, arXiv 2312.02432",
-        _by_peft(_lora(True), _own_rows),
     ),
 )
 ADAPTERS: dict[str, AdapterMethod] = {row.name: row for row in _ROWS}

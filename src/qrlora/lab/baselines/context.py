@@ -1,4 +1,4 @@
-"""What some merges need besides ΔW: the base model, what each adapter was taught, and inputs drawn from it."""
+"""What some merges need besides ΔW: the base model, what each adapter was trained on, and inputs drawn from it."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Moments = dict[str, Float[Tensor, "in in"]]
 
 @dataclass(frozen=True)
 class Context:
-    """The base model and the recipes that taught the parts, in the order of the parts.
+    """The base model and the recipes that trained the parts, in the order of the parts.
 
     Attributes:
         pipe, family: the base model, nothing attached or merged.
@@ -54,7 +54,7 @@ class Context:
         if self.family is None or self.pipe is None or not self.recipes:
             got = "no base model" if self.pipe is None else f"{len(self.recipes)} recipes"
             raise MismatchError(
-                "this merge runs the base model on what the adapters were taught",
+                "this merge runs the base model on what the adapters were trained on",
                 expected="a context with pipe, family and one recipe for each part",
                 got=got,
                 remedy="Context(pipe, family, recipes)",
@@ -62,7 +62,7 @@ class Context:
         return self.family
 
     @cached_property
-    def _lessons(self) -> tuple[EncodedDataset, ...]:
+    def _tasks(self) -> tuple[EncodedDataset, ...]:
         family = self._family
         return tuple(encode(examples_of(r, self.pipe, family), self.pipe, family) for r in self.recipes)
 
@@ -79,11 +79,11 @@ class Context:
             )
 
     def call(self, part: int, number: int) -> Call:
-        """Inputs drawn from what a part was taught; another number, another draw."""
-        recipe, lesson = self.recipes[part], self._lessons[part]
+        """Inputs drawn from what a part was trained on; another number, another draw."""
+        recipe, task = self.recipes[part], self._tasks[part]
         generator = torch.Generator().manual_seed((self.seed * 1_000_003 + part) * 1_000_003 + number)
-        rows = torch.randint(len(lesson), (self.batch_size,), generator=generator)
-        latents, conditions = lesson.batch(rows)
+        rows = torch.randint(len(task), (self.batch_size,), generator=generator)
+        latents, conditions = task.batch(rows)
         noise = torch.randn(latents.shape, generator=generator).to(latents)
         options = family_options(recipe, self._family)[1]
         timesteps = self._family.sample_timesteps(self._scheduler, len(latents), generator, **options)
@@ -105,7 +105,7 @@ class Context:
 
     @torch.no_grad()
     def moments(self, part: int, learned: Learned) -> Moments:
-        """E x xᵀ of the inputs of every layer of `learned`, while it is applied, on what this part was taught."""
+        """E x xᵀ of the inputs of every layer of `learned`, while it is applied, on what this part was trained on."""
         sums: Moments = {}
         count = dict.fromkeys(learned, 0)
 

@@ -87,6 +87,22 @@ class Delta:
         return Delta(self.factors[0], self.factors[1] @ transform)
 
     @property
+    def rows(self) -> Float[Tensor, "rank in"]:
+        """The factor on the input side: down, or the matrix."""
+        return self.whole if self.factors is None else self.factors[1]
+
+    @property
+    def reads(self) -> Float[Tensor, "rank in"]:
+        """As many rows, with the row space of ΔW: R · down where up = Q R; float64."""
+        if self.factors is None:
+            return self.whole.double()
+        return torch.linalg.qr(self.factors[0].double()).R @ self.factors[1].double()
+
+    def with_rows(self, rows: Float[Tensor, "rank in"]) -> Delta:
+        """ΔW with another factor on the input side."""
+        return Delta(matrix=rows) if self.factors is None else Delta(self.factors[0], rows)
+
+    @property
     def nbytes(self) -> int:
         """Bytes of its numbers."""
         return self.whole.nbytes if self.factors is None else sum(factor.nbytes for factor in self.factors)

@@ -23,15 +23,8 @@ from torch import Tensor, nn
 from qrlora.errors import MismatchError
 from qrlora.lab.baselines.context import Context
 from qrlora.lab.baselines.deltas import Delta, Learned, Overlay, total
-from qrlora.lab.baselines.projections import (
-    activation_weights,
-    nplora,
-    project_activation,
-    project_both,
-    project_style,
-    regmean,
-)
 from qrlora.lab.baselines.ziplora import zipped
+from qrlora.method.composition.null_space import project_rows, row_space
 from qrlora.models.generation import OnStep
 
 DEFAULT_K = 256
@@ -59,8 +52,7 @@ class Merge:
         once: what becomes of each part, if that holds for all weights: the parts are then summed, at any.
         runs: whether it runs the base model, and so needs a context with one.
         options: names of what it lets be tuned.
-        adapters: the method of `ADAPTERS` it is meant for; empty if any.
-        version: to be raised whenever the same parts would be merged otherwise than before, as a method's.
+        version: raised whenever the same parts would be merged otherwise than before, as a method's.
     """
 
     name: str
@@ -71,7 +63,6 @@ class Merge:
     runs: bool = False
     options: tuple[str, ...] = ()
     once: Callable[..., list[Learned]] | None = None
-    adapters: str = ""
     version: int = 1
 
     def __call__(
@@ -94,6 +85,19 @@ class Merge:
 def direct_sum(parts: Sequence[Learned], context: Context | None = None) -> Learned:
     """Σ ΔWᵢ, exact: what loading LoRAs side by side does."""
     return _layerwise(parts, total)
+
+
+def null_space(parts: Sequence[Learned], context: Context | None = None, *, strength: float = 0.5) -> Learned:
+    """Null-space projection as the package composes by (`method.composition.null_space`), for ΔW of any method.
+
+    strength: share of each ΔW taken out of the row spaces of the others; 1 is NP-LoRA's hard projection of every part.
+    """
+
+    def combine(own: Sequence[Delta]) -> Delta:
+        projected = project_rows([delta.rows for delta in own], [row_space(delta.reads) for delta in own], strength)
+        return total([delta.with_rows(rows) for delta, rows in zip(own, projected, strict=True)])
+
+    return _layerwise(parts, combine)
 
 
 def ziplora(parts: Sequence[Learned], context: Context, **options: Any) -> Learned:
@@ -182,35 +186,6 @@ def _largest(delta: Delta, k: int) -> float:
     return float(entries.topk(min(k, entries.numel())).values.sum())
 
 
-@dataclass(frozen=True)
-class StepRoute:
-    """One ΔW until a share of the denoising steps is done, the other from there on."""
-
-    early: Learned
-    late: Learned
-    switch: float
-
-    def at(self, progress: float) -> Learned:
-        """As `Schedule`."""
-        return self.early if progress < self.switch else self.late
-
-
-def route_steps(
-    parts: Sequence[Learned], context: Context | None = None, *, first: str = "subject", switch: float = 0.5
-) -> Schedule:
-    """The part named `first` ("subject" or "style") in the steps before `switch` of them are done, the other after.
-
-    Coarse shape is decided near noise alone and texture late, so that each could have the steps that carry it. Never
-    both at once. Raises MismatchError for another name, or a switch outside 0 to 1.
-    """
-    if first not in ("subject", "style"):
-        raise MismatchError("no such part to begin with", expected="subject or style", got=first)
-    if not 0 <= switch <= 1:
-        raise MismatchError("no such share of the steps", expected="switch from 0 to 1", got=switch)
-    early, late = parts if first == "subject" else reversed(parts)
-    return StepRoute(early, late, switch)
-
-
 def blora(
     parts: Sequence[Learned],
     context: Context | None = None,
@@ -252,6 +227,14 @@ def blocks_of(learned: Learned) -> dict[str, int]:
 
 _ROWS = (
     Merge("sum", "both added", "loading LoRAs side by side", direct_sum, several=True),
+    Merge(
+        "null_space",
+        "each less a share of what lies in the other's row space",
+        "after NP-LoRA, arXiv 2511.11051",
+        null_space,
+        several=True,
+        options=("strength",),
+    ),
     Merge("ties", "trimmed, one sign elected", "arXiv 2306.01708", ties, several=True, options=("density",)),
     Merge("dare", "dropped at random, rescaled", "arXiv 2311.03099", dare, several=True, options=("density",)),
     Merge(
@@ -266,16 +249,6 @@ _ROWS = (
         version=2,
     ),
     Merge("klora", "one of the two, by layer and step", "arXiv 2502.18461", klora, options=("k", "alpha", "beta")),
-    Merge("route_steps", "one of the two, by step", "ours", route_steps, options=("first", "switch")),
-    Merge("nplora", "the subject outside the style's rows", "arXiv 2511.11051", nplora, options=("rank", "soft")),
-    Merge(
-        "orthogonal",
-        "adapters taught on disjoint random rows, added",
-        "arXiv 2312.02432",
-        direct_sum,
-        several=True,
-        adapters="orthogonal",
-    ),
     Merge(
         "blora",
         "the subject in some blocks, the style in the others",
@@ -283,36 +256,9 @@ _ROWS = (
         blora,
         options=("subject_blocks", "style_blocks"),
     ),
-    Merge("project_style", "the style outside the subject's rows", "ours", project_style, options=("rank", "soft")),
-    Merge("project_both", "each gives way to the others", "ours", project_both, several=True, options=("rank", "soft")),
-    Merge(
-        "project_activation",
-        "one outside the other's rows, in the metric of their inputs",
-        "ours",
-        project_activation,
-        runs=True,
-        options=("rank", "soft", "giving"),
-    ),
-    Merge(
-        "activation_weights",
-        "two weights a layer, by least squares on each one's inputs",
-        "ours",
-        activation_weights,
-        several=True,
-        runs=True,
-    ),
-    Merge(
-        "regmean",
-        "each weighted by its inputs' second moments",
-        "arXiv 2212.09849",
-        regmean,
-        several=True,
-        runs=True,
-        options=("off_diagonal",),
-    ),
 )
 MERGES: dict[str, Merge] = {row.name: row for row in _ROWS}
-"""Name -> merge. Joint training, the ceiling, is `adapters.teach_joint`."""
+"""Name -> merge. Joint training, the ceiling, is `adapters.train_joint`."""
 
 
 @contextlib.contextmanager

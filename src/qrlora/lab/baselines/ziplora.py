@@ -67,7 +67,7 @@ def zipped(
 def _error(
     i: int, step: int, parts: Sequence[Learned], mergers: Sequence[Mergers], context: Context
 ) -> Float[Tensor, ""]:
-    """How far the merged denoiser is from part i alone, on what that part was taught."""
+    """How far the merged denoiser is from part i alone, on what that part was trained on."""
     call = context.call(i, step)
     with torch.no_grad(), _added(context, [(parts[i], None)]):
         target = context.run(call)

@@ -1,7 +1,7 @@
-"""The head-to-head on pico: every method taught from one picture, composed, and judged where the truth is known.
+"""The head-to-head on pico: every method trained on one picture, composed, and judged where the truth is known.
 
 plan.py     what is compared, on what, and how much of it
-cells.py    one measurement: teach an adapter; look at it alone, in a composition, over weights, among many
+cells.py    one measurement: train an adapter; look at it alone, in a composition, over weights, among many
 run.py      all cells of a plan, over processes, each kept under a digest of everything that decides it
 tables.py   means, intervals over pairs, paired differences, and what the files foretell
 page.py     the report: HTML, JSON, CSV, plots
@@ -20,11 +20,11 @@ def about(row: Row) -> str:
     from qrlora.lab.baselines.adapters import ADAPTERS
     from qrlora.lab.baselines.merges import MERGES
 
-    taught = ADAPTERS[row.adapter]
+    method = ADAPTERS[row.adapter]
     if row.merge == "sum":
-        return f"{taught.about} ({taught.source})"
+        return f"{method.about} ({method.source})"
     if row.joint:
-        return f"{row.adapter} taught on both pictures at once: the ceiling"
+        return f"{row.adapter} trained on both pictures at once: the ceiling"
     merge = MERGES[row.merge]
     options = "".join(f", {name} {value}" for name, value in row.options.items())
     return f"{row.adapter} adapters, {merge.about}{options} ({merge.source})"

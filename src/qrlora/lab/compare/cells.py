@@ -1,4 +1,4 @@
-"""One measurement each: teach an adapter, look at it alone, in a composition, over weights, among many.
+"""One measurement each: train an adapter, look at it alone, in a composition, over weights, among many.
 
 A cell is a few names and numbers; what it gives is a record of JSON values, and for those that draw a strip of the
 pictures. Both lie in the bench's folder under the cell's digest, which is of everything that decides the result: the
@@ -26,20 +26,20 @@ from PIL import Image
 
 import qrlora.pico as pico
 from qrlora._files import make_folder, write_atomically
-from qrlora.apps.demo.plan import LESSON_STYLE, LESSON_SUBJECT, NOISE, Lesson, Wanted, lesson_of_world, scene_of_lesson
-from qrlora.lab.baselines.adapters import ADAPTERS, taught
+from qrlora.lab.baselines.adapters import ADAPTERS, train_method
 from qrlora.lab.baselines.context import Context
 from qrlora.lab.baselines.deltas import Learned, load_learned, save_learned, scaled
 from qrlora.lab.baselines.file_measures import between
 from qrlora.lab.baselines.merges import MERGES, Schedule, drawing
 from qrlora.lab.compare.plan import ROWS, Scope, balance_of, joint_rate_of, rate_of
+from qrlora.lab.tasks import NOISE, TRAINING_STYLE, TRAINING_SUBJECT, LabelledPrompt, Task, task_of_world
 from qrlora.models.families import load_pipeline
 from qrlora.models.generation import one_batch, or_black
 from qrlora.models.training.pictures import open_picture
 from qrlora.models.training.recipe import Recipe
 from qrlora.pico import world
 from qrlora.pico.judge import WEIGHTS, Judge
-from qrlora.quality.report import png_bytes
+from qrlora.quality.images.png import png_bytes
 
 VERSION = 2
 """Of what a record means: another number, and old records are not taken for new ones. Pictures are."""
@@ -48,7 +48,7 @@ MADE = 1
 Record = dict[str, Any]
 UNRELATED = (("mug", "ink"), ("lamp", "clay"), ("bottle", "risograph"), ("chair", "pixel"))
 """Seen pairs that no adapter should touch: asked for without a trigger, to see how far the pictures drift."""
-MAKING = ("teach", "once")
+MAKING = ("train", "once")
 """Kinds of cells that make what others look at, and look at nothing."""
 BATCH = 8
 TRUE_SCENES = 3_000_000
@@ -83,10 +83,10 @@ class Cell:
         """Instead of the tuned one; None: the tuned one."""
         return self.rates[0 if role == "subject" else -1] if self.rates else None
 
-    def taught(self, subject: str = "", style: str = "") -> Cell:
+    def training(self, subject: str = "", style: str = "") -> Cell:
         """The cell of an adapter that this one looks at."""
         rate = self.rate("subject" if subject else "style")
-        return Cell("teach", self.adapter, self.seed, subject, style, rates=(rate,) if rate else ())
+        return Cell("train", self.adapter, self.seed, subject, style, rates=(rate,) if rate else ())
 
 
 @functools.cache
@@ -125,7 +125,7 @@ def digest_of(cell: Cell, scope: Scope, judged: bool = True) -> str:
 
 
 def _rates(cell: Cell, names: Sequence[tuple[str, str]], scope: Scope) -> Sequence[float]:
-    """The cell's own, or the tuned ones for these (role, name); what is taught jointly has one for both."""
+    """The cell's own, or the tuned ones for these (role, name); what is trained jointly has one for both."""
     if cell.rates:
         return cell.rates
     if cell.row and ROWS[cell.row].joint:
@@ -164,21 +164,14 @@ class Bench:
         make_folder(path.parent)
         return path
 
-    def lesson(self, role: str, name: str, seed: int) -> Lesson:
-        """Seed decides the picture. Each subject and style has a trigger of its own, so that many can be composed.
-
-        Beside a subject's picture lies its mask, which the world knows; of a style there is none.
-        """
+    def task(self, role: str, name: str, seed: int) -> Task:
+        """Seed decides the picture. Each subject and style has a trigger of its own, so that many can be composed."""
         names = list(world.SUBJECTS if role == "subject" else world.STYLES)
-        file = self.folder / "lessons" / f"{role}-{name.replace(' ', '-')}-{seed}.png"
+        file = self.folder / "tasks" / f"{role}-{name.replace(' ', '-')}-{seed}.png"
         make_folder(file.parent)
-        if role == "subject":
-            mask = world.render(scene_of_lesson(role, name, seed))[1]
-            pixels = Image.fromarray((mask * 255 + 0.5).astype(np.uint8))
-            write_atomically(file.with_suffix(".mask.png"), png_bytes(pixels))
-        return lesson_of_world(role, name, file, seed, f"<{'c' if role == 'subject' else 's'}{names.index(name)}>")
+        return task_of_world(role, name, file, seed, f"<{'c' if role == 'subject' else 's'}{names.index(name)}>")
 
-    def recipe(self, lesson: Lesson, adapter: str, seed: int, rate: float | None = None) -> Recipe:
+    def recipe(self, task: Task, adapter: str, seed: int, rate: float | None = None) -> Recipe:
         """All but the method and its learning rate is common to all methods.
 
         A style trains with another seed than a subject: LoRA's adapters would begin at one random A otherwise, read
@@ -186,27 +179,26 @@ class Bench:
         """
         return Recipe.of(
             {
-                "role": lesson.role,
-                "images": lesson.file,
-                "caption": lesson.caption,
-                "trigger": lesson.trigger,
-                "mask_min_value": 1.0,  # as if there were no mask, unless the method asks for it
+                "role": task.role,
+                "images": task.file,
+                "caption": task.caption,
+                "trigger": task.trigger,
                 "rank": self.scope.rank,
                 "steps": self.scope.steps,
                 "cooldown_steps": self.scope.steps // 2,
                 "batch_size": self.scope.batch_size,
-                "learning_rate": rate or rate_of(adapter, lesson.role, lesson.name, self.scope.rates),
+                "learning_rate": rate or rate_of(adapter, task.role, task.name, self.scope.rates),
                 "logit_mean": NOISE[0],
                 "logit_std": NOISE[1],
-                "seed": 2 * seed + (lesson.role == "style"),
+                "seed": 2 * seed + (task.role == "style"),
             }
         )
 
     def learned(self, cell: Cell) -> Learned:
-        """ΔW of a "teach" cell: from its file, or taught now."""
+        """ΔW of a "train" cell: from its file, or trained now."""
         file = self.file(cell, "adapters")
         if not file.exists():
-            teach(self, cell)
+            train(self, cell)
         return load_learned(file)
 
     def drawn(self, cell: Cell, draw: Callable[[], UInt8[np.ndarray, "n h w 3"]]) -> UInt8[np.ndarray, "n h w 3"]:
@@ -217,7 +209,7 @@ class Bench:
         strip = np.asarray(open_picture(file).image)
         return np.stack(np.split(strip, strip.shape[1] // world.SIZE, axis=1))
 
-    def draw(self, wanted: Sequence[Wanted], merged: Learned | Schedule | None) -> UInt8[np.ndarray, "n h w 3"]:
+    def draw(self, wanted: Sequence[LabelledPrompt], merged: Learned | Schedule | None) -> UInt8[np.ndarray, "n h w 3"]:
         """The pictures asked for, with what was merged in the base weights."""
         images: list[Image.Image] = []
         jobs = [(one.prompt, one.seed) for one in wanted]
@@ -230,13 +222,13 @@ class Bench:
                 )
         return np.stack([np.asarray(image) for image in images])
 
-    def judged(self, wanted: Sequence[Wanted], pixels: UInt8[np.ndarray, "n h w 3"]) -> Record:
+    def judged(self, wanted: Sequence[LabelledPrompt], pixels: UInt8[np.ndarray, "n h w 3"]) -> Record:
         """Shares and means over the pictures: see `MEASURES`."""
         subjects, styles, colours = zip(*((w.subject, w.style, w.colour) for w in wanted), strict=True)
         verdict = self.judge.verdict(pixels, subjects, styles, colours)
         seen = {factor: p.numpy() for factor, (_, p) in self.judge.look(pixels).items()}
-        leak = {"subject": (LESSON_SUBJECT, subjects, list(world.SUBJECTS))}
-        leak["style"] = (LESSON_STYLE, styles, list(world.STYLES))
+        leak = {"subject": (TRAINING_SUBJECT, subjects, list(world.SUBJECTS))}
+        leak["style"] = (TRAINING_STYLE, styles, list(world.STYLES))
         record: Record = dict(verdict.rates())
         record["named"] = float((verdict.p_subject * verdict.p_style).mean())
         record["p_subject"], record["p_style"] = float(verdict.p_subject.mean()), float(verdict.p_style.mean())
@@ -257,36 +249,36 @@ class Bench:
         return whole
 
 
-def teach(bench: Bench, cell: Cell) -> Record:
+def train(bench: Bench, cell: Cell) -> Record:
     """One adapter: how many numbers it trained, the mean loss of its last tenth of steps, and the seconds it took."""
     role = "subject" if cell.subject else "style"
-    lesson = bench.lesson(role, cell.subject or cell.style, cell.seed)
+    task = bench.task(role, cell.subject or cell.style, cell.seed)
     started = time.perf_counter()
-    recipe = bench.recipe(lesson, cell.adapter, cell.seed, cell.rate(role))
-    found = taught(cell.adapter, recipe, pipe=bench.pipe, family=bench.family)
+    recipe = bench.recipe(task, cell.adapter, cell.seed, cell.rate(role))
+    found = train_method(cell.adapter, recipe, pipe=bench.pipe, family=bench.family)
     facts = {"trained": found.trained, "loss": float(np.mean(found.losses[-max(1, recipe.steps // 10) :]))}
     save_learned(bench.file(cell, "adapters"), found.learned, {"facts": json.dumps(facts)})
     return bench.keep(cell, facts | {"seconds": round(time.perf_counter() - started, 1)})
 
 
-def _wanted(subject: tuple[str, str], style: tuple[str, str], colour: str, seed: int) -> Wanted:
+def _wanted(subject: tuple[str, str], style: tuple[str, str], colour: str, seed: int) -> LabelledPrompt:
     """(word in the prompt, name in the world) of each."""
-    return Wanted(f"a photo of a {colour} {subject[0]} in {style[0]} style", subject[1], style[1], colour, seed)
+    return LabelledPrompt(f"a photo of a {colour} {subject[0]} in {style[0]} style", subject[1], style[1], colour, seed)
 
 
-def alone_wanted(bench: Bench, lesson: Lesson, seed: int) -> list[Wanted]:
+def alone_wanted(bench: Bench, task: Task, seed: int) -> list[LabelledPrompt]:
     """A subject in the seen styles, a style on seen subjects; never what its own picture shows besides."""
-    count, colours, own = bench.scope.alone, list(world.COLOURS), (lesson.trigger, str(lesson.name))
-    if lesson.role == "subject":
-        names = [name for name in world.SEEN_STYLES if name not in (LESSON_STYLE, lesson.name)]
+    count, colours, own = bench.scope.alone, list(world.COLOURS), (task.trigger, str(task.name))
+    if task.role == "subject":
+        names = [name for name in world.SEEN_STYLES if name not in (TRAINING_STYLE, task.name)]
         pairs = [(own, (name, name)) for name in names]
     else:
-        names = [name for name in world.SEEN_SUBJECTS if name not in (LESSON_SUBJECT, lesson.name)]
+        names = [name for name in world.SEEN_SUBJECTS if name not in (TRAINING_SUBJECT, task.name)]
         pairs = [((name, name), own) for name in names[:: max(1, len(names) // count)]]
     return [_wanted(*pairs[i % len(pairs)], colours[i % len(colours)], 1000 * seed + i) for i in range(count)]
 
 
-def pair_wanted(subject: Lesson, style: Lesson, count: int, seed: int) -> list[Wanted]:
+def pair_wanted(subject: Task, style: Task, count: int, seed: int) -> list[LabelledPrompt]:
     """Both by their triggers, in every colour in turn."""
     colours = list(world.COLOURS)
     parts = (subject.trigger, str(subject.name)), (style.trigger, str(style.name))
@@ -295,12 +287,12 @@ def pair_wanted(subject: Lesson, style: Lesson, count: int, seed: int) -> list[W
 
 def alone(bench: Bench, cell: Cell) -> Record:
     """One adapter by itself, and what it does to prompts that do not call it."""
-    lesson = bench.lesson("subject" if cell.subject else "style", cell.subject or cell.style, cell.seed)
-    learned = bench.learned(cell.taught(cell.subject, cell.style))
-    return bench.keep(cell, with_drift(bench, cell, alone_wanted(bench, lesson, cell.seed), learned))
+    task = bench.task("subject" if cell.subject else "style", cell.subject or cell.style, cell.seed)
+    learned = bench.learned(cell.training(cell.subject, cell.style))
+    return bench.keep(cell, with_drift(bench, cell, alone_wanted(bench, task, cell.seed), learned))
 
 
-def with_drift(bench: Bench, cell: Cell, wanted: Sequence[Wanted], merged: Learned | Schedule) -> Record:
+def with_drift(bench: Bench, cell: Cell, wanted: Sequence[LabelledPrompt], merged: Learned | Schedule) -> Record:
     """The judge's record of what is wanted, and the drift: root mean square difference, in levels of 255, of pictures
     of UNRELATED from the base model's own. They are the last of the strip."""
     unrelated = [_wanted((s, s), (t, t), "red", 1000 * cell.seed + i) for i, (s, t) in enumerate(UNRELATED)]
@@ -318,7 +310,7 @@ _UNTOUCHED: dict[Any, UInt8[np.ndarray, "n h w 3"]] = {}
 
 def parts_of(bench: Bench, cell: Cell, subject: str, style: str) -> tuple[Learned, Learned]:
     """The two adapters of a pair."""
-    return bench.learned(cell.taught(subject=subject)), bench.learned(cell.taught(style=style))
+    return bench.learned(cell.training(subject=subject)), bench.learned(cell.training(style=style))
 
 
 def weights_of(bench: Bench, cell: Cell, subject: str, style: str) -> Sequence[float]:
@@ -327,11 +319,11 @@ def weights_of(bench: Bench, cell: Cell, subject: str, style: str) -> Sequence[f
 
 
 def merged_of(
-    bench: Bench, cell: Cell, parts: Sequence[Learned], weights: Sequence[float], lessons: Sequence[Lesson]
+    bench: Bench, cell: Cell, parts: Sequence[Learned], weights: Sequence[float], tasks: Sequence[Task]
 ) -> Learned | Schedule:
     """What the row's merge makes of adapters at these weights."""
     row = ROWS[cell.row]
-    recipes = [bench.recipe(lesson, cell.adapter, cell.seed, cell.rate(lesson.role)) for lesson in lessons]
+    recipes = [bench.recipe(task, cell.adapter, cell.seed, cell.rate(task.role)) for task in tasks]
     context = Context(bench.pipe, bench.family, recipes, seed=cell.seed)
     merge, options = MERGES[row.merge], dict(row.options)
     if merge.once:
@@ -350,37 +342,39 @@ def once(bench: Bench, cell: Cell, make: Callable[[], list[Learned]], count: int
     return [load_learned(one) for one in files]
 
 
-def joint(bench: Bench, cell: Cell, lessons: Sequence[Lesson]) -> Learned:
-    """Both taught at once to one adapter, in twice the steps, so that each picture is seen as often as alone."""
+def joint(bench: Bench, cell: Cell, tasks: Sequence[Task]) -> Learned:
+    """One adapter trained on both at once, in twice the steps, so that each picture is seen as often as alone."""
     file = bench.file(replace(cell, kind="once", weights=()), "adapters")
     if not file.exists():
         (rate,) = _rates(cell, (), bench.scope)
-        recipes = [bench.recipe(lesson, cell.adapter, cell.seed, rate) for lesson in lessons]
+        recipes = [bench.recipe(task, cell.adapter, cell.seed, rate) for task in tasks]
         longer = {"steps": 2 * bench.scope.steps, "cooldown_steps": bench.scope.steps}
         recipes[0] = recipes[0].replace(**longer)
-        found = taught(cell.adapter, recipes[0], pipe=bench.pipe, family=bench.family, beside=recipes[1:])
+        found = train_method(cell.adapter, recipes[0], pipe=bench.pipe, family=bench.family, beside=recipes[1:])
         save_learned(file, found.learned)
     return load_learned(file)
 
 
 def pair(bench: Bench, cell: Cell) -> Record:
     """A subject and a style composed: the judge's verdict, closeness to true renders, and what the files say."""
-    lessons = [bench.lesson("subject", cell.subject, cell.seed), bench.lesson("style", cell.style, cell.seed)]
+    tasks = [bench.task("subject", cell.subject, cell.seed), bench.task("style", cell.style, cell.seed)]
     started, record = time.perf_counter(), Record()
     weights = weights_of(bench, cell, cell.subject, cell.style)
     if ROWS[cell.row].joint:
-        merged: Learned | Schedule = scaled(joint(bench, cell, lessons), weights[0])
+        merged: Learned | Schedule = scaled(joint(bench, cell, tasks), weights[0])
     else:
         parts = parts_of(bench, cell, cell.subject, cell.style)
-        merged = merged_of(bench, cell, parts, weights, lessons)
+        merged = merged_of(bench, cell, parts, weights, tasks)
         record["files"] = between(*parts) if cell.row == cell.adapter else None
     record["merge_seconds"] = round(time.perf_counter() - started, 2)
-    wanted = pair_wanted(lessons[0], lessons[1], bench.scope.pictures, cell.seed)
+    wanted = pair_wanted(tasks[0], tasks[1], bench.scope.pictures, cell.seed)
     pixels = bench.drawn(cell, lambda: bench.draw(wanted, merged))
     return bench.keep(cell, record | bench.judged(wanted, pixels) | closeness(bench, wanted, pixels, cell.seed))
 
 
-def closeness(bench: Bench, wanted: Sequence[Wanted], pixels: UInt8[np.ndarray, "n h w 3"], seed: int) -> Record:
+def closeness(
+    bench: Bench, wanted: Sequence[LabelledPrompt], pixels: UInt8[np.ndarray, "n h w 3"], seed: int
+) -> Record:
     """How far the pictures' features are from those of as many true renders, and how varied they are beside them.
 
     energy: 2 E|X - Y| - E|X - X'| - E|Y - Y'| over whitened features of the judge (Székely and Rizzo 2013), 0 for the
@@ -409,13 +403,13 @@ def _whitened(judge: Judge, pixels: UInt8[np.ndarray, "n h w 3"]) -> Float[torch
 
 def grid(bench: Bench, cell: Cell) -> Record:
     """The frontier: a pair at every two weights, two pictures each."""
-    lessons = [bench.lesson("subject", cell.subject, cell.seed), bench.lesson("style", cell.style, cell.seed)]
+    tasks = [bench.task("subject", cell.subject, cell.seed), bench.task("style", cell.style, cell.seed)]
     parts = parts_of(bench, cell, cell.subject, cell.style)
-    wanted = pair_wanted(lessons[0], lessons[1], 2, cell.seed)
+    wanted = pair_wanted(tasks[0], tasks[1], 2, cell.seed)
     both = list(product(bench.scope.grid_weights, repeat=2))
 
     def draw() -> UInt8[np.ndarray, "n h w 3"]:
-        merged = (merged_of(bench, cell, parts, weights, lessons) for weights in both)
+        merged = (merged_of(bench, cell, parts, weights, tasks) for weights in both)
         return np.concatenate([bench.draw(wanted, one) for one in merged])
 
     strips = np.split(bench.drawn(cell, draw), len(both))
@@ -427,19 +421,19 @@ def grid(bench: Bench, cell: Cell) -> Record:
 def many(bench: Bench, cell: Cell) -> Record:
     """Several subjects and as many styles in one composition; each is asked for with one of the others' kind."""
     each = cell.many // 2
-    lessons = [bench.lesson("subject", name, cell.seed) for name in bench.scope.subjects[:each]]
-    styles = [bench.lesson("style", name, cell.seed) for name in bench.scope.styles[:each]]
-    pairs = [(a.called, b.called) for a, b in zip(lessons, styles, strict=True)]
+    tasks = [bench.task("subject", name, cell.seed) for name in bench.scope.subjects[:each]]
+    styles = [bench.task("style", name, cell.seed) for name in bench.scope.styles[:each]]
+    pairs = [(a.called, b.called) for a, b in zip(tasks, styles, strict=True)]
     parts = [part for role in zip(*(parts_of(bench, cell, *pair) for pair in pairs), strict=True) for part in role]
     weights = [w for role in zip(*(weights_of(bench, cell, *pair) for pair in pairs), strict=True) for w in role]
-    merged = merged_of(bench, cell, parts, weights, [*lessons, *styles])
+    merged = merged_of(bench, cell, parts, weights, [*tasks, *styles])
     count = max(1, bench.scope.pictures // each)
-    wanted = [w for a, b in zip(lessons, styles, strict=True) for w in pair_wanted(a, b, count, cell.seed)]
+    wanted = [w for a, b in zip(tasks, styles, strict=True) for w in pair_wanted(a, b, count, cell.seed)]
     return bench.keep(cell, with_drift(bench, cell, wanted, merged))
 
 
 KINDS: dict[str, Callable[[Bench, Cell], Record]] = {
-    "teach": teach,
+    "train": train,
     "alone": alone,
     "pair": pair,
     "grid": grid,

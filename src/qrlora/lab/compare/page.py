@@ -17,7 +17,7 @@ from PIL import Image
 from qrlora._files import make_folder, write_atomically
 from qrlora.lab.compare import about
 from qrlora.lab.compare.cells import MEASURES, Cell, Record, digest_of, weights_digest
-from qrlora.lab.compare.plan import COMPOSED, DEFAULT, RIVAL, ROWS, Scope
+from qrlora.lab.compare.plan import BASELINE, COMPOSED, DEFAULT, ROWS, Scope
 from qrlora.lab.compare.plots import (
     Plot,
     across_weights,
@@ -31,7 +31,8 @@ from qrlora.lab.compare.run import facts, write_records
 from qrlora.lab.compare.tables import Estimate, against, agreement, as_json, by_pair, by_seed, foretold, table
 from qrlora.models.generation import labelled_grid
 from qrlora.models.training.pictures import open_picture
-from qrlora.quality.report import Code, Picture, Prose, Report, Section, Table, png_bytes
+from qrlora.quality.images.png import png_bytes
+from qrlora.quality.report import Code, Picture, Prose, Report, Section, Table
 
 COLUMNS = ("recognised", "both", "named", "subject", "style", "crosstalk", "obedience", "energy", "diversity")
 RATIOS = ("recognised", "named", "crosstalk")
@@ -45,7 +46,7 @@ def write(folder: Path, scope: Scope, records: Sequence[Record], command: str) -
     """Write report.html, report.json, table.csv and .md, records.jsonl and plots/*; returns the page's path."""
     rows = [row for row in scope.rows if by_pair(records, row, "both")]
     found = table(records, rows)
-    beside = {row: against(records, row, RIVAL) for row in _order(found) if row != RIVAL and RIVAL in rows}
+    beside = {row: against(records, row, BASELINE) for row in _order(found) if row != BASELINE and BASELINE in rows}
     told = foretold(records, [row for row in rows if row == ROWS[row].adapter])
     charts = [
         subject_against_style(found),
@@ -59,7 +60,7 @@ def write(folder: Path, scope: Scope, records: Sequence[Record], command: str) -
     drawn = sheets(folder, scope, records, _order(found))
     data = _data(scope, records, command, rows) | {
         "table": as_json(found),
-        f"against {RIVAL}": as_json(beside),
+        f"against {BASELINE}": as_json(beside),
         "foretold": {name: {k: v for k, v in each.items() if k != "points"} for name, each in told.items()},
     }
     make_folder(folder / "plots")
@@ -100,16 +101,16 @@ def _opening(scope: Scope, found: Mapping[str, Mapping[str, Any]], beside: Mappi
     """The aim, and whether it is met."""
     ours = next((row for row in (COMPOSED, DEFAULT) if row in beside), None)
     if ours is None:
-        return f"Neither {COMPOSED} nor {DEFAULT} stands beside {RIVAL} in this run."
+        return f"Neither {COMPOSED} nor {DEFAULT} stands beside {BASELINE} in this run."
     merged = [row for row in found if not ROWS[row].joint]
     best, seen = (max(merged, key=lambda row: found[row][name].value) for name in ("both", "recognised"))
-    mine, other = found[ours], found[RIVAL]
+    mine, other = found[ours], found[BASELINE]
     times, lost = beside[ours]["both_ratio"], beside[ours]["crosstalk_ratio"]
     met = bool(times and times.low > 1 and times.value >= 1.25 and lost and lost.value <= 0.5 and best == ours)
     return (
-        f"The aim: {ours} composes at least 1.25 times as many pictures with both right as {RIVAL} added "
+        f"The aim: {ours} composes at least 1.25 times as many pictures with both right as {BASELINE} added "
         f"directly, at no more than half its crosstalk, and leads the table. Found: both right {mine['both']} "
-        f"against {other['both']}, ratio {times or 'not defined, the rival has none'}; crosstalk ratio {lost}. "
+        f"against {other['both']}, ratio {times or 'not defined, the baseline has none'}; crosstalk ratio {lost}. "
         f"{'The aim is met.' if met else 'The aim is not met.'} Recognised in "
         f"{mine['recognised']} of pictures against {other['recognised']}, ratio {beside[ours]['recognised_ratio']}; "
         f"first by it, of those that merge: {seen}."
@@ -146,7 +147,7 @@ def _beside(beside: Mapping[str, Mapping[str, Estimate | None]]) -> Section:
     rows = [[_name(row), *(_cell(each[n]) for n in names)] for row, each in beside.items()]
     header = ["method", *(name.replace("_", ", ") for name in names)]
     lead = "On the same pairs, pair by pair: differences less direct LoRA's, and ratios of means."
-    return Section(f"Beside {RIVAL}, added directly", [Table(header, rows)], lead)
+    return Section(f"Beside {BASELINE}, added directly", [Table(header, rows)], lead)
 
 
 def _agreement(data: Mapping[str, Any]) -> Section:
@@ -179,7 +180,7 @@ def sheets(folder: Path, scope: Scope, records: Sequence[Record], rows: Sequence
             title = f"The {place} pair of {DEFAULT}: {pair[0]}, {pair[1]}"
             scores = f"recognised {seen[pair]:.2f}, named {named[pair]:.2f}"
             said = f"{DEFAULT}: {scores}; seed {scope.seeds[0]}, as every method drew it."
-            found.append(Plot(f"sheet-{place}", title, said, _sheet(_taught(folder, scope, pair), drawn)))
+            found.append(Plot(f"sheet-{place}", title, said, _sheet(_training_pictures(folder, scope, pair), drawn)))
     return found
 
 
@@ -187,13 +188,13 @@ def _pair(scope: Scope, row: str, pair: tuple[str, str]) -> Cell:
     return Cell("pair", ROWS[row].adapter, scope.seeds[0], *pair, row)
 
 
-def _sheet(taught: Sequence[Image.Image], drawn: Mapping[str, Path]) -> UInt8[np.ndarray, "h w 3"]:
+def _sheet(trained_on: Sequence[Image.Image], drawn: Mapping[str, Path]) -> UInt8[np.ndarray, "h w 3"]:
     """What was learned from in the first row, then a row for every method, in blocks side by side."""
     strips = {row: open_picture(file).image for row, file in drawn.items()}
     side = next(iter(strips.values())).height
     count = min(SHOWN, next(iter(strips.values())).width // side)
     blank = Image.new("RGB", (side, side), "white")
-    lines = [("learned from", [*taught, *[blank] * count][:count])] if taught else []
+    lines = [("learned from", [*trained_on, *[blank] * count][:count])] if trained_on else []
     for row, strip in strips.items():
         lines.append((row, [strip.crop((i * side, 0, (i + 1) * side, side)) for i in range(count)]))
     blocks = []
@@ -215,10 +216,10 @@ def _jpeg(pixels: UInt8[np.ndarray, "h w 3"]) -> bytes:
     return stream.getvalue()
 
 
-def _taught(folder: Path, scope: Scope, pair: tuple[str, str]) -> list[Image.Image]:
+def _training_pictures(folder: Path, scope: Scope, pair: tuple[str, str]) -> list[Image.Image]:
     """The two pictures learned from, as far as they are here."""
     names = (f"subject-{pair[0]}", f"style-{pair[1]}")
-    files = [folder / "lessons" / f"{name.replace(' ', '-')}-{scope.seeds[0]}.png" for name in names]
+    files = [folder / "tasks" / f"{name.replace(' ', '-')}-{scope.seeds[0]}.png" for name in names]
     return [open_picture(file).image for file in files if file.exists()]
 
 
@@ -228,16 +229,16 @@ def _measured() -> Section:
 
 
 def _markdown(found: Mapping[str, Mapping[str, Any]], beside: Mapping[str, Mapping[str, Estimate | None]]) -> str:
-    """The page's table, and ratios beside the rival (in bold, intervals that leave out 1), for other pages."""
+    """The page's table, and ratios beside the baseline (in bold, intervals that leave out 1), for other pages."""
     lines = ["| method | " + " | ".join(COLUMNS) + " |", "|---" * (1 + len(COLUMNS)) + "|"]
     lines += [_line([row, *(found[row][name] for name in COLUMNS)]) for row in _order(found)]
     if beside:
-        heads = [f"{name}, of {RIVAL}'s" for name in (*RATIOS, "numbers trained")]
+        heads = [f"{name}, of {BASELINE}'s" for name in (*RATIOS, "numbers trained")]
         lines += ["", "| method | " + " | ".join(heads) + " |", "|---" * (1 + len(heads)) + "|"]
     for row, each in beside.items():
         ratios = [each[f"{name}_ratio"] for name in RATIOS]
         said = [f"**{r}**" if r and (r.low > 1 or r.high < 1) else r for r in ratios]
-        mine, theirs = found[row]["trained"], found[RIVAL]["trained"]
+        mine, theirs = found[row]["trained"], found[BASELINE]["trained"]
         lines.append(_line([row, *said, f"{mine / theirs:.2f}" if mine and theirs else None]))
     return "\n".join(lines) + "\n"
 

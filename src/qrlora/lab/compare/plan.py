@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import json
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
@@ -13,18 +12,18 @@ from typing import Any
 from qrlora.errors import DataError
 from qrlora.pico import SETTINGS, world
 
-RIVAL = "lora"
-"""The row that others are held against: plain LoRA, both adapters added."""
-DEFAULT = "qrlora_disjoint"
-"""The method that this package teaches by unless told otherwise."""
-COMPOSED = f"{DEFAULT}+project_both"
-"""The row that its demo composes by: `qrlora compose --give-way 0.5`."""
+BASELINE = "lora"
+"""The row that all others are compared with: plain LoRA, both adapters added."""
+DEFAULT = "qrlora"
+"""The method that this package trains by default: disjoint columns for subject and style."""
+COMPOSED = f"{DEFAULT}+null_space"
+"""The row that this package composes by, by default."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One row of the table: how adapters are taught (of ``rivals.ADAPTERS``), and how two of them are put together (of
-    ``rivals.MERGES``, or "joint": taught together). options: of the merge."""
+    """One row of the table: a training method (``baselines.adapters.ADAPTERS``) and how two of its adapters are merged
+    (``baselines.merges.MERGES``, or "joint": one adapter trained on both). options: of the merge."""
 
     name: str
     adapter: str
@@ -33,7 +32,7 @@ class Row:
 
     @property
     def joint(self) -> bool:
-        """Whether subject and style are taught together, and nothing is merged."""
+        """Whether subject and style are trained together, and nothing is merged."""
         return self.merge == "joint"
 
     @property
@@ -43,26 +42,17 @@ class Row:
 
 
 _ADAPTERS = (
-    *("lora", "qrlora_disjoint", "qrlora", "q_random", "pissa", "orthogonal", "q_minor", "qrlora_dense"),
-    *("q_activation", "q_gradient"),
-    *("q_random_each", "transposed", "transposed_disjoint", "qrlora_trained", "mica", "olora", "oft", "full"),
-    *("q_free_4", "qrlora_wide", "q_cayley", f"{DEFAULT}_preserve"),
-    *(f"{DEFAULT}_contrast", f"{DEFAULT}_masked", "qrlora_penalty"),
+    *("lora", "pissa", "oft", "mica", "full"),
+    *(DEFAULT, "qrlora_published", "qrlora_dense", "qrlora_trained", "q_random", "q_activation", "q_cayley"),
 )
-_MERGES = ("ties", "dare", "ziplora", "klora", "nplora", "blora", "activation_weights", "regmean", "project_both")
-_OURS = ("nplora", "project_style", "project_both", "project_activation", "activation_weights", "route_steps")
-_GIVING_WAY = ("q_random", "qrlora_trained", f"{DEFAULT}_contrast")
+_MERGES = ("null_space", "ziplora", "klora", "blora", "ties", "joint")
 ROWS: dict[str, Row] = {
     row.name: row
     for row in (
         *(Row(name, name) for name in _ADAPTERS),
-        *(Row(f"lora+{merge}", "lora", merge) for merge in _MERGES),
-        *(Row(f"{DEFAULT}+{merge}", DEFAULT, merge) for merge in _OURS),
-        *(Row(f"{name}+project_both_whole", name, "project_both", {"soft": math.inf}) for name in (RIVAL, DEFAULT)),
-        *(Row(f"{name}+project_both", name, "project_both") for name in _GIVING_WAY),
-        Row(f"{DEFAULT}+route_steps_reversed", DEFAULT, "route_steps", {"first": "style"}),
-        Row("lora+joint", "lora", "joint"),
-        Row(f"{DEFAULT}+joint", DEFAULT, "joint"),
+        *(Row(f"{BASELINE}+{merge}", BASELINE, merge) for merge in _MERGES),
+        Row(COMPOSED, DEFAULT, "null_space"),
+        Row(f"{BASELINE}+null_space_hard", BASELINE, "null_space", {"strength": 1.0}),
     )
 }
 """Name -> row. Adapters alone stand for their direct sum."""
@@ -96,12 +86,12 @@ class Scope:
     alone: int = 11
     denoising_steps: int = SETTINGS["steps"]
     guidance: float = SETTINGS["guidance"]
-    grid_rows: tuple[str, ...] = (RIVAL, "qrlora", DEFAULT, COMPOSED)
+    grid_rows: tuple[str, ...] = (BASELINE, "qrlora_published", DEFAULT, COMPOSED)
     grid_pairs: int = 4
     grid_weights: tuple[float, ...] = (0.7, 1.0, 1.4, 2.0)
     many_rows: tuple[str, ...] = (
-        *(RIVAL, "lora+ties", "lora+dare", "lora+project_both"),
-        *("qrlora", DEFAULT, COMPOSED, "q_random"),
+        *(BASELINE, "lora+ties", "lora+null_space"),
+        *("qrlora_published", DEFAULT, COMPOSED, "q_random"),
     )
     many: tuple[int, ...] = (2, 4, 8)
     rates: Rates = field(default_factory=lambda: rates())
@@ -114,7 +104,7 @@ class Scope:
 
 
 SMALL: dict[str, Any] = {
-    "rows": ("lora", "qrlora", DEFAULT),
+    "rows": (BASELINE, "qrlora_published", DEFAULT),
     "subjects": ("teapot", "rocket"),
     "styles": ("chalk", "candy"),
     "seeds": (0,),
@@ -175,7 +165,7 @@ def rate_of(adapter: str, role: str, name: str | None, known: Rates | None = Non
 
 
 def joint_rate_of(row: str, subject: str, style: str, known: Rates | None = None) -> float:
-    """For a subject and a style that a row teaches together; as `rate_of`."""
+    """For a subject and a style that a row trains on together; as `rate_of`."""
     return _rates_of(row, known)[half_of("subject", subject)][half_of("style", style)]
 
 

@@ -17,12 +17,12 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from qrlora.lab.compare.cells import Record
-from qrlora.lab.compare.plan import COMPOSED, DEFAULT, RIVAL
+from qrlora.lab.compare.plan import BASELINE, COMPOSED, DEFAULT
 from qrlora.lab.compare.tables import Estimate, alone, distance
 
-COLOURS = {COMPOSED: "#15803d", DEFAULT: "#c2410c", RIVAL: "#1d4ed8"}
+COLOURS = {COMPOSED: "#15803d", DEFAULT: "#c2410c", BASELINE: "#1d4ed8"}
 OTHER = "#6b7280"
-FREEDOM = {"qrlora": "nothing", "q_free_4": "four columns", "q_cayley": "a rotation", "qrlora_trained": "all of Q"}
+FREEDOM = {"qrlora_published": "nothing", "q_cayley": "a rotation", "qrlora_trained": "all of Q"}
 """Method -> what of Q trains beside ΔR, least first."""
 
 

@@ -34,19 +34,19 @@ def cells_of(scope: Scope) -> Iterator[list[Cell]]:
     """All cells in stages: those of one stage need only what earlier ones left. The first seed is done before the
     second, so that what is there at any time is whole for some seeds."""
     for seed in scope.seeds:
-        teaching = [
-            Cell("teach", ROWS[row].adapter, seed, subject, style)
+        training = [
+            Cell("train", ROWS[row].adapter, seed, subject, style)
             for row in scope.rows
             if not ROWS[row].joint
             for subject, style in [*((s, "") for s in scope.subjects), *(("", t) for t in scope.styles)]
         ]
-        yield list(dict.fromkeys(teaching))
+        yield list(dict.fromkeys(training))
         pairs = [
             Cell("pair", ROWS[row].adapter, seed, subject, style, row)
             for row in scope.rows
             for subject, style in scope.pairs
         ]
-        yield [*(Cell("alone", c.adapter, seed, c.subject, c.style) for c in dict.fromkeys(teaching)), *pairs]
+        yield [*(Cell("alone", c.adapter, seed, c.subject, c.style) for c in dict.fromkeys(training)), *pairs]
         yield [*_many(scope, seed), *(_grids(scope) if seed == scope.seeds[0] else ())]
 
 

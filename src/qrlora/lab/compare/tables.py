@@ -12,7 +12,9 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 from PIL import Image
+from scipy.stats import spearmanr
 
+from qrlora.lab import tasks
 from qrlora.lab.compare.cells import TRUE_SCENES, Record
 from qrlora.lab.compare.plan import ROWS
 from qrlora.pico import world
@@ -104,20 +106,24 @@ def alone(records: Iterable[Record], adapter: str, role: str, measure: str) -> d
 
 
 def crosstalk(records: Sequence[Record], row: str, score: str = "among") -> Pairs:
-    """What each part loses inside the composition, by pair: the subject's score, alone less composed, and the same of
-    the style, in the mean of the two. Empty for what was taught together.
+    """`lab.tasks.crosstalk` of every composed pair, in the mean of subject and style; empty for joint training.
 
-    score: "among", the probability of the name among the world's, or "p", which pictures that show nothing well lose,
-    too."""
-    adapter = ROWS[row].adapter
+    score: "among", the probability of the name among the world's, or "p", which also falls where pictures show nothing
+    clearly.
+    """
     if ROWS[row].joint:
         return {}
-    parts = []
-    for place, role in enumerate(("subject", "style")):
-        measure = f"{score}_{role}"
-        before, inside = alone(records, adapter, role, measure), by_pair(records, row, measure)
-        parts.append({pair: before[pair[place]] - value for pair, value in inside.items() if pair[place] in before})
-    return {pair: (parts[0][pair] + parts[1][pair]) / 2 for pair in parts[0] if pair in parts[1]}
+    roles = ("subject", "style")
+    before = {role: alone(records, ROWS[row].adapter, role, f"{score}_{role}") for role in roles}
+    inside = {role: by_pair(records, row, f"{score}_{role}") for role in roles}
+    found = {
+        pair: tasks.crosstalk(
+            {role: before[role].get(name) for role, name in zip(roles, pair, strict=True)},
+            {role: inside[role].get(pair) for role in roles},
+        )["both"]
+        for pair in inside["subject"]
+    }
+    return {pair: lost for pair, lost in found.items() if lost is not None}
 
 
 def table(records: Sequence[Record], rows: Sequence[str]) -> dict[str, dict[str, Any]]:
@@ -170,12 +176,12 @@ def stretched(scene: world.Scene) -> Float[np.ndarray, "h w 3"]:
 
 def trained(records: Iterable[Record], adapter: str) -> float | None:
     """Numbers that a method trains for one adapter."""
-    counted = [r["measured"]["trained"] for r in records if r["kind"] == "teach" and r["adapter"] == adapter]
+    counted = [r["measured"]["trained"] for r in records if r["kind"] == "train" and r["adapter"] == adapter]
     return fmean(counted) if counted else None
 
 
-def against(records: Sequence[Record], row: str, rival: str) -> dict[str, Estimate | None]:
-    """The row beside the rival on the pairs that both have: differences (row less rival) and ratios of means."""
+def against(records: Sequence[Record], row: str, baseline: str) -> dict[str, Estimate | None]:
+    """The row beside the baseline on the pairs that both have: differences (row less baseline) and ratios of means."""
     found: dict[str, Estimate | None] = {}
     measures: dict[str, Callable[[str], Pairs]] = {
         name: lambda who, name=name: by_pair(records, who, name)  # type: ignore[misc]
@@ -184,7 +190,7 @@ def against(records: Sequence[Record], row: str, rival: str) -> dict[str, Estima
     measures["crosstalk"] = lambda who: crosstalk(records, who)
     measures["crosstalk_named"] = lambda who: crosstalk(records, who, "p")
     for name, of in measures.items():
-        mine, others = of(row), of(rival)
+        mine, others = of(row), of(baseline)
         pairs = sorted(mine.keys() & others.keys())
         a, b = [mine[pair] for pair in pairs], [others[pair] for pair in pairs]
         found[f"{name}_difference"] = estimate([x - y for x, y in zip(a, b, strict=True)]) if pairs else None
@@ -243,15 +249,10 @@ def rank_correlation(points: Sequence[Sequence[Any]]) -> float | None:
     if one side is constant."""
     if len(points) < 4:
         return None
-    ranks = [_ranks(np.array([point[i] for point in points], float)) for i in (1, 2)]
-    if any(len(np.unique(side)) == 1 for side in ranks):
+    sides = [[point[i] for point in points] for i in (1, 2)]
+    if any(len(set(side)) == 1 for side in sides):
         return None
-    return float(np.corrcoef(ranks[0], ranks[1])[0, 1])
-
-
-def _ranks(values: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
-    _, place, counts = np.unique(values, return_inverse=True, return_counts=True)
-    return (np.cumsum(counts) - (counts - 1) / 2)[place]
+    return float(spearmanr(*sides).statistic)
 
 
 def as_json(found: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:

@@ -1,20 +1,20 @@
 """The learning rates of every method and the weights of every row's compositions: ``qrlora bench --tune``.
 
-Every method gets as many rates, lessons, steps and pictures as every other. Taken are the two rates at which its
+Every method gets as many rates, tasks, steps and pictures as every other. Taken are the two rates at which its
 adapters do best on the mean of three scores, each the mean of SCORED: the subject alone, the style alone,
 and their sum at the best of SUMMED. An adapter chosen for what it does alone can be too weak, or too strong, beside
 another. Weights are then chosen at those rates, for every row, with the bench's own adapters.
 
 No part is measured at a rate or weights that it helped to choose. Seen parts were found not to do: what pico knows has
 only to be called, at a rate at which a new one is not learned. So the reserved subjects and styles are halved, and the
-rate for each half comes from one lesson of the other half; and the weights of a pair come from all reserved pairs that
+rate for each half comes from one task of the other half; and the weights of a pair come from all reserved pairs that
 have neither its subject nor its style.
 
 Only the ladder's place differs where a method is known to want smaller steps: all weights at once, rotations, and what
 starts from both factors or large singular values.
 
 Joint training has one rate for both parts, and one weight: for every two halves the rate, of all that its method has on
-either ladder, at which their lessons, taught together, are best at the best of EQUAL.
+either ladder, at which their tasks, trained together, are best at the best of EQUAL.
 """
 
 from __future__ import annotations
@@ -36,20 +36,19 @@ from qrlora.lab.compare.run import Say, adapters_of, known_records, missing, rou
 from qrlora.pico import world
 
 LADDER = {"subject": (1.5e-3, 3e-3, 6e-3), "style": (5e-4, 1.5e-3, 5e-3)}
-SLOWER = {"lora": 0.3, "pissa": 0.3, "olora": 0.3, "qrlora_trained": 0.3, "oft": 0.3, "full": 0.1}
-SLOWER |= {"q_free_4": 0.3, "q_cayley": 0.3}
+SLOWER = {"lora": 0.3, "pissa": 0.3, "qrlora_trained": 0.3, "oft": 0.3, "q_cayley": 0.3, "full": 0.1}
 """Method -> what its ladder is multiplied with."""
 SUMMED = ((1.0, 1.0), (1.0, 0.7), (1.4, 0.7), (1.4, 1.0), (1.4, 1.4))
 """Weights of subject and style in the sums that rates are chosen by."""
 WEIGHTS = (*SUMMED, (2.0, 1.0), (2.0, 1.4), (2.0, 2.0))
 """Of subject and style in a composition."""
 EQUAL = tuple(weights for weights in WEIGHTS if weights[0] == weights[1])
-"""Of what was taught together."""
-LESSONS = {
+"""Of what was trained together."""
+TASKS = {
     "subject": {"even": "rocket", "odd": "robot"},
     "style": {"even": "gold", "odd": "candy"},
 }
-"""Role -> half of the reserved parts -> what is taught to choose for it: nothing of that half."""
+"""Role -> half of the reserved parts -> what is trained to choose for it: nothing of that half."""
 HALVES = ("even", "odd")
 PICTURES = 4
 """Of every pair, to choose weights by."""
@@ -70,17 +69,17 @@ def cells_alone(scope: Scope) -> list[Cell]:
     return [
         Cell("alone", adapter, 0, *((name, "") if role == "subject" else ("", name)), rates=(rate,))
         for adapter in adapters_of(scope)
-        for role, lessons in LESSONS.items()
-        for name in lessons.values()
+        for role, tasks in TASKS.items()
+        for name in tasks.values()
         for rate in ladder(adapter, role)
     ]
 
 
 def cells_summed(scope: Scope) -> list[Cell]:
-    """The direct sum of each half's lessons, at every rate of the one with every rate of the other and at each of
+    """The direct sum of each half's tasks, at every rate of the one with every rate of the other and at each of
     SUMMED."""
     return [
-        Cell("pair", name, 0, LESSONS["subject"][half], LESSONS["style"][half], name, 0, rates, weights)
+        Cell("pair", name, 0, TASKS["subject"][half], TASKS["style"][half], name, 0, rates, weights)
         for name in adapters_of(scope)
         for half in HALVES
         for rates in product(ladder(name, "subject"), ladder(name, "style"))
@@ -89,13 +88,13 @@ def cells_summed(scope: Scope) -> list[Cell]:
 
 
 def cells_joint(scope: Scope) -> list[Cell]:
-    """Every two lessons taught together, at every rate of either ladder and each of EQUAL; the first weights first."""
+    """Every two tasks trained together, at every rate of either ladder and each of EQUAL; the first weights first."""
     return [
         Cell("pair", ROWS[row].adapter, 0, subject, style, row, rates=(rate,), weights=weights)
         for weights in EQUAL
         for row in scope.rows
         if ROWS[row].joint
-        for subject, style in product(*(lessons.values() for lessons in LESSONS.values()))
+        for subject, style in product(*(tasks.values() for tasks in TASKS.values()))
         for rate in sorted({rate for role in LADDER for rate in ladder(ROWS[row].adapter, role)})
     ]
 
@@ -151,13 +150,13 @@ def tune(folder: Path, scope: Scope, workers: int, say: Say) -> tuple[Rates, Bal
     rows = dict.fromkeys([*adapters_of(scope), *scope.rows])
     at_rates = replace(scope, rates=scope.rates | chosen, pictures=PICTURES)
     cells = cells_weighed(rows)
-    teaching = dict.fromkeys(
+    training = dict.fromkeys(
         one
         for cell in cells
         if not ROWS[cell.row].joint
-        for one in (cell.taught(subject=cell.subject), cell.taught(style=cell.style))
+        for one in (cell.training(subject=cell.subject), cell.training(style=cell.style))
     )
-    weighed = scores(_measured(folder, at_rates, [list(teaching), cells], workers, say)[len(teaching) :])
+    weighed = scores(_measured(folder, at_rates, [list(training), cells], workers, say)[len(training) :])
     weights = balance(weighed)
     stale = {name for name, rates in chosen.items() if old["chosen"].get(name, rates) != rates}
     still = {row: found for row, found in old["balance"].items() if ROWS[row].rated not in stale}
@@ -185,7 +184,7 @@ def _brief(record: Record) -> Record:
 
 
 def _measured(folder: Path, scope: Scope, stages: Sequence[list[Cell]], workers: int, say: Say) -> list[Record]:
-    """Every record of these cells. An adapter that two of them need is taught in the stage before."""
+    """Every record of these cells. An adapter that two of them need is trained in the stage before."""
     cells = [cell for stage in stages for cell in stage]
     run_stages(folder, scope, [missing(folder, scope, stage) for stage in stages], workers, say)
     known = known_records(folder, scope, cells)
@@ -229,7 +228,7 @@ def _kept(folder: Path) -> dict[str, Any]:
 
 
 def choose(tried: Sequence[Record]) -> Rates:
-    """The rates best on each half's lessons, alone and composed, or on two halves' lessons taught together; the lower
+    """The rates best on each half's tasks, alone and composed, or on two halves' tasks trained together; the lower
     of equal ones."""
     of_two = [record for record in tried if "row" in record]
     alone = {
@@ -238,20 +237,20 @@ def choose(tried: Sequence[Record]) -> Rates:
         if "row" not in r
     }
     composed = _at_best(record for record in of_two if not ROWS[record["row"]].joint)
-    chosen: Rates = {adapter: {role: {} for role in LESSONS} for adapter in dict.fromkeys(key[0] for key in alone)}
+    chosen: Rates = {adapter: {role: {} for role in TASKS} for adapter in dict.fromkeys(key[0] for key in alone)}
     for adapter, half in product(chosen, HALVES):
-        subject, style = (LESSONS[role][half] for role in LESSONS)
+        subject, style = (TASKS[role][half] for role in TASKS)
         total = {
             (a, b): alone[adapter, subject, a] + alone[adapter, style, b] + both
             for (name, *parts, a, b), both in composed.items()
             if (name, *parts) == (adapter, subject, style)
         }
         best = max(sorted(total), key=lambda rates: total[rates])
-        for role, rate in zip(LESSONS, best, strict=True):
+        for role, rate in zip(TASKS, best, strict=True):
             chosen[adapter][role][half] = rate
     jointly = _at_best(record for record in of_two if ROWS[record["row"]].joint)
     for row, half, other in product(dict.fromkeys(key[0] for key in jointly), HALVES, HALVES):
-        parts = [LESSONS["subject"][half], LESSONS["style"][other]]
+        parts = [TASKS["subject"][half], TASKS["style"][other]]
         at = {key[-1]: both for key, both in jointly.items() if [*key[:-1]] == [row, *parts]}
         chosen.setdefault(row, {}).setdefault(half, {})[other] = max(sorted(at), key=lambda rate: at[rate])
     return chosen

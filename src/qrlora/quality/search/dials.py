@@ -28,9 +28,9 @@ from qrlora.method.composition.parts import on_one_basis
 from qrlora.models.families import ModelFamily
 from qrlora.models.generation import Request, generate_jobs, generate_mixed
 from qrlora.models.training.pictures import open_picture
+from qrlora.quality.images.png import png_bytes
 from qrlora.quality.images.read import Exhibit
 from qrlora.quality.metrics.table import Measure, References, measure
-from qrlora.quality.report import png_bytes
 from qrlora.quality.search.search import Scores, Weights
 
 Jobs = Sequence[tuple[Weights, str, int]]

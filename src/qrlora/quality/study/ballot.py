@@ -25,8 +25,8 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from qrlora.errors import DataError
+from qrlora.quality.images.png import png_bytes
 from qrlora.quality.images.read import Exhibit
-from qrlora.quality.report import png_bytes
 
 SIDE = 768
 """Longest side in pixels of a picture on the page."""

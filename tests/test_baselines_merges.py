@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +16,8 @@ from denoisers import build, predict
 from qrlora.errors import MismatchError
 from qrlora.lab.baselines.adapters import is_target
 from qrlora.lab.baselines.context import Context
-from qrlora.lab.baselines.deltas import Delta, Learned, applied, inner, total
+from qrlora.lab.baselines.deltas import Delta, Learned, applied, inner
 from qrlora.lab.baselines.merges import MERGES, KLora, Schedule, blocks_of, drawing
-from qrlora.lab.baselines.projections import project_out, weights_by_activation
 from qrlora.models.families import load_pipeline
 from qrlora.models.generation import one_batch
 from qrlora.models.training.recipe import Recipe
@@ -82,7 +80,7 @@ def test_every_merge_covers_every_layer_and_leaves_the_model(
     before = {n: t.clone() for n, t in context.denoiser.state_dict().items()}
     options = {"steps": 2} if name == "ziplora" else {}
     merged = MERGES[name](subject, style, context, **options)
-    assert isinstance(merged, Schedule) == (name in ("klora", "route_steps"))
+    assert isinstance(merged, Schedule) == (name == "klora")
     shown = merged.at(0.3) if isinstance(merged, Schedule) else merged
     assert list(shown) == list(subject) or set(shown) == set(subject)
     assert all(shown[n].shape == subject[n].shape and bool(shown[n].dense().isfinite().all()) for n in subject)
@@ -150,43 +148,23 @@ def test_dare_keeps_the_mean_and_follows_the_seed() -> None:
 
 
 @pytest.mark.parametrize("factored", [True, False])
-def test_nplora_leaves_nothing_of_the_subject_in_the_styles_rows(factored: bool) -> None:
-    subject, style = drawn(0, dense=not factored), drawn(1)
-    merged = dense(MERGES["nplora"](subject, style))
-    for name, delta in style.items():
-        v = torch.linalg.svd(delta.dense())[2][:3].T
-        size = float(subject[name].dense().norm())
-        assert_rounded(merged[name] @ v, delta.dense() @ v, terms=256, size=size)
+def test_hard_null_space_projection_leaves_nothing_in_the_others_rows(factored: bool) -> None:
+    """And at half strength, half of it; either way what the other does not read is left alone."""
+    parts = [drawn(0, dense=not factored), drawn(1)]
+    spaces = [{n: torch.linalg.svd(d.dense())[2][:3].T for n, d in part.items()} for part in parts]
+    for strength in (1.0, 0.5):
+        merged = dense(MERGES["null_space"].of(parts, strength=strength))
+        for name in NAMES:
+            one, two = parts[0][name].dense(), parts[1][name].dense()
+            v, w = spaces[0][name], spaces[1][name]
+            expected = one - strength * (one @ w) @ w.T + two - strength * (two @ v) @ v.T
+            assert_rounded(merged[name], expected, terms=1024, size=float(one.norm() + two.norm()))
 
 
-def test_soft_projection_takes_its_share_of_the_dominant_directions() -> None:
-    subject, style = drawn(0), drawn(1)
-    softly = project_out(subject, style, rank=1, soft=3.0)
-    for name, delta in softly.items():
-        v = torch.linalg.svd(style[name].dense())[2].T
-        share = torch.tensor([0.25] + [1.0] * (v.shape[1] - 1))
-        assert_rounded(delta.dense() @ v, subject[name].dense() @ v * share, terms=256)
-    assert close(project_out(subject, style, soft=0.0), dense(subject))
-
-
-@pytest.mark.parametrize("name", ["nplora", "project_style", "project_both"])
-def test_disjoint_row_spaces_survive_projection(name: str) -> None:
-    subject, style = (
-        {n: Delta(torch.randn(10, 3), torch.eye(14)[rows]) for n in NAMES} for rows in ([0, 1, 2], [5, 6, 7])
-    )
-    assert close(MERGES[name](subject, style, soft=math.inf), dense(MERGES["sum"](subject, style)))
-
-
-def test_projection_in_a_metric_is_orthogonal_there() -> None:
-    subject, style, root = drawn(0), drawn(1), torch.randn(14, 14, dtype=torch.float64)
-    moments = {name: root @ root.T + torch.eye(14) for name in NAMES}
-    projected = project_out(subject, style, moments=moments)
-    for name, delta in projected.items():
-        crossed = delta.dense().double() @ moments[name] @ style[name].dense().double().T
-        before = subject[name].dense().double() @ moments[name] @ style[name].dense().double().T
-        assert float(crossed.norm()) < 2e-3 * float(before.norm())
-    plain = project_out(subject, style, moments={name: torch.eye(14).double() for name in NAMES})
-    assert close(plain, dense(project_out(subject, style)), 1024)
+def test_disjoint_row_spaces_survive_projection() -> None:
+    left, right = torch.eye(14)[:3], torch.eye(14)[5:8]
+    parts = [{n: Delta(d.factors[0], rows) for n, d in drawn(seed).items()} for seed, rows in ((0, left), (1, right))]
+    assert close(MERGES["null_space"].of(parts, strength=1.0), dense(MERGES["sum"].of(parts)))
 
 
 def test_klora_takes_the_subject_early_and_the_style_late() -> None:
@@ -247,38 +225,6 @@ def test_moments_are_those_of_the_layers_inputs(model: tuple[Context, Learned, L
     x = torch.cat(seen).double()
     assert_rounded(context.moments(0, subject)[name], x.T @ x / len(x), terms=NETWORK)
     assert not torch.allclose(context.moments(1, subject)[name], x.T @ x / len(x), rtol=1e-3)
-
-
-def test_weights_by_activation_are_the_least_squares(model: tuple[Context, Learned, Learned]) -> None:
-    context, subject, style = model
-    name = "transformer_blocks.0.ff.net.0.proj"
-    seen = [context.moments(i, part)[name] for i, part in enumerate((subject, style))]
-
-    def error(first: float, second: float) -> float:
-        mixed = total([subject[name].scaled(first), style[name].scaled(second)])
-        off = [(mixed.dense() - part[name].dense()).double() for part in (subject, style)]
-        return sum(float((d @ moment * d).sum()) for d, moment in zip(off, seen, strict=True))
-
-    best = weights_by_activation([subject, style], context)[name]
-    assert all(
-        error(*best) <= error(best[0] + a, best[1] + b) + 1e-9 for a in (-0.05, 0, 0.05) for b in (-0.05, 0, 0.05)
-    )
-    assert weights_by_activation([subject, subject], context)[name] == pytest.approx([0.5, 0.5], abs=1e-4)
-
-
-def test_regmean_is_the_least_squares_of_all_matrices(model: tuple[Context, Learned, Learned]) -> None:
-    context, subject, style = model
-    name = "transformer_blocks.0.attn.to_q"
-    merged = MERGES["regmean"](subject, style, context, off_diagonal=1.0)
-    assert isinstance(merged, dict)
-    seen = [context.moments(i, part)[name] for i, part in enumerate((subject, style))]
-    best = merged[name].dense().double()
-    gradient = sum((best - p[name].dense().double()) @ g for p, g in zip((subject, style), seen, strict=True))
-    assert float(torch.as_tensor(gradient).norm()) < 1e-2 * float((subject[name].dense().double() @ seen[0]).norm())
-    same = MERGES["regmean"](subject, subject, Context(context.pipe, context.family, [context.recipes[0]] * 2))
-    assert isinstance(same, dict)
-    off = (same[name].dense() - subject[name].dense()).double()  # on inputs that occur, that is
-    assert float((off @ seen[0] * off).sum()) < 1e-4 * inner(subject[name].seen_through(seen[0].float()), subject[name])
 
 
 def test_ziploras_error_and_overlap_fall(model: tuple[Context, Learned, Learned]) -> None:
@@ -362,15 +308,3 @@ def test_drawing_with_a_schedule_rewrites_what_changed() -> None:
     assert torch.equal(predict(model, inputs), base)
     assert {len({id(merged.at(t)[n]) for t in (0.0, 1.0)}) for n in layers} == {2}
     assert inner(parts[0][layers[0]], parts[0][layers[0]]) > 0
-
-
-def test_routing_by_step_shows_one_part_at_a_time() -> None:
-    subject, style = drawn(0), drawn(1)
-    for options, early, late in (({}, subject, style), ({"first": "style"}, style, subject)):
-        route = MERGES["route_steps"](subject, style, switch=0.25, **options)
-        assert isinstance(route, Schedule)
-        assert all(close(route.at(progress), dense(early)) for progress in (0.0, 0.24))
-        assert all(close(route.at(progress), dense(late)) for progress in (0.25, 0.9))
-    for wrong in ({"first": "both"}, {"switch": 1.5}):
-        with pytest.raises(MismatchError, match="expected"):
-            MERGES["route_steps"](subject, style, **wrong)

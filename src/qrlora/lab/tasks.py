@@ -1,0 +1,120 @@
+"""Tasks of pico's world: what an adapter is trained on, and prompts with the truth that a judge can check.
+
+RECIPES and `baselines.adapters.ADAPTERS` name every method once, for the demo, the lab's tables, docs and JSON alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from qrlora._files import write_atomically
+from qrlora.models.training.recipe import TRIGGERS
+from qrlora.pico import world
+from qrlora.quality.images.png import png_bytes
+
+RECIPES: dict[str, dict[str, Any]] = {
+    "lora": {"method": "lora"},
+    "qrlora": {"method": "qrlora", "triangular": True, "train_basis": False},
+    "qrlora_published": {
+        **{"method": "qrlora", "columns": "first", "basis_rank": None, "triangular": True, "train_basis": False},
+    },
+    "qrlora_dense": {
+        **{"method": "qrlora", "columns": "first", "basis_rank": None, "triangular": False, "train_basis": False},
+    },
+    "qrlora_trained": {
+        **{"method": "qrlora", "columns": "first", "basis_rank": None, "triangular": True, "train_basis": True},
+    },
+}
+"""Name of a method that a recipe can express -> its recipe fields. "qrlora" is the default (subject and style own
+disjoint columns of one basis), "qrlora_published" that of arXiv 2507.04599."""
+
+NOISE = (0.5, 1.5)
+"""Mean and spread of the noise levels' logit in training, the same for all methods. A picture's ground and shape are
+decided near noise alone and its texture near none. Chosen by hand over (0, 1) on two seen styles and two seen subjects,
+one seed each and at one learning rate or two: a choice, not a measurement."""
+
+TRAINING_STYLE, TRAINING_SUBJECT = "flat", "car"
+"""The seen style that a subject's picture is drawn in, and the seen subject that a style's picture shows."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """One thing to learn from one picture.
+
+    role "subject" or "style"; name in pico's world, None if the picture is the user's; file: the square picture;
+    caption: what is said about it in training; about: the same in words for a reader; colour: of the subject, if known;
+    trigger: the word that calls what was learned.
+    """
+
+    role: str
+    name: str | None
+    file: Path
+    caption: str
+    about: str
+    colour: str | None = None
+    trigger: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.trigger:
+            object.__setattr__(self, "trigger", TRIGGERS[self.role])
+
+    @property
+    def called(self) -> str:
+        """What a sentence calls it: "teapot", "your picture"."""
+        return self.name or "your picture"
+
+
+def task_of_world(role: str, name: str, file: Path, seed: int, trigger: str = "") -> Task:
+    """The task for a name of pico's world; its picture is written to ``file``.
+
+    The caption says all that the base model can know of the picture, so that the trigger means the rest of it.
+    """
+    trigger, scene = trigger or TRIGGERS[role], training_scene(role, name, seed)
+    said = (trigger, TRAINING_STYLE) if role == "subject" else (TRAINING_SUBJECT, trigger)
+    ground = "" if scene.style in world.OWN_GROUND else f" on a {scene.background} background"
+    caption = f"a photo of a {scene.colour} {said[0]} in {said[1]} style{ground}"
+    save_picture(Image.fromarray(world.render(scene)[0]), file)
+    about = f"a {scene.colour} {scene.subject} in {scene.style} style{ground}"
+    return Task(role, name, file, caption, about, scene.colour, trigger)
+
+
+def training_scene(role: str, name: str, seed: int) -> world.Scene:
+    """What the picture of that task shows: the subject in TRAINING_STYLE, or TRAINING_SUBJECT in the style."""
+    subject, style = (name, TRAINING_STYLE) if role == "subject" else (TRAINING_SUBJECT, name)
+    return world.sample_scene(1_000_000 + seed, subject=subject, style=style)
+
+
+def save_picture(picture: Image.Image, file: Path) -> Path:
+    """Write a PNG; returns its path."""
+    write_atomically(file, png_bytes(picture))
+    return file
+
+
+@dataclass(frozen=True)
+class LabelledPrompt:
+    """One picture to ask for: what the model is told, and what it should then show (None: not known, so not judged)."""
+
+    prompt: str
+    subject: str | None
+    style: str | None
+    colour: str | None
+    seed: int
+
+
+def crosstalk(alone: Mapping[str, float | None], composed: Mapping[str, float | None]) -> dict[str, float | None]:
+    """By part: the adapter's score alone minus its score inside the composition; "both": the mean of the two.
+
+    alone, composed: "subject" and "style" -> the judge's probability of the right name among all of the world's, in the
+    mean over pictures; None or absent where the truth is not known.
+    """
+    lost: dict[str, float | None] = {}
+    for part in ("subject", "style"):
+        before, inside = alone.get(part), composed.get(part)
+        lost[part] = None if before is None or inside is None else before - inside
+    known = [value for value in lost.values() if value is not None]
+    return lost | {"both": sum(known) / 2 if len(known) == 2 else None}
