@@ -22,10 +22,11 @@ $(VENV)/.tools: $(VENV)/.ready  # what tests need besides: optional packages, to
 demo: $(VENV)/.ready  ## teach pico a subject and a style, compose them, write a report
 	$(BIN)/qrlora demo --out $(OUT)
 
-test: $(VENV)/.tools  ## lint, types, tests
+test: $(VENV)/.tools  ## lint, types, import contracts, tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 	$(BIN)/python -m pytest -q
 
 # All tables in minutes on two cores. QUICK= takes the sizes and rounds of docs/speed.md instead, and

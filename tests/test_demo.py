@@ -17,7 +17,7 @@ from PIL import Image
 
 from qrlora import pico
 from qrlora.apps import demo
-from qrlora.apps.demo import flow, page, plan
+from qrlora.apps.demo import command, flow, page, plan
 from qrlora.apps.demo.flow import PARTS, SETS, Answer, Outcome
 from qrlora.apps.demo.numbers import crosstalk_of, data
 from qrlora.apps.demo.plan import DEFAULT, METHODS, Budget, Task, questions
@@ -63,8 +63,8 @@ def ran(tiny_sd3: Path, tmp_path_factory: pytest.TempPathFactory) -> Ran:
     folder, said, outcomes = tmp_path_factory.mktemp("demo") / "new", [], []
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("QRLORA_CACHE", str(folder.parent / "cache"))
-        original = page.report
-        patch.setattr(page, "report", lambda outcome: outcomes.append(outcome) or original(outcome))
+        original = command.report
+        patch.setattr(command, "report", lambda outcome: outcomes.append(outcome) or original(outcome))
         written = demo.run(
             folder, "rocket", "mosaic", 3, model=str(tiny_sd3), judge=StandInJudge(), budget=TINY, say=said.append
         )

@@ -16,7 +16,7 @@ from PIL import Image
 from qrlora.errors import DataError, ModelError
 from qrlora.pico import world
 from qrlora.pico.judge import WEIGHTS, Judge, Verdict
-from qrlora.pico.judge.colours import DIRECTIONS, VISIBLE, quantiles
+from qrlora.quality.metrics.colours import DIRECTIONS, VISIBLE, quantiles
 
 SUBJECTS, STYLES = list(world.SUBJECTS), list(world.STYLES)
 FIRST_SEED = 3_000_000_000  # scene seeds that neither the base model nor the judge was trained or calibrated on

@@ -22,9 +22,10 @@ from qrlora.method.composition import Composition, giving_way
 from qrlora.models.families import load_pipeline
 from qrlora.models.generation import generate
 from qrlora.pico import world
+from qrlora.pico.judge.objective import by_judge
 from qrlora.quality.images.read import Exhibit
 from qrlora.quality.metrics.table import MEASURES, References
-from qrlora.quality.search.dials import Album, by_blocks, by_judge, by_measures, painting
+from qrlora.quality.search.dials import Album, by_blocks, by_measures, painting
 from qrlora.quality.search.search import Found, Scores, Tried, Weights, frontier, ranked, search
 from samples import SHAPES, make_adapter, make_basis, make_lora
 

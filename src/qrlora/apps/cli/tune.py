@@ -112,11 +112,12 @@ def default_prompt(adapters: Sequence[Adapter]) -> str:
 
 def _aim(options: argparse.Namespace, side: str) -> tuple[str, Any]:
     """What a score is, in words, and what counts it; checked before a model is loaded."""
+    from qrlora.pico.judge.objective import by_judge
     from qrlora.pico.world import STYLES, SUBJECTS
     from qrlora.quality.images.read import gather
     from qrlora.quality.metrics.learned import Eyes
     from qrlora.quality.metrics.table import MEASURES, References, chosen
-    from qrlora.quality.search.dials import by_judge, by_measures
+    from qrlora.quality.search.dials import by_measures
 
     wanted, names = getattr(options, side), SUBJECTS if side == "subject" else STYLES
     listed = getattr(options, f"{side}_measures")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -16,7 +15,6 @@ import numpy as np
 import torch
 from jaxtyping import Bool, UInt8
 
-from qrlora._files import make_folder
 from qrlora.apps.demo.plan import (
     DEFAULT,
     METHODS,
@@ -38,7 +36,6 @@ from qrlora.models.training.loop import train
 from qrlora.models.training.recipe import Recipe
 from qrlora.pico import world
 from qrlora.pico.judge import Judge
-from qrlora.quality.images.png import png_bytes
 from qrlora.quality.metrics.shares import Share
 
 SETS = ("subject_alone", "style_alone", "composed")
@@ -147,44 +144,6 @@ class Outcome:
         return self.answers[method][name].share(part)
 
 
-def run(
-    out: Path | str = "out/demo",
-    subject: str = "teapot",
-    style: str = "chalk",
-    seed: int = 0,
-    steps: int | None = None,
-    *,
-    model: str = "pico",
-    judge: Judge | None = None,
-    budget: Budget | None = None,
-    say: Say | None = None,
-) -> Path:
-    """The whole demo; returns the path of its page.
-
-    Args:
-        out: folder for report.html, report.json, summary.png, the two pictures and the adapter files.
-        subject, style: a name in pico's world, or a picture file.
-        seed: of the pictures to learn from, of training and of generating.
-        steps: training steps of each adapter, instead of the plan's.
-        model, judge, budget: other than pico, its judge and the plan's numbers, for tests.
-        say: told what happens, one line at a time; stderr if None.
-
-    Raises:
-        ModelError: the base model or the judge is missing.
-        DataError: ``subject`` or ``style`` is neither a name nor a picture that can be used.
-    """
-    from qrlora.apps.demo.page import report, summary
-
-    budget = budget or Budget()
-    budget = budget if steps is None else replace(budget, steps=steps)
-    setting = load(model, judge, budget, seed, say)
-    out = Path(out)
-    make_folder(out / "adapters")
-    outcome = _experiment(setting, out, subject, style, _command(subject, style, seed, steps))
-    setting.say("page")
-    return report(outcome).write(out, {"summary.png": png_bytes(summary(outcome))})
-
-
 def load(model: str, judge: Judge | None, budget: Budget, seed: int, say: Say | None) -> Setting:
     """The base model and the judge. Imports were paid for before; weights are read here."""
     started = time.perf_counter()
@@ -203,12 +162,7 @@ def _stderr(started: float) -> Say:
     return say
 
 
-def _command(subject: str, style: str, seed: int, steps: int | None) -> str:
-    words = ["qrlora", "demo", "--subject", subject, "--style", style, "--seed", str(seed)]
-    return shlex.join(words + ([] if steps is None else ["--steps", str(steps)]))
-
-
-def _experiment(setting: Setting, out: Path, subject: str, style: str, command: str) -> Outcome:
+def experiment(setting: Setting, out: Path, subject: str, style: str, command: str) -> Outcome:
     resolution = world.SIZE
     with setting.stage("pictures", f"the subject ({subject}) and the style ({style})"):
         tasks = [task(r, w, out, setting.seed, resolution) for r, w in (("subject", subject), ("style", style))]

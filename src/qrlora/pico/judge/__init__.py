@@ -40,9 +40,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from qrlora.errors import DataError, ModelError
-from qrlora.pico.judge.colours import quantiles
 from qrlora.pico.judge.network import Network
 from qrlora.pico.world import COLOURS, SIZE, STYLES, SUBJECTS
+from qrlora.quality.metrics.colours import quantiles
 
 __all__ = ["Judge", "Verdict"]
 

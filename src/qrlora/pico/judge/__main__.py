@@ -31,9 +31,9 @@ from qrlora._files import claimed, write_atomically
 from qrlora._interrupts import ended
 from qrlora.pico import model, world
 from qrlora.pico.judge import WEIGHTS, Judge, defects
-from qrlora.pico.judge.colours import VISIBLE, quantiles
 from qrlora.pico.judge.network import Network
 from qrlora.pico.train import Muon, Run, log, trapezoid
+from qrlora.quality.metrics.colours import VISIBLE, quantiles
 
 SUBJECTS, STYLES = list(world.SUBJECTS), list(world.STYLES)
 PAIRS = [(s, t) for s in SUBJECTS for t in STYLES]

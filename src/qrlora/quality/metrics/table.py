@@ -19,6 +19,7 @@ from jaxtyping import Float, UInt8
 
 from qrlora.errors import DataError
 from qrlora.quality.images.read import Exhibit
+from qrlora.quality.metrics.colours import quantiles
 from qrlora.quality.metrics.copies import edge_agreement, edges_of, likeness
 
 if TYPE_CHECKING:
@@ -162,8 +163,6 @@ def _to_palette(picture: Exhibit, palette: Sequence[str], shares: Float[np.ndarr
 
 
 def _colours(picture: Exhibit, reference: Exhibit) -> float:
-    from qrlora.pico.judge.colours import quantiles
-
     both = [cv2.resize(one.pixels, (256, 256), interpolation=cv2.INTER_AREA) for one in (picture, reference)]
     ours, theirs = quantiles(np.stack(both))
     return float(np.abs(ours - theirs).mean())

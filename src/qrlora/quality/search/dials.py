@@ -193,22 +193,3 @@ def _share(one: Measure, value: float | None) -> float:
     low, high = one.bounds
     share = (value - low) / (high - low)
     return share if one.better == "higher" else 1 - share
-
-
-def by_judge(part: str, name: str) -> Objective:
-    """Pico's judge asked for a name of its world: half for being right, half for the probability of the name.
-
-    Raises:
-        DataError: pictures of another size than pico's.
-    """
-    from qrlora.pico.judge import Judge
-    from qrlora.pico.world import STYLES, SUBJECTS
-
-    judge = Judge.load()
-    asked = {"subject": next(iter(SUBJECTS)), "style": next(iter(STYLES)), part: name}
-
-    def score(pictures: Sequence[Exhibit]) -> list[float]:
-        verdict = judge.verdict(np.stack([picture.pixels for picture in pictures]), **asked)
-        return ((getattr(verdict, part) + getattr(verdict, f"p_{part}")) / 2).tolist()
-
-    return score
