@@ -3,7 +3,7 @@ PYTHON ?= python3
 OUT ?= out/demo
 BIN = $(VENV)/bin
 
-.PHONY: demo test bench clean
+.PHONY: demo test clean
 .DEFAULT_GOAL := demo
 
 INSTALL = $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt
@@ -19,7 +19,7 @@ $(VENV)/.tools: $(VENV)/.ready  # what tests need besides: optional packages, to
 	$(INSTALL) -e '.[test]'
 	touch $@
 
-demo: $(VENV)/.ready  ## teach pico a subject and a style, compose them, write a report
+demo: $(VENV)/.ready  ## train a subject and a style on pico, compose them, write a report
 	$(BIN)/qrlora demo --out $(OUT)
 
 test: $(VENV)/.tools  ## lint, types, import contracts, tests
@@ -28,19 +28,6 @@ test: $(VENV)/.tools  ## lint, types, import contracts, tests
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python -m pytest -q
-
-# All tables in minutes on two cores. QUICK= takes the sizes and rounds of docs/speed.md instead, and
-# SHAPES='--shapes flux.1' all layers of that model; each table as JSON is in out/benchmarks, with machine facts.
-QUICK ?= --quick
-SHAPES ?=
-PICO = src/qrlora/pico/weights/pipeline/transformer/diffusion_pytorch_model.safetensors
-
-bench: $(VENV)/.tools  ## a basis, a training step, adapters at inference, a server: each beside what else there is
-	$(BIN)/python benchmarks/basis.py --peft $(SHAPES) --json out/benchmarks/basis.json
-	$(BIN)/python benchmarks/basis.py --rank 16 --summary --weights $(PICO) --json out/benchmarks/basis-pico.json
-	$(BIN)/python benchmarks/training.py $(QUICK) --json out/benchmarks/training.json
-	$(BIN)/python benchmarks/inference.py $(QUICK) --json out/benchmarks/inference.json
-	$(BIN)/python benchmarks/serve.py $(QUICK) --json out/benchmarks/serve.json
 
 clean:
 	rm -rf $(VENV) out build

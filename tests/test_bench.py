@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import csv
-import importlib
 import io
 import json
 import re
 from dataclasses import replace
 from importlib.resources import files
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,6 +16,7 @@ from PIL import Image
 
 from qrlora.apps.cli import main
 from qrlora.errors import DataError
+from qrlora.lab import where
 from qrlora.lab.baselines.adapters import ADAPTERS
 from qrlora.lab.baselines.deltas import Delta, scaled
 from qrlora.lab.baselines.merges import MERGES
@@ -391,7 +390,7 @@ def test_half_the_numbers_are_trained(small):
 
 
 def test_list(capsys):
-    assert main(["bench", "--list"]) == 0
+    assert main(["lab", "compare", "--list"]) == 0
     assert capsys.readouterr().out.count("\n") == len(ROWS)
 
 
@@ -463,14 +462,7 @@ def test_the_report_says_what_the_records_say(small):
     assert {file.stem for file in (folder / "plots").iterdir()} >= {"subject-against-style", "crosstalk", "many"}
 
 
-@pytest.fixture
-def where(monkeypatch):
-    """benchmarks/where.py, which is no part of the package."""
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
-    return importlib.import_module("where")
-
-
-def test_parts_make_up_the_whole(where):
+def test_parts_make_up_the_whole():
     ends = ("attn.to_q", "attn.to_out.0", "attn.add_k_proj", "attn.to_add_out", "ff.net.2", "ff_context.net.0.proj")
     learned = {f"transformer_blocks.{i}.{end}": Delta(matrix=torch.ones(1, 1)) for i in range(2) for end in ends}
     for kind, count in (("blocks", 2), ("groups", 4)):
@@ -487,7 +479,7 @@ def test_parts_make_up_the_whole(where):
         assert [bool(part.without.at(done / 7)) for part in thirds] == [not one for one in inside]
 
 
-def test_where_scores_every_part(where, tmp_path, monkeypatch, capsys):
+def test_where_scores_every_part(tmp_path, capsys):
     asked = [
         "--tasks",
         "chalk",
@@ -500,8 +492,7 @@ def test_where_scores_every_part(where, tmp_path, monkeypatch, capsys):
         "--only",
         "groups,steps",
     ]
-    monkeypatch.setattr("sys.argv", ["where.py", *asked, "--only", "groups,steps", "--out", str(tmp_path)])
-    where.main()
+    assert main(["lab", "where", *asked, "--out", str(tmp_path)]) == 0
     data = json.loads((tmp_path / "where.json").read_text())
     (found,) = data["found"]
     names = [row["part"] for row in found["parts"]]
@@ -517,16 +508,16 @@ def test_where_scores_every_part(where, tmp_path, monkeypatch, capsys):
     ("arguments", "said"),
     [
         (["--rows", "lora,qrlora_publisht"], "did you mean 'qrlora_published'"),
-        (["--subjects", "mug"], "no subject 'mug' in the bench"),
+        (["--subjects", "mug"], "no subject 'mug' in the lab"),
         (["--records", "missing.jsonl"], "holds no records"),
         (["--seeds", "1,x"], "--seeds"),
-        (["--seeds=-1"], "a whole number from 0"),
+        (["--seeds=-1"], "x>=0"),
     ],
 )
 def test_what_it_cannot_do_it_says(arguments, said, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     try:
-        code = main(["bench", "--small", *arguments])
+        code = main(["lab", "compare", "--small", *arguments])
     except SystemExit as exit:
         code = exit.code
     assert code == 2

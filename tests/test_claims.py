@@ -14,7 +14,7 @@ from PIL import Image
 from qrlora.lab.baselines.adapters import orthonormal
 from qrlora.lab.baselines.context import Context
 from qrlora.lab.baselines.deltas import of_adapter
-from qrlora.lab.claims import (
+from qrlora.lab.claims.measures import (
     Spread,
     alike,
     alike_trained,

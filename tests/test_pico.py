@@ -16,10 +16,12 @@ import torch
 from diffusers import StableDiffusion3Pipeline
 
 from qrlora import pico
+from qrlora.apps.cli import main
 from qrlora.errors import TrainingError
+from qrlora.lab import base
 from qrlora.models.families import load_pipeline, load_structure
 from qrlora.models.generation import generate_jobs
-from qrlora.pico import evaluate, train, world
+from qrlora.pico import train, world
 from qrlora.pico.judge import Verdict
 
 
@@ -158,7 +160,7 @@ def test_shares_come_by_pair_subject_and_style_worst_first(tmp_path, monkeypatch
     right, style = np.array([True] * 5), np.array([True, False, True, True, True])
     near = {"pair": np.array([0.5, 0.5, 0.5, 2.0, 2.0]), "pair_palette": np.full(5, 0.5)}
     verdict = Verdict(right, style, np.ones(5), np.ones(5), {}, right, near)
-    found = evaluate.shares(verdict, scenes)
+    found = base.shares(verdict, scenes)
     assert {part: found[part] for part in ("n", "subject", "style", "both")} == {
         "n": 5, "subject": 1.0, "style": 0.8, "both": 0.4
     }  # fmt: skip
@@ -169,10 +171,9 @@ def test_shares_come_by_pair_subject_and_style_worst_first(tmp_path, monkeypatch
     assert list(found["by"]["subject"]) == ["mug", "car"] and list(found["by"]["style"]) == ["neon", "chalk"]
     assert found["by"]["subject"]["mug"] == {"n": 3, "subject": 1.0, "style": 0.6667, "both": 0.3333}
 
-    monkeypatch.setattr(evaluate, "score", lambda *_: found)
-    monkeypatch.setattr(evaluate, "bounds", lambda _: {"true renders": found})
-    monkeypatch.setattr("sys.argv", ["evaluate", "--by", "style", "--out", str(tmp_path / "scores.json")])
-    evaluate.main()
+    monkeypatch.setattr(base, "score", lambda *_: found)
+    monkeypatch.setattr(base, "bounds", lambda _: {"true renders": found})
+    assert main(["lab", "base", "--by", "style", "--json", str(tmp_path / "scores.json")]) == 0
     said = capsys.readouterr().out
     assert json.loads(said.split("\n\n")[0])["scores"]["seen pairs"] == {k: v for k, v in found.items() if k != "by"}
     assert "seen pairs, by style\n   both   style subject       n\n  0.000   1.000   1.000       2  neon\n" in said

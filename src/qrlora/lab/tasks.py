@@ -13,6 +13,8 @@ from typing import Any
 from PIL import Image
 
 from qrlora._files import write_atomically
+from qrlora.errors import DataError
+from qrlora.models.training.pictures import read_picture
 from qrlora.models.training.recipe import TRIGGERS
 from qrlora.pico import world
 from qrlora.quality.images.png import png_bytes
@@ -69,6 +71,28 @@ class Task:
         return self.name or "your picture"
 
 
+def task(role: str, wanted: str, folder: Path, seed: int, resolution: int) -> Task:
+    """The task for a name of pico's world or a picture file; its picture is written to ``folder``.
+
+    Raises DataError if ``wanted`` is neither, or the picture cannot be used.
+    """
+    names = list(world.SUBJECTS if role == "subject" else world.STYLES)
+    if wanted in names:
+        return task_of_world(role, wanted, folder / f"{role}.png", seed)
+    if not Path(wanted).is_file():
+        raise DataError(
+            f"no such {role} or picture",
+            expected=f"a picture file, or one of {', '.join(names)}",
+            got=wanted,
+            remedy="check the path or the spelling",
+        )
+    picture = read_picture(Path(wanted), resolution)
+    trigger = TRIGGERS[role]
+    caption = f"a photo of a {trigger}" if role == "subject" else f"a picture in {trigger} style"
+    file = save_picture(picture, folder / f"{role}.png")
+    return Task(role, None, file, caption, f"{Path(wanted).name}, cropped to its square")
+
+
 def task_of_world(role: str, name: str, file: Path, seed: int, trigger: str = "") -> Task:
     """The task for a name of pico's world; its picture is written to ``file``.
 
@@ -93,6 +117,27 @@ def save_picture(picture: Image.Image, file: Path) -> Path:
     """Write a PNG; returns its path."""
     write_atomically(file, png_bytes(picture))
     return file
+
+
+def recipe_fields(
+    task: Task, *, rank: int, steps: int, batch_size: int, learning_rate: float, seed: int, cooldown: float = 0.5
+) -> dict[str, Any]:
+    """Recipe fields of a task that are the same for every method. cooldown: share of the steps."""
+    return {
+        "role": task.role,
+        "images": task.file,
+        "caption": task.caption,
+        "trigger": task.trigger,
+        "rank": rank,
+        "steps": steps,
+        "cooldown_steps": round(cooldown * steps),
+        "batch_size": batch_size,
+        "learning_rate": learning_rate,
+        "logit_mean": NOISE[0],
+        "logit_std": NOISE[1],
+        "seed": seed,
+        "licence": "Apache-2.0" if task.name else "",
+    }
 
 
 @dataclass(frozen=True)

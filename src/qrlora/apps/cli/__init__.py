@@ -9,6 +9,7 @@ import os
 import re
 import sys
 from collections.abc import Collection, Sequence
+from functools import partial
 from importlib.metadata import version
 from io import TextIOWrapper
 from pathlib import Path
@@ -16,7 +17,6 @@ from pathlib import Path
 from qrlora._files import disk_error
 from qrlora._interrupts import ended, say
 from qrlora.apps.cli.basis import add_basis
-from qrlora.apps.cli.bench import add_bench
 from qrlora.apps.cli.compose import add_compose
 from qrlora.apps.cli.demo import add_demo
 from qrlora.apps.cli.evaluate import add_evaluate
@@ -41,6 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments[:1] == ["lab"]:
+        return _run(argparse.Namespace(command="lab", run=partial(_lab, arguments[1:])), ())
     parser = build_parser(arguments)
     options, unknown = parser.parse_known_args(arguments)
     if unknown:
@@ -93,6 +95,20 @@ def _subparser(parser: argparse.ArgumentParser, command: str) -> tuple[argparse.
     return own, [option for action in own._actions for option in action.option_strings]
 
 
+def _lab(arguments: list[str], _: argparse.Namespace) -> None:
+    import click
+
+    from qrlora.apps.cli.lab import lab
+
+    try:
+        lab.main(arguments, prog_name="qrlora lab", standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        raise SystemExit(error.exit_code) from None
+    except click.Abort:
+        raise KeyboardInterrupt from None
+
+
 def _refuse(parser: argparse.ArgumentParser, command: str, unknown: Sequence[str]) -> None:
     """Exit as argparse does at arguments it does not know, naming the options that were perhaps meant."""
     own, known = _subparser(parser, command)
@@ -122,7 +138,7 @@ def build_parser(arguments: Sequence[str] = ()) -> argparse.ArgumentParser:
     add_extract(commands)
     add_similarity(commands)
     add_serve(commands)
-    add_bench(commands)
+    commands.add_parser("lab", help="measure: methods side by side, claims, speed (qrlora lab --help)", add_help=False)
     add_evaluate(commands)
     add_study(commands)
     add_tune(commands)

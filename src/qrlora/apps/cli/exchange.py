@@ -12,7 +12,6 @@ from qrlora.apps.cli.shared import (
     OVERWRITE_HELP,
     Bar,
     Parsers,
-    basis_in,
     check_room_for,
     claim,
     command,
@@ -57,6 +56,7 @@ def run_export(options: argparse.Namespace) -> None:
         claim(options, options.output)
     import torch
 
+    from qrlora.method.adapter import basis_of
     from qrlora.models.exchange import export_adapter, is_ours, target_of
     from qrlora.models.families import load_pipeline
 
@@ -72,7 +72,7 @@ def run_export(options: argparse.Namespace) -> None:
     if options.output is None:
         refuse_to_replace(output)
         claim(options, output)
-    basis = basis_in(family.denoiser_of(pipe), adapter)
+    basis = basis_of(family.denoiser_of(pipe), adapter)
     dtype = getattr(torch, options.dtype) if options.dtype else None
     export = export_adapter(adapter, output, target, pipe, family, basis=basis, dtype=dtype)
     for program, matched in export.matched.items():

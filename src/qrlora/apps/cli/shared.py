@@ -187,7 +187,7 @@ def bases_of(model: str | None, adapters: Sequence[Adapter]) -> list[Basis | Non
 
     Where there is but one model, the adapters that stand on none have to fit it too.
     """
-    from qrlora.method.adapter.attach import check_fits
+    from qrlora.method.adapter.attach import basis_of, check_fits
     from qrlora.models.families import load_pipeline
 
     loaded: dict[str, Any] = {}
@@ -201,24 +201,12 @@ def bases_of(model: str | None, adapters: Sequence[Adapter]) -> list[Basis | Non
         if source not in loaded:
             pipe, family = load_pipeline(source)
             loaded[source] = family.denoiser_of(pipe)
-        bases.append(basis_in(loaded[source], adapter))
+        bases.append(basis_of(loaded[source], adapter))
     if len(loaded) == 1:
         for adapter in adapters:
             if not adapter.metadata.on_basis:
                 check_fits(next(iter(loaded.values())), adapter)
     return bases
-
-
-def basis_in(denoiser: Any, adapter: Adapter) -> Basis | None:
-    """The basis that an adapter stands on, if it does, from this denoiser's weights."""
-    from qrlora.method.adapter.attach import base_weights
-    from qrlora.method.basis import Basis
-
-    meta = adapter.metadata
-    if not meta.on_basis:
-        return None
-    weights_of = base_weights(denoiser, adapter.deltas, meta)
-    return Basis.of(weights_of, meta.basis_rank, algorithm=meta.algorithm, seed=meta.basis_seed)
 
 
 def claim(options: argparse.Namespace, path: Path, size: int = 0, *, folder: bool = False) -> None:

@@ -23,12 +23,11 @@ from qrlora.apps.demo.plan import (
     LabelledPrompt,
     Task,
     questions,
-    recipe_fields,
-    task,
+    recipe_of,
     weights_of,
 )
-from qrlora.method.adapter import Adapter, save_adapter
-from qrlora.method.basis import Basis
+from qrlora.lab.tasks import task
+from qrlora.method.adapter import Adapter, basis_of, save_adapter
 from qrlora.method.composition import Composition, Live, giving_way, similarity
 from qrlora.models.families import ModelFamily, load_pipeline
 from qrlora.models.generation import Request, generate_jobs, generate_mixed
@@ -91,7 +90,7 @@ class Setting:
 
     def train(self, task: Task, method: str, **fields: Any) -> Adapter:
         """Train one adapter by a method of METHODS; ``fields`` change its recipe."""
-        planned = recipe_fields(task, self.budget, self.seed, method)
+        planned = recipe_of(task, self.budget, self.seed, method)
         recipe = Recipe.of({"model": self.model, **planned, **fields})
         return replace(train(recipe, pipe=self.pipe, family=self.family), name=f"{method}-{task.role}")
 
@@ -244,7 +243,7 @@ def _save(
             spelling = "compact" if adapter.metadata.on_basis else "lora"
             save_adapter(adapter, folder / f"{adapter.name}.safetensors", spelling)
     pair = learned[DEFAULT]
-    basis = basis_of(setting, pair[0])
+    basis = basis_of(setting.family.denoiser_of(setting.pipe), pair[0])
     parts = list(zip(pair, weights, strict=True))
     both = replace(Composition(parts, NULL_SPACE[DEFAULT]).adapter(), name=f"{DEFAULT}-composed")
     for adapter in (*pair, both):
@@ -256,14 +255,6 @@ def _save(
         "plain_lora": "lora-subject.safetensors",
     }
     return {key: (folder / file).stat().st_size for key, file in kept.items()}
-
-
-def basis_of(setting: Setting, adapter: Adapter) -> Basis:
-    """The basis an adapter stands on, from the cache."""
-    found = dict(setting.family.denoiser_of(setting.pipe).named_parameters())
-    weights = {name: found[f"{name}.weight"] for name in adapter.deltas}
-    meta = adapter.metadata
-    return Basis.of(weights, meta.basis_rank, algorithm=meta.algorithm, seed=meta.basis_seed)
 
 
 def _interference(setting: Setting, pair: tuple[Adapter, Adapter]) -> dict[str, float]:

@@ -4,23 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from itertools import cycle, islice
-from pathlib import Path
 from typing import Any
 
-from qrlora.errors import DataError
 from qrlora.lab.compare.plan import COMPOSED, DEFAULT, balance_of, rate_of
 from qrlora.lab.tasks import (
-    NOISE,
     RECIPES,
     TRAINING_STYLE,
     TRAINING_SUBJECT,
     LabelledPrompt,
     Task,
-    save_picture,
-    task_of_world,
+    recipe_fields,
 )
-from qrlora.models.training.pictures import read_picture
-from qrlora.models.training.recipe import TRIGGERS
 from qrlora.pico import SETTINGS, world
 
 METHODS = (DEFAULT, "qrlora_published", "lora")
@@ -44,28 +38,6 @@ class Budget:
     denoising_steps: int = SETTINGS["steps"]
     guidance: float = SETTINGS["guidance"]
     weights: tuple[float, ...] = (0.0, 0.5, 1.0, 1.5)  # of both adapters, in the grid
-
-
-def task(role: str, wanted: str, folder: Path, seed: int, resolution: int) -> Task:
-    """The task for a name of pico's world or a picture file; its picture is written to ``folder``.
-
-    Raises DataError if ``wanted`` is neither, or the picture cannot be used.
-    """
-    names = list(world.SUBJECTS if role == "subject" else world.STYLES)
-    if wanted in names:
-        return task_of_world(role, wanted, folder / f"{role}.png", seed)
-    if not Path(wanted).is_file():
-        raise DataError(
-            f"no such {role} or picture",
-            expected=f"a picture file, or one of {', '.join(names)}",
-            got=wanted,
-            remedy="check the path or the spelling",
-        )
-    picture = read_picture(Path(wanted), resolution)
-    trigger = TRIGGERS[role]
-    caption = f"a photo of a {trigger}" if role == "subject" else f"a picture in {trigger} style"
-    file = save_picture(picture, folder / f"{role}.png")
-    return Task(role, None, file, caption, f"{Path(wanted).name}, cropped to its square")
 
 
 def questions(subject: Task, style: Task, budget: Budget, seed: int) -> dict[str, list[LabelledPrompt]]:
@@ -105,23 +77,18 @@ def _with_seeds(rows: list[LabelledPrompt], pictures: int, first: int) -> list[L
     return [replace(row, seed=first + i) for i, row in enumerate(islice(cycle(rows), pictures))]
 
 
-def recipe_fields(task: Task, budget: Budget, seed: int, method: str) -> dict[str, Any]:
-    """The recipe of one method for one task; all but METHODS and the learning rate is common to all methods."""
-    return {
-        **RECIPES[method],
-        "learning_rate": rate_of(method, task.role, task.name),
-        "role": task.role,
-        "images": task.file,
-        "caption": task.caption,
-        "rank": budget.rank,
-        "steps": budget.steps,
-        "cooldown_steps": round(budget.cooldown * budget.steps),
-        "batch_size": budget.batch_size,
-        "logit_mean": NOISE[0],
-        "logit_std": NOISE[1],
-        "seed": seed,
-        "licence": "Apache-2.0" if task.name else "",
-    }
+def recipe_of(task: Task, budget: Budget, seed: int, method: str) -> dict[str, Any]:
+    """The recipe of one method for one task; all but RECIPES and the learning rate is common to all methods."""
+    common = recipe_fields(
+        task,
+        rank=budget.rank,
+        steps=budget.steps,
+        cooldown=budget.cooldown,
+        batch_size=budget.batch_size,
+        learning_rate=rate_of(method, task.role, task.name),
+        seed=seed,
+    )
+    return {**RECIPES[method], **common}
 
 
 def weights_of(method: str, subject: Task, style: Task) -> tuple[float, float]:

@@ -19,7 +19,6 @@ import time
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Coroutine, Sequence
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass
 from typing import Any, Literal
 
 from fastapi import FastAPI, Request, Response
@@ -33,44 +32,11 @@ from qrlora.apps.serving.dispatch import Dispatcher, Job
 from qrlora.apps.serving.metrics import Metrics
 from qrlora.apps.serving.names import composition_of
 from qrlora.apps.serving.openapi import GENERATIONS, document, largest_side
-from qrlora.apps.serving.protocol import Engines, Facts, Made, Picture, Settings, Step
+from qrlora.apps.serving.protocol import Engines, Facts, Limits, Made, Picture, Settings, Step
 from qrlora.errors import RequestError
 
 CLIENT_GONE = 499
 """Status of what nobody reads any more, as nginx counts it."""
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What the front refuses, and what it keeps.
-
-    Attributes:
-        api_keys: of which every request under /v1 has to bear one; none: all are served.
-        connections: most that are open at the same time; fewer if the process may not open so many files.
-        header_seconds: how long a request's header may take to come, and how long a client may read nothing.
-        body_bytes, body_seconds: most of a request's body, and how long it may take to come.
-        prompt_characters, pictures, steps: most of a request; pictures are never more than the queue holds.
-        side: longest side of a picture in pixels; twice the model's own if None.
-        at_once, batch_size, queue_length: as `Dispatcher`.
-        kept_bytes, kept_seconds: how many pictures asked for as urls are kept, and for how long.
-        drain_seconds: how long requests may take to end when shutting down.
-    """
-
-    api_keys: Sequence[str] = ()
-    connections: int = 1000
-    header_seconds: float = 10
-    body_bytes: int = 64 * 1024
-    body_seconds: float = 30
-    prompt_characters: int = 4000
-    pictures: int = 10
-    steps: int = 100
-    side: int | None = None
-    at_once: int = 1
-    batch_size: int = 8
-    queue_length: int = 256
-    kept_bytes: int = 256 * 2**20
-    kept_seconds: float = 3600
-    drain_seconds: float = 60
 
 
 class ImageRequest(BaseModel):

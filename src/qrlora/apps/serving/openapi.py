@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 
 from qrlora.apps.serving.names import WEIGHTS
-from qrlora.apps.serving.protocol import Facts
-
-if TYPE_CHECKING:
-    from qrlora.apps.serving.app import Limits
+from qrlora.apps.serving.protocol import Facts, Limits
 
 GENERATIONS = "/v1/images/generations"
 MEANING = {

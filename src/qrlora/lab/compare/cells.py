@@ -32,7 +32,7 @@ from qrlora.lab.baselines.deltas import Learned, load_learned, save_learned, sca
 from qrlora.lab.baselines.file_measures import between
 from qrlora.lab.baselines.merges import MERGES, Schedule, drawing
 from qrlora.lab.compare.plan import ROWS, Scope, balance_of, joint_rate_of, rate_of
-from qrlora.lab.tasks import NOISE, TRAINING_STYLE, TRAINING_SUBJECT, LabelledPrompt, Task, task_of_world
+from qrlora.lab.tasks import TRAINING_STYLE, TRAINING_SUBJECT, LabelledPrompt, Task, recipe_fields, task_of_world
 from qrlora.models.families import load_pipeline
 from qrlora.models.generation import one_batch, or_black
 from qrlora.models.training.pictures import open_picture
@@ -178,20 +178,14 @@ class Bench:
         nearly the same directions ever after, and be merged at a disadvantage.
         """
         return Recipe.of(
-            {
-                "role": task.role,
-                "images": task.file,
-                "caption": task.caption,
-                "trigger": task.trigger,
-                "rank": self.scope.rank,
-                "steps": self.scope.steps,
-                "cooldown_steps": self.scope.steps // 2,
-                "batch_size": self.scope.batch_size,
-                "learning_rate": rate or rate_of(adapter, task.role, task.name, self.scope.rates),
-                "logit_mean": NOISE[0],
-                "logit_std": NOISE[1],
-                "seed": 2 * seed + (task.role == "style"),
-            }
+            recipe_fields(
+                task,
+                rank=self.scope.rank,
+                steps=self.scope.steps,
+                batch_size=self.scope.batch_size,
+                learning_rate=rate or rate_of(adapter, task.role, task.name, self.scope.rates),
+                seed=2 * seed + (task.role == "style"),
+            )
         )
 
     def learned(self, cell: Cell) -> Learned:

@@ -117,6 +117,17 @@ SMALL: dict[str, Any] = {
 """What ``--small`` changes: minutes instead of a night, and too little to say anything about the methods."""
 
 
+def scope_of(options: Any) -> Scope:
+    """The plan asked for on the command line. Raises DataError for a name that the lab does not have."""
+    fields: dict[str, Any] = dict(SMALL) if options.small else {}
+    known = {"rows": tuple(ROWS), "subjects": world.RESERVED_SUBJECTS, "styles": world.RESERVED_STYLES}
+    for name, names in known.items():
+        if getattr(options, name) is not None:
+            fields[name] = chosen(name.rstrip("s"), getattr(options, name), names)
+    fields |= {n: getattr(options, n) for n in ("seeds", "steps", "pictures") if getattr(options, n) is not None}
+    return Scope(**fields)
+
+
 def chosen(noun: str, wanted: Iterable[str], known: Sequence[str]) -> tuple[str, ...]:
     """The names asked for, each once. Raises DataError for one that is not known, with the nearest that is."""
     names = tuple(dict.fromkeys(wanted))
@@ -124,14 +135,14 @@ def chosen(noun: str, wanted: Iterable[str], known: Sequence[str]) -> tuple[str,
         if name not in known:
             near = difflib.get_close_matches(name, known, 1)
             remedy = f"did you mean {near[0]!r}?" if near else None
-            raise DataError(f"no {noun} {name!r} in the bench", expected=", ".join(known), got=name, remedy=remedy)
+            raise DataError(f"no {noun} {name!r} in the lab", expected=", ".join(known), got=name, remedy=remedy)
     if not names:
-        raise DataError(f"the bench needs a {noun}", expected=", ".join(known), got="none")
+        raise DataError(f"the lab needs a {noun}", expected=", ".join(known), got="none")
     return names
 
 
 def rates() -> Rates:
-    """Those that the package has; ``qrlora bench --tune`` chose them on none of the half that they are for."""
+    """Those that the package has; ``qrlora lab compare --tune`` chose them on none of the half that they are for."""
     return _packaged()["chosen"]
 
 
@@ -172,7 +183,7 @@ def joint_rate_of(row: str, subject: str, style: str, known: Rates | None = None
 def _rates_of(name: str, known: Rates | None) -> dict[str, dict[str, float]]:
     known = rates() if known is None else known
     if name not in known:
-        remedy = f"qrlora bench --tune --rows {name}"
+        remedy = f"qrlora lab compare --tune --rows {name}"
         raise DataError(f"{name} has no learning rate yet", expected=", ".join(known), got=name, remedy=remedy)
     return known[name]
 
@@ -181,6 +192,6 @@ def balance_of(row: str, subject: str | None, style: str | None, known: Balance 
     """Weights of a subject and a style in a row's composition of them. Raises DataError if they were never chosen."""
     known = balance() if known is None else known
     if row not in known:
-        remedy = f"qrlora bench --tune --rows {row}"
+        remedy = f"qrlora lab compare --tune --rows {row}"
         raise DataError(f"{row} has no weights yet", expected=", ".join(known), got=row, remedy=remedy)
     return known[row][key_of(subject, style)]

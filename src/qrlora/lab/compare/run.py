@@ -71,7 +71,9 @@ def read_records(file: Path) -> list[Record]:
     try:
         return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, ValueError) as error:
-        raise DataError(f"{file} holds no records", expected="a records.jsonl of `qrlora bench`", got=error) from error
+        raise DataError(
+            f"{file} holds no records", expected="a records.jsonl of `qrlora lab compare`", got=error
+        ) from error
 
 
 def known_records(folder: Path, scope: Scope, cells: Sequence[Cell], given: Sequence[Record] = ()) -> dict[str, Record]:

@@ -1,4 +1,4 @@
-"""The learning rates of every method and the weights of every row's compositions: ``qrlora bench --tune``.
+"""The learning rates of every method and the weights of every row's compositions: ``qrlora lab compare --tune``.
 
 Every method gets as many rates, tasks, steps and pictures as every other. Taken are the two rates at which its
 adapters do best on the mean of three scores, each the mean of SCORED: the subject alone, the style alone,
@@ -177,6 +177,17 @@ def tune(folder: Path, scope: Scope, workers: int, say: Say) -> tuple[Rates, Bal
     for name, content in ((TRIED, source), (FILE, found)):
         write_atomically(folder / name, (json.dumps(rounded(content)).replace('{"kind"', '\n{"kind"') + "\n").encode())
     return chosen, weights
+
+
+def summary(rates: Rates, balance: Balance) -> str:
+    """What was chosen, a line for each method and row."""
+    lines = []
+    for adapter, found in rates.items():
+        each = [f"{role} {' or '.join(f'{rate:g}' for rate in halves.values())}" for role, halves in found.items()]
+        lines.append(f"{adapter:28} rates: {', '.join(each)}")
+    for row, weights in balance.items():
+        lines.append(f"{row:28} weights: {' or '.join(f'{a:g}, {b:g}' for a, b in dict.fromkeys(weights.values()))}")
+    return "\n".join(lines)
 
 
 def _brief(record: Record) -> Record:

@@ -2,12 +2,12 @@
 
 record.py   Adapter, AdapterMetadata: the thing itself, validated
 file.py     save_adapter, load_adapter: safetensors in two spellings, a strict reader, an atomic writer
-model.py    adapter_from_model, attach, remove_adapters: between an Adapter and the PEFT layers of a denoiser
+model.py    adapter_from_model, attach, basis_of, remove_adapters: between an Adapter and the PEFT layers of a denoiser
 """
 
 from __future__ import annotations
 
-from qrlora.method.adapter.attach import adapter_from_model, attach, remove_adapters
+from qrlora.method.adapter.attach import adapter_from_model, attach, basis_of, remove_adapters
 from qrlora.method.adapter.file import load_adapter, save_adapter
 from qrlora.method.adapter.record import Adapter, AdapterMetadata, ParameterCount
 
@@ -17,6 +17,7 @@ __all__ = [
     "ParameterCount",
     "adapter_from_model",
     "attach",
+    "basis_of",
     "load_adapter",
     "remove_adapters",
     "save_adapter",

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from qrlora.errors import MismatchError, TunerError
 from qrlora.method.adapter.record import Adapter, AdapterMetadata
-from qrlora.method.basis import fingerprint, weight_digest
+from qrlora.method.basis import Basis, fingerprint, weight_digest
 from qrlora.method.tuner import (
     QRLoraConfig,
     QRLoraLayer,
@@ -275,6 +275,18 @@ def base_weights(model: nn.Module, layers: Iterable[str], asked_by: AdapterMetad
     layers = list(layers)
     _check_there(layers, modules, type(_root(model)).__name__, _base_of(asked_by))
     return {name: _base_weight(name, modules[name], False) for name in layers}
+
+
+def basis_of(denoiser: nn.Module, adapter: Adapter) -> Basis | None:
+    """The basis an adapter stands on, from this denoiser's weights (and the cache); None for a plain LoRA.
+
+    Raises MismatchError if the denoiser lacks a layer of the adapter.
+    """
+    meta = adapter.metadata
+    if not meta.on_basis:
+        return None
+    weights = base_weights(denoiser, adapter.deltas, meta)
+    return Basis.of(weights, meta.basis_rank, algorithm=meta.algorithm, seed=meta.basis_seed)
 
 
 def _base_of(meta: AdapterMetadata | None) -> str:

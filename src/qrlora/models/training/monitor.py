@@ -18,9 +18,11 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import numpy as np
+import torch
+from accelerate import Accelerator
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from accelerate.utils import broadcast_object_list
 from PIL import Image
@@ -35,10 +37,20 @@ from qrlora.models.generation import labelled_grid, one_batch, or_black
 from qrlora.models.training.optimizers import evaluated
 from qrlora.models.training.recipe import TRIGGER, Recipe
 
-if TYPE_CHECKING:
-    from qrlora.models.training.loop import Run
-
 log = logging.getLogger(__name__)
+
+
+class Run(Protocol):
+    """The parts of `loop.Run` that are watched."""
+
+    accelerator: Accelerator
+    denoiser: nn.Module
+    optimizer: torch.optim.Optimizer
+    step: int
+
+    def adapter(self, provenance: dict[str, Any]) -> Adapter:
+        """The adapter as trained so far."""
+
 
 Score = Callable[[Sequence[Image.Image]], float]
 """How good the pictures of a sample sheet are, prompt after prompt, every seed of each; higher is better."""

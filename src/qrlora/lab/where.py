@@ -1,4 +1,4 @@
-"""Where in pico subject and style are: ``python benchmarks/where.py``.
+"""Where in pico subject and style are: ``qrlora lab where``.
 
 The default adapter of each task is trained as `compare` trains it. Then it is used in part, and the judge says how
 probable the right subject and the right style are, among all that the world has, in what the bench asks of an adapter
@@ -15,28 +15,26 @@ only draws; where.json and where.png are written there.
 
 from __future__ import annotations
 
-import argparse
 import io
 import json
 import re
-import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
-from common import machine
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from qrlora._files import write_atomically
-from qrlora.errors import QrloraError
+from qrlora.errors import DataError
 from qrlora.lab.baselines.deltas import Learned
 from qrlora.lab.baselines.merges import Schedule, blocks_of
 from qrlora.lab.compare.cells import Bench, Cell, alone_wanted, weights_digest
 from qrlora.lab.compare.plan import DEFAULT, Scope
+from qrlora.lab.speed.common import machine
 from qrlora.pico import world
 
 THIRDS = ("first third of the steps", "second third of the steps", "last third of the steps")
@@ -99,35 +97,27 @@ def steps(learned: Learned) -> Iterator[Part]:
 KINDS: dict[str, Callable[[Learned], Iterator[Part]]] = {"blocks": blocks, "groups": groups, "steps": steps}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tasks", default="teapot,chalk", help="names of pico's world (default: teapot,chalk)")
-    parser.add_argument("--only", default=",".join(KINDS), help="some of the kinds of parts, separated by commas")
-    parser.add_argument(
-        "--pictures", type=int, default=Scope.alone, help="of each part (default: the bench's of an adapter)"
-    )
-    parser.add_argument("--steps", type=int, default=Scope.steps, help="of training (default: the bench's)")
-    parser.add_argument("--denoising-steps", type=int, default=Scope.denoising_steps, help="default: the bench's")
-    parser.add_argument("--seed", type=int, default=0, help="of the task, the training and the pictures (default: 0)")
-    parser.add_argument("--quick", action="store_true", help="fewer pictures and steps, to see it work")
-    parser.add_argument("--out", type=Path, default=Path("out/where"), help="folder (default: out/where)")
-    options = parser.parse_args()
+def main(options: SimpleNamespace, command: str) -> None:
+    """Measure; raises DataError for a kind of part or a task that is not known."""
     if options.quick:
         vars(options).update(QUICK)
-    wanted, tasks = options.only.split(","), options.tasks.split(",")
-    if unknown := [name for name in wanted if name not in KINDS]:
-        parser.error(f"no kind of part {unknown[0]!r}; there are {', '.join(KINDS)}")
-    if unknown := [name for name in tasks if name not in {*world.SUBJECTS, *world.STYLES}]:
-        parser.error(f"no subject or style {unknown[0]!r} in pico's world")
-    if options.denoising_steps < len(THIRDS) or options.pictures < 1 or options.steps < 1:
-        parser.error(f"expected a picture, a step and {len(THIRDS)} denoising steps at least")
-    try:
-        measure(options, wanted, tasks)
-    except QrloraError as error:
-        parser.error(str(error))
+    for name, default in (
+        ("pictures", Scope.alone),
+        ("steps", Scope.steps),
+        ("denoising_steps", Scope.denoising_steps),
+    ):
+        setattr(options, name, getattr(options, name) or default)
+    options.only = options.only or tuple(KINDS)
+    names = [*world.SUBJECTS, *world.STYLES]
+    for noun, wanted, known in (("kind of part", options.only, list(KINDS)), ("task", options.tasks, names)):
+        if unknown := [name for name in wanted if name not in known]:
+            raise DataError(f"no {noun} {unknown[0]!r}", expected=", ".join(known), got=unknown[0])
+    if options.denoising_steps < len(THIRDS):
+        raise DataError("too few denoising steps", expected=f"{len(THIRDS)} at least", got=options.denoising_steps)
+    measure(options, options.only, options.tasks, command)
 
 
-def measure(options: argparse.Namespace, wanted: Sequence[str], tasks: Sequence[str]) -> None:
+def measure(options: SimpleNamespace, wanted: Sequence[str], tasks: Sequence[str], command: str) -> None:
     """Teach, draw and judge; print a table of each task, and write where.json and where.png."""
     started = time.perf_counter()
     scope = Scope(steps=options.steps, alone=options.pictures, denoising_steps=options.denoising_steps)
@@ -137,7 +127,7 @@ def measure(options: argparse.Namespace, wanted: Sequence[str], tasks: Sequence[
         found.append(parts_scored(bench, name, options.seed, wanted))
         print(table(found[-1]), flush=True)
     plain = {key: value for key, value in vars(options).items() if key != "out"}
-    facts = {"command": shlex.join(["python", "benchmarks/where.py", *sys.argv[1:]]), "machine": machine("cpu")}
+    facts: dict[str, Any] = {"command": command, "machine": machine("cpu")}
     facts |= {"weights": weights_digest(), "adapter": DEFAULT, "options": plain, "found": found}
     facts["seconds"] = round(time.perf_counter() - started)
     write_atomically(options.out / "where.json", (json.dumps(facts, indent=1, allow_nan=False) + "\n").encode())
@@ -148,7 +138,7 @@ def measure(options: argparse.Namespace, wanted: Sequence[str], tasks: Sequence[
 def parts_scored(bench: Bench, name: str, seed: int, wanted: Sequence[str]) -> Found:
     """One task: its adapter in all its parts, judged."""
     role = "subject" if name in world.SUBJECTS else "style"
-    training = Cell("train", DEFAULT, seed, **{role: name})
+    training = Cell("train", DEFAULT, seed, *((name, "") if role == "subject" else ("", name)))
     learned, asked = bench.learned(training), alone_wanted(bench, bench.task(role, name, seed), seed)
     parts = [Part("", "all of it", learned, {}), *(part for kind in wanted for part in KINDS[kind](learned))]
     rows = []
@@ -191,7 +181,3 @@ def heat_map(found: Sequence[Found]) -> bytes:
     stream = io.BytesIO()
     FigureCanvasAgg(figure).print_png(stream)
     return stream.getvalue()
-
-
-if __name__ == "__main__":
-    main()

@@ -1,4 +1,4 @@
-"""What a training step costs beside the alternatives, in time and memory: ``python benchmarks/training.py``.
+"""What a training step costs beside the alternatives, in time and memory: ``qrlora lab speed training``.
 
 One FLUX denoiser of random weights, 1024 wide, carries each method in turn: ours (all columns of the basis, and a
 subject's share of a basis twice as wide), PEFT's LoRA, PiSSA, OLoRA and MiCA, and the published QR-LoRA layer written
@@ -12,21 +12,29 @@ beyond that, by the allocator's own record.
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import statistics
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
-from common import FEWEST_ROUNDS, HEAD, LATENT_CHANNELS, OUT, conditions, flux, ratios, report, spread, take_turns
 from diffusers import FlowMatchEulerDiscreteScheduler
 from peft import LoraConfig
 from torch import Tensor, nn
 
 from qrlora import QRLoraConfig
+from qrlora.lab.speed.common import (
+    FEWEST_ROUNDS,
+    LATENT_CHANNELS,
+    conditions,
+    flux,
+    ratios,
+    report,
+    spread,
+    take_turns,
+)
 from qrlora.method.basis import layer_basis
 from qrlora.models.families.flux import FLUX
 
@@ -35,7 +43,7 @@ METHODS: dict[str, Callable[..., Any] | None] = {
     "qrlora": QRLoraConfig,
     "qrlora, subject's columns": lambda **common: QRLoraConfig(columns="subject", **common),
     "qrlora, dense": lambda **common: QRLoraConfig(triangular=False, **common),
-    "pissa": lambda **common: LoraConfig(init_lora_weights="pissa_niter_4", **common),
+    "pissa": lambda **common: LoraConfig(init_lora_weights="pissa_niter_4", **common),  # type: ignore[arg-type]
     "olora": lambda **common: LoraConfig(init_lora_weights="olora", **common),
     "mica": lambda **common: LoraConfig(init_lora_weights="mica", **common),
     "published": None,
@@ -43,24 +51,13 @@ METHODS: dict[str, Callable[..., Any] | None] = {
 BASELINE = "lora"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--width", type=int, default=1024, help=f"of the denoiser, a multiple of {HEAD}")
-    parser.add_argument("--blocks", type=int, default=1, help="of each of FLUX's two kinds")
-    parser.add_argument("--side", type=int, default=16, help="of the picture in tokens")
-    parser.add_argument("--batch-size", type=int, default=1)
-    parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--dtypes", default="float32,bfloat16", help="of the frozen denoiser; what trains is float32")
-    parser.add_argument("--methods", default=";".join(METHODS), help=f"separated by ';', of {'; '.join(METHODS)}")
-    parser.add_argument("--rounds", type=int, default=30)
-    parser.add_argument("--seconds", type=float, default=150, help=f"a dtype; {FEWEST_ROUNDS} rounds are always taken")
-    parser.add_argument("--quick", action="store_true", help="a quarter of the width, few rounds: does it run?")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--json", type=Path, default=OUT / "training.json")
-    options = parser.parse_args()
+def main(options: SimpleNamespace) -> None:
+    """Measure, print, write."""
+    options.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    options.methods = options.methods or ";".join(METHODS)
     if options.quick:
         options.width, options.rounds, options.seconds = options.width // 4, FEWEST_ROUNDS, 0.0
-    results = {dtype: measure(options, getattr(torch, dtype)) for dtype in options.dtypes.split(",")}
+    results = {dtype: measure(options, getattr(torch, dtype)) for dtype in options.dtypes}
     report(options, options.device, results=results)
 
 
@@ -102,7 +99,7 @@ class Arm:
         self.optimizer.zero_grad()
 
 
-def build(method: str, options: argparse.Namespace, dtype: torch.dtype) -> Arm:
+def build(method: str, options: SimpleNamespace, dtype: torch.dtype) -> Arm:
     denoiser = flux(options.width, options.blocks, options.device, dtype)
     before = tensor_bytes(resident(denoiser))
     config = METHODS[method]
@@ -124,7 +121,7 @@ def build(method: str, options: argparse.Namespace, dtype: torch.dtype) -> Arm:
     )
 
 
-def batch(options: argparse.Namespace, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
+def batch(options: SimpleNamespace, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
     """Latents, noise, timesteps and conditions of one step."""
     n, side = options.batch_size, 2 * options.side
     latents, noise = (torch.randn(n, LATENT_CHANNELS, side, side, device=options.device) for _ in range(2))
@@ -154,7 +151,7 @@ def peak_of_step(arm: Arm, device: str) -> int:
     return max(itertools.accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())))
 
 
-def measure(options: argparse.Namespace, dtype: torch.dtype) -> dict[str, Any]:
+def measure(options: SimpleNamespace, dtype: torch.dtype) -> dict[str, Any]:
     """Every method at one precision of the denoiser: the table, printed too."""
     arms = {method: build(method, options, dtype) for method in options.methods.split(";")}
     steps = {method: arm.step for method, arm in arms.items()}
@@ -189,7 +186,3 @@ def show(results: dict[str, Any], dtype: torch.dtype, rounds: int) -> None:
         cells.append(f"{state / 1e6:.2f} MB {state / baseline['optimizer_bytes']:.2f}")
         cells.append(f"{trained:,} {trained / baseline['trained_parameters']:.2f}")
         print(f"{method:26} " + " ".join(cells))
-
-
-if __name__ == "__main__":
-    main()

@@ -1,10 +1,10 @@
 """How much faster the `fast` basis is than other ways to a weight's leading columns, and what energy each keeps.
 
-python benchmarks/basis.py                                 one random 3072x3072 weight, against full SVD + QR
-python benchmarks/basis.py --shapes flux.1 --peft          the shapes of a model, against PEFT's initialisations too
-python benchmarks/basis.py --whole flux.1                  `fast` alone, on as many random weights as that model has
-python benchmarks/basis.py --weights model.safetensors     every matrix of a real file, energy and total times
-python benchmarks/basis.py --reproduce                     how far Q turns with threads, processor kernels and devices
+qrlora lab speed basis                                 one random 3072x3072 weight, against full SVD + QR
+qrlora lab speed basis --shapes flux.1 --peft          the shapes of a model, against PEFT's initialisations too
+qrlora lab speed basis --whole flux.1                  `fast` alone, on as many random weights as that model has
+qrlora lab speed basis --weights model.safetensors     every matrix of a real file, energy and total times
+qrlora lab speed basis --reproduce                     how far Q turns with threads, processor kernels and devices
 
 Every round times every way on the same weight in turn; a ratio is that of one round. "two products" is W X and Wᵀ Y
 with as many columns as the rank: no way to a weight's leading columns can do with less. "needed products" are those of
@@ -14,7 +14,6 @@ no such iteration can do with less.
 
 from __future__ import annotations
 
-import argparse
 import functools
 import os
 import resource
@@ -25,15 +24,16 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
-from common import OUT, report
 from peft import LoraConfig, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from qrlora.lab.speed.common import report
 from qrlora.method.basis import block_width, layer_basis
 
 SHAPES = {
@@ -56,27 +56,8 @@ Way = Callable[[Tensor, int], Tensor]
 """(weight, rank) -> columns that span what the way found."""
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", type=int, default=3072, help="rows and columns of the random weight")
-    parser.add_argument("--shapes", choices=SHAPES, help="random weights of a model's shapes instead")
-    parser.add_argument("--rank", type=int, default=64)
-    parser.add_argument(
-        "--decay",
-        type=float,
-        default=0.5,
-        help="columns are scaled by 1, 2^-decay, 3^-decay, ...; 0 is white noise, the hardest case",
-    )
-    parser.add_argument("--weights", type=Path, help="a .safetensors file to use instead of a random weight")
-    parser.add_argument("--peft", action="store_true", help="also PEFT's pissa, pissa_niter_16, olora and mica")
-    parser.add_argument("--whole", choices=WHOLE, help="time `fast` on random weights of all of a model's layers")
-    parser.add_argument(
-        "--reproduce", action="store_true", help="compute Q in other ways that differ by rounding alone"
-    )
-    parser.add_argument("--json", type=Path, default=OUT / "basis.json", help="what was measured, with machine facts")
-    parser.add_argument("--rounds", type=int, default=1, help="how often each weight is timed")
-    parser.add_argument("--summary", action="store_true", help="the last lines only")
-    arguments = parser.parse_args()
+def main(arguments: SimpleNamespace) -> None:
+    """Measure, print, write."""
     print(f"rank {arguments.rank}, {torch.get_num_threads()} threads, torch {torch.__version__}")
     warm_up()
     found: dict[str, Any] = (reproduce if arguments.reproduce else whole if arguments.whole else compare)(arguments)
@@ -90,7 +71,7 @@ def warm_up() -> None:
         way(small, 16)
 
 
-def compare(arguments: argparse.Namespace) -> dict[str, dict[str, float]]:
+def compare(arguments: SimpleNamespace) -> dict[str, dict[str, float]]:
     """Every way on every weight, printed; way -> its time to `fast`'s, and the least energy, of all together."""
     ways = WAYS | (PEFT if arguments.peft else {})
     bounds = (BOUND, NEEDED)
@@ -113,7 +94,7 @@ def compare(arguments: argparse.Namespace) -> dict[str, dict[str, float]]:
     return found
 
 
-def whole(arguments: argparse.Namespace) -> dict[str, float]:
+def whole(arguments: SimpleNamespace) -> dict[str, float]:
     """Seconds of `fast` on random weights of all of a model's layers, made one at a time and not counted, and the most
     memory that this process ever held beyond what it held before, in bytes, the weight included."""
     before, seconds, count = peak(), 0.0, 0
@@ -136,7 +117,7 @@ def peak() -> int:
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
-def weights_of(arguments: argparse.Namespace) -> Iterator[tuple[str, Tensor]]:
+def weights_of(arguments: SimpleNamespace) -> Iterator[tuple[str, Tensor]]:
     if arguments.weights:
         yield from matrices(arguments.weights, arguments.rank)
         return
@@ -206,7 +187,7 @@ def products(weight: Tensor, rank: int, steps: int) -> Tensor:
     return y
 
 
-def reproduce(arguments: argparse.Namespace) -> dict[str, dict[str, float]]:
+def reproduce(arguments: SimpleNamespace) -> dict[str, dict[str, float]]:
     """||Q - Q'||_F / sqrt(rank) for weights of several spectra, Q' computed in a process with other rounding."""
     found: dict[str, dict[str, float]] = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -217,7 +198,7 @@ def reproduce(arguments: argparse.Namespace) -> dict[str, dict[str, float]]:
             path = Path(folder) / "q.safetensors"
             subprocess.run(
                 [sys.executable, "-c", OTHERWISE, str(arguments.rank), device, str(path)],
-                env=os.environ | variables, cwd=Path(__file__).parent, check=True,
+                env=os.environ | variables, check=True,
             )  # fmt: skip
             computed[name] = load_file(path)
     first = next(iter(computed))
@@ -241,7 +222,7 @@ OTHERWISE = """
 import sys
 import torch
 from safetensors.torch import save_file
-from basis import random_weight
+from qrlora.lab.speed.basis import random_weight
 from qrlora.method.basis import layer_basis
 rank, device, path = sys.argv[1:]
 found = {}
@@ -284,8 +265,9 @@ def peft_way(initialisation: str) -> Way:
         with torch.device("meta"):
             linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
         linear.weight = nn.Parameter(weight)
-        config = LoraConfig(r=rank, lora_alpha=rank, target_modules=["0"], init_lora_weights=initialisation)
-        layer = get_peft_model(nn.Sequential(linear), config).base_model.model[0]
+        options: dict[str, Any] = {"r": rank, "lora_alpha": rank, "target_modules": ["0"]}
+        config = LoraConfig(init_lora_weights=initialisation, **options)  # type: ignore[arg-type]
+        layer: Any = get_peft_model(nn.Sequential(linear), config).base_model.model[0]  # type: ignore[index]
         return layer.lora_B["default"].weight.detach()
 
     return initialised
@@ -294,7 +276,3 @@ def peft_way(initialisation: str) -> Way:
 BOUND, NEEDED = "two products", "needed products"
 WAYS: dict[str, Way] = {"fast": fast, "full SVD + QR": full, BOUND: two_products}
 PEFT: dict[str, Way] = {name: peft_way(name) for name in ("pissa", "pissa_niter_16", "olora", "mica")}
-
-
-if __name__ == "__main__":
-    main()

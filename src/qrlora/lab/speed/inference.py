@@ -1,4 +1,4 @@
-"""What composed adapters cost at inference beside the alternatives: ``python benchmarks/inference.py``.
+"""What composed adapters cost at inference beside the alternatives: ``qrlora lab speed inference``.
 
 One FLUX denoiser of random weights, 1024 wide, is given adapters, and a matrix is merged:
 
@@ -16,7 +16,6 @@ JSON has both. All ways share the tensors of one denoiser.
 
 from __future__ import annotations
 
-import argparse
 import copy
 import dataclasses
 import os
@@ -24,15 +23,18 @@ import statistics
 import tempfile
 import warnings
 from collections.abc import Callable
-from pathlib import Path
+from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import torch
-from common import (
+from peft import LoraConfig, get_peft_model, inject_adapter_in_model
+from torch import Tensor, nn
+
+from qrlora import Adapter, Live, QRLoraConfig, adapter_from_model
+from qrlora.lab.speed.common import (
     FEWEST_ROUNDS,
-    HEAD,
     LATENT_CHANNELS,
-    OUT,
     TEXT_TOKENS,
     Times,
     conditions,
@@ -41,11 +43,7 @@ from common import (
     report,
     spread,
 )
-from common import take_turns as turns
-from peft import LoraConfig, get_peft_model, inject_adapter_in_model
-from torch import Tensor, nn
-
-from qrlora import Adapter, Live, QRLoraConfig, adapter_from_model
+from qrlora.lab.speed.common import take_turns as turns
 from qrlora.method.adapter import remove_adapters
 from qrlora.models.families.flux import FLUX
 
@@ -54,20 +52,9 @@ CLOCKS = ("wall", "cpu")
 MERGED = (3072, 12288)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--width", type=int, default=1024, help=f"of the denoiser, a multiple of {HEAD}")
-    parser.add_argument("--blocks", type=int, default=1, help="of each of FLUX's two kinds")
-    parser.add_argument("--side", type=int, default=16, help="of a picture in tokens")
-    parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--dtype", default="float32", help="of the denoiser and its adapters")
-    parser.add_argument("--rounds", type=int, default=30)
-    parser.add_argument("--seconds", type=float, default=90, help=f"a table; {FEWEST_ROUNDS} rounds are always taken")
-    parser.add_argument("--only", default="composed,changing,mixed,layers,merging", help="some of these tables")
-    parser.add_argument("--quick", action="store_true", help="a quarter of the width, few rounds: does it run?")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--json", type=Path, default=OUT / "inference.json")
-    options = parser.parse_args()
+def main(options: SimpleNamespace) -> None:
+    """Measure, print, write."""
+    options.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if options.quick:
         options.width, options.rounds, options.seconds = options.width // 4, FEWEST_ROUNDS, 0.0
     warnings.filterwarnings("ignore", "Already found a `peft_config`")
@@ -75,14 +62,14 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as cache, torch.no_grad():
         os.environ["QRLORA_CACHE"] = cache  # bases of random weights are nothing to keep
         bench = Bench(options)
-        results = {name: tables[name](bench) for name in options.only.split(",")}
+        results = {name: tables[name](bench) for name in options.only}
     report(options, options.device, results=results)
 
 
 class Bench:
     """The bare denoiser, adapters for it, and inputs."""
 
-    def __init__(self, options: argparse.Namespace):
+    def __init__(self, options: SimpleNamespace):
         self.options, self.dtype = options, getattr(torch, options.dtype)
         self.bare = flux(options.width, options.blocks, options.device, self.dtype).eval()
         self.clock = 0 if options.device.startswith("cuda") else 1
@@ -197,7 +184,7 @@ def mixed(bench: Bench) -> dict[str, Any]:
                 f"ours, {n} forward passes": one_by_one,
             }
         )
-        results[n] = table(bench, f"mixed: a step of {n} pictures", times, {"bare": "bare", "ours": ours})
+        results[str(n)] = table(bench, f"mixed: a step of {n} pictures", times, {"bare": "bare", "ours": ours})
     return results
 
 
@@ -214,7 +201,7 @@ class Given(nn.Module):
 
 def adapted(bench: Bench, config: Any, weight: Tensor, names: list[str]) -> Any:
     """A layer (out, in) with an adapter of each of these names."""
-    model = nn.Sequential(nn.Linear(weight.shape[1], weight.shape[0], False, bench.options.device, bench.dtype))
+    model: Any = nn.Sequential(nn.Linear(weight.shape[1], weight.shape[0], False, bench.options.device, bench.dtype))
     model[0].weight.copy_(weight)
     for name in names:
         inject_adapter_in_model(config, model, name)
@@ -223,7 +210,8 @@ def adapted(bench: Bench, config: Any, weight: Tensor, names: list[str]) -> Any:
 
 def layers(bench: Bench) -> dict[str, Any]:
     """What adapters add to one layer for eight pictures, the base's product left out; that product beside it."""
-    results, n, rank, width = {}, max(PICTURES), bench.options.rank, bench.options.width
+    results: dict[str, Any] = {}
+    n, rank, width = max(PICTURES), bench.options.rank, bench.options.width
     tokens = bench.options.side**2 + TEXT_TOKENS
     own = {"r": rank, "lora_alpha": rank, "target_modules": "0", "init_lora_weights": False}
     names = [str(number) for number in range(n)]
@@ -238,10 +226,10 @@ def layers(bench: Bench) -> dict[str, Any]:
         for layer in (one, ours, loop):
             layer.base_layer = Given(base(x))
         arms: dict[str, Callable[[], object]] = {
-            "the base's product": lambda base=base, x=x: base(x),
-            "ours, 1 composition": lambda layer=one, x=x: layer(x),
-            f"ours, {n} compositions": lambda layer=ours, x=x: layer(x),
-            f"adapter_names, {n} LoRAs": lambda layer=loop, x=x: layer(x, adapter_names=names),
+            "the base's product": partial(base, x),
+            "ours, 1 composition": partial(one, x),
+            f"ours, {n} compositions": partial(ours, x),
+            f"adapter_names, {n} LoRAs": partial(loop, x, adapter_names=names),
         }
         baselines: dict[str, Any] = {"the base's": "the base's product", "ours": f"ours, {n} compositions"}
         results[f"{out}x{into}"] = table(
@@ -266,9 +254,15 @@ def merging(bench: Bench) -> dict[str, Any]:
     q, delta = (part.to(bench.dtype) for part in (ours[0].lora_B["0"].q, ours[0].delta_r("0")))
     arms: dict[str, Callable[[], object]] = {"Q ΔR": lambda: q @ delta}
     for name, both in {"ours": ours, "peft lora": loras}.items():
-        arms[f"{name}, merge"] = lambda both=both: next(x for x in both if not x.merged).merge()
-        arms[f"{name}, unmerge"] = lambda both=both: next(x for x in both if x.merged).unmerge()
+        arms[f"{name}, merge"] = partial(_turn, both, merged=False)
+        arms[f"{name}, unmerge"] = partial(_turn, both, merged=True)
     return table(bench, f"merging: {out}x{width}, rank {rank}", bench.take(arms), {"Q ΔR": "Q ΔR"})
+
+
+def _turn(both: list[Any], *, merged: bool) -> None:
+    """Unmerge the one of two layers that is merged, or merge the other."""
+    layer = next(layer for layer in both if bool(layer.merged) == merged)
+    layer.unmerge() if merged else layer.merge()
 
 
 def table(bench: Bench, title: str, times: Times, baselines: dict[str, str | dict[str, str]]) -> dict[str, Any]:
@@ -288,7 +282,3 @@ def table(bench: Bench, title: str, times: Times, baselines: dict[str, str | dic
             cells.append(spread(found[f"to_{label}_{CLOCKS[bench.clock]}"]) if other else "")
         print(f"{arm:34} {1e3 * found['seconds']:9.2f} " + " ".join(f"{cell:>22}" for cell in cells))
     return results
-
-
-if __name__ == "__main__":
-    main()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import platform
@@ -12,6 +11,7 @@ from collections.abc import Callable, Mapping
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -23,7 +23,6 @@ from qrlora._files import write_atomically
 
 TEXT_TOKENS, TEXT_WIDTH, POOLED_WIDTH, LATENT_CHANNELS, HEAD = 64, 1024, 768, 16, 128
 WARM_UP, FEWEST_ROUNDS = 2, 5
-OUT = Path("out/benchmarks")
 LOAD = psutil.getloadavg()[0]
 """How many threads other work kept busy in the minute before."""
 
@@ -48,7 +47,7 @@ def machine(device: str) -> dict[str, Any]:
     }
 
 
-def report(options: argparse.Namespace, device: str, **found: Any) -> None:
+def report(options: SimpleNamespace, device: str, **found: Any) -> None:
     """Write what was found where `--json` says, with what was asked for and the machine's facts."""
     asked = {name: value for name, value in vars(options).items() if name != "json"}
     content = {"machine": machine(device), "options": asked, **found}
@@ -64,7 +63,7 @@ def _lines(path: str) -> list[str]:
 def flux(width: int, blocks: int, device: str, dtype: torch.dtype) -> Any:
     """A frozen FLUX denoiser of random weights: `blocks` of each of its two kinds."""
     torch.manual_seed(0)
-    denoiser = FluxTransformer2DModel(
+    denoiser: Any = FluxTransformer2DModel(
         in_channels=4 * LATENT_CHANNELS,
         num_layers=blocks,
         num_single_layers=blocks,

@@ -1,4 +1,4 @@
-"""The published claims of QR-LoRA, measured on pico: ``python benchmarks/claims.py``.
+"""The published claims of QR-LoRA, measured on pico: ``qrlora lab claims``.
 
     parameters    half the trainable parameters of LoRA: counted, on public models too
     core          the SVD core before QR against QR of the weight itself
@@ -7,14 +7,13 @@
     convergence   loss at the same step for ΔR alone, Q and R trained, and LoRA, at several learning rates
     stability     spread over seeds of the loss, and how alike ΔW of two seeds are, from one picture
 
-Tasks are tasks of the demo: subjects and styles of pico's world, each learned from one picture; the last two look at
+Tasks are subjects and styles of pico's world, each trained on one picture; the last two look at
 the first and the last of them only. Runs at one step see the same noise whatever trains, so their losses are paired.
-The rest of the claims (less crosstalk) is the bench's, which looks at pictures.
+The rest of the claims (less crosstalk) is measured by `qrlora lab compare`, on pictures.
 """
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import json
 import tempfile
@@ -22,26 +21,27 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
+from types import SimpleNamespace
 from typing import Any
 
-from common import machine
-
 from qrlora._files import write_atomically
-from qrlora.apps.demo.plan import Budget, Task, recipe_fields, task
-from qrlora.errors import QrloraError
-from qrlora.lab import claims
+from qrlora.errors import DataError
 from qrlora.lab.baselines.adapters import train_method
 from qrlora.lab.baselines.context import Context
 from qrlora.lab.baselines.file_measures import between
+from qrlora.lab.claims import measures as claims
 from qrlora.lab.compare.cells import weights_digest
+from qrlora.lab.compare.plan import rate_of
+from qrlora.lab.speed.common import machine
+from qrlora.lab.tasks import RECIPES, Task, recipe_fields, task
 from qrlora.method.basis import Basis
 from qrlora.models.families import load_pipeline
 from qrlora.models.training.loop import train
 from qrlora.models.training.recipe import Recipe
 from qrlora.pico import world
 
-TASKS = ("teapot", "rocket", "chalk", "mosaic")
-METHODS = ("qrlora", "qrlora_trained", "lora")
+PUBLISHED = "qrlora_published"
+METHODS = (PUBLISHED, "qrlora_trained", "lora")
 PUBLISHED_RANK = 64
 Found = dict[str, Any]
 
@@ -53,7 +53,7 @@ class Bench:
     pipe: Any
     family: Any
     tasks: Sequence[Task]
-    options: argparse.Namespace
+    options: SimpleNamespace
 
     @property
     def ends(self) -> list[Task]:
@@ -61,8 +61,10 @@ class Bench:
         return list({id(task): task for task in (self.tasks[0], self.tasks[-1])}.values())
 
     def recipe(self, task: Task, **fields: Any) -> Recipe:
-        budget = Budget(rank=self.options.rank, steps=self.options.steps)
-        return Recipe.of({"model": "pico", **recipe_fields(task, budget, 0, "qrlora_published"), **fields})
+        options = self.options
+        rate = rate_of(PUBLISHED, task.role, task.name)
+        common = recipe_fields(task, rank=options.rank, steps=options.steps, batch_size=4, learning_rate=rate, seed=0)
+        return Recipe.of({"model": "pico", **RECIPES[PUBLISHED], **common, **fields})
 
     def train_delta(self, method: str, task: Task, **fields: Any) -> tuple[Any, float]:
         """What was learned, and its loss under new noise."""
@@ -72,33 +74,21 @@ class Bench:
         return found, claims.held_out_loss(context, 0, found.learned)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default=",".join(CLAIMS), help="some of them, separated by commas")
-    parser.add_argument("--tasks", default=",".join(TASKS), help=f"names of pico's world (default: {','.join(TASKS)})")
-    parser.add_argument("--steps", type=int, default=100, help="training steps of each adapter (default: 100)")
-    parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--rates", default="3e-4,1e-3,3e-3", help="learning rates of `convergence`")
-    parser.add_argument("--seeds", type=int, default=3, help="of `stability` (default: 3)")
-    parser.add_argument("--json", type=Path, default=Path(__file__).with_suffix(".json"))
-    options = parser.parse_args()
-    wanted = options.only.split(",")
-    if unknown := [name for name in wanted if name not in CLAIMS]:
-        parser.error(f"no claim {unknown[0]!r}; there are {', '.join(CLAIMS)}")
-    if unknown := [name for name in options.tasks.split(",") if name not in {*world.SUBJECTS, *world.STYLES}]:
-        parser.error(f"no subject or style {unknown[0]!r} in pico's world")
-    try:
-        measure(options, wanted)
-    except QrloraError as error:
-        parser.error(str(error))
+def main(options: SimpleNamespace) -> None:
+    """Measure the claims wanted. Raises DataError for a claim or task that is not known."""
+    names = [*world.SUBJECTS, *world.STYLES]
+    for noun, wanted, known in (("claim", options.only or CLAIMS, list(CLAIMS)), ("task", options.tasks, names)):
+        if unknown := [name for name in wanted if name not in known]:
+            raise DataError(f"no {noun} {unknown[0]!r}", expected=", ".join(known), got=unknown[0])
+    measure(options, list(options.only or CLAIMS))
 
 
-def measure(options: argparse.Namespace, wanted: Sequence[str]) -> None:
+def measure(options: SimpleNamespace, wanted: Sequence[str]) -> None:
     """Every claim wanted, printed and written as it is found; what the file has of others stays."""
     pipe, family = load_pipeline("pico", device="cpu")
     with tempfile.TemporaryDirectory() as folder:
         tasks = []
-        for name in options.tasks.split(","):
+        for name in options.tasks:
             place = Path(folder) / name
             place.mkdir()
             tasks.append(task("subject" if name in world.SUBJECTS else "style", name, place, 0, world.SIZE))
@@ -109,7 +99,7 @@ def measure(options: argparse.Namespace, wanted: Sequence[str]) -> None:
             _keep(options, name, found)
 
 
-def _keep(options: argparse.Namespace, name: str, found: Found) -> None:
+def _keep(options: SimpleNamespace, name: str, found: Found) -> None:
     kept = json.loads(options.json.read_text()) if options.json.exists() else {}
     plain = {key: value for key, value in vars(options).items() if key not in ("json", "only")}
     about = {"machine": machine("cpu"), "weights": weights_digest(judged=False), "options": plain}
@@ -138,9 +128,9 @@ def nearest(bench: Bench) -> Found:
 
 def tasks(bench: Bench) -> Found:
     """All pairs of tasks; LoRA once from one start (one seed), and once from a start of its own for each task."""
-    made = {
-        "qrlora": [{"method": "qrlora"}] * len(bench.tasks),
-        "qrlora, Q and R trained": [{"method": "qrlora", "train_basis": True}] * len(bench.tasks),
+    made: dict[str, list[dict[str, Any]]] = {
+        PUBLISHED: [{"method": "qrlora"}] * len(bench.tasks),
+        "qrlora_trained": [{"method": "qrlora", "train_basis": True}] * len(bench.tasks),
         "lora, one seed": [{"method": "lora"}] * len(bench.tasks),
         "lora, a seed each": [{"method": "lora", "seed": seed} for seed in range(len(bench.tasks))],
     }
@@ -161,7 +151,7 @@ def convergence(bench: Bench) -> Found:
     steps = bench.options.steps
     window = max(1, steps // 6)
     found = {}
-    for rate, method in itertools.product(map(float, bench.options.rates.split(",")), METHODS):
+    for rate, method in itertools.product(map(float, bench.options.rates), METHODS):
         runs = [bench.train_delta(method, task, learning_rate=rate, cooldown_steps=0) for task in bench.ends]
         row: dict[str, float] = {"trained": runs[0][0].trained}
         for mark in sorted({max(window, steps // 4), max(window, steps // 2), steps}):
@@ -212,7 +202,3 @@ def _table(rows: Found) -> str:
 
 def _number(value: float) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
-
-
-if __name__ == "__main__":
-    main()

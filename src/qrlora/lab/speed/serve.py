@@ -1,4 +1,4 @@
-"""The server beside plain diffusers, many clients with a composition each: ``python benchmarks/serve.py``.
+"""The server beside plain diffusers, many clients with a composition each: ``qrlora lab speed serve``.
 
 `qrlora serve`, as it ships, against diffusers' own pipeline with every adapter loaded as a LoRA, which switches
 to one composition after the other (`set_adapters`). The baseline is given what serving costs for free: its clients are
@@ -11,7 +11,6 @@ engines of two Ray nodes of this machine share the work.
 
 from __future__ import annotations
 
-import argparse
 import base64
 import contextlib
 import io
@@ -27,6 +26,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import diffusers
@@ -35,12 +35,11 @@ import numpy as np
 import psutil
 import torch
 import transformers
-from common import OUT, report
 from PIL import Image
 
 from qrlora import QRLoraConfig, adapter_from_model, load_adapter, load_pipeline, save_adapter
-from qrlora.apps.cli.shared import basis_in
-from qrlora.method.adapter import remove_adapters
+from qrlora.lab.speed.common import report
+from qrlora.method.adapter import basis_of, remove_adapters
 from qrlora.models.generation import generate, one_batch
 
 ROLES = {"teapot": "subject", "rocket": "subject", "chalk": "style", "neon": "style"}
@@ -51,25 +50,15 @@ TOLERANCE = 2  # of 255: what other shapes of a batch make of the last bits of f
 Job = tuple[str, int, dict[str, float]]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--clients", type=int, default=32)
-    parser.add_argument("--rounds", type=int, default=3, help="of each side")
-    parser.add_argument("--each", type=int, default=4, help="requests of a client in a round")
-    parser.add_argument("--steps", type=int, default=20, help="denoising steps while throughput is measured")
-    parser.add_argument("--batch-size", type=int, default=16, help="of the server")
-    parser.add_argument("--requests", type=int, default=2000, help="while memory is watched, at 2 steps")
-    parser.add_argument("--quick", action="store_true", help="one round of one request each of 8 steps, 100 requests")
-    parser.add_argument("--nodes", type=int, default=1, help="several: Ray nodes of this machine, an engine each")
-    parser.add_argument("--json", type=Path, default=OUT / "serve.json")
-    options = parser.parse_args()
+def main(options: SimpleNamespace) -> None:
+    """Measure, print, write."""
     if options.quick:
         options.rounds, options.each, options.steps, options.requests = 1, 1, 8, 100
     with tempfile.TemporaryDirectory() as folder:
         report(options, "cpu", **measure(options, Path(folder)))
 
 
-def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
+def measure(options: SimpleNamespace, folder: Path) -> dict[str, Any]:
     for library in (diffusers, transformers):
         library.utils.logging.set_verbosity_error()
     warnings.filterwarnings("ignore", message="Already found a `peft_config`")
@@ -126,7 +115,7 @@ def make_adapters(folder: Path) -> tuple[Path, Path]:
         adapter = adapter_from_model(pipe.transformer, name, family=family.name, base_model="pico", role=role)
         remove_adapters(pipe.transformer, [name])
         save_adapter(adapter, files / f"{name}.safetensors")
-        basis = basis_in(pipe.transformer, adapter)
+        basis = basis_of(pipe.transformer, adapter)
         save_adapter(adapter, loras / f"{name}.safetensors", "lora", basis)
     return files, loras
 
@@ -183,7 +172,7 @@ def ray_nodes(count: int) -> Iterator[str | None]:
 
 
 @contextlib.contextmanager
-def served(files: Path, options: argparse.Namespace, address: str | None) -> Iterator[tuple[str, psutil.Process]]:
+def served(files: Path, options: SimpleNamespace, address: str | None) -> Iterator[tuple[str, psutil.Process]]:
     """`qrlora serve` in processes of its own: its url, and the process at the root of all that it started."""
     with socket.socket() as trial:
         trial.bind(("127.0.0.1", 0))
@@ -266,7 +255,7 @@ def parts(root: psutil.Process) -> dict[str, psutil.Process]:
     return found
 
 
-def watch(ask: Callable[[Job], np.ndarray], options: argparse.Namespace, root: psutil.Process) -> dict[str, Any]:
+def watch(ask: Callable[[Job], np.ndarray], options: SimpleNamespace, root: psutil.Process) -> dict[str, Any]:
     """Resident megabytes of every part, after each tenth of the requests."""
     seen: dict[str, list[float]] = {}
     jobs, tenth = make_jobs(options.requests), max(1, options.requests // 10)
@@ -295,7 +284,7 @@ def summary(rounds: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
     return found
 
 
-def show(found: dict[str, Any], options: argparse.Namespace) -> None:
+def show(found: dict[str, Any], options: SimpleNamespace) -> None:
     rounds = found["rounds"]
     print(f"{options.clients} clients, a composition to every request, {options.steps} steps, {options.nodes} node(s)")
     print(f"{'':10} {'pictures/s':>10} {'processor s each':>17} {'p50 s':>8} {'p95 s':>8}")
@@ -319,7 +308,3 @@ def show(found: dict[str, Any], options: argparse.Namespace) -> None:
     print(f"resident MB after each tenth of {found['memory']['requests']} requests; processor seconds in all")
     for name, values in found["memory"]["megabytes"].items():
         print(f"  {name:30} {' '.join(f'{value:6.0f}' for value in values)}   {found['work'].get(name, 0):8.0f} s")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,6 +1,6 @@
-"""What checking a file's digest costs, as a share of the time that loading it takes.
+"""The cost of checking a file's digest, as a share of the time that loading it takes.
 
-    python benchmarks/integrity.py
+    qrlora lab speed integrity
 
 Adapters of random numbers: one of pico's layers at rank 8, one of FLUX.1-dev's 418 matrices at rank 64 in both dtypes.
 The file is in the system's cache, so the share on a disk is less.
@@ -8,17 +8,18 @@ The file is in the system's cache, so the share on a disk is less.
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
-from common import OUT, report
 
+from qrlora.lab.speed.common import report
 from qrlora.method.adapter import Adapter, AdapterMetadata, load_adapter, save_adapter
 from qrlora.method.adapter.record import triangular_mask
 
@@ -49,11 +50,8 @@ def seconds(work: Callable[[], object], rounds: int) -> float:
     return statistics.median(taken)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--json", type=Path, default=OUT / "integrity.json")
-    options = parser.parse_args()
+def main(options: SimpleNamespace) -> None:
+    """Measure, print, write."""
     rows = {}
     print("| adapter | file | load | SHA-256 of it | share |\n|---|---|---|---|---|")
     for name, shapes, rank, dtype in (
@@ -65,12 +63,8 @@ def main() -> None:
             path = Path(folder, "adapter.safetensors")
             save_adapter(made(shapes, rank, dtype), path)
             size, content = path.stat().st_size, path.read_bytes()
-            load = seconds(lambda path=path: load_adapter(path), options.rounds)
-            digest = seconds(lambda content=content: hashlib.sha256(content).digest(), options.rounds)
+            load = seconds(partial(load_adapter, path), options.rounds)
+            digest = seconds(partial(hashlib.sha256, content), options.rounds)
         rows[name] = {"bytes": size, "load": load, "digest": digest, "share": digest / load}
         print(f"| {name} | {size / 1e6:.1f} MB | {load * 1e3:.1f} ms | {digest * 1e3:.1f} ms | {digest / load:.2f} |")
     report(options, "cpu", rows=rows)
-
-
-if __name__ == "__main__":
-    main()

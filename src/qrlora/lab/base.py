@@ -1,19 +1,18 @@
-"""Score pico by its own judge: ``python -m qrlora.pico.evaluate [--pictures 1000] [--by pair] [--out scores.json]``.
+"""Score pico by its own judge: ``qrlora lab base [--pictures 1000] [--by pair] [--json scores.json]``.
 
 Half of the pictures show seen pairs of subject and style, half show pairs that pretraining held back. What the judge
 calls right is said in ``judge``. Beside them stands what could be reached at all: true renders of the held-back pairs,
 as they are and after the autoencoder. The shares of each pair, subject and style, the worst first, are in the JSON of
-``--out``, and ``--by`` prints those of one kind.
+``--json``, and ``--by`` prints those of one kind.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable
-from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -96,29 +95,18 @@ def _tell(done: int, of: int) -> None:
     print(f"{done} of {of}", flush=True)
 
 
-def main() -> None:
-    """Print the scores as JSON, and write them where ``--out`` says."""
-    parser = argparse.ArgumentParser(prog="python -m qrlora.pico.evaluate", description=__doc__.split(":")[0])
-    parser.add_argument("--pictures", type=int, default=1000)
-    parser.add_argument("--steps", type=int, default=SETTINGS["steps"], help="denoising steps")
-    parser.add_argument("--guidance", type=float, default=SETTINGS["guidance"])
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--by", choices=KINDS, help="print the shares of each of these too, worst first")
-    parser.add_argument("--out", type=Path)
-    args = parser.parse_args()
+def main(args: SimpleNamespace) -> None:
+    """Print the scores as JSON, and write them where ``args.json`` says."""
+    args.steps, args.guidance = args.steps or SETTINGS["steps"], args.guidance or SETTINGS["guidance"]
     started, half = time.time(), args.pictures // 2
     groups = {"seen pairs": world.SEEN_PAIRS, "held-back pairs": world.HELD_BACK_PAIRS}
     scores = {k: score(requests(p, half, args.seed), args.steps, args.guidance) for k, p in groups.items()}
     scores |= bounds(requests(world.HELD_BACK_PAIRS, half, args.seed))
-    options = {k: v for k, v in vars(args).items() if k not in ("out", "by")}
+    options = {k: v for k, v in vars(args).items() if k not in ("json", "by")}
     facts = {**options, "seconds": round(time.time() - started), "torch": torch.__version__}
     short = {group: {part: share for part, share in found.items() if part != "by"} for group, found in scores.items()}
     print(json.dumps({"scores": short, **facts}, indent=2))
     for group, found in scores.items() if args.by else ():
         print("\n" + table(group, args.by, found["by"][args.by]))
-    if args.out:
-        write_atomically(args.out, json.dumps({"scores": scores, **facts}, indent=2).encode() + b"\n")
-
-
-if __name__ == "__main__":
-    main()
+    if args.json:
+        write_atomically(args.json, json.dumps({"scores": scores, **facts}, indent=2).encode() + b"\n")

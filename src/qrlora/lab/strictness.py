@@ -1,16 +1,15 @@
-"""How severe pico's judge is: `python benchmarks/judge.py`.
+"""How severe pico's judge is: `qrlora lab judge`.
 
 True renders of every reserved pair, made worse step by step: what share is still right, how probably it is named, and
 what share is recognised. Nothing is wrong in any of these pictures but how well they are drawn, so a measure that falls
-here measures drawing, and one that stays measures what is shown. Prints a table and writes benchmarks/judge.json.
+here measures drawing, and one that stays measures what is shown. Prints a table and writes it as JSON.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Callable
-from pathlib import Path
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -56,12 +55,8 @@ def measured(judge: Judge, pictures: Pictures, scenes: list[world.Scene]) -> dic
     return {name: round(float(values.mean()), 4) for name, values in found.items()}
 
 
-def main() -> None:
+def main(options: SimpleNamespace) -> None:
     """Measure, print, write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--each", type=int, default=10, help="renders of every pair (default 10)")
-    parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".json"))
-    options = parser.parse_args()
     pairs = [(s, t) for s in world.RESERVED_SUBJECTS for t in world.RESERVED_STYLES] * options.each
     scenes = [world.sample_scene(FIRST_SCENE + i, subject=s, style=t) for i, (s, t) in enumerate(pairs)]
     true = np.stack([world.render(scene)[0] for scene in scenes])
@@ -73,8 +68,4 @@ def main() -> None:
     for name, row in found.items():
         print(f"{name:14}{row['right']:8.2f}{row['named']:8.2f}{row['recognised']:12.2f}")
     facts = {"pictures": len(scenes), "measured": found}
-    write_atomically(options.out, (json.dumps(facts, indent=1) + "\n").encode())
-
-
-if __name__ == "__main__":
-    main()
+    write_atomically(options.json, (json.dumps(facts, indent=1) + "\n").encode())

@@ -1,7 +1,7 @@
 """The published claims (arXiv 2507.04599) as measurements: each function returns numbers, none returns a verdict.
 
 Where a number could come about by chance, or by two runs having begun alike, what that alone would give stands beside
-it. `python benchmarks/claims.py` trains what is needed on pico and prints them all.
+it. `qrlora lab claims` trains what is needed on pico and prints them all.
 """
 
 from __future__ import annotations

@@ -1,0 +1,1 @@
+"""Times and memory beside the alternatives, as `qrlora lab speed`."""
