@@ -23,8 +23,7 @@ from qrlora.method.composition import Composition, Live
 from qrlora.method.tuner import QRLoraConfig, QRLoraLayer
 from qrlora.models.families import load_pipeline
 from qrlora.models.generation import Request, generate, generate_mixed
-from samples import NETWORK, assert_rounded, make_lora
-from test_generation import close
+from samples import NETWORK, assert_rounded, close, make_lora
 
 KINDS = ("flux", "sd3", "unet")
 ROWS: list[dict[str, float]] = [{"mug": 1.0}, {"chalk": -0.7, "mug": 0.4}, {}, {"chalk": 1.5}]

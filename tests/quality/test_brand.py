@@ -17,7 +17,7 @@ from qrlora.pico import world
 from qrlora.quality.brand import Sheet, logo_match
 from qrlora.quality.images.read import Exhibit
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 RED, BLUE, WHITE = (215, 38, 61), (0, 0, 255), (255, 255, 255)
 
 

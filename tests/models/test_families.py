@@ -23,7 +23,7 @@ from qrlora.models.training.loop import family_options, peft_config
 from qrlora.models.training.recipe import Recipe
 from samples import assert_rounded
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")

@@ -40,7 +40,7 @@ from qrlora.quality.images.read import read
 from qrlora.quality.study.tally import checked_key, lines, report, tally
 from samples import make_adapter, make_basis, make_lora, make_weights
 
-CORPUS = Path(__file__).parent / "corpus"
+CORPUS = Path(__file__).parents[1] / "corpus"
 FEW, MANY = 200, 10_000
 LONGEST_MESSAGE = 20_000  # four parts of at most 4 000 characters, and the names of files
 LONGEST_TIME = 5.0  # of one mutant, on a machine that does other things besides

@@ -25,8 +25,8 @@ from qrlora.models.exchange import LayerNames, export_adapter, import_file, left
 from qrlora.models.exchange.forms import FAMILIES_OF, target_of
 from qrlora.models.families import family_of
 
-DOCS = Path(__file__).parent.parent / "docs" / "exchange.md"
-CASES = Path(__file__).parent / "cases" / "loras"
+DOCS = Path(__file__).parents[2] / "docs" / "exchange.md"
+CASES = Path(__file__).parents[1] / "cases" / "loras"
 FAMILY_OF_CASE = {"z": "z-image", "k": "flux2-klein", "q": "qwen-image", "f": "flux", "x": "sdxl"}
 
 

@@ -102,7 +102,7 @@ def test_json_is_all_there_is_on_stdout(capsys: pytest.CaptureFixture[str]) -> N
 def test_the_schema_of_sheets_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         main(["evaluate", "--brand-schema"])
-    committed = Path(__file__).parents[1] / "brands" / "brand.schema.json"
+    committed = Path(__file__).parents[2] / "brands" / "brand.schema.json"
     assert ended.value.code == 0 and capsys.readouterr().out == committed.read_text()
 
 

@@ -18,7 +18,7 @@ import pytest
 from qrlora.apps.cli import build_parser, less_memory
 from qrlora.models.training.recipe import Recipe
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SOURCE = ROOT / "src"
 FLAG = re.compile(r"(?<![\w-])(--[a-z][a-z-]*|-[a-z])(?![\w-])")
 OURS = re.compile(r"qrlora ([a-z]+)((?: (?:--?[a-z][a-z-]*|\{\}|[A-Z]+|'[^']*'))*)")

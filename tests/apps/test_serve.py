@@ -1004,7 +1004,7 @@ def free_port() -> int:
 
 def environment(tmp_path: Path) -> dict[str, str]:
     here = Path(__file__).parent
-    sources = os.pathsep.join(map(str, (here.parent / "src", here)))
+    sources = os.pathsep.join(map(str, (here.parents[1] / "src", here, here.parent)))
     return {
         **os.environ,
         "PYTHONPATH": sources,

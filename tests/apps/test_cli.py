@@ -113,7 +113,7 @@ def test_a_misspelt_option_is_named_with_the_one_that_was_meant(capsys: pytest.C
 def test_train_prints_the_schema_of_recipes(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         main(["train", "--schema"])
-    committed = Path(__file__).parent.parent / "recipes" / "recipe.schema.json"
+    committed = Path(__file__).parents[2] / "recipes" / "recipe.schema.json"
     assert ended.value.code == 0 and capsys.readouterr().out == committed.read_text()
 
 

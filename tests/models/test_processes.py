@@ -52,7 +52,7 @@ def work(tmp_path_factory: pytest.TempPathFactory, tiny_sd3: Path) -> tuple[Path
     jobs += [{"fields": stopped, "interrupt": True}, {"fields": stopped, "resume": True}]
     jobs += [{"fields": fields("whole", {})}]
     (folder / "jobs.json").write_text(json.dumps(jobs))
-    script = Path(__file__).with_name("processes.py")
+    script = Path(__file__).parents[1] / "processes.py"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
     here = {"PYTHONPATH": str(Path(qrlora.__file__).parents[1]), "QRLORA_CACHE": str(folder / "cache")}
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **here}

@@ -40,8 +40,8 @@ from qrlora.quality.brand import Sheet
 from qrlora.quality.images.read import gather, read
 from samples import make_adapter, make_basis
 
-CASES = Path(__file__).parent / "cases/files"
-CORPUS = Path(__file__).parent / "corpus"
+CASES = Path(__file__).parents[1] / "cases/files"
+CORPUS = Path(__file__).parents[1] / "corpus"
 PICTURES = sorted((CORPUS / "picture").iterdir())
 SOURCES = Path(qrlora.__file__).parent
 

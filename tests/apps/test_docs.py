@@ -33,7 +33,7 @@ from qrlora.models.families import FAMILIES
 from qrlora.models.training.recipe import Recipe
 from qrlora.pico import world
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 COMING_FROM = sorted((ROOT / "docs").glob("from-*.md"))
 

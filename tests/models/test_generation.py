@@ -18,6 +18,7 @@ from qrlora.models.families import load_pipeline
 from qrlora.models.generation import _labels, generate, labelled_grid, weight_grid
 from qrlora.models.training.loop import peft_config
 from qrlora.models.training.recipe import Recipe
+from samples import close
 
 STEPS = {"steps": 2, "guidance": 2.0}
 
@@ -38,15 +39,6 @@ def adapter(loaded, role: str, **changes: object) -> Adapter:
     made = adapter_from_model(pipe.transformer, role, family="sd3", role=role)
     remove_adapters(pipe.transformer, [role])
     return made
-
-
-def pixels(image: Image.Image) -> np.ndarray:
-    return np.array(image).astype(int)
-
-
-def close(one: Image.Image, other: Image.Image) -> bool:
-    """Equal up to the rounding that other batch sizes bring."""
-    return bool(abs(pixels(one) - pixels(other)).max() <= 1)
 
 
 def test_a_picture_depends_on_its_own_seed_not_on_its_batch(loaded) -> None:
