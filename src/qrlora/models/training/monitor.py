@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -40,6 +40,7 @@ from qrlora.models.training.recipe import TRIGGER, Recipe
 log = logging.getLogger(__name__)
 
 
+@runtime_checkable
 class Run(Protocol):
     """The parts of `loop.Run` that are watched."""
 
