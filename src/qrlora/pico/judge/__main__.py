@@ -31,7 +31,8 @@ from qrlora.pico import model, world
 from qrlora.pico.judge import WEIGHTS, Judge, defects
 from qrlora.pico.judge.colours import VISIBLE, quantiles
 from qrlora.pico.judge.network import Network
-from qrlora.pico.train import Muon, Run, log, trapezoid
+from qrlora.pico.pretraining.muon import Muon
+from qrlora.pico.pretraining.run import Run, log, trapezoid
 
 SUBJECTS, STYLES = list(world.SUBJECTS), list(world.STYLES)
 PAIRS = [(s, t) for s in SUBJECTS for t in STYLES]

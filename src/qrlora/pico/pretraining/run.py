@@ -1,0 +1,136 @@
+"""A training loop that can stop at any step and go on as if it had not, and its log."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from qrlora.files import write_atomically
+
+_ENDING = (signal.SIGTERM, signal.SIGINT)
+
+
+def log(work: Path, stage: str, **facts: object) -> None:
+    """One line of JSON in the log file, and on the terminal."""
+    line = json.dumps({"stage": stage, "time": round(time.time()), **facts})
+    print(line, flush=True)
+    with open(work / "log.jsonl", "a") as file:
+        file.write(line + "\n")
+
+
+@dataclass
+class Run:
+    """A training run that can stop at any step and go on as if it had not: SIGTERM and SIGINT end it after a save.
+
+    ema: decay of the weights' moving average, 0 for none. seconds: least time between two saves and between two lines
+    of the log, instead of every so many steps. keep_last: the save before the last one stays, as ``<name>.before.pt``.
+    """
+
+    work: Path
+    name: str
+    modules: dict[str, nn.Module]
+    optimisers: list[torch.optim.Optimizer]
+    steps: int
+    schedule: Callable[[float], float]  # progress in [0, 1] to a factor on every learning rate
+    step: int = 0
+    ema: float = 0.0
+    seconds: tuple[float, float] | None = None
+    keep_last: bool = False
+    average: list[Tensor] = field(default_factory=list)
+
+    @property
+    def file(self) -> Path:
+        return self.work / f"{self.name}.pt"
+
+    @property
+    def _weights(self) -> list[Tensor]:
+        return [p.detach() for module in self.modules.values() for p in module.parameters()]
+
+    def restore(self) -> None:
+        """Load the last checkpoint, if there is one."""
+        for optimiser in self.optimisers:
+            for group in optimiser.param_groups:
+                group.setdefault("base_lr", group["lr"])
+        if self.ema:
+            self.average = [p.clone() for p in self._weights]
+        if self.file.exists():
+            state = torch.load(self.file, weights_only=True)
+            self.step = state["step"]
+            for name, module in self.modules.items():
+                module.load_state_dict(state["modules"][name])
+            for optimiser, saved in zip(self.optimisers, state["optimisers"], strict=True):
+                optimiser.load_state_dict(saved)
+            if self.ema:
+                self.average = [a.to(p.device) for a, p in zip(state["average"], self._weights, strict=True)]
+
+    def save(self) -> None:
+        """Write a checkpoint whole."""
+        modules = {n: m.state_dict() for n, m in self.modules.items()}
+        state = {"step": self.step, "modules": modules, "optimisers": [o.state_dict() for o in self.optimisers]}
+        if self.ema:
+            state["average"] = self.average
+        if self.keep_last and self.file.exists():
+            os.replace(self.file, self.work / f"{self.name}.before.pt")
+        write_atomically(self.file, lambda f: torch.save(state, f))
+
+    def go(self, loss_of: Callable[[int], Tensor], every: int = 100) -> None:
+        """Run to the last step. ``loss_of(step)`` draws all its randomness from the step's own seed."""
+        stopped: list[int] = []
+        before = {s: signal.signal(s, lambda number, _: stopped.append(number)) for s in _ENDING}
+        try:
+            self._loop(loss_of, every, stopped)
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+        if stopped:
+            raise SystemExit(128 + stopped[0])
+
+    def _loop(self, loss_of: Callable[[int], Tensor], every: int, stopped: list[int]) -> None:
+        started, saved, first, total = time.time(), time.time(), self.step, 0.0
+        while self.step < self.steps and not stopped:
+            total += self._advance(loss_of)
+            now, last = time.time(), self.step == self.steps or bool(stopped)
+            timed = self.seconds is not None
+            if last or (now - saved >= self.seconds[0] if self.seconds else self.step % every == 0):
+                self.save()
+                saved = now
+            if last or (now - started >= self.seconds[1] if timed and self.seconds else self.step % every == 0):
+                steps = self.step - first
+                each = {"loss": round(total / steps, 5), "seconds_per_step": round((now - started) / steps, 3)}
+                log(self.work, self.name, step=self.step, **each)
+                started, first, total = now, self.step, 0.0
+
+    def _advance(self, loss_of: Callable[[int], Tensor]) -> float:
+        """One step; its loss."""
+        factor = self.schedule(self.step / self.steps)
+        for optimiser in self.optimisers:
+            for group in optimiser.param_groups:
+                group["lr"] = group["base_lr"] * factor
+            optimiser.zero_grad(set_to_none=True)
+        loss = loss_of(self.step)
+        loss.backward()
+        if not math.isfinite(loss.item()):
+            raise FloatingPointError(f"{self.name}: loss is {loss.item()} at step {self.step}")
+        for module in self.modules.values():
+            nn.utils.clip_grad_norm_(module.parameters(), 1.0)
+        for optimiser in self.optimisers:
+            optimiser.step()
+        self.step += 1
+        if self.ema:  # a young average forgets faster, or it would remember the start for a thousand steps
+            decay = min(self.ema, (1 + self.step) / (10 + self.step))
+            torch._foreach_lerp_(self.average, self._weights, 1 - decay)
+        return loss.item()
+
+
+def trapezoid(progress: float, warm: float = 0.02, cool: float = 0.3) -> float:
+    """Warm up, hold, then fall linearly to zero: the last stretch is where a short run gains most."""
+    return min(1.0, (progress + 1e-3) / warm, max(0.0, (1 - progress) / cool))
