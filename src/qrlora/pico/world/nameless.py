@@ -16,7 +16,7 @@ import numpy as np
 from qrlora.pico.world.canvas import SCALE, SIZE, WIDE, Canvas, grid, noise, warp
 from qrlora.pico.world.palette import Palette, rgb
 from qrlora.pico.world.patterns import CELLS, PATTERNS, cells, pattern
-from qrlora.pico.world.styles import Picture
+from qrlora.pico.world.styles import Picture, look_up, mix
 
 STYLE_COUNT = 1600
 _SEED = 20_260
@@ -191,9 +191,11 @@ def description(number: int) -> list[str]:
 # ---------------------------------------------------------------- drawing
 
 
-def _mix(below: np.ndarray, above: np.ndarray | np.floating, amount: np.ndarray | float) -> np.ndarray:
-    amount = amount[..., None] if isinstance(amount, np.ndarray) else np.float32(amount)
-    return below + (above - below) * amount
+def _mix(below: Picture, above: np.ndarray | np.floating, amount: np.ndarray | float) -> Picture:
+    """``above`` (a picture or a colour) over ``below``, by a map or a share."""
+    if isinstance(amount, np.ndarray) and np.shape(above) == below.shape:
+        return mix(below, np.asarray(above), amount)
+    return below + (above - below) * (amount[..., None] if isinstance(amount, np.ndarray) else np.float32(amount))
 
 
 def _blur(image: np.ndarray, pixels: float) -> np.ndarray:
@@ -236,7 +238,7 @@ def _tones(r: Recipe, p: Palette) -> np.ndarray:
 
 
 def _body(r: Recipe, c: Canvas, tones: np.ndarray, ground: Picture) -> Picture:
-    out = tones.astype(np.float32)[c.tone]
+    out = look_up(c.tone, tones)
     if r.fill == "hollow":
         out = _mix(out, ground, 0.92)
     elif r.fill == "two-tone":
@@ -282,7 +284,7 @@ def _outlined(r: Recipe, c: Canvas, out: Picture, tones: np.ndarray) -> Picture:
         lines = warp(lines, shake, shake.T)
     elif r.outline == "offset":
         lines = warp(lines, -2.5, -2.0)
-    own = np.where(c.mask[..., None] > 0, tones[c.tone], tones[0]).astype(np.float32) * np.float32(0.5)
+    own = look_up(np.where(c.label > 0, c.tone, np.uint8(0)), tones) * np.float32(0.5)
     colour = (
         own if r.outline_colour == "same" else np.broadcast_to(_NAMED[r.outline_colour], out.shape).astype(np.float32)
     )
