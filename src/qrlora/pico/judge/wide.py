@@ -81,7 +81,7 @@ def _render(path: Path, first: int) -> None:
 def rendered(work: Path, plan: Plan) -> list[np.ndarray]:
     """All shards, rendered where they are missing."""
     paths = [work / f"wide-judge-{i:03d}.npy" for i in range(plan.shards)]
-    with ProcessPoolExecutor(plan.workers, multiprocessing.get_context("fork")) as pool:
+    with ProcessPoolExecutor(plan.workers, multiprocessing.get_context("spawn")) as pool:
         list(pool.map(_render, paths, range(0, plan.shards * SHARD, SHARD)))
     return [np.load(path, mmap_mode="r") for path in paths]
 

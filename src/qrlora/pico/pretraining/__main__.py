@@ -10,22 +10,12 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
-import torch
-
 from qrlora.pico import WEIGHTS
-from qrlora.pico.pretraining.autoencoder import autoencoder_stage, decoder_stage
-from qrlora.pico.pretraining.denoiser import denoiser_stage
-from qrlora.pico.pretraining.export import export_stage
-from qrlora.pico.pretraining.pictures import latents_stage, render_stage
 from qrlora.pico.pretraining.plan import Plan
-from qrlora.pico.pretraining.wide import wide_stage
 
-STAGES = {
-    "render": render_stage, "autoencoder": autoencoder_stage, "latents": latents_stage, "denoiser": denoiser_stage,
-    "decoder": decoder_stage, "wide": wide_stage,
-}  # fmt: skip
 SMALL = "render,autoencoder,latents,denoiser,decoder,export"
 
 
@@ -44,17 +34,30 @@ def _arguments() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Run the stages named on the command line."""
+    """Run the stages named on the command line.
+
+    The trainer is imported here: processes that only render import this file too, and should not load torch for it.
+    """
+    import torch
+
+    from qrlora.pico.pretraining import autoencoder, denoiser, export, pictures, wide
+
     args = _arguments()
     plan = Plan(**{name: getattr(args, name) for name in asdict(Plan())})
     args.work.mkdir(parents=True, exist_ok=True)
     if plan.threads:
         torch.set_num_threads(plan.threads)
+    stages = {
+        "render": pictures.render_stage,
+        "autoencoder": autoencoder.autoencoder_stage,
+        "latents": pictures.latents_stage,
+        "denoiser": denoiser.denoiser_stage,
+        "decoder": autoencoder.decoder_stage,
+        "wide": wide.wide_stage,
+        "export": partial(export.export_stage, target=args.target),
+    }
     for stage in args.stages.split(","):
-        if stage == "export":
-            export_stage(args.work, plan, args.target)
-        else:
-            STAGES[stage](args.work, plan)
+        stages[stage](args.work, plan)
 
 
 if __name__ == "__main__":

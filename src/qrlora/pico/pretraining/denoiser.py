@@ -22,6 +22,14 @@ from qrlora.pico.pretraining.run import Run, trapezoid
 from qrlora.pico.pretraining.text import embed, words
 
 
+def _muon_dtype(plan: Plan) -> torch.dtype:
+    """Of Muon's iteration. With bfloat16 units it takes 0.3 to 0.5 of its time in float32, without them many times."""
+    half = plan.muon_bf16 > 0
+    if plan.muon_bf16 < 0:
+        half = plan.device != "cpu" or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.bfloat16 if half else torch.float32
+
+
 def optimisers(pipe: Any, plan: Plan) -> list[torch.optim.Optimizer]:
     """Muon for the matrices inside the blocks, AdamW for everything else (embeddings, norms, biases, text encoders)."""
     matrices: list[nn.Parameter] = []
@@ -30,7 +38,7 @@ def optimisers(pipe: Any, plan: Plan) -> list[torch.optim.Optimizer]:
         inside = p.ndim == 2 and name.startswith("transformer_blocks") and ".norm" not in name
         (matrices if inside else rest).append(p)
     rest += [*pipe.text_encoder.parameters(), *pipe.text_encoder_2.parameters()]
-    muon = Muon(matrices, plan.muon_lr, dtype=torch.bfloat16 if plan.muon_bf16 else torch.float32)
+    muon = Muon(matrices, plan.muon_lr, dtype=_muon_dtype(plan))
     return [muon, torch.optim.AdamW(rest, plan.adam_lr, betas=(0.9, 0.98), weight_decay=0.01, fused=True)]
 
 

@@ -17,7 +17,7 @@ class Plan:
     denoiser_steps: int = 4_500
     denoiser_batch: int = 48
     muon_lr: float = 0.02
-    muon_bf16: int = 0  # 1: Muon's iteration in bfloat16, for processors that have units for it
+    muon_bf16: int = 0  # 1: Muon's iteration in bfloat16; -1: where the processor has units for it
     adam_lr: float = 1.5e-3
     time_mean: float = 0.4  # of the logit of the noise's share. A whole picture's colours are decided above 0.95, where
     time_spread: float = 1.4  # the usual logit-normal (0, 1) looks in one sample of 600 and this one in 28

@@ -75,7 +75,7 @@ def widened(known: CLIPTokenizer) -> CLIPTokenizer:
     Added merges rank below the known ones, so they join what these leave apart.
     """
     model_ = json.loads(known.backend_tokenizer.to_str())["model"]
-    merges = [tuple(m) if isinstance(m, list) else tuple(m.split(" ")) for m in model_["merges"]]
+    merges: Any = [tuple(m) if isinstance(m, list) else tuple(m.split(" ")) for m in model_["merges"]]
     vocab, rank = dict(model_["vocab"]), {m: i for i, m in enumerate(merges)}
     for word in wide_words():
         pieces = _pieces(word, rank)

@@ -6,10 +6,10 @@ import multiprocessing
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 import torch
 from torch import Tensor
@@ -25,12 +25,6 @@ from qrlora.pico.world import wide
 
 PART = 25
 """Pictures that one process renders at a time."""
-
-
-def render_part(first: int) -> np.ndarray:
-    """Pictures (``PART``, h, w, 3) uint8 of the wide world's scenes from ``first`` on."""
-    cv2.setNumThreads(1)
-    return np.stack([wide.render(wide.sample(number))[0] for number in range(first, first + PART)])
 
 
 class Shards:
@@ -59,10 +53,10 @@ class Shards:
         return self.work / f"wide-{number:05d}.npy"
 
     def _make(self, numbers: list[int]) -> None:
-        # fork: a process that starts anew would load torch first, to render without it
-        with ProcessPoolExecutor(self.workers, multiprocessing.get_context("fork")) as pool:
+        # spawn: threads of OpenMP and OpenCV do not survive a fork. What a worker imports has to be light, see __main__
+        with ProcessPoolExecutor(self.workers, multiprocessing.get_context("spawn")) as pool:
             for number in numbers:
-                parts = pool.map(render_part, range(number * CHUNK, (number + 1) * CHUNK, PART))
+                parts = pool.map(wide.render_range, range(number * CHUNK, (number + 1) * CHUNK, PART), repeat(PART))
                 write_atomically(self._file(number), partial(np.save, arr=self._encoded(np.concatenate(list(parts)))))
                 log(self.work, "render", shard=number)
 

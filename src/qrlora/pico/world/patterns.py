@@ -4,6 +4,7 @@ same in every picture."""
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float
@@ -25,6 +26,7 @@ def pattern(name: str, period: int, tilt: int = 0) -> Float[np.ndarray, "h w"]:
     w = 2 * np.pi / period
     a, b = ((x, y), (y, x), (x + y, x - y), (x + 0.5 * y, y - 0.5 * x))[tilt % 4]
     u, v = a / period, b / period
+    out: Any
     if name in ("striped", "upright striped"):
         out = 0.5 + 0.5 * np.cos((y if name == "striped" else x) * w)
     elif name == "hatched":

@@ -14,6 +14,7 @@ import hashlib
 from dataclasses import replace
 from functools import lru_cache
 
+import cv2
 import numpy as np
 from jaxtyping import Float, UInt8
 
@@ -140,6 +141,12 @@ def render(scene: Scene) -> tuple[UInt8[np.ndarray, "h w 3"], Float[np.ndarray, 
     if scene.style.startswith("style "):
         return _bytes(nameless.draw(int(scene.style[6:]), canvas, colours)), shrink(canvas.mask)
     return _bytes(world.STYLES[scene.style](canvas, colours)), shrink(canvas.mask)
+
+
+def render_range(first: int, count: int) -> UInt8[np.ndarray, "n h w 3"]:
+    """The pictures of scenes ``first`` to ``first + count``, on one core: for a process of its own."""
+    cv2.setNumThreads(1)
+    return np.stack([render(sample(number))[0] for number in range(first, first + count)])
 
 
 def _bytes(picture: np.ndarray) -> UInt8[np.ndarray, "h w 3"]:

@@ -182,7 +182,7 @@ def packed(drawings: list[tuple[int, str, list[TracedPart]]]) -> bytes:
     flat = np.concatenate(steps)
     none = np.full(4, -32768)
     axes = [none if part.paint.axis is None else part.paint.axis.clip(-32767, 32767).ravel() for part in parts]
-    arrays = {
+    arrays: dict[str, Any] = {
         "names": np.frombuffer("\n".join(things).encode(), np.uint8),
         "set": np.array([s for s, _, _ in drawings], np.uint8),
         "thing": np.array([things.index(name) for _, name, _ in drawings], np.uint16),

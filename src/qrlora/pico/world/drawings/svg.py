@@ -60,7 +60,7 @@ def areas(body: str, width: float, height: float, faint: float = 0.45) -> list[A
         f'width="{width}" height="{height}" viewBox="0 0 {width} {height}">{body}</svg>'
     )
     text = text.replace(" clip-path=", " data-clip=")  # svgelements passes all attributes on to children but this one
-    known = {e.get("id"): e for e in ET.fromstring(text).iter() if e.get("id")}
+    known = {e.attrib["id"]: e for e in ET.fromstring(text).iter() if "id" in e.attrib}
     scale, found = GRID / max(width, height), []
     for shape in _shapes(text):
         clip = _clip(shape, known, text, scale)
@@ -130,8 +130,7 @@ def _signed_area(points: np.ndarray) -> float:
 def _stroked(shape: se.Shape, scale: float) -> np.ndarray:
     """The line itself, ends and corners round."""
     mask = np.zeros((GRID, GRID), np.uint8)
-    width = float(shape.values.get("stroke-width") or 1.0) * abs(shape.transform.determinant) ** 0.5
-    width = float(shape.stroke_width or width)
+    width = float(shape.stroke_width or 1.0)  # already by the transforms above it
     for points in _contours(shape, scale):
         cv2.polylines(mask, [_fixed(points)], False, 1, max(1, round(width * scale)), cv2.LINE_8, _BITS)
     return mask
