@@ -9,6 +9,7 @@ renders, encodes and trains at once, for as long as it is left to. The same code
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -47,7 +48,7 @@ def main() -> None:
     args.work.mkdir(parents=True, exist_ok=True)
     if plan.threads:
         torch.set_num_threads(plan.threads)
-    stages = {
+    stages: dict[str, Callable[[Path, Plan], None]] = {
         "render": pictures.render_stage,
         "autoencoder": autoencoder.autoencoder_stage,
         "latents": pictures.latents_stage,

@@ -24,7 +24,7 @@ def _trained(work: Path, name: str, pipe: Any) -> None:
 
 
 def averaged(work: Path, plan: Plan) -> Any:
-    """The pipeline that training on the wide world has come to: its moving average, in evaluation."""
+    """The pipeline that training on the wide world has come to: the moving average of its weights."""
     pipe, state = widen(model.load(Path(plan.start))), torch.load(work / "wide.pt", weights_only=True)
     parts = [getattr(pipe, name) for name in ("transformer", "text_encoder", "text_encoder_2")]
     for weight, mean in zip((p for part in parts for p in part.parameters()), state["average"], strict=True):
@@ -42,8 +42,7 @@ def export_stage(work: Path, plan: Plan, target: Path) -> None:
 
 
 def _assembled(work: Path, plan: Plan) -> Any:
-    """Put the trained parts together. Without a denoiser trained here, all but the
-    decoder is the start's."""
+    """The trained parts put together. Without a denoiser trained here, all but the decoder is the start's."""
     alone = bool(plan.start) and not (work / "denoiser.pt").exists()
     pipe = model.load(Path(plan.start)) if alone else model.build(words(work, plan), plan.seed)
     for name in ("decoder",) if alone else ("autoencoder", "decoder", "denoiser"):

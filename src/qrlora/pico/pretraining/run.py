@@ -78,8 +78,11 @@ class Run:
         state = {"step": self.step, "modules": modules, "optimisers": [o.state_dict() for o in self.optimisers]}
         if self.ema:
             state["average"] = self.average
-        if self.keep_last and self.file.exists():
-            os.replace(self.file, self.work / f"{self.name}.before.pt")
+        if self.keep_last and self.file.exists():  # a second name for the old file, so that there is one at any time
+            spare = self.work / f"{self.name}.spare"
+            spare.unlink(missing_ok=True)
+            os.link(self.file, spare)
+            os.replace(spare, self.work / f"{self.name}.before.pt")
         write_atomically(self.file, lambda f: torch.save(state, f))
 
     def go(self, loss_of: Callable[[int], Tensor], every: int = 100) -> None:
@@ -95,19 +98,20 @@ class Run:
             raise SystemExit(128 + stopped[0])
 
     def _loop(self, loss_of: Callable[[int], Tensor], every: int, stopped: list[int]) -> None:
-        started, saved, first, total = time.time(), time.time(), self.step, 0.0
+        saved = told = time.time()
+        first, total = self.step, 0.0
         while self.step < self.steps and not stopped:
             total += self._advance(loss_of)
             now, last = time.time(), self.step == self.steps or bool(stopped)
-            timed = self.seconds is not None
-            if last or (now - saved >= self.seconds[0] if self.seconds else self.step % every == 0):
+            by_step = self.step % every == 0
+            if last or (now - saved >= self.seconds[0] if self.seconds else by_step):
                 self.save()
                 saved = now
-            if last or (now - started >= self.seconds[1] if timed and self.seconds else self.step % every == 0):
+            if last or (now - told >= self.seconds[1] if self.seconds else by_step):
                 steps = self.step - first
-                each = {"loss": round(total / steps, 5), "seconds_per_step": round((now - started) / steps, 3)}
+                each = {"loss": round(total / steps, 5), "seconds_per_step": round((now - told) / steps, 3)}
                 log(self.work, self.name, step=self.step, **each)
-                started, first, total = now, self.step, 0.0
+                told, first, total = now, self.step, 0.0
 
     def _advance(self, loss_of: Callable[[int], Tensor]) -> float:
         """One step; its loss."""

@@ -63,9 +63,8 @@ class Shards:
     @torch.no_grad()
     def _encoded(self, pictures: np.ndarray) -> np.ndarray:
         device = next(self.vae.parameters()).device
-        return np.concatenate(
-            [self.vae.encode(x.to(device)).latent.half().cpu().numpy() for x in tensor(pictures).split(50)]
-        )
+        parts = [self.vae.encode(x.to(device)).latent.half().cpu() for x in tensor(pictures).split(50)]
+        return torch.cat(parts).numpy()
 
 
 def batches(shards: Shards, plan: Plan, scale: float) -> Callable[[int], tuple[Tensor, list[str], np.random.Generator]]:
