@@ -21,8 +21,11 @@ from qrlora.errors import TrainingError
 from qrlora.lab import base
 from qrlora.models.families import load_pipeline, load_structure
 from qrlora.models.generation import generate_jobs
-from qrlora.pico import train, world
+from qrlora.pico import world
 from qrlora.pico.judge import Verdict
+from qrlora.pico.pretraining import autoencoder, denoiser, export, pictures, text
+from qrlora.pico.pretraining.plan import Plan
+from qrlora.pico.pretraining.run import Run
 
 
 @pytest.fixture(scope="module")
@@ -86,12 +89,12 @@ def test_what_has_no_name_is_called_by_a_new_word_each_time():
 
 
 def test_the_named_share_of_examples_has_no_name(tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "CHUNK", 20)
-    plan = train.Plan(pictures=60, novelties=20, novel_share=0.3, focus="ink", denoiser_batch=200, caption_dropout=0)
-    for i, path in enumerate(train._chunks(tmp_path, plan, "latents")):
+    monkeypatch.setattr(pictures, "CHUNK", 20)
+    plan = Plan(pictures=60, novelties=20, novel_share=0.3, focus="ink", denoiser_batch=200, caption_dropout=0)
+    for i, path in enumerate(pictures.chunks(tmp_path, plan, "latents")):
         np.save(path, np.full((20, 1, 1, 1), i, np.float16))
     (tmp_path / "latents.json").write_text('{"scaling_factor": 1.0}')
-    batch = train.batches(tmp_path, plan)
+    batch = denoiser.batches(tmp_path, plan)
     latents, captions, _ = batch(0)
     novel = [value == 3 for value in latents.flatten().tolist()]
     assert np.mean(novel) == pytest.approx(0.3, abs=0.1)
@@ -101,14 +104,14 @@ def test_the_named_share_of_examples_has_no_name(tmp_path, monkeypatch):
 
 def test_nameless_subjects_styles_and_both_are_shown_as_often(tmp_path, monkeypatch):
     """Though of the renders three in five have a nameless style."""
-    monkeypatch.setattr(train, "CHUNK", 20)
-    plan = train.Plan(pictures=20, novelties=20, novel_share=0.6, denoiser_batch=2000, caption_dropout=0)
-    scenes = train.scenes_of(plan)
-    for i, path in enumerate(train._chunks(tmp_path, plan, "latents")):
+    monkeypatch.setattr(pictures, "CHUNK", 20)
+    plan = Plan(pictures=20, novelties=20, novel_share=0.6, denoiser_batch=2000, caption_dropout=0)
+    scenes = pictures.scenes_of(plan)
+    for i, path in enumerate(pictures.chunks(tmp_path, plan, "latents")):
         kinds = [2 * (not scene.subject) + (not scene.style) for scene in scenes[20 * i : 20 * i + 20]]
         np.save(path, np.array(kinds, np.float16).reshape(20, 1, 1, 1))
     (tmp_path / "latents.json").write_text('{"scaling_factor": 1.0}')
-    shown = np.bincount(train.batches(tmp_path, plan)(0)[0].flatten().int().numpy(), minlength=4) / 2000
+    shown = np.bincount(denoiser.batches(tmp_path, plan)(0)[0].flatten().int().numpy(), minlength=4) / 2000
     assert shown == pytest.approx([0.4, 0.2, 0.2, 0.2], abs=0.05)
 
 
@@ -182,12 +185,12 @@ def test_shares_come_by_pair_subject_and_style_worst_first(tmp_path, monkeypatch
 
 def test_the_tokenizer_of_a_run_is_fitted_once(tmp_path, monkeypatch):
     captions = [world.caption(world.sample_scene(i)) for i in range(40)]
-    monkeypatch.setattr(train, "all_captions", lambda: captions)
-    first = train.words(tmp_path, train.Plan())
-    monkeypatch.setattr(train, "all_captions", lambda: captions[::-1] * 2)
-    again = train.words(tmp_path, train.Plan())
+    monkeypatch.setattr(text, "all_captions", lambda: captions)
+    first = text.words(tmp_path, Plan())
+    monkeypatch.setattr(text, "all_captions", lambda: captions[::-1] * 2)
+    again = text.words(tmp_path, Plan())
     assert again.get_vocab() == first.get_vocab() and again("a red mug").input_ids == first("a red mug").input_ids
-    started = train.words(tmp_path / "elsewhere", train.Plan(start=str(pico.path())))
+    started = text.words(tmp_path / "elsewhere", Plan(start=str(pico.path())))
     shipped = load_pipeline("pico")[0].tokenizer
     assert started.get_vocab() == shipped.get_vocab()
     assert [started(c).input_ids for c in captions] == [shipped(c).input_ids for c in captions]
@@ -198,20 +201,20 @@ def test_a_flat_guess_at_grain_costs_more_than_grain_elsewhere():
     generator = torch.Generator().manual_seed(0)
     grain, other = (0.2 * torch.randn(2, 3, 64, 64, generator=generator) for _ in range(2))
     flat = torch.zeros_like(grain)
-    assert train.local_contrast(flat, 8).max() == pytest.approx(0.01)
-    assert train.local_contrast(grain, 8).mean() == pytest.approx(0.2, rel=0.05)
-    assert train.reconstruction_loss(other, grain) < train.reconstruction_loss(flat, grain)
+    assert autoencoder.local_contrast(flat, 8).max() == pytest.approx(0.01)
+    assert autoencoder.local_contrast(grain, 8).mean() == pytest.approx(0.2, rel=0.05)
+    assert autoencoder.reconstruction_loss(other, grain) < autoencoder.reconstruction_loss(flat, grain)
     without = (flat - grain).abs().mean() < (other - grain).abs().mean()
     assert without, "L1 alone prefers the flat guess"
 
 
 def test_a_decoder_trained_alone_leaves_the_rest_as_it_was(pipe, tmp_path):
-    plan = train.Plan(start=str(pico.path()))
-    train.autoencoder_stage(tmp_path, plan)
+    plan = Plan(start=str(pico.path()))
+    autoencoder.autoencoder_stage(tmp_path, plan)
     state = torch.load(tmp_path / "autoencoder.pt", weights_only=True)["modules"]["vae"]
     state["decoder.conv_out.conv.bias"] += 0.5
     torch.save({"modules": {"vae": state}}, tmp_path / "decoder.pt")
-    train.export_stage(tmp_path, plan, tmp_path / "pipeline")
+    export.export_stage(tmp_path, plan, tmp_path / "pipeline")
     for part in ("text_encoder", "text_encoder_2"):
         config = json.loads((tmp_path / "pipeline" / part / "config.json").read_text())
         assert config["dtype"] == "float32", "as diffusers loads the rest"
@@ -229,9 +232,7 @@ def test_pretraining_that_is_told_to_end_is_saved_and_goes_on_bit_for_bit(tmp_pa
         work.mkdir(exist_ok=True)
         layer = torch.nn.Linear(3, 1)
         torch.nn.init.ones_(layer.weight), torch.nn.init.zeros_(layer.bias)
-        made = train.Run(
-            work, "line", {"line": layer}, [torch.optim.AdamW(layer.parameters(), 0.1)], steps, lambda _: 1
-        )
+        made = Run(work, "line", {"line": layer}, [torch.optim.AdamW(layer.parameters(), 0.1)], steps, lambda _: 1)
         made.restore()
         return made, layer
 

@@ -1,6 +1,6 @@
 """pico, the embedded base model: a real, tiny text-to-image pipeline that ships with the package.
 
-``world`` draws the pictures it was trained on, ``train`` trains it, ``judge`` judges pictures, ``evaluate`` pico.
+``world`` draws the pictures it was trained on, ``pretraining`` trains it, ``judge`` judges pictures, ``evaluate`` pico.
 """
 
 from __future__ import annotations
@@ -27,6 +27,6 @@ def path() -> Path:
             "the embedded base model is missing",
             expected=f"a pipeline in {folder}",
             got="no model_index.json there",
-            remedy="reinstall the package, or train it again: python -m qrlora.pico.train --work DIR",
+            remedy="reinstall the package, or train it again: python -m qrlora.pico.pretraining --work DIR",
         )
     return folder

@@ -16,7 +16,9 @@ from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokeni
 
 LATENT_SIZE, LATENT_CHANNELS = 16, 16
 TOKENS = 24
-"""Length of a tokenised prompt, start and end included."""
+"""Length of a tokenised prompt on the small world, start and end included."""
+LONG_TOKENS = 40
+"""The same on the wide world, whose captions describe."""
 SHIFT = 3.0
 """Of the noise levels, as in SD3. Adapters trained on pico draw theirs on the shifted grid; without it they would
 hardly see the levels above 0.95, where a whole picture's ground and colours are decided."""
@@ -89,11 +91,11 @@ def denoiser() -> Any:
     )  # fmt: skip
 
 
-def text_encoder(vocab_size: int) -> Any:
+def text_encoder(vocab_size: int, tokens: int = TOKENS) -> Any:
     """A CLIP text encoder of width 128 with two layers (the pipeline reads the first one's output, and the pooled)."""
     config = CLIPTextConfig(
         vocab_size=vocab_size, hidden_size=128, intermediate_size=512, projection_dim=128, num_hidden_layers=2,
-        num_attention_heads=4, max_position_embeddings=TOKENS, bos_token_id=0, eos_token_id=1, pad_token_id=1,
+        num_attention_heads=4, max_position_embeddings=tokens, bos_token_id=0, eos_token_id=1, pad_token_id=1,
     )  # fmt: skip
     return CLIPTextModelWithProjection(config)
 
@@ -117,8 +119,9 @@ def tokenizer(captions: list[str], merges: int = 400) -> CLIPTokenizer:
 def saved_tokenizer(folder: Path) -> CLIPTokenizer:
     """The tokenizer that ``save_pretrained`` wrote to ``folder``, without what loading notes about the folder."""
     kept = json.loads((folder / "tokenizer.json").read_text())["model"]
+    length = json.loads((folder / "tokenizer_config.json").read_text())["model_max_length"]
     merges: Any = [tuple(merge) for merge in kept["merges"]]
-    return CLIPTokenizer(vocab=kept["vocab"], merges=merges, model_max_length=TOKENS)
+    return CLIPTokenizer(vocab=kept["vocab"], merges=merges, model_max_length=length)
 
 
 def build(words: CLIPTokenizer, seed: int = 0) -> Any:
@@ -126,8 +129,8 @@ def build(words: CLIPTokenizer, seed: int = 0) -> Any:
     torch.manual_seed(seed)
     return StableDiffusion3Pipeline(
         transformer=denoiser(), vae=autoencoder(), scheduler=FlowMatchEulerDiscreteScheduler(shift=SHIFT),
-        text_encoder=text_encoder(len(words)), tokenizer=words,
-        text_encoder_2=text_encoder(len(words)), tokenizer_2=words,
+        text_encoder=text_encoder(len(words), words.model_max_length), tokenizer=words,
+        text_encoder_2=text_encoder(len(words), words.model_max_length), tokenizer_2=words,
         text_encoder_3=None, tokenizer_3=None,
     )  # fmt: skip
 

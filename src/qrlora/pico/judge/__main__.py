@@ -31,8 +31,8 @@ from qrlora._files import claimed, write_atomically
 from qrlora._interrupts import ended
 from qrlora.pico import model, world
 from qrlora.pico.judge import WEIGHTS, Judge, defects
-from qrlora.pico.judge.network import Network
-from qrlora.pico.train import Muon, Run, log, trapezoid
+from qrlora.pico.judge.network import Network, optimisers
+from qrlora.pico.pretraining.run import Run, log, trapezoid
 from qrlora.quality.metrics.colours import VISIBLE, quantiles
 
 SUBJECTS, STYLES = list(world.SUBJECTS), list(world.STYLES)
@@ -148,11 +148,8 @@ def train_network(work: Path, plan: Plan, turns: list[np.ndarray]) -> Network:
     """Cross-entropy on both factors, each with one more name: "none of these", the label of its defects."""
     torch.manual_seed(plan.seed)
     network = Network(len(SUBJECTS), len(STYLES)).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    named = list(network.named_parameters())
-    matrices = [p for name, p in named if p.ndim > 1 and "classify" not in name]
-    rest = [p for name, p in named if p.ndim == 1 or "classify" in name]
-    adam = torch.optim.AdamW(rest, plan.adam_lr, betas=(0.9, 0.98), weight_decay=0.0)
-    run = Run(work, "judge", {"network": network}, [Muon(matrices, plan.muon_lr), adam], plan.steps, trapezoid)
+    both = optimisers(network, plan.muon_lr, plan.adam_lr)
+    run = Run(work, "judge", {"network": network}, both, plan.steps, trapezoid)
     run.restore()
     examples = Examples(turns)
 

@@ -7,6 +7,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from qrlora.pico.pretraining.muon import Muon
+
 EMBEDDING = 48
 """Length of a factor's feature vector."""
 WIDTHS = (24, 48, 96, 128)
@@ -70,3 +72,11 @@ class Network(nn.Module):
             statistics += [x.mean((2, 3)), (x.var((2, 3)) + 1e-4).sqrt()]
         shape = torch.cat([statistics[-2], x.amax((2, 3))], 1)
         return {"subject": self.subject(shape), "style": self.style(torch.cat(statistics, 1))}
+
+
+def optimisers(network: Network, muon_lr: float, adam_lr: float) -> list[torch.optim.Optimizer]:
+    """Muon for the kernels and embeddings, AdamW for vectors and the classifiers."""
+    named = list(network.named_parameters())
+    matrices = [p for name, p in named if p.ndim > 1 and "classify" not in name]
+    rest = [p for name, p in named if p.ndim == 1 or "classify" in name]
+    return [Muon(matrices, muon_lr), torch.optim.AdamW(rest, adam_lr, betas=(0.9, 0.98), weight_decay=0.0)]

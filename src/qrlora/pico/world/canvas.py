@@ -82,7 +82,7 @@ def rasterise(parts: list[Part], pose: Pose) -> Canvas:
     turn = np.array([[np.cos(a), np.sin(a)], [-np.sin(a), np.cos(a)]]) * _UNIT * pose.scale
     centre = WIDE / 2 + np.array([pose.dx, pose.dy]) * SCALE
     for i, part in enumerate(parts):
-        points = [np.round((part.points @ turn + centre) * 2**_BITS).astype(np.int32)]
+        points = [np.round((p @ turn + centre) * 2**_BITS).astype(np.int32) for p in (part.points, *part.holes)]
         for image, value in ((label, i + 1), (tone, TONES.index(part.tone))):
             if part.width is None:
                 cv2.fillPoly(image, points, value, cv2.LINE_8, _BITS)

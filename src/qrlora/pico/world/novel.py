@@ -21,7 +21,7 @@ import numpy as np
 from qrlora.pico.world.canvas import SCALE, SIZE, WIDE, Canvas, grid, noise, warp
 from qrlora.pico.world.palette import Palette
 from qrlora.pico.world.shapes import TONES, Part, curve, ellipse, polygon, rect
-from qrlora.pico.world.styles import Picture, _mix
+from qrlora.pico.world.styles import Picture, mix
 from qrlora.pico.world.subjects import _fit, _flip, _mirror
 
 Style = Callable[[Canvas, Palette], Picture]
@@ -130,7 +130,7 @@ def _backdrop(rng: Rng, p: Palette) -> np.ndarray:
     ground = p.background if rng.random() < 0.2 else _colour(rng, bounds)
     out = np.broadcast_to(ground, (WIDE, WIDE, 3)).astype(np.float32)
     if rng.random() < 0.5:
-        out = _mix(out, _colour(rng, bounds), _screen(rng) * rng.uniform(0.15, 0.7))
+        out = mix(out, _colour(rng, bounds), _screen(rng) * rng.uniform(0.15, 0.7))
     if rng.random() < 0.3:
         x, y = grid()
         fade = y / SIZE if rng.random() < 0.5 else np.hypot(x - SIZE / 2, y - SIZE / 2) / SIZE
@@ -142,7 +142,7 @@ def _body(rng: Rng, c: Canvas, ground: np.ndarray, tones: np.ndarray) -> np.ndar
     """The parts filled: with their tones or not at all, shaded or not, with a pattern or not."""
     out = tones[c.tone].astype(np.float32)
     if rng.random() < 0.2:
-        out = _mix(out, ground, np.asarray(rng.uniform(0.6, 1.0), np.float32))
+        out = mix(out, ground, np.asarray(rng.uniform(0.6, 1.0), np.float32))
     shade = rng.integers(4)
     if shade == 0:
         out = out * (1 - rng.uniform(0.15, 0.4) * (c.mask * (1 - warp(c.mask, 5.0, 1.0)))[..., None])
@@ -151,7 +151,7 @@ def _body(rng: Rng, c: Canvas, ground: np.ndarray, tones: np.ndarray) -> np.ndar
     if rng.random() < 0.65:
         other = (np.clip(out * 0.4 + 0.6, 0, 1), out * 0.55, ground, _colour(rng, (0.0, 1.0)))[rng.integers(4)]
         parts = c.is_tone(*rng.choice(TONES, 3, replace=False)) if rng.random() < 0.25 else 1.0
-        out = _mix(out, other, _screen(rng) * parts * rng.uniform(0.4, 1.0))
+        out = mix(out, other, _screen(rng) * parts * rng.uniform(0.4, 1.0))
     return out
 
 
@@ -166,7 +166,7 @@ def _outline(rng: Rng, c: Canvas, out: np.ndarray, tones: np.ndarray) -> np.ndar
     colour = np.broadcast_to(kinds[rng.integers(5)], out.shape).astype(np.float32)
     if rng.random() < 0.15:
         out = out + cv2.GaussianBlur(colour * lines[..., None], (0, 0), 4.0 * SCALE)
-    return _mix(out, colour, lines * rng.uniform(0.7, 1.0))
+    return mix(out, colour, lines * rng.uniform(0.7, 1.0))
 
 
 def style(seed: int) -> Style:
@@ -182,8 +182,8 @@ def style(seed: int) -> Style:
             if rng.random() < 0.5:
                 out = out * (1 - rng.uniform(0.2, 0.5) * warp(rim, -3.0, -4.0)[..., None])
             else:
-                out = _mix(out, _colour(rng, (0.0, 1.0)), rim)
-        out = _mix(out, _body(rng, c, ground, tones), c.mask)
+                out = mix(out, _colour(rng, (0.0, 1.0)), rim)
+        out = mix(out, _body(rng, c, ground, tones), c.mask)
         if rng.random() < 0.8:
             out = _outline(rng, c, out, tones)
         return np.clip(out, 0, 1).astype(np.float32)

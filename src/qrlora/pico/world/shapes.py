@@ -19,13 +19,14 @@ class Part:
     """One filled polygon, or one stroke if ``width`` is given.
 
     points: (n, 2) float array in subject coordinates. tone: one of TONES. width: stroke width in subject units.
-    closed: whether a stroke returns to its first point.
+    closed: whether a stroke returns to its first point. holes: further contours of a polygon, counted even-odd with it.
     """
 
     points: np.ndarray
     tone: str = "main"
     width: float | None = None
     closed: bool = False
+    holes: tuple[np.ndarray, ...] = ()
 
     def __post_init__(self) -> None:
         if self.tone not in TONES:

@@ -6,6 +6,7 @@ Every screen (dots, hatching, stitches, tiles) is fixed to the picture plane wit
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 
 import cv2
 import numpy as np
@@ -20,8 +21,16 @@ def _blur(image: np.ndarray, pixels: float) -> np.ndarray:
     return cv2.GaussianBlur(image, (0, 0), pixels * SCALE)
 
 
-def _mix(below: np.ndarray, above: np.ndarray, amount: np.ndarray) -> np.ndarray:
-    """``above`` over ``below``, where ``amount`` (h, w) is 1."""
+def mix(below: np.ndarray, above: np.ndarray, amount: np.ndarray) -> np.ndarray:
+    """``above`` over ``below``, where ``amount`` (h, w) is 1.
+
+    Whole float32 pictures go through cv2: the same three operations, without numpy's loop over three channels.
+    """
+    whole = (WIDE, WIDE, 3)
+    if below.shape == above.shape == whole and below.dtype == above.dtype == amount.dtype == np.float32:
+        change = cv2.subtract(np.ascontiguousarray(above), np.ascontiguousarray(below))
+        cv2.multiply(change, cv2.merge((np.ascontiguousarray(amount),) * 3), change)
+        return cv2.add(below, change, change)
     return below + (above - below) * amount[..., None]
 
 
@@ -29,9 +38,16 @@ def _plain(colour: np.ndarray) -> Picture:
     return np.broadcast_to(colour, (WIDE, WIDE, 3)).astype(np.float32)
 
 
+def look_up(index: np.ndarray, colours: np.ndarray) -> Picture:
+    """``colours[index]``: (h, w) uint8 into (n, 3), as float32."""
+    table = np.zeros((3, 256), np.float32)
+    table[:, : len(colours)] = colours.T
+    return cv2.merge([cv2.LUT(index, channel) for channel in table])
+
+
 def _colours(c: Canvas, p: Palette) -> Picture:
     """The tone's colour at every sample, the background's elsewhere."""
-    return np.where(c.mask[..., None] > 0, p.tones[c.tone], p.background).astype(np.float32)
+    return look_up(np.where(c.label > 0, c.tone, np.uint8(len(p.tones))), np.vstack([p.tones, p.background]))
 
 
 def _ground(c: Canvas, strength: float = 0.16) -> np.ndarray:
@@ -54,7 +70,7 @@ def flat(c: Canvas, p: Palette) -> Picture:
     """Flat colours, a darker right-hand side, a soft shadow."""
     out = _colours(c, p) * (1 - _ground(c)[..., None])
     side = c.mask * (1 - warp(c.mask, 5.0, 1.0))
-    return _mix(out, out * 0.78, side)
+    return mix(out, out * 0.78, side)
 
 
 def ink(c: Canvas, p: Palette) -> Picture:
@@ -62,8 +78,8 @@ def ink(c: Canvas, p: Palette) -> Picture:
     wobble = noise(11, 16) * 0.8
     lines, dark = warp(c.lines(3.2), wobble, wobble.T), c.is_tone("dark")
     wash = warp(c.is_tone("accent", "metal"), -2.0, -2.0) * c.mask
-    paper = _mix(_plain(rgb("#fdfdf8")), _plain(rgb("#b9bcc2")), wash)
-    return _mix(paper, _plain(rgb("#14141a")), np.maximum(lines, dark))
+    paper = mix(_plain(rgb("#fdfdf8")), _plain(rgb("#b9bcc2")), wash)
+    return mix(paper, _plain(rgb("#14141a")), np.maximum(lines, dark))
 
 
 def pixel(c: Canvas, p: Palette) -> Picture:
@@ -77,16 +93,21 @@ def pixel(c: Canvas, p: Palette) -> Picture:
     return cv2.resize(small, (WIDE, WIDE), interpolation=cv2.INTER_NEAREST)
 
 
-def halftone(c: Canvas, p: Palette) -> Picture:
-    """Comic printing: colour dots on a diagonal screen of 8 pixels, a black outline."""
+@lru_cache(maxsize=1)
+def _halftone_screen() -> np.ndarray:
     x, y = grid()
     u, v = (x + y) * np.pi / 8, (x - y) * np.pi / 8
-    screen = 0.5 + 0.25 * (np.cos(u) + np.cos(v))
-    sky = _mix(_plain(rgb("#fffdf2")), _plain(p.background * 0.88), (screen > 0.62).astype(np.float32))
+    return np.asarray(0.5 + 0.25 * (np.cos(u) + np.cos(v)))
+
+
+def halftone(c: Canvas, p: Palette) -> Picture:
+    """Comic printing: colour dots on a diagonal screen of 8 pixels, a black outline."""
+    screen = _halftone_screen()
+    sky = mix(_plain(rgb("#fffdf2")), _plain(p.background * 0.88), (screen > 0.62).astype(np.float32))
     colour = _colours(c, p)
     dots = (screen > 1.02 - 0.85 * np.clip(_darkness(c, p) + 0.28, 0, 1)).astype(np.float32)
-    body = _mix(_mix(_plain(rgb("#fffdf2")), colour, np.float32(0.35) * c.mask), colour * 0.92, dots)
-    return _mix(_mix(sky, body, c.mask), _plain(rgb("#101018")), c.lines(2.4))
+    body = mix(mix(_plain(rgb("#fffdf2")), colour, np.float32(0.35) * c.mask), colour * 0.92, dots)
+    return mix(mix(sky, body, c.mask), _plain(rgb("#101018")), c.lines(2.4))
 
 
 def watercolour(c: Canvas, p: Palette) -> Picture:
@@ -99,7 +120,7 @@ def watercolour(c: Canvas, p: Palette) -> Picture:
     strength = np.clip(0.72 + 0.22 * noise(24, 14) + 0.5 * edge, 0.3, 1.0) * _blur(mask, 0.5)
     bleed = _blur(mask, 6.0) * 0.16 * (1 - mask)
     return np.clip(
-        _mix(_mix(paper, p.tones[0] * 0.6 + 0.4, bleed), colour * (1 - 0.25 * edge[..., None]), strength), 0, 1
+        mix(mix(paper, p.tones[0] * 0.6 + 0.4, bleed), colour * (1 - 0.25 * edge[..., None]), strength), 0, 1
     )
 
 
@@ -122,9 +143,9 @@ def blueprint(c: Canvas, p: Palette) -> Picture:
     x, y = grid()
     rules = ((x % 16 < 0.9) | (y % 16 < 0.9)).astype(np.float32) * 0.22
     hatch = ((x - y) % 8 < 1.4).astype(np.float32) * c.is_tone("accent", "dark") * 0.55
-    paper = _mix(_plain(rgb("#1c4e9e")), _plain(rgb("#cfe4ff")), rules * (1 - 0.7 * c.mask))
-    paper = _mix(paper, _plain(rgb("#2f66b8")), c.mask * 0.6)
-    return _mix(paper, _plain(rgb("#f4f9ff")), np.maximum(c.lines(2.5), hatch))
+    paper = mix(_plain(rgb("#1c4e9e")), _plain(rgb("#cfe4ff")), rules * (1 - 0.7 * c.mask))
+    paper = mix(paper, _plain(rgb("#2f66b8")), c.mask * 0.6)
+    return mix(paper, _plain(rgb("#f4f9ff")), np.maximum(c.lines(2.5), hatch))
 
 
 def _shards() -> tuple[np.ndarray, np.ndarray]:
@@ -149,9 +170,9 @@ def stained_glass(c: Canvas, p: Palette) -> Picture:
     tint = 1 + 0.16 * np.sin(_PIECE * 2.4).astype(np.float32)[..., None]
     body = np.clip(_colours(c, p) * 1.08 * tint, 0, 1)
     light = 1.12 - 0.35 * np.hypot(x - SIZE * 0.45, y - SIZE * 0.4) / SIZE
-    glass = _mix(ground, body, c.mask) * light[..., None]
+    glass = mix(ground, body, c.mask) * light[..., None]
     lead = np.maximum(_LEAD, c.lines(3.4))
-    return np.clip(_mix(glass, _plain(rgb("#16141c")), lead), 0, 1)
+    return np.clip(mix(glass, _plain(rgb("#16141c")), lead), 0, 1)
 
 
 def engraving(c: Canvas, p: Palette) -> Picture:
@@ -164,7 +185,7 @@ def engraving(c: Canvas, p: Palette) -> Picture:
     cross = (np.abs(((x + y) % 8) / 8 - 0.5) * 2 < 0.34).astype(np.float32) * (dark > 0.62)
     sky = (np.abs((y % 4) / 4 - 0.5) * 2 < 0.13).astype(np.float32) * (1 - c.mask)
     lines = np.maximum.reduce([rules, cross, sky * 0.6, c.lines(2.0)])
-    return _mix(_plain(rgb("#f3ead2")), _plain(rgb("#3a2a1c")), lines)
+    return mix(_plain(rgb("#f3ead2")), _plain(rgb("#3a2a1c")), lines)
 
 
 def risograph(c: Canvas, p: Palette) -> Picture:
@@ -181,20 +202,31 @@ def risograph(c: Canvas, p: Palette) -> Picture:
     return np.clip(out * (1 - blue[..., None] * (1 - rgb("#2a52be"))), 0, 1).astype(np.float32)
 
 
+@lru_cache(maxsize=1)
+def _threads() -> tuple[np.ndarray, tuple[np.ndarray, np.ndarray], np.ndarray]:
+    """The linen's weave, satin stitches in two directions, and a cord."""
+    x, y = grid()
+    weave = 0.045 * (np.cos(x * np.pi / 2) + np.cos(y * np.pi / 2))
+    even, odd = (
+        0.80 + 0.24 * np.cos(slant * np.pi / 2 + np.floor(along / 16) * np.pi)
+        for slant, along in ((x + y, x - y), (x - y, x + y))
+    )
+    return weave, (even, odd), 0.9 + 0.2 * np.cos((x + y) * np.pi / 2)
+
+
 def embroidery(c: Canvas, p: Palette) -> Picture:
     """Satin stitches in slanting rows on linen, each part in its own direction, a corded edge."""
     x, y = grid()
-    weave = 0.045 * (np.cos(x * np.pi / 2) + np.cos(y * np.pi / 2))
+    weave, (even, odd), rope_ = _threads()
     linen = _plain(rgb("#e6dcc6")) * (1 + weave[..., None])
-    slant = np.where(c.label % 2 == 0, x + y, x - y)
     along = np.where(c.label % 2 == 0, x - y, x + y)
-    thread = 0.80 + 0.24 * np.cos(slant * np.pi / 2 + np.floor(along / 16) * np.pi)
+    thread = np.where(c.label % 2 == 0, even, odd)
     seam = ((along % 16) < 1.0).astype(np.float32) * 0.22
     body = np.clip(_colours(c, p) * (thread - seam)[..., None] + 0.06, 0, 1)
     cord = c.lines(2.2)
-    out = _mix(linen * (1 - 0.35 * _blur(c.mask, 2.0) * (1 - c.mask))[..., None], body, c.mask)
-    rope = _colours(c, p) * 0.55 * (0.9 + 0.2 * np.cos((x + y) * np.pi / 2))[..., None]
-    return np.clip(_mix(out, rope, cord * cv2.dilate(c.mask, np.ones((5, 5)))), 0, 1).astype(np.float32)
+    out = mix(linen * (1 - 0.35 * _blur(c.mask, 2.0) * (1 - c.mask))[..., None], body, c.mask)
+    rope = _colours(c, p) * 0.55 * rope_[..., None]
+    return np.clip(mix(out, rope, cord * cv2.dilate(c.mask, np.ones((5, 5)))), 0, 1).astype(np.float32)
 
 
 def clay(c: Canvas, p: Palette) -> Picture:
@@ -208,7 +240,7 @@ def clay(c: Canvas, p: Palette) -> Picture:
     wall = _plain(p.background * 0.55 + 0.42) * (1.04 - 0.16 * y / SIZE)[..., None]
     shadow = _blur(warp(c.mask, -5.0, -6.0), 3.5) * 0.30 * (1 - c.mask)
     body = (_colours(c, p) * 0.86 + 0.10) * light[..., None] + gloss[..., None]
-    return np.clip(_mix(wall * (1 - shadow[..., None]), body, _blur(c.mask, 0.3)), 0, 1)
+    return np.clip(mix(wall * (1 - shadow[..., None]), body, _blur(c.mask, 0.3)), 0, 1)
 
 
 def chalk(c: Canvas, p: Palette) -> Picture:
@@ -223,7 +255,7 @@ def chalk(c: Canvas, p: Palette) -> Picture:
     line = warp(c.lines(2.6), wobble, wobble.T) * np.clip(0.55 + 0.9 * tooth, 0, 1)
     dust = np.clip(noise(53, 30) * 0.5 + 0.5, 0, 1) * 0.08
     board = _plain(rgb("#23403a")) + dust[..., None]
-    return np.clip(_mix(_mix(board, colour, fill), colour * 0.35 + 0.65, line), 0, 1)
+    return np.clip(mix(mix(board, colour, fill), colour * 0.35 + 0.65, line), 0, 1)
 
 
 def mosaic(c: Canvas, p: Palette) -> Picture:
@@ -238,7 +270,7 @@ def mosaic(c: Canvas, p: Palette) -> Picture:
     tiles = np.where(c.mask[..., None] > 0, _colours(c, p) * 0.97, sand) * shine[..., None]
     joint = ((u < 0.75) | (u > 7.25) | (v < 0.75) | (v > 7.25)).astype(np.float32)
     mortar = np.maximum(joint, c.lines(2.0))
-    return np.clip(_mix(tiles, _plain(rgb("#6f665b")), mortar), 0, 1).astype(np.float32)
+    return np.clip(mix(tiles, _plain(rgb("#6f665b")), mortar), 0, 1).astype(np.float32)
 
 
 def candy(c: Canvas, p: Palette) -> Picture:
@@ -246,13 +278,13 @@ def candy(c: Canvas, p: Palette) -> Picture:
     x, y = grid()
     stripe = (((x + y) % 16) < 8).astype(np.float32)
     colour = _colours(c, p)
-    body = _mix(colour, colour * 0.25 + 0.75, stripe)
+    body = mix(colour, colour * 0.25 + 0.75, stripe)
     rim = cv2.dilate(c.mask, cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (6 * SCALE + 1, 6 * SCALE + 1)))
     drops = ((x % 16 - 8) ** 2 + (y % 16 - 8) ** 2 < 5).astype(np.float32)
-    ground = _mix(_plain(rgb("#ff9ec4")), _plain(rgb("#ffd3e4")), drops)
+    ground = mix(_plain(rgb("#ff9ec4")), _plain(rgb("#ffd3e4")), drops)
     ground = ground * (1 - 0.22 * warp(rim, -2.0, -3.0) * (1 - rim))[..., None]
-    out = _mix(_mix(ground, _plain(rgb("#fffaf7")), rim), body, c.mask)
-    return _mix(out, colour * 0.55, c.lines(1.4) * c.mask)
+    out = mix(mix(ground, _plain(rgb("#fffaf7")), rim), body, c.mask)
+    return mix(out, colour * 0.55, c.lines(1.4) * c.mask)
 
 
 def gold(c: Canvas, p: Palette) -> Picture:
@@ -268,8 +300,8 @@ def gold(c: Canvas, p: Palette) -> Picture:
     foil = ramp[low] + (ramp[low + 1] - ramp[low]) * (pos - low)[..., None].astype(np.float32)
     angle = np.arctan2(y - SIZE * 0.55, x - SIZE / 2)
     rays = (np.cos(angle * 24) > 0.86).astype(np.float32) * (np.hypot(x - SIZE / 2, y - SIZE * 0.55) > 30) * 0.55
-    lacquer = _mix(_plain(rgb("#120d14")), _plain(rgb("#7a5216")), rays)
-    return _mix(_mix(lacquer, foil, c.mask), _plain(rgb("#120d14")), c.lines(1.8))
+    lacquer = mix(_plain(rgb("#120d14")), _plain(rgb("#7a5216")), rays)
+    return mix(mix(lacquer, foil, c.mask), _plain(rgb("#120d14")), c.lines(1.8))
 
 
 STYLES: dict[str, Callable[[Canvas, Palette], Picture]] = {

@@ -1,0 +1,1 @@
+"""How pico is trained: see ``__main__`` for the command, ``plan`` for what decides the result."""

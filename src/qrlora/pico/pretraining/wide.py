@@ -1,0 +1,101 @@
+"""The wide world: rendered, encoded and trained on at once, in pictures that grow in number with the steps."""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from itertools import repeat
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from qrlora._files import write_atomically
+from qrlora.pico import model
+from qrlora.pico.pretraining.denoiser import flow_loss, optimisers
+from qrlora.pico.pretraining.pictures import CHUNK, tensor
+from qrlora.pico.pretraining.plan import Plan
+from qrlora.pico.pretraining.run import Run, log, trapezoid
+from qrlora.pico.pretraining.text import widen
+from qrlora.pico.world import wide
+
+PART = 25
+"""Pictures that one process renders at a time."""
+
+
+class Shards:
+    """Latents of ``CHUNK`` scenes a file. Step s draws from the first ``count(s)`` of them, so a run that is resumed
+    draws what it would have drawn; what is missing is rendered then, by all processes."""
+
+    def __init__(self, work: Path, plan: Plan, vae: Any):
+        self.work, self.plan, self.vae = work, plan, vae
+        self.latents: list[np.ndarray] = []
+        self.workers = plan.threads or multiprocessing.cpu_count()
+
+    def count(self, step: int) -> int:
+        """How many shards a step draws from."""
+        return min(self.plan.wide, self.plan.first_shards + step // self.plan.shard_steps)
+
+    def at(self, step: int) -> list[np.ndarray]:
+        """The shards of a step, each (CHUNK, 16, 16, 16) float16."""
+        missing = range(len(self.latents), self.count(step))
+        rendered = [i for i in missing if not self._file(i).exists()]
+        if rendered:
+            self._make(rendered)
+        self.latents += [np.load(self._file(i)) for i in missing]
+        return self.latents[: self.count(step)]
+
+    def _file(self, number: int) -> Path:
+        return self.work / f"wide-{number:05d}.npy"
+
+    def _make(self, numbers: list[int]) -> None:
+        # spawn: threads of OpenMP and OpenCV do not survive a fork. What a worker imports has to be light, see __main__
+        with ProcessPoolExecutor(self.workers, multiprocessing.get_context("spawn")) as pool:
+            for number in numbers:
+                parts = pool.map(wide.render_range, range(number * CHUNK, (number + 1) * CHUNK, PART), repeat(PART))
+                write_atomically(self._file(number), partial(np.save, arr=self._encoded(np.concatenate(list(parts)))))
+                log(self.work, "render", shard=number)
+
+    @torch.no_grad()
+    def _encoded(self, pictures: np.ndarray) -> np.ndarray:
+        device = next(self.vae.parameters()).device
+        parts = [self.vae.encode(x.to(device)).latent.half().cpu() for x in tensor(pictures).split(50)]
+        return torch.cat(parts).numpy()
+
+
+def batches(shards: Shards, plan: Plan, scale: float) -> Callable[[int], tuple[Tensor, list[str], np.random.Generator]]:
+    """step -> (latents, captions, the step's random generator)."""
+
+    def batch(step: int) -> tuple[Tensor, list[str], np.random.Generator]:
+        rng = np.random.default_rng((plan.seed, 5, step))
+        pool = shards.at(step)
+        picks = rng.integers(len(pool) * CHUNK, size=plan.denoiser_batch)
+        phrasings = rng.integers(1 << 20, size=len(picks))
+        captions = [wide.caption(wide.sample(int(i)), int(p)) for i, p in zip(picks, phrasings, strict=True)]
+        captions = ["" if rng.random() < plan.caption_dropout else c for c in captions]
+        latents = np.stack([pool[i // CHUNK][i % CHUNK] for i in picks]).astype(np.float32)
+        return torch.from_numpy(latents) * scale, captions, rng
+
+    return batch
+
+
+def wide_stage(work: Path, plan: Plan) -> None:
+    """Flow matching on the wide world, from a trained pipeline whose autoencoder stays as it is."""
+    if not plan.start:
+        raise SystemExit("the wide world starts from a trained pipeline; got no --start; give the folder of one")
+    pipe = widen(model.load(Path(plan.start)))
+    vae = pipe.vae.to(plan.device, memory_format=torch.channels_last).eval()
+    parts = {n: getattr(pipe, n).to(plan.device) for n in ("transformer", "text_encoder", "text_encoder_2")}
+    schedule = partial(trapezoid, warm=plan.warm, cool=plan.cool)
+    run = Run(
+        work, "wide", parts, optimisers(pipe, plan), plan.denoiser_steps, schedule, ema=plan.ema,
+        seconds=(300.0, 60.0), keep_last=True,
+    )  # fmt: skip
+    run.restore()
+    batch = batches(Shards(work, plan, vae), plan, float(pipe.vae.config.scaling_factor))
+    fast = torch.compile(pipe.transformer) if plan.compile else pipe.transformer
+    run.go(partial(flow_loss, pipe=pipe, fast=fast, batch=batch, plan=plan))
