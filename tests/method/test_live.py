@@ -274,7 +274,7 @@ def test_a_layer_is_linear_in_the_weights(kind: str, table: list[list[float]], t
     delta.hold(torch.einsum("nk,kri->nri", weights, several))
     expected = torch.einsum("nk,kn...->n...", weights.repeat(turns, 1), torch.stack(alone))
     summands = torch.einsum("nk,kn...->n...", weights.abs().repeat(turns, 1), torch.stack(alone).abs())
-    size = float(base.abs().max() + summands.max())  # the base's output comes in and is taken off again
+    size = float((base.abs().max() + summands.max()).detach())  # the base's output comes in and is taken off again
     assert_rounded(layer(x) - base, expected, terms=64, size=size)
 
 
