@@ -29,9 +29,10 @@ from qrlora.apps.cli.similarity import add_similarity
 from qrlora.apps.cli.study import add_study
 from qrlora.apps.cli.train import add_train
 from qrlora.apps.cli.tune import add_tune
-from qrlora.apps.quiet import hush
+from qrlora.apps.quiet import hush, wait_passively
 
 hush()  # here, not in `main`: the processes that a command starts import this before anything that is heavy
+wait_passively()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
