@@ -137,7 +137,7 @@ def add_give_way(parser: argparse.ArgumentParser) -> None:
         default=0.0,
         metavar="SHARE",
         help="each adapter gives up this share, 0 to 1, of what it reads where the others read: what it gains at 0.5 "
-        "is in docs/bench.md (default: 0, adapters as they are)",
+        "is in docs/compare.md (default: 0, adapters as they are)",
     )
 
 
