@@ -17,13 +17,15 @@ _HOMES = {
     "errors": ("QrloraError",),
     "method.basis": ("Basis", "LayerBasis", "layer_basis"),
     "method.tuner": ("QRLoraConfig", "QRLoraModel"),
-    "method.adapter": ("Adapter", "AdapterMetadata", "adapter_from_model", "attach", "load_adapter", "save_adapter"),
+    "method.adapter": (
+        *("Adapter", "AdapterMetadata", "adapter_from_model", "attach", "basis_of", "load_adapter", "save_adapter"),
+    ),
     "method.composition": ("Composition", "Live", "compose_delta_weights", "similarity"),
     "models.families": ("FAMILIES", "load_pipeline"),
     "models.exchange": ("export_adapter", "extract_lora", "import_file", "load_any", "project"),
     "models.training.recipe": ("Recipe",),
     "models.training.loop": ("train",),
-    "models.generation": ("Request", "generate", "generate_mixed"),
+    "models.generation": ("Request", "generate", "generate_mixed", "weight_grid"),
 }
 _HOME_OF = {name: f"qrlora.{home}" for home, names in _HOMES.items() for name in names}
 
@@ -43,6 +45,7 @@ __all__ = [
     "__version__",
     "adapter_from_model",
     "attach",
+    "basis_of",
     "compose_delta_weights",
     "export_adapter",
     "extract_lora",
@@ -57,19 +60,20 @@ __all__ = [
     "save_adapter",
     "similarity",
     "train",
+    "weight_grid",
 ]
 
 if TYPE_CHECKING:
     from qrlora.errors import QrloraError
     from qrlora.method.adapter import Adapter, AdapterMetadata, load_adapter, save_adapter
-    from qrlora.method.adapter.attach import adapter_from_model, attach
+    from qrlora.method.adapter.attach import adapter_from_model, attach, basis_of
     from qrlora.method.basis import Basis, LayerBasis, layer_basis
     from qrlora.method.composition import Composition, Live, compose_delta_weights
     from qrlora.method.composition.similarity import similarity
     from qrlora.method.tuner import QRLoraConfig, QRLoraModel
     from qrlora.models.exchange import export_adapter, extract_lora, import_file, load_any, project
     from qrlora.models.families import FAMILIES, load_pipeline
-    from qrlora.models.generation import Request, generate, generate_mixed
+    from qrlora.models.generation import Request, generate, generate_mixed, weight_grid
     from qrlora.models.training.loop import train
     from qrlora.models.training.recipe import Recipe
 
