@@ -177,7 +177,8 @@ def test_an_installed_wheel_shows_its_help_and_makes_a_picture(wheel: Path, tmp_
     command = python.with_name("qrlora")
     assert "compose" in run(command, "--help", **settings).stdout
     run(command, "generate", "--prompt", "a red mug in ink style", "--steps", 2, "-o", "mug.png", **settings)
-    assert Image.open(tmp_path / "mug.png").size == (128, 128)
+    with Image.open(tmp_path / "mug.png") as made:
+        assert made.size == (128, 128)
 
 
 # -------------------------------------------------------------------------------------------- a command's first second
