@@ -1,4 +1,6 @@
-"""What libraries announce when they are imported, and no user of a command can do anything with.
+"""Settings of other libraries that every command makes before they are loaded: fewer messages, idle threads that sleep.
+
+Off are messages that no user of a command can act on:
 
 - torchao: each of its GPU kernels, on every machine without that GPU; and through torch.utils._pytree, that it
   registers two enums in a way that torch will not need.
