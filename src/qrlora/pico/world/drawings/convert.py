@@ -2,7 +2,7 @@
 
 FOLDER is where ``npm pack`` has put the packages of ``SETS`` (the command prints what is missing). Every icon that
 ``names`` calls a thing becomes a drawing: parts in painter's order, each with a tone, the designer's paint and its
-contours on a grid of ``UNITS``. Needs ``svgelements`` (the ``dev`` extra); reading the data does not.
+contours on a grid of ``UNITS``. Needs ``svgelements`` (the ``test`` extra); reading the data does not.
 """
 
 from __future__ import annotations
