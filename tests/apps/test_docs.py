@@ -123,10 +123,18 @@ def test_both_languages_show_the_same() -> None:
 
 LISTED = {
     "qrlora demo --subject mine.jpg": "minutes: test_demo.py runs it with fewer steps",
-    "qrlora bench --small": "minutes: test_bench.py runs smaller ones",
-    "qrlora bench --tune": "hours: test_bench.py runs smaller ones",
-    "qrlora bench": "a night: test_bench.py runs smaller ones",
-    "qrlora bench --records docs/bench/records.jsonl": "minutes: test_bench.py reads some of these records",
+    "qrlora lab compare --small": "minutes: test_bench.py runs smaller ones",
+    "qrlora lab compare --tune": "hours: test_bench.py runs smaller ones",
+    "qrlora lab compare": "a night: test_bench.py runs smaller ones",
+    "qrlora lab where --tasks teapot,rocket,chalk,mosaic": "minutes: test_bench.py runs a smaller one",
+    "qrlora lab where --quick": "minutes: test_bench.py runs a smaller one",
+    "qrlora lab speed inference": "minutes: test_benchmarks.py runs a smaller table",
+    "qrlora lab speed inference --quick": "a minute: test_benchmarks.py runs a smaller table",
+    "qrlora lab speed basis --whole flux.1": "minutes, and 12 GB",
+    "qrlora lab speed basis --shapes flux.1 --peft": "minutes",
+    "qrlora lab speed basis --shapes sd3.5-medium --peft --rounds 3": "minutes",
+    "qrlora lab speed training --dtypes float32": "minutes: test_benchmarks.py runs a smaller table",
+    "qrlora lab speed training --width 640 --seconds 90": "minutes: test_benchmarks.py runs a smaller table",
     "qrlora study --tally votes-ann.json votes-bea.json": "needs people: test_study.py makes votes up",
     "qrlora tune mug.safetensors chalk.safetensors --subject mug.png --style chalk.png --style-measures csd "
     "--weights csd=csd.pth": "needs weights to download: test_learned.py makes some up",

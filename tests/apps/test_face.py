@@ -29,8 +29,8 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from PIL import Image
 
+from qrlora._reading import tomllib
 from qrlora.apps.cli import main
-from qrlora.models.training.recipe import tomllib
 from qrlora.pico import world
 
 ROOT = next(folder for folder in Path(__file__).parents if (folder / "pyproject.toml").exists())
