@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import pickle
@@ -22,7 +23,7 @@ import qrlora
 from conftest import build_tiny_flux, build_tiny_sd3
 from qrlora.apps.cli import main
 from qrlora.apps.cli.shared import Bar, weighted_path
-from qrlora.method.adapter import load_adapter
+from qrlora.method.adapter import load_adapter, save_adapter
 from qrlora.models import families
 from qrlora.models.training import loop
 
@@ -143,19 +144,35 @@ def test_compose_prints_interference_and_writes_a_composition(work: Path, capsys
     assert json.loads(capsys.readouterr().out)["weights"] == [0.9, -0.5]
 
 
-def test_compose_with_parts_that_give_way(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_compose_with_null_space_projection(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
     parts = [str(work / "mug.safetensors"), str(work / "chalk.safetensors")]
-    assert main(["compose", *parts, "--give-way", "0.5", "--json"]) == 0
-    assert 0 <= json.loads(capsys.readouterr().out)["energy_kept"] <= 1
-    assert load_adapter("composition.safetensors").metadata.provenance["giving_way"] == 0.5
-    assert main(["compose", *parts, "--give-way", "1", "-o", "all.safetensors"]) == 0
-    assert "each gives way to the others by 1" in capsys.readouterr().out
+    assert main(["compose", *parts, "--json"]) == 0  # a subject with a style: the default is 0.5
+    told = json.loads(capsys.readouterr().out)
+    assert 0 <= told["energy_kept"] <= 1 and told["null_space"] == 0.5
+    assert load_adapter("composition.safetensors").metadata.provenance["null_space"] == 0.5
+    assert main(["inspect", "composition.safetensors"]) == 0
+    assert "null space projection 0.5" in capsys.readouterr().out
+    composed = load_adapter("composition.safetensors")
+    provenance = {"parts": composed.metadata.provenance["parts"], "giving_way": 0.5}  # as older files name it
+    older = dataclasses.replace(composed, metadata=dataclasses.replace(composed.metadata, provenance=provenance))
+    save_adapter(older, Path("older.safetensors"))
+    assert main(["inspect", "older.safetensors"]) == 0
+    assert "null space projection 0.5" in capsys.readouterr().out
+    assert main(["compose", *parts, "--null-space", "0", "-o", "sum.safetensors"]) == 0
+    assert "null-space" not in capsys.readouterr().out
+    assert "null_space" not in load_adapter("sum.safetensors").metadata.provenance
+    assert main(["compose", parts[0], parts[0], "-o", "twice.safetensors"]) == 0  # two subjects: the default is 0
+    assert "null-space" not in capsys.readouterr().out
+    assert main(["compose", parts[0], "--null-space", "1", "-o", "one.safetensors"]) == 2
+    assert "needs several adapters" in capsys.readouterr().err
+    assert main(["compose", *parts, "--null-space", "1", "-o", "all.safetensors"]) == 0
+    assert "null-space projection 1: 0." in capsys.readouterr().out
     mixed = [parts[0], str(work / "lora.safetensors"), "--delta-weights", "8", "-o", "mixed.safetensors"]
-    assert main(["compose", *mixed, "--give-way", "1"]) == 0
-    assert "each gives way to the others by 1" in capsys.readouterr().out
-    assert load_adapter("mixed.safetensors").metadata.provenance["giving_way"] == 1
+    assert main(["compose", *mixed, "--null-space", "1"]) == 0
+    assert "null-space projection 1: 0." in capsys.readouterr().out
+    assert load_adapter("mixed.safetensors").metadata.provenance["null_space"] == 1
     with pytest.raises(SystemExit):
-        main(["compose", *parts, "--give-way", "2"])
+        main(["compose", *parts, "--null-space", "2"])
     assert "expected a number from 0 to 1" in capsys.readouterr().err
 
 
@@ -190,20 +207,31 @@ def test_generate_writes_one_picture_per_prompt_and_seed(work: Path, tiny_sd3: P
     assert not Path("two.png").exists() and not Path("one.jpg").exists()
 
 
-def test_generate_with_adapters_that_give_way(work: Path, tiny_sd3: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The picture is that of the composition which gives way, and neither that of the sum."""
+def test_generate_with_null_space_projection(work: Path, tiny_sd3: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The picture is that of the composition with the same strength, given or by default, and not that of the sum."""
     parts = [str(work / "mug.safetensors"), str(work / "chalk.safetensors")]
     common = ["generate", "--model", str(tiny_sd3), "--steps", "1", "--prompt", "a mug"]
     both = [word for part in parts for word in ("--adapter", f"{part}:3")]
-    assert main([*common, *both, "--give-way", "1", "-o", "way.png"]) == 0
-    assert main([*common, *both, "-o", "sum.png"]) == 0
+    assert main([*common, *both, "--null-space", "1", "-o", "way.png"]) == 0
+    assert "null-space projection 1: 0." in capsys.readouterr().err
+    assert main([*common, *both, "--null-space", "0", "-o", "sum.png"]) == 0
+    assert "null-space" not in capsys.readouterr().err
+    assert main([*common, *both, "-o", "default.png"]) == 0
+    assert main([*common, *both, "--null-space", "0.5", "-o", "half.png"]) == 0
+    assert main(["compose", *(f"{part}:3" for part in parts), "-o", "default.safetensors"]) == 0
+    assert main([*common, "--adapter", "default.safetensors", "-o", "default-file.png"]) == 0
     composed = [f"{part}:3" for part in parts]
-    assert main(["compose", *composed, "--give-way", "1", "-o", "way.safetensors"]) == 0
+    assert main(["compose", *composed, "--null-space", "1", "-o", "way.safetensors"]) == 0
     assert main([*common, "--adapter", "way.safetensors", "-o", "file.png"]) == 0
-    seen = {name: np.asarray(Image.open(f"{name}.png")).astype(int) for name in ("way", "sum", "file")}
+    seen = {
+        name: np.asarray(Image.open(f"{name}.png")).astype(int)
+        for name in ("way", "sum", "file", "default", "half", "default-file")
+    }
     assert abs(seen["way"] - seen["file"]).max() <= 1 < abs(seen["way"] - seen["sum"]).max()
-    assert main([*common, *both[:2], "--give-way", "1", "-o", "one.png"]) == 2
-    assert "nobody to give way to" in capsys.readouterr().err and not Path("one.png").exists()
+    assert (seen["default"] == seen["half"]).all() and abs(seen["default"] - seen["default-file"]).max() <= 1
+    assert abs(seen["default"] - seen["sum"]).max() > 1
+    assert main([*common, *both[:2], "--null-space", "1", "-o", "one.png"]) == 2
+    assert "needs several adapters" in capsys.readouterr().err and not Path("one.png").exists()
 
 
 def test_generate_grid(work: Path, tiny_sd3: Path, capsys: pytest.CaptureFixture[str]) -> None:

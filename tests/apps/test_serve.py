@@ -40,7 +40,7 @@ from qrlora.apps.serving.names import composition_of
 from qrlora.apps.serving.protocol import Event, Facts, Made, Picture, Refused, Settings, Step
 from qrlora.errors import DataError, QrloraError, RequestError
 from qrlora.method.adapter import Adapter, adapter_from_model, load_adapter, remove_adapters, save_adapter
-from qrlora.method.composition import Composition
+from qrlora.method.composition import Composition, default_strength, project
 from qrlora.models.families import load_pipeline
 from qrlora.models.generation import generate
 from qrlora.models.training.loop import peft_config
@@ -167,7 +167,9 @@ def opened(text: str) -> np.ndarray:
 
 
 def alone(loaded: Any, shelf: Path, prompt: str, seed: int, weights: dict[str, float], **options: Any) -> np.ndarray:
+    """The picture that `qrlora generate` makes."""
     adapters = [(load_adapter(shelf / f"{name}.safetensors"), weight) for name, weight in weights.items()]
+    adapters = project(adapters, default_strength([adapter for adapter, _ in adapters]))
     return np.array(generate(*loaded, [prompt], [seed], adapters=adapters, **{**SHORT, **options})[0]).astype(int)
 
 
@@ -270,15 +272,27 @@ def test_one_batch_holds_different_compositions_and_mixes_none_up(engine: Engine
     assert value(text, "qrlora_batch_seconds_count") < len(wanted)
 
 
-def test_adapters_of_a_request_give_way_if_it_says_so(engine: Engine, loaded: Any, shelf: Path) -> None:
+def test_served_generated_and_composed_pictures_are_the_same_at_any_strength(
+    engine: Engine, loaded: Any, shelf: Path
+) -> None:
+    """A strength that the request names, else the server's, else the default of a subject with a style."""
     weights = {"mug": 30.0, "chalk": -20.0}
     parts = [(load_adapter(shelf / f"{name}.safetensors"), weight) for name, weight in weights.items()]
-    way = Composition(parts, 1.0).adapter()
-    expected = np.array(generate(*loaded, ["a mug"], [4], adapters=[(way, 1.0)], **SHORT)[0]).astype(int)
+
+    def made(adapters: list) -> np.ndarray:
+        return np.array(generate(*loaded, ["a mug"], [4], adapters=adapters, **SHORT)[0]).astype(int)
+
+    def served(url: str, **more: Any) -> np.ndarray:
+        return opened(ask(url, composition=weights, seed=4, **more).json()["data"][0]["b64_json"])
+
+    composed = {c: made([(Composition(parts, c).adapter(), 1.0)]) for c in (0.0, 0.5, 1.0)}
+    assert all(close(made(project(parts, c)), picture) for c, picture in composed.items())
     with serving(engine) as (url, _):
-        given, summed = (opened(ask(url, composition=weights, seed=4, **more).json()["data"][0]["b64_json"])
-                         for more in ({"give_way": 1}, {}))  # fmt: skip
-    assert close(given, expected) and not close(given, summed)
+        assert all(close(served(url, null_space=c), picture) for c, picture in composed.items())
+        assert close(served(url), composed[0.5]) and not close(served(url), composed[0.0])
+    with serving(engine, null_space=1.0) as (url, _):
+        assert close(served(url), composed[1.0]) and not close(served(url), composed[0.5])
+        assert close(served(url, null_space=0), composed[0.0])
 
 
 def value(text: str, name: str) -> float:
@@ -431,7 +445,8 @@ def test_what_was_left_out_is_served_once_its_file_is_mended_or_the_others_basis
         ({"model": BASE + "+mug" * 9000}, 400, "model", "named twice"),
         ({"x" * 60_000: 1}, 400, "x" * 100, "got xxx"),
         ({"model": f"{BASE}+mug", "composition": {"mug": 1}}, 400, "composition", "leave `composition` out"),
-        ({"give_way": 1.5}, 400, "give_way", "less than or equal to 1"),
+        ({"null_space": 1.5}, 400, "null_space", "less than or equal to 1"),
+        ({"give_way": 0.5}, 400, "give_way", "Remedy: `give_way` is called `null_space`"),
         ({"n": 0}, 400, "n", "greater than or equal to 1"),
         ({"n": 11}, 400, "n", "expected from 1 to 10; got 11"),
         ({"n": 10**30}, 400, "n", "expected"),

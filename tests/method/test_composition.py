@@ -15,7 +15,7 @@ from qrlora.errors import MismatchError
 from qrlora.lab.baselines.deltas import Delta
 from qrlora.lab.baselines.merges import null_space
 from qrlora.method.basis import Basis, fingerprint
-from qrlora.method.composition import Composition, compose_delta_weights, giving_way, similarity
+from qrlora.method.composition import Composition, compose_delta_weights, default_strength, project, similarity
 from samples import EPS, SHAPES, assert_rounded, changed, delta_weights, make_adapter, make_basis, make_lora
 
 EVEN, ODD = (0, 2, 4, 6), (1, 3, 5, 7)
@@ -85,9 +85,9 @@ def test_roles_stay_disjoint_in_a_layer_that_holds_fewer_columns(basis):
     assert similarity(subject, style).layers["proj_out"]["delta_w"] == 0
 
 
-def test_three_give_way_as_in_the_bench(basis):
-    """Each to both others, also to what these cancel of each other (the third undoes the second); to one that does
-    nothing nobody gives anything."""
+def test_three_are_projected_as_in_the_lab(basis):
+    """Each out of the row spaces of both others, also where these cancel each other (the third undoes the second); an
+    adapter of zeros takes nothing from the others."""
     one, two = make_adapter(basis, EVEN, seed=1), make_adapter(basis, ODD, seed=2)
     parts = [(one, 1.0), (two, 1.0), (two, -1.0), (make_adapter(basis, ODD, seed=3), 0.4)]
     mute = dataclasses.replace(two, deltas={name: torch.zeros_like(delta) for name, delta in two.deltas.items()})
@@ -101,7 +101,7 @@ def test_three_give_way_as_in_the_bench(basis):
         assert_same({n: d.float() for n, d in composed.items()}, expected)
 
 
-def test_giving_way_is_the_bench_s_projection_and_stays_on_the_basis(basis):
+def test_projection_is_the_lab_s_and_stays_on_the_basis(basis):
     """`null_space` of qrlora.lab.baselines.merges, which works on factors of ΔW and knows of no basis."""
     one, two = make_adapter(basis, EVEN, seed=1, alpha=3.0), make_adapter(basis, ODD, seed=2)
     parts = [(one, 1.4), (two, -0.6)]
@@ -111,9 +111,9 @@ def test_giving_way_is_the_bench_s_projection_and_stays_on_the_basis(basis):
     ]
     expected = {name: delta.dense() for name, delta in null_space(learned).items()}
     assert_same({n: d.float() for n, d in delta_weights(composed, basis).items()}, expected)
-    assert composed.metadata.provenance["giving_way"] == 0.5 and not composed.metadata.triangular
+    assert composed.metadata.provenance["null_space"] == 0.5 and not composed.metadata.triangular
     assert set(composed.metadata.columns) == {*EVEN, *ODD}
-    kept = giving_way(parts, 0.5)
+    kept = project(parts, 0.5)
     assert [weight for _, weight in kept] == [weight for _, weight in parts]
     assert not any(part.metadata.triangular for part, _ in kept) and kept[0][0].metadata.columns == EVEN
     summed = Composition([(kept[0][0], 0.3), (kept[1][0], 2.0)]).adapter()
@@ -122,7 +122,7 @@ def test_giving_way_is_the_bench_s_projection_and_stays_on_the_basis(basis):
     assert_same(back.deltas, composed.deltas)
 
 
-def test_who_gives_all_reads_nothing_that_others_read(basis):
+def test_at_strength_one_nothing_is_left_in_the_rows_of_the_others(basis):
     one, two = make_adapter(basis, (0, 2), seed=1), make_adapter(basis, (1, 3), seed=2)
     parts = [(one, 1.0), (two, 1.0)]
     composed = Composition(parts, 1.0)
@@ -133,11 +133,33 @@ def test_who_gives_all_reads_nothing_that_others_read(basis):
     assert 0 < composed.energy_kept() < 1 and Composition(parts).energy_kept() == 1
     absent = Composition([(one, 1.0), (two, 0.0)], 1.0).adapter()
     for name, delta in one.deltas.items():
-        assert torch.equal(absent.deltas[name][[0, 2]], delta), "who is not there takes nothing"
-    assert "giving_way" not in Composition(parts).adapter().metadata.provenance
+        assert torch.equal(absent.deltas[name][[0, 2]], delta), "an adapter at weight 0 takes nothing"
+    assert "null_space" not in Composition(parts).adapter().metadata.provenance
     for wrong in (-0.1, 1.1, float("nan")):
-        with pytest.raises(MismatchError, match="no such share"):
+        with pytest.raises(MismatchError, match="no such strength"):
             Composition(parts, wrong)
+
+
+def test_at_strength_zero_the_composition_is_the_exact_sum(basis):
+    parts = [(make_adapter(basis, EVEN, seed=1), 1.4), (make_adapter(basis, ODD, seed=2), -0.6)]
+    composed = Composition(parts, 0.0).adapter()
+    for name, delta in composed.deltas.items():
+        for adapter, weight in parts:
+            rows = [composed.columns(name).index(column) for column in adapter.columns(name)]
+            assert torch.equal(delta[rows], (weight * adapter.scaling * adapter.deltas[name].double()).float())
+    assert project(parts, 0.0) == parts and composed.metadata.triangular
+
+
+def test_only_a_subject_with_a_style_is_projected_by_default(basis):
+    one, two = make_adapter(basis, EVEN, seed=1), make_adapter(basis, ODD, seed=2)
+
+    def roles(*names: str) -> list:
+        named = zip((one, two, one), names, strict=False)
+        return [dataclasses.replace(a, metadata=dataclasses.replace(a.metadata, role=role)) for a, role in named]
+
+    assert default_strength(roles("subject", "style")) == default_strength(roles("style", "subject")) == 0.5
+    for others in (("subject",), ("style", "style"), ("", ""), ("composition", "style"), ("subject", "style", "style")):
+        assert default_strength(roles(*others)) == 0, others
 
 
 def test_alone_at_weight_one_an_adapter_is_itself(basis):
@@ -276,15 +298,15 @@ def test_delta_weights_of_different_bases_add_up_exactly_at_full_rank(basis, tmp
     assert len(composed.metadata.provenance["parts"]) == 3
 
 
-def test_plain_loras_give_way_as_in_the_bench_and_as_on_a_basis(basis):
+def test_plain_loras_are_projected_as_in_the_lab_and_as_on_a_basis(basis):
     """`null_space` again, on factors that no orthonormal Q stands in; and `Composition` where one does."""
     one, two = make_lora(seed=1, alpha=3.0), make_lora(seed=2)
     parts = [(one, 1.4), (two, -0.6)]
-    composed, loss = compose_delta_weights(parts, [None, None], 8, share=0.5)
+    composed, loss = compose_delta_weights(parts, [None, None], 8, null_space=0.5)
     learned = [{n: Delta(a.ups[n], w * a.scaling * d) for n, d in a.deltas.items()} for a, w in parts]
     expected = {name: delta.dense() for name, delta in null_space(learned).items()}
     assert_same({n: d.float() for n, d in delta_weights(composed).items()}, expected)
-    assert composed.metadata.provenance["giving_way"] == 0.5
+    assert composed.metadata.provenance["null_space"] == 0.5
     whole = {n: sum(part[n].dense() for part in learned) for n in SHAPES}
     kept = sum(float(d.square().sum()) for d in expected.values())
     assert loss.energy_kept == pytest.approx(
@@ -298,19 +320,19 @@ def test_plain_loras_give_way_as_in_the_bench_and_as_on_a_basis(basis):
     assert found.energy_kept == pytest.approx(on_basis.energy_kept(), rel=1024 * EPS)
 
 
-def test_who_is_not_there_takes_nothing_from_a_plain_lora(basis):
+def test_an_adapter_at_weight_zero_takes_nothing_from_a_plain_lora(basis):
     one, two = make_lora(seed=1), make_lora(seed=2)
-    composed, loss = compose_delta_weights([(one, 1.0), (two, 0.0)], [None, None], 8, share=1.0)
+    composed, loss = compose_delta_weights([(one, 1.0), (two, 0.0)], [None, None], 8, null_space=1.0)
     assert_same(delta_weights(composed), delta_weights(one))
     assert loss.energy_kept == pytest.approx(1.0, abs=64 * EPS)
     whole = compose_delta_weights([(one, 1.0), (two, 1.0)], [None, None], 8)
-    assert whole[1].energy_kept == 1.0 and "giving_way" not in whole[0].metadata.provenance
-    with pytest.raises(MismatchError, match="no such share"):
-        compose_delta_weights([(one, 1.0)], [None], 2, share=1.5)
+    assert whole[1].energy_kept == 1.0 and "null_space" not in whole[0].metadata.provenance
+    with pytest.raises(MismatchError, match="no such strength"):
+        compose_delta_weights([(one, 1.0)], [None], 2, null_space=1.5)
     narrow = {name: (shape[0], 5) for name, shape in two.shapes.items()}
     other = dataclasses.replace(two, shapes=narrow, deltas={name: delta[:, :5] for name, delta in two.deltas.items()})
     with pytest.raises(MismatchError, match="other inputs of"):
-        giving_way([(one, 1.0), (other, 1.0)], 0.5)
+        project([(one, 1.0), (other, 1.0)], 0.5)
 
 
 def test_cutting_back_to_a_rank_is_the_best_cut_and_says_what_it_lost(basis):

@@ -119,32 +119,32 @@ def test_layers_that_hold_fewer_columns_are_composed_alike() -> None:
     with Live(denoiser, adapters) as live:
         live.compose(ROWS)
         equal(predict(denoiser, inputs), expected)
-        live.compose([ROWS[1]], giving_way=0.5)
+        live.compose([ROWS[1]], null_space=0.5)
         mixed = predict(denoiser, inputs)
-    attach(denoiser, giving(adapters, ROWS[1], 0.5), "sum")
+    attach(denoiser, projected(adapters, ROWS[1], 0.5), "sum")
     equal(mixed, predict(denoiser, inputs))
 
 
-def giving(adapters: Mapping[str, Adapter], row: Mapping[str, float], share: float) -> Adapter:
-    return Composition([(adapters[name], weight) for name, weight in row.items()], share).adapter()
+def projected(adapters: Mapping[str, Adapter], row: Mapping[str, float], strength: float) -> Adapter:
+    return Composition([(adapters[name], weight) for name, weight in row.items()], strength).adapter()
 
 
 @torch.no_grad()
-def test_in_a_batch_each_picture_gives_way_by_a_share_of_its_own(tiny) -> None:
-    """A third adapter, of the style's columns, gives way in one row; a weight of 0 and a single adapter do not."""
+def test_in_a_batch_each_picture_has_a_strength_of_its_own(tiny) -> None:
+    """A third adapter, of the style's columns, is projected in one row; one at weight 0 and a single one are not."""
     denoiser, inputs, adapters = tiny
     adapters["gold"] = random_adapter(denoiser, [*adapters["chalk"].deltas], 7, columns="style")
     rows = [{"mug": 1.0, "chalk": -0.7}, {"gold": 0.5, "chalk": 1.0, "mug": 0.4}, {"mug": 1.0, "chalk": 0.0}, ROWS[0]]
-    shares = [0.5, 1.0, 1.0, 0.3]
+    strengths = [0.5, 1.0, 1.0, 0.3]
     expected = []
-    for place, (row, share) in enumerate(zip(rows, shares, strict=True)):
-        attach(denoiser, giving(adapters, row, share), "way")
+    for place, (row, strength) in enumerate(zip(rows, strengths, strict=True)):
+        attach(denoiser, projected(adapters, row, strength), "way")
         expected.append(predict(denoiser, inputs)[place])
         remove_adapters(denoiser, ["way"])
     with Live(denoiser, adapters) as live:
         live.compose(rows)
         summed = predict(denoiser, inputs)
-        live.compose(rows, shares)
+        live.compose(rows, strengths)
         mixed = predict(denoiser, inputs)
         equal(mixed, torch.stack(expected))
         changed = [(mixed[place] - summed[place]).abs().max() > 1e-3 for place in range(4)]
@@ -154,8 +154,8 @@ def test_in_a_batch_each_picture_gives_way_by_a_share_of_its_own(tiny) -> None:
 
 
 @torch.no_grad()
-def test_giving_way_follows_the_adapters_that_come_and_go(tiny) -> None:
-    """More sets than are remembered; then one adapter is replaced, and what is attached is widened."""
+def test_projection_follows_the_adapters_that_come_and_go(tiny) -> None:
+    """More sets than are cached; then one adapter is replaced, and what is attached is widened."""
     denoiser, inputs, adapters = tiny
     others = {
         str(seed): random_adapter(denoiser, [*adapters["mug"].deltas][:4], seed, columns="subject")
@@ -163,7 +163,7 @@ def test_giving_way_follows_the_adapters_that_come_and_go(tiny) -> None:
     }
 
     def expected(found: Mapping[str, Adapter], row: Mapping[str, float]) -> Tensor:
-        attach(denoiser, giving(found, row, 1.0), "way")
+        attach(denoiser, projected(found, row, 1.0), "way")
         made = predict(denoiser, inputs)
         remove_adapters(denoiser, ["way"])
         return made

@@ -13,7 +13,7 @@ from PIL import Image
 
 from qrlora.errors import DataError, MismatchError
 from qrlora.method.adapter import Adapter, adapter_from_model, remove_adapters
-from qrlora.method.composition import giving_way
+from qrlora.method.composition import project
 from qrlora.models.families import load_pipeline
 from qrlora.models.generation import _labels, generate, labelled_grid, weight_grid
 from qrlora.models.training.loop import peft_config
@@ -72,26 +72,26 @@ def test_composition_is_the_sum_of_its_parts(loaded, columns: str | None) -> Non
     assert not close(one, generate(*loaded, ["a mug"], [3], **STEPS)[0])
 
 
-def test_in_a_grid_adapters_give_way_where_neither_is_absent(loaded) -> None:
+def test_in_a_grid_adapters_are_projected_where_neither_is_absent(loaded) -> None:
     parts = [adapter(loaded, role, columns="first") for role in ("subject", "style")]
     options: dict[str, Any] = {"row_weights": [1.0], "seed": 3, **STEPS}
     for weight, changed in ((20.0, True), (0.0, False)):
         pairs = list(zip(parts, (1.0, weight), strict=True))
-        kept = giving_way(pairs, 1.0)
+        kept = project(pairs, 1.0)
         expected, summed = (generate(*loaded, ["a mug"], [3], adapters=one, **STEPS)[0] for one in (kept, pairs))
-        grid = weight_grid(*loaded, "a mug", *parts, column_weights=[weight], share=1.0, **options)
+        grid = weight_grid(*loaded, "a mug", *parts, column_weights=[weight], null_space=1.0, **options)
         assert close(expected, cell(grid)) and close(expected, summed) != changed
 
 
 def test_adapters_of_two_kinds_come_in_any_order(loaded) -> None:
     mug, plain = adapter(loaded, "subject"), adapter(loaded, "style", method="lora")
     options: dict[str, Any] = {"row_weights": [0.7], "column_weights": [0.7], "seed": 3, **STEPS}
-    for share in (0.0, 1.0):
-        pairs = giving_way([(mug, 0.7), (plain, 0.7)], share)
+    for strength in (0.0, 1.0):
+        pairs = project([(mug, 0.7), (plain, 0.7)], strength)
         first = generate(*loaded, ["a mug"], [3], adapters=pairs, **STEPS)[0]
         assert close(first, generate(*loaded, ["a mug"], [3], adapters=pairs[::-1], **STEPS)[0])
         for parts in ((mug, plain), (plain, mug)):
-            assert close(first, cell(weight_grid(*loaded, "a mug", *parts, share=share, **options)))
+            assert close(first, cell(weight_grid(*loaded, "a mug", *parts, null_space=strength, **options)))
 
 
 def cell(grid: Image.Image) -> Image.Image:

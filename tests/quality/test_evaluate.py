@@ -115,15 +115,16 @@ def test_a_composition_is_made_first_and_kept(tiny_sd3: Path, capsys: pytest.Cap
     options = ["--model", str(tiny_sd3), "--steps", "1", "--seeds", "2", "--style", "learn.png"]
     capsys.readouterr()
     out = said(capsys, ["evaluate", "subject.safetensors:0.9", "style.safetensors", *prompts, *options])
-    assert "subject 0.9 + style 1" in out
+    title = "subject 0.9 + style 1, null-space projection 0.5"  # as `generate` makes them
+    assert title in out
     made = sorted(Path("evaluation/pictures").iterdir())
     assert [path.name for path in made][::2] == ["00-a-c-mug-seed0.png", "01-a-c-mug-in-s-style-seed0.png"]
     data = json.loads(Path("evaluation/report.json").read_text())
-    pictures = data["groups"]["subject 0.9 + style 1"]["pictures"]
+    pictures = data["groups"][title]["pictures"]
     assert [one["prompt"] for one in pictures] == ["a <c> mug"] * 2 + ["a <c> mug in <s> style"] * 2
     way = ["evaluate", "subject.safetensors:90", "style.safetensors:90", *prompts[2:], *options, "-o"]
-    assert "style 90, giving way by 1" in said(capsys, [*way, "way", "--give-way", "1"])
-    said(capsys, [*way, "sum"])
+    assert "style 90, null-space projection 1" in said(capsys, [*way, "way", "--null-space", "1"])
+    said(capsys, [*way, "sum", "--null-space", "0"])
     first = "pictures/00-a-c-mug-in-s-style-seed0.png"
     kept, summed = (np.asarray(Image.open(Path(folder, first))).astype(int) for folder in ("way", "sum"))
     assert abs(kept - summed).max() > 1
@@ -134,8 +135,8 @@ def test_a_composition_is_made_first_and_kept(tiny_sd3: Path, capsys: pytest.Cap
     assert "no prompt to ask the adapters for" in refused
     refused = said(capsys, ["evaluate", "subject.safetensors", "mugs", "--style", "learn.png", "-o", "c"], 2)
     assert "adapters and pictures in one evaluation" in refused
-    refused = said(capsys, ["evaluate", "mugs", "--style", "learn.png", "--give-way", "0.5", "-o", "c"], 2)
-    assert "nobody to give way to" in refused
+    refused = said(capsys, ["evaluate", "mugs", "--style", "learn.png", "--null-space", "0.5", "-o", "c"], 2)
+    assert "null-space projection needs several adapters" in refused
 
 
 @pytest.mark.parametrize(

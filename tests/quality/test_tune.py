@@ -18,7 +18,7 @@ from qrlora.apps.cli.tune import default_prompt
 from qrlora.errors import DataError, MismatchError, QrloraError
 from qrlora.method.adapter import load_adapter
 from qrlora.method.basis import Basis
-from qrlora.method.composition import Composition, giving_way
+from qrlora.method.composition import Composition, project
 from qrlora.models.families import load_pipeline
 from qrlora.models.generation import generate
 from qrlora.pico import world
@@ -255,17 +255,19 @@ def test_tuning_ends_in_a_frontier_with_commands(
     assert again["made"] == 0 and again["frontier"] == data["frontier"]
 
 
-def test_tuning_with_adapters_that_give_way(taught: Path, tiny_sd3: Path, tmp_path: Path) -> None:
+def test_tuning_with_null_space_projection(taught: Path, tiny_sd3: Path, tmp_path: Path) -> None:
     """Pictures of the sum are not taken for theirs, and the commands make them."""
-    assert main(asked(taught, tiny_sd3, tmp_path)) == 0
-    arguments = asked(taught, tiny_sd3, tmp_path, "--give-way", "0.5")
+    assert main(asked(taught, tiny_sd3, tmp_path, "--null-space", "0")) == 0
+    data = json.loads((tmp_path / "report.json").read_text())
+    assert all(" --null-space 0 --prompt" in point["command"] for point in data["frontier"])
+    arguments = asked(taught, tiny_sd3, tmp_path, "--null-space", "0.7")
     assert main(arguments) == 0
     data = json.loads((tmp_path / "report.json").read_text())
-    assert data["made"] == 24 and data["settings"]["give_way"] == 0.5
-    assert all(" --give-way 0.5 --prompt" in point["command"] for point in data["frontier"])
+    assert data["made"] == 24 and data["settings"]["null_space"] == 0.7
+    assert all(" --null-space 0.7 --prompt" in point["command"] for point in data["frontier"])
     assert main([*arguments, "--per-block", "2"]) == 0
     point = load_adapter(tmp_path / "point-1.safetensors")
-    assert point.metadata.provenance["giving_way"] == 0.5
+    assert point.metadata.provenance["null_space"] == 0.7
 
 
 def test_weights_by_blocks_are_written_as_compositions(taught: Path, tiny_sd3: Path, tmp_path: Path) -> None:
@@ -277,19 +279,19 @@ def test_weights_by_blocks_are_written_as_compositions(taught: Path, tiny_sd3: P
         assert str(file) in point["command"] and load_adapter(file).metadata.role == "composition"
 
 
-@pytest.mark.parametrize("share", [0.0, 1.0])
+@pytest.mark.parametrize("strength", [0.0, 1.0])
 @pytest.mark.parametrize("names", [("subject", "style"), ("plain", "style")])
 def test_what_is_painted_is_what_generate_makes(
-    names: tuple[str, str], share: float, taught: Path, tiny_sd3: Path
+    names: tuple[str, str], strength: float, taught: Path, tiny_sd3: Path
 ) -> None:
-    """On one basis, and side by side; summed, and giving way; the adapters are off the model afterwards."""
+    """On one basis, and side by side; summed, and projected; the adapters are off the model afterwards."""
     pipe, family = load_pipeline(tiny_sd3)
     adapters = {name: load_adapter(taught / f"{name}.safetensors") for name in names}
     jobs = [((100.0, 50.0), "a mug", 1), ((100.0, 50.0), "a cup", 1), ((0.0, 30.0), "a mug", 1)]
-    with painting(pipe, family, adapters, 2, {"steps": 2}, share) as paint:
+    with painting(pipe, family, adapters, 2, {"steps": 2}, strength) as paint:
         painted = [np.asarray(image).astype(int) for image in paint(jobs)]
     for (weights, prompt, seed), found in zip(jobs, painted, strict=True):
-        weighted = giving_way(list(zip(adapters.values(), weights, strict=True)), share)
+        weighted = project(list(zip(adapters.values(), weights, strict=True)), strength)
         alone = generate(pipe, family, [prompt], [seed], adapters=weighted, steps=2)[0]
         assert np.abs(found - np.asarray(alone)).max() <= 1
     assert np.abs(painted[0] - painted[2]).max() > 1

@@ -12,14 +12,17 @@ from qrlora.apps.cli.shared import (
     MODEL_HELP,
     OVERWRITE_HELP,
     Parsers,
-    add_give_way,
+    add_null_space,
     bases_of,
+    check_null_space,
     check_room_for,
     claim,
     command,
     count,
     load_weighted,
+    null_space_of,
     refuse_default_output,
+    say_null_space,
     weighted_path,
 )
 
@@ -29,7 +32,7 @@ def add_compose(commands: Parsers) -> None:
         commands,
         "compose",
         run_compose,
-        "add adapters of one basis, exactly, into one file, and say how much they interfere",
+        "compose adapters of one basis into one file, and report how much they interfere",
         OVERWRITE_HELP,
     )
     parser.add_argument("parts", nargs="+", metavar="FILE[:WEIGHT]", type=weighted_path, help=ADAPTER_HELP)
@@ -46,7 +49,7 @@ def add_compose(commands: Parsers) -> None:
         metavar="RANK",
         help="for adapters of different bases, or plain LoRAs: sum ΔW and cut it back to RANK, saying what is lost",
     )
-    add_give_way(parser)
+    add_null_space(parser)
     parser.add_argument("--model", help=f"{MODEL_HELP} (default: the one the adapters name)")
     parser.add_argument("--json", action="store_true", help="print the numbers as JSON")
 
@@ -58,26 +61,27 @@ def run_compose(options: argparse.Namespace) -> None:
     from qrlora.method.adapter import save_adapter
     from qrlora.method.composition import Composition, compose_delta_weights
 
+    check_null_space(options.null_space, len(options.parts))
     parts = load_weighted(options.parts, options.model)
+    strength = null_space_of(options.null_space, [adapter for adapter, _ in parts])
     if options.delta_weights:
         bases = bases_of(options.model, [adapter for adapter, _ in parts])
-        adapter, loss = compose_delta_weights(parts, bases, options.delta_weights, options.give_way)
+        adapter, loss = compose_delta_weights(parts, bases, options.delta_weights, strength)
         report, lines = loss.to_dict(), _truncation_lines(loss, sum(part.metadata.rank for part, _ in parts))
         save_adapter(adapter, options.output, spelling="lora")
     else:
-        composition = Composition(parts, options.give_way)
+        composition = Composition(parts, strength)
         adapter, interference = composition.adapter(), composition.interference()
         report, lines = interference.to_dict(), _interference_lines(interference)
-        if options.give_way:
+        if strength:
             report["energy_kept"] = composition.energy_kept()
         check_room_for(options.output, adapter, options.spelling)
         basis = bases_of(options.model, [adapter])[0] if options.spelling == "lora" else None
         save_adapter(adapter, options.output, spelling=options.spelling, basis=basis)
-    if options.give_way:
-        kept = report["energy_kept"]
-        lines.append(f"each gives way to the others by {options.give_way:g}: {kept:.3f} of the sum's energy is kept")
+    if strength:
+        lines.append(say_null_space(strength, report["energy_kept"]))
     if options.json:
-        print(json.dumps({"output": str(options.output)} | report, indent=2))
+        print(json.dumps({"output": str(options.output), "null_space": strength} | report, indent=2))
     else:
         print("\n".join([*lines, f"{options.output}: rank {adapter.metadata.rank}, {len(adapter.deltas)} layers"]))
 

@@ -12,20 +12,23 @@ from typing import TYPE_CHECKING, Any
 from qrlora.apps.cli.shared import (
     Bar,
     Parsers,
-    add_give_way,
+    add_null_space,
     add_sampling,
     add_seeds,
-    check_give_way,
+    check_null_space,
     claim,
     command,
     load_weighted,
+    null_space_of,
     refuse_to_replace,
+    say_null_space,
     seeds_of,
     weighted_path,
 )
 from qrlora.errors import QrloraError
 
 if TYPE_CHECKING:
+    from qrlora.method.adapter import Adapter
     from qrlora.quality.assessment import Assessment
     from qrlora.quality.images.read import Exhibit
     from qrlora.quality.metrics.table import References
@@ -68,7 +71,7 @@ def add_evaluate(commands: Parsers) -> None:
     add_weights(parser)
     parser.add_argument("--prompt", action="append", help="with adapters, several times; with pictures, their prompt")
     add_seeds(parser)
-    add_give_way(parser)
+    add_null_space(parser)
     add_sampling(parser)
     parser.add_argument("--json", action="store_true", help="print the numbers as JSON")
     parser.add_argument("--brand-schema", action=_Schema, help="print the JSON Schema of brand sheets, and end")
@@ -136,7 +139,7 @@ def run_evaluate(options: argparse.Namespace) -> int:
         raise QrloraError("--strict asks for a brand sheet", expected="--brand TOML", got="none")
     references = references_of(options, sheet)
     adapters = _adapters(options.what)
-    check_give_way(options.give_way, len(adapters))
+    check_null_space(options.null_space, len(adapters))
     # Checked before pictures are made; made ones have a prompt and no mask.
     groups = {"made": _prompts_alone(options)} if adapters else _groups(options)
     everything = [picture for pictures in groups.values() for picture in pictures]
@@ -147,7 +150,9 @@ def run_evaluate(options: argparse.Namespace) -> int:
     if sheet:
         measures += chosen([n for n in sheet.scores if n not in [m.name for m in measures]], everything, references)
     if adapters:
-        groups = {_title(adapters, options.give_way): _made(options, adapters)}
+        loaded = load_weighted(adapters, options.model)
+        strength = null_space_of(options.null_space, [adapter for adapter, _ in loaded])
+        groups = {_title(adapters, strength): _made(options, adapters, loaded, strength)}
     eyes = Eyes(dict(options.weights), options.device)
     found = assess(groups, references, measures, sheet, eyes, Bar("picture"))
     page = report(found).write(options.output, {"pictures.csv": found.csv().encode()})
@@ -225,23 +230,28 @@ def _prompts_alone(options: argparse.Namespace) -> list[Exhibit]:
     return [Exhibit("", np.zeros((16, 16, 3), np.uint8), None, prompt) for prompt in options.prompt]
 
 
-def _title(adapters: Sequence[tuple[Path, float]], share: float) -> str:
+def _title(adapters: Sequence[tuple[Path, float]], strength: float) -> str:
     together = " + ".join(f"{path.stem} {weight:g}" for path, weight in adapters)
-    return f"{together}, giving way by {share:g}" if share else together
+    return f"{together}, {say_null_space(strength)}" if strength else together
 
 
-def _made(options: argparse.Namespace, parts: Sequence[tuple[Path, float]]) -> list[Exhibit]:
+def _made(
+    options: argparse.Namespace,
+    parts: Sequence[tuple[Path, float]],
+    loaded: Sequence[tuple[Adapter, float]],
+    strength: float,
+) -> list[Exhibit]:
     """The pictures of a composition, kept in the output folder."""
     import torch
 
     from qrlora._files import write_all
     from qrlora.apps.cli.generate import described_png, picture_file
-    from qrlora.method.composition import giving_way
+    from qrlora.method.composition import project
     from qrlora.models.families import load_pipeline
     from qrlora.models.generation import generate
     from qrlora.quality.images.read import read
 
-    adapters, seeds = giving_way(load_weighted(parts, options.model), options.give_way), seeds_of(options)
+    adapters, seeds = project(loaded, strength), seeds_of(options)
     pipe, family = load_pipeline(options.model, dtype=getattr(torch, options.dtype))
     sampling = {name: getattr(options, name) for name in ("steps", "guidance", "resolution", "batch_size")}
     images = iter(
@@ -253,7 +263,7 @@ def _made(options: argparse.Namespace, parts: Sequence[tuple[Path, float]]) -> l
         for seed in seeds:
             path = picture_file(folder, index, prompt, seed)
             adapter = [f"{file}:{weight:g}" for file, weight in parts]
-            made = {"prompt": [prompt], "seed": [seed], "adapter": adapter, "give_way": options.give_way}
+            made = {"prompt": [prompt], "seed": [seed], "adapter": adapter, "null_space": strength}
             made |= {"model": options.model, **sampling}
             pictures[path] = described_png(next(images), made)
     write_all(pictures, make_folder=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,15 +16,17 @@ from qrlora.apps.cli.shared import (
     OVERWRITE_HELP,
     Bar,
     Parsers,
-    add_give_way,
+    add_null_space,
     add_sampling,
     add_seeds,
-    check_give_way,
+    check_null_space,
     check_png,
     claim,
     command,
     load_weighted,
+    null_space_of,
     refuse_to_replace,
+    say_null_space,
     seeds_of,
     weighted_path,
     weights,
@@ -52,7 +55,7 @@ def add_generate(commands: Parsers) -> None:
         help="with two adapters: one labelled picture of all pairs of these weights, the first adapter's down the rows "
         "(if the first is negative: --grid=-0.5,0,0.5)",
     )
-    add_give_way(parser)
+    add_null_space(parser)
     add_sampling(parser)
     parser.add_argument(
         "-o", "--output", type=Path, help="folder, or .png for one picture or a grid (default: pictures/ or grid.png)"
@@ -64,13 +67,15 @@ def run_generate(options: argparse.Namespace) -> None:
     seeds = seeds_of(options)
     if options.grid:
         _check_grid(options, seeds)
-    check_give_way(options.give_way, len(options.adapter))
+    check_null_space(options.null_space, len(options.adapter))
     paths = _picture_paths(options, seeds)
     _claim(options, paths)
     adapters = load_weighted(options.adapter, options.model)
+    options.null_space = null_space_of(options.null_space, [adapter for adapter, _ in adapters])
+    _say_projected(options, adapters)
     import torch
 
-    from qrlora.method.composition import giving_way
+    from qrlora.method.composition import project
     from qrlora.models.families import load_pipeline
     from qrlora.models.generation import generate, weight_grid
 
@@ -82,10 +87,10 @@ def run_generate(options: argparse.Namespace) -> None:
     if options.grid:
         (rows, _), (columns, _) = adapters
         common |= {"row_weights": options.grid, "column_weights": options.grid, "seed": seeds[0]}
-        common["share"] = options.give_way
+        common["null_space"] = options.null_space
         images = [weight_grid(pipe, family, options.prompt[0], rows, columns, **common)]
     else:
-        common |= {"adapters": giving_way(adapters, options.give_way), "batch_size": options.batch_size}
+        common |= {"adapters": project(adapters, options.null_space), "batch_size": options.batch_size}
         try:
             images = generate(pipe, family, options.prompt, seeds, **common)
         except PictureError as error:
@@ -96,6 +101,17 @@ def run_generate(options: argparse.Namespace) -> None:
     print(*finished, sep="\n")
     if failed is not None:
         raise failed
+
+
+def _say_projected(options: argparse.Namespace, adapters: Sequence[tuple[Any, float]]) -> None:
+    """On stderr, because stdout lists files. Off one basis, or at several weights, the energy kept is not known."""
+    from qrlora.method.composition import Composition
+    from qrlora.method.composition.parts import on_one_basis
+
+    if options.null_space:
+        known = not options.grid and on_one_basis([adapter for adapter, _ in adapters])
+        kept = Composition(adapters, options.null_space).energy_kept() if known else None
+        print(say_null_space(options.null_space, kept), file=sys.stderr)
 
 
 def _check_grid(options: argparse.Namespace, seeds: Sequence[int]) -> None:

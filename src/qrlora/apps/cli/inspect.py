@@ -38,6 +38,7 @@ def run_inspect(options: argparse.Namespace) -> None:
             "needs": f"base model {metadata['base_model'] or 'not recorded'}, family {metadata['family'] or 'unknown'}",
             "basis": record["basis"],
             **({"clipped": record["clipped"]} if record["clipped"] else {}),
+            **({"null space": f"projection {record['null_space']:g}"} if record["null_space"] else {}),
             "parameters": f"{parameters['trained']:,}; a LoRA of the same rank has {parameters['lora_same_rank']:,} "
             f"(ratio {parameters['ratio']:.4f})",
             "file": f"{record['bytes']:,} bytes",
@@ -69,6 +70,7 @@ def describe(path: Path, adapter: Adapter) -> dict[str, Any]:
         "layers": len(adapter.deltas),
         "basis": basis,
         "clipped": clipping({name: (len(delta), metadata.rank) for name, delta in adapter.deltas.items()}),
+        "null_space": metadata.null_space,
         "parameters": {"trained": count.trained, "lora_same_rank": count.lora_same_rank, "ratio": count.ratio},
         "metadata": asdict(metadata) | {"recipe_digest": metadata.recipe_digest},
         "shapes": {name: list(shape) for name, shape in adapter.shapes.items()},

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qrlora._reading import read_text
-from qrlora.apps.cli.shared import MODEL_HELP, Parsers, command, count
+from qrlora.apps.cli.shared import MODEL_HELP, Parsers, add_null_space, command, count
 from qrlora.errors import QrloraError
 
 if TYPE_CHECKING:
@@ -46,6 +46,7 @@ def add_serve(commands: Parsers) -> None:
     parser.add_argument(
         "--api-key-file", type=Path, metavar="FILE", help=f"keys, one a line (or ${KEY_VARIABLE}; default: none needed)"
     )
+    add_null_space(parser)
     parser.add_argument("--batch-size", type=count, default=8, help="pictures made at once (default: 8)")
     parser.add_argument("--queue", type=count, default=256, help="most pictures that may wait (default: 256)")
     parser.add_argument("--max-side", type=count, metavar="PIXELS", help="default: twice the model's own")
@@ -88,6 +89,7 @@ def run_serve(options: argparse.Namespace) -> None:
         at_once=options.engines,
         batch_size=options.batch_size,
         queue_length=options.queue,
+        null_space=options.null_space,
     )
     (_run_on_ray if on_ray else _run_here)(options, limits)
 

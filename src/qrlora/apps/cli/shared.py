@@ -129,22 +129,38 @@ def _checked(text: str, kind: Callable[[str], Any], expected: str, holds: Callab
     return value
 
 
-def add_give_way(parser: argparse.ArgumentParser) -> None:
-    """The option by which adapters give way to one another."""
+def add_null_space(parser: argparse.ArgumentParser) -> None:
+    """The option that says how strongly adapters are projected out of each other's row spaces."""
     parser.add_argument(
-        "--give-way",
+        "--null-space",
         type=share,
-        default=0.0,
-        metavar="SHARE",
-        help="each adapter gives up this share, 0 to 1, of what it reads where the others read: what it gains at 0.5 "
-        "is in docs/compare.md (default: 0, adapters as they are)",
+        metavar="STRENGTH",
+        help="null-space projection, 0 to 1: the share that each adapter loses of what lies in the input directions "
+        "that the others read; 0 is the exact sum (default: 0.5 for a subject with a style, else 0; docs/compare.md)",
     )
 
 
-def check_give_way(share: float, adapters: int) -> None:
-    """QrloraError if there is a share to give up and nobody to give way to."""
-    if share and adapters < 2:
-        raise QrloraError("nobody to give way to", expected="two adapters or more", got=f"{adapters} adapters")
+def check_null_space(strength: float | None, adapters: int) -> None:
+    """QrloraError if a projection is asked for and there are no other adapters to project out of."""
+    if strength and adapters < 2:
+        raise QrloraError(
+            "null-space projection needs several adapters",
+            expected="two or more",
+            got=adapters,
+            remedy="leave --null-space out",
+        )
+
+
+def null_space_of(strength: float | None, adapters: Sequence[Adapter]) -> float:
+    """The strength asked for, else the default for these adapters."""
+    from qrlora.method.composition import default_strength
+
+    return default_strength(adapters) if strength is None else strength
+
+
+def say_null_space(strength: float, kept: float | None = None) -> str:
+    """What was done, for people; kept: the share of the sum's energy that is left, where it is known."""
+    return f"null-space projection {strength:g}" + ("" if kept is None else f": {kept:.3f} of the sum's energy is kept")
 
 
 def load_weighted(parts: Sequence[tuple[Path, float]], model: str | None) -> list[tuple[Adapter, float]]:

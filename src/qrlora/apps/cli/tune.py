@@ -13,14 +13,17 @@ from qrlora.apps.cli.evaluate import add_weights
 from qrlora.apps.cli.shared import (
     Bar,
     Parsers,
-    add_give_way,
+    add_null_space,
     add_sampling,
+    check_null_space,
     claim,
     command,
     count,
     load_adapters,
+    null_space_of,
     number,
     refuse_to_replace,
+    say_null_space,
     seed,
 )
 from qrlora.errors import QrloraError
@@ -68,7 +71,7 @@ def add_tune(commands: Parsers) -> None:
     )
     parser.add_argument("--highest", type=number, default=1.5, help="largest weight (default: 1.5)")
     parser.add_argument("--seed", type=seed, default=0, help="of the search, and of the first picture (default: 0)")
-    add_give_way(parser)
+    add_null_space(parser)
     add_sampling(parser)
     add_weights(parser)
     parser.add_argument("--json", action="store_true", help="print the numbers as JSON")
@@ -87,7 +90,11 @@ def run_tune(options: argparse.Namespace) -> None:
     from qrlora.quality.search.page import lines, report
 
     aims = {side: _aim(options, side) for side in ("subject", "style")}
+    check_null_space(options.null_space, len(options.adapters))
     adapters = load_adapters(options.adapters, options.model)
+    options.null_space = null_space_of(options.null_space, adapters)
+    if options.null_space:
+        _say(say_null_space(options.null_space))
     prompts = options.prompt or [default_prompt(adapters)]
     tuning = _tuned(options, adapters, prompts, aims)
     page = report(tuning).write(options.output)
@@ -157,9 +164,9 @@ def _tuned(options: argparse.Namespace, adapters: list[Adapter], prompts: list[s
     dials, parts = _dials(options, adapters, [name for name, _ in family.denoiser_of(pipe).named_modules()])
     sampling = {name: getattr(options, name) for name in ("steps", "guidance", "resolution")}
     of = {"adapters": [one.digest for one in parts], "model": options.model, "dtype": options.dtype, **sampling}
-    of |= {"give_way": options.give_way} if options.give_way else {}  # pictures of before are still these
+    of["null_space"] = options.null_space
     turned = dict(zip(dials, parts, strict=True))
-    with painting(pipe, family, turned, options.batch_size, sampling, options.give_way) as paint:
+    with painting(pipe, family, turned, options.batch_size, sampling, options.null_space) as paint:
         album = Album(paint, options.output / "pictures", of, prompts, options.seed, options.batch_size)
         album.progress = _Told(options.budget)
         score = scored(album, aims["subject"][1], aims["style"][1])
@@ -215,7 +222,7 @@ def _command(
 
     if not options.per_block:
         paths = [str(path) for path in options.adapters]
-        return command(list(zip(paths, weights, strict=True)), prompt, options.model, options.give_way)
+        return command(list(zip(paths, weights, strict=True)), prompt, options.model, options.null_space)
     file = options.output / f"point-{place}.safetensors"
-    save_adapter(Composition(list(zip(parts, weights, strict=True)), options.give_way).adapter(), file)
+    save_adapter(Composition(list(zip(parts, weights, strict=True)), options.null_space).adapter(), file)
     return command([(str(file), 1.0)], prompt, options.model)

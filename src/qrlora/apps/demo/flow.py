@@ -18,17 +18,17 @@ from jaxtyping import Bool, UInt8
 from qrlora.apps.demo.plan import (
     DEFAULT,
     METHODS,
-    NULL_SPACE,
     Budget,
     LabelledPrompt,
     Task,
+    null_space_of,
     questions,
     recipe_of,
     weights_of,
 )
 from qrlora.lab.tasks import task
 from qrlora.method.adapter import Adapter, basis_of, save_adapter
-from qrlora.method.composition import Composition, Live, giving_way, similarity
+from qrlora.method.composition import Composition, Live, project, similarity
 from qrlora.models.families import ModelFamily, load_pipeline
 from qrlora.models.generation import Request, generate_jobs, generate_mixed
 from qrlora.models.training.loop import train
@@ -211,9 +211,9 @@ def _generate_all(
 
 
 def _parts(method: str, pair: tuple[Adapter, Adapter], tasks: Sequence[Task]) -> list[tuple[Adapter, float]]:
-    """What a method of METHODS composes: both adapters, projected out of each other's row space, at its weights."""
+    """What a method of METHODS composes: both adapters at its weights, after its null-space projection."""
     weights = weights_of(method, tasks[0], tasks[1])
-    return giving_way(list(zip(pair, weights, strict=True)), NULL_SPACE.get(method, 0.0))
+    return project(list(zip(pair, weights, strict=True)), null_space_of(method, pair))
 
 
 def _grid(setting: Setting, tasks: Sequence[Task], pair: tuple[Adapter, Adapter]) -> list[list[Answer]]:
@@ -222,7 +222,8 @@ def _grid(setting: Setting, tasks: Sequence[Task], pair: tuple[Adapter, Adapter]
     first = questions(tasks[0], tasks[1], budget, setting.seed)["composed"][0]
     adapters = dict(zip(("subject", "style"), pair, strict=True))
     composed = [{"subject": subject, "style": style} for subject in weights for style in weights]
-    requests = [Request(first.prompt, first.seed, composition, NULL_SPACE[DEFAULT]) for composition in composed]
+    strength = null_space_of(DEFAULT, pair)
+    requests = [Request(first.prompt, first.seed, composition, strength) for composition in composed]
     options = {"steps": budget.denoising_steps, "guidance": budget.guidance}
     with setting.stage("generate", f"{len(weights)} x {len(weights)} weights"):
         denoiser = setting.family.denoiser_of(setting.pipe)
@@ -245,7 +246,7 @@ def _save(
     pair = learned[DEFAULT]
     basis = basis_of(setting.family.denoiser_of(setting.pipe), pair[0])
     parts = list(zip(pair, weights, strict=True))
-    both = replace(Composition(parts, NULL_SPACE[DEFAULT]).adapter(), name=f"{DEFAULT}-composed")
+    both = replace(Composition(parts, null_space_of(DEFAULT, pair)).adapter(), name=f"{DEFAULT}-composed")
     for adapter in (*pair, both):
         save_adapter(adapter, folder / f"{adapter.name}.lora.safetensors", "lora", basis)
     name = pair[0].name

@@ -7,7 +7,7 @@ from importlib.metadata import version
 from typing import Any
 
 from qrlora.apps.demo.flow import PARTS, Answer, Outcome
-from qrlora.apps.demo.plan import AIM, DEFAULT, METHODS, NULL_SPACE, Task, weights_of
+from qrlora.apps.demo.plan import AIM, DEFAULT, METHODS, Task, null_space_of, weights_of
 from qrlora.lab.compare.plan import rate_of
 from qrlora.lab.tasks import RECIPES, crosstalk
 
@@ -68,7 +68,7 @@ def _tuned(outcome: Outcome, method: str) -> dict[str, Any]:
     return {
         "learning_rates": {one.role: rate_of(method, one.role, one.name) for one in tasks},
         "weights": {one.role: weight for one, weight in weights},
-        "null_space": NULL_SPACE.get(method, 0.0),
+        "null_space": null_space_of(method, outcome.learned[method]),
     }
 
 

@@ -13,10 +13,10 @@ from qrlora.apps.demo.plan import (
     AIM,
     DEFAULT,
     METHODS,
-    NULL_SPACE,
     TRAINING_STYLE,
     TRAINING_SUBJECT,
     Task,
+    null_space_of,
     weights_of,
 )
 from qrlora.lab.compare.plan import rate_of
@@ -236,7 +236,8 @@ def _grid(outcome: Outcome) -> Section:
     ]
     titles = [f"weight of the {one.role} ({one.called})" for one in (outcome.subject, outcome.style)]
     prompt = outcome.grid[0][0].wanted[0].prompt
-    lead = f"“{prompt}”, one seed. At 0 an adapter is absent, at 1 it is as trained; two give way to each other."
+    lead = f"“{prompt}”, one seed. At 0 an adapter is absent, at 1 it is as trained; two are composed with "
+    lead += f"null-space projection {null_space_of(DEFAULT, outcome.learned[DEFAULT]):g}."
     return Section("Both, in any proportion", [Matrix(labels, labels, cells, *titles)], lead)
 
 
@@ -250,12 +251,13 @@ def _methods(outcome: Outcome) -> Section:
         [Picture(a.pixels[i], f"{name}: {a.wanted[i].prompt}", marks=_marks(a, i)) for i in shown]
         for name, a in rows.items()
     ]
+    strength = null_space_of(DEFAULT, outcome.learned[DEFAULT])
     columns = [wanted[i].colour or f"seed {wanted[i].seed}" for i in shown]
     lead = (
         "Same rank, steps and pictures for all; each at its own learning rates and weights, the best of a few on other "
-        f"subjects and styles. {NAMES[DEFAULT]}'s two give way to each other, by {NULL_SPACE[DEFAULT]:g} of what each "
-        "reads where the other reads; the others' are added as they are. Last row: the base model, told the names in "
-        "plain words."
+        f"subjects and styles. {NAMES[DEFAULT]}'s two are composed with null-space projection {strength:g}: each loses "
+        f"{strength:g} of what lies in the input directions that the other reads. The others' are summed. Last row: "
+        "the base model, asked in plain words."
     )
     return Section("Three methods, the same prompts and seeds", [Matrix(list(rows), columns, cells)], lead)
 

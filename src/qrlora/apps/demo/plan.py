@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import cycle, islice
 from typing import Any
@@ -15,12 +16,12 @@ from qrlora.lab.tasks import (
     Task,
     recipe_fields,
 )
+from qrlora.method.adapter import Adapter
+from qrlora.method.composition import default_strength
 from qrlora.pico import SETTINGS, world
 
 METHODS = (DEFAULT, "qrlora_published", "lora")
 """Names of `lab.tasks.RECIPES` that are compared, this package's default first."""
-NULL_SPACE = {DEFAULT: 0.5}
-"""Method -> strength of the null-space projection that its adapters are composed with; the others' are summed."""
 
 AIM = 0.8
 """Share of pictures that should be right."""
@@ -89,6 +90,12 @@ def recipe_of(task: Task, budget: Budget, seed: int, method: str) -> dict[str, A
         seed=seed,
     )
     return {**RECIPES[method], **common}
+
+
+def null_space_of(method: str, pair: Sequence[Adapter]) -> float:
+    """Strength of null-space projection in a method's compositions: the package's own choice for its default method;
+    the other methods are summed."""
+    return default_strength(pair) if method == DEFAULT else 0.0
 
 
 def weights_of(method: str, subject: Task, style: Task) -> tuple[float, float]:

@@ -62,7 +62,12 @@ class ImageRequest(BaseModel):
     steps: int | None = Field(None, ge=1, description="denoising steps")
     guidance: float | None = Field(None, ge=0, le=100, description="classifier-free guidance scale")
     composition: Any = Field(None, description="weights of adapters by name, in place of +NAME:WEIGHT in the model")
-    give_way: float | None = Field(None, ge=0, le=1, description="share that adapters give up to one another")
+    null_space: float | None = Field(
+        None,
+        ge=0,
+        le=1,
+        description="strength of null-space projection; if not given, 0.5 for a subject with a style, else 0",
+    )
 
     @field_validator("n", "partial_images", "output_compression", "seed", "steps", mode="before")
     @classmethod
@@ -161,8 +166,8 @@ class Service:
         composition = await self.composition(wanted.model, wanted.composition)
         guidance = facts.guidance if wanted.guidance is None else wanted.guidance
         seed = secrets.randbelow(2**32) if wanted.seed is None else wanted.seed
-        share = wanted.give_way or 0.0
-        pictures = [Picture(wanted.prompt, (seed + i) % 2**63, composition, share) for i in range(count)]
+        strength = limits.null_space if wanted.null_space is None else wanted.null_space
+        pictures = [Picture(wanted.prompt, (seed + i) % 2**63, composition, strength) for i in range(count)]
         return self.dispatcher.submit(Settings(steps, guidance, side), pictures, progress=bool(wanted.stream))
 
 
@@ -226,6 +231,7 @@ def _as_request_error(error: ValidationError) -> RequestError:
     if unknown:
         known = ", ".join(ImageRequest.model_fields)
         said: dict[str, Any] = {"expected": f"some of {known}", "got": ", ".join(unknown)[:200]}
+        said["remedy"] = "`give_way` is called `null_space`" if "give_way" in unknown else None
         return RequestError("unknown fields", param=unknown[0][:100], code="unknown_parameter", **said)
     first = found[0]
     if not first["loc"]:

@@ -19,7 +19,7 @@ from qrlora.apps.serving.names import check_spelling
 from qrlora.apps.serving.protocol import Event, Facts, Made, Picture, Refused, Settings, Step
 from qrlora.errors import MismatchError, PictureError, QrloraError, printable
 from qrlora.method.adapter import Adapter
-from qrlora.method.composition import Live
+from qrlora.method.composition import Live, default_strength
 from qrlora.models.exchange import LayerNames, is_ours, left_out_of, load_any
 from qrlora.models.families import EMBEDDED, load_pipeline, size_unit
 from qrlora.models.generation import Request, generate_mixed, not_finite
@@ -204,7 +204,7 @@ class Engine:
             except QrloraError as error:
                 tell(Refused(index, error))
         made = [pictures[i] for i in makable]
-        requests = [Request(one.prompt, one.seed, one.composition, one.giving_way) for one in made]
+        requests = [Request(one.prompt, one.seed, one.composition, self._strength(one)) for one in made]
         options: dict[str, Any] = {"steps": settings.steps, "guidance": settings.guidance, "resolution": settings.side}
         options |= {"batch_size": max(1, len(requests)), "on_step": on_step}
         try:
@@ -236,6 +236,11 @@ class Engine:
                     remedy="GET /v1/models lists those that are",
                 )
         self.live.check(picture.composition)
+
+    def _strength(self, picture: Picture) -> float:
+        if picture.null_space is not None:
+            return picture.null_space
+        return default_strength([self._served[name] for name in picture.composition])
 
     def _left_out(self) -> dict[str, str]:
         """Files that are not served, and why: unreadable, or read and refused, and not changed since."""

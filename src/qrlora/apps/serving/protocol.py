@@ -19,13 +19,13 @@ class Settings(NamedTuple):
 
 @dataclass(frozen=True)
 class Picture:
-    """What makes one picture, besides its settings: prompt, seed, adapters' weights by name, and the share that these
-    give up to one another."""
+    """What makes one picture, besides its settings: prompt, seed, adapters' weights by name, and the strength of their
+    null-space projection (None: `default_strength` of these adapters)."""
 
     prompt: str
     seed: int
     composition: Mapping[str, float]
-    giving_way: float = 0.0
+    null_space: float | None = None
 
 
 @dataclass(frozen=True)
@@ -100,6 +100,8 @@ class Limits:
         prompt_characters, pictures, steps: most of a request; pictures are never more than the queue holds.
         side: longest side of a picture in pixels; twice the model's own if None.
         at_once, batch_size, queue_length: as `Dispatcher`.
+        null_space: strength of null-space projection where a request names none; None: `default_strength` of its
+            adapters.
         kept_bytes, kept_seconds: how many pictures asked for as urls are kept, and for how long.
         drain_seconds: how long requests may take to end when shutting down.
     """
@@ -116,6 +118,7 @@ class Limits:
     at_once: int = 1
     batch_size: int = 8
     queue_length: int = 256
+    null_space: float | None = None
     kept_bytes: int = 256 * 2**20
     kept_seconds: float = 3600
     drain_seconds: float = 60

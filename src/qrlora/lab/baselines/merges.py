@@ -24,7 +24,7 @@ from qrlora.errors import MismatchError
 from qrlora.lab.baselines.context import Context
 from qrlora.lab.baselines.deltas import Delta, Learned, Overlay, total
 from qrlora.lab.baselines.ziplora import zipped
-from qrlora.method.composition.null_space import project_rows, row_space
+from qrlora.method.composition.null_space import DEFAULT_STRENGTH, project_rows, row_space
 from qrlora.models.generation import OnStep
 
 DEFAULT_K = 256
@@ -87,7 +87,9 @@ def direct_sum(parts: Sequence[Learned], context: Context | None = None) -> Lear
     return _layerwise(parts, total)
 
 
-def null_space(parts: Sequence[Learned], context: Context | None = None, *, strength: float = 0.5) -> Learned:
+def null_space(
+    parts: Sequence[Learned], context: Context | None = None, *, strength: float = DEFAULT_STRENGTH
+) -> Learned:
     """Null-space projection as the package composes by (`method.composition.null_space`), for ΔW of any method.
 
     strength: share of each ΔW taken out of the row spaces of the others; 1 is NP-LoRA's hard projection of every part.

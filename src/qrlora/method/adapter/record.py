@@ -113,6 +113,11 @@ class AdapterMetadata:
         return self.alpha / self.rank
 
     @property
+    def null_space(self) -> float:
+        """Strength of the null-space projection that a composition was made with; older files call it `giving_way`."""
+        return float(self.provenance.get("null_space", self.provenance.get("giving_way", 0.0)))
+
+    @property
     def recipe_digest(self) -> str:
         """SHA-256 of the recipe as canonical JSON."""
         return hashlib.sha256(json.dumps(self.recipe, sort_keys=True, allow_nan=False).encode()).hexdigest()

@@ -1,16 +1,17 @@
 """Adapters put together, and compared.
 
-compose.py         Composition: Σ λᵢ ΔRᵢ on one basis, exact; Interference of the parts
-live.py            Live: compositions on a denoiser, changed while it runs, one for each picture of a batch
-delta_weights.py   compose_delta_weights: Σ λᵢ ΔWᵢ of any adapters, cut back to a rank
-similarity.py      similarity: cosines of Q, R, ΔR, ΔW of two adapters
-parts.py           what they share; giving_way: adapters less what they read where others read
+sum.py          Composition: Σ λᵢ ΔRᵢ on one basis, exact; Interference of the parts
+null_space.py   project: adapters less a share of what lies in the row spaces of the others
+batched.py      Live: compositions on a denoiser, changed while it runs, one for each picture of a batch
+truncation.py   compose_delta_weights: Σ λᵢ ΔWᵢ of any adapters, cut back to a rank
+similarity.py   similarity: cosines of Q, R, ΔR, ΔW of two adapters
+parts.py        what they share
 """
 
 from __future__ import annotations
 
 from qrlora.method.composition.batched import Live
-from qrlora.method.composition.parts import giving_way
+from qrlora.method.composition.null_space import default_strength, project
 from qrlora.method.composition.similarity import Similarity, similarity
 from qrlora.method.composition.sum import Composition, Interference, LayerInterference
 from qrlora.method.composition.truncation import TruncationLoss, compose_delta_weights
@@ -23,6 +24,7 @@ __all__ = [
     "Similarity",
     "TruncationLoss",
     "compose_delta_weights",
-    "giving_way",
+    "default_strength",
+    "project",
     "similarity",
 ]

@@ -8,8 +8,9 @@ On one basis, picture i gets x Wᵀ + (x ΔRᵢᵀ) Qᵀ with ΔRᵢ = Σⱼ λ�
 layer, (adapters, rank, in); composing is one product with the weights, (pictures, adapters); and the denoiser computes
 with (pictures, rank, in) and one Q, however many adapters there are.
 
-Giving way changes ΔRᵢ to ΔRᵢ (1 - c V Vᵀ) = (1 - c) ΔRᵢ + c ΔRᵢ (1 - V Vᵀ), so of adapters that are composed so what
-is left of each when it gives all (c = 1) is found once, and lies in another tensor like that one.
+Null-space projection changes ΔRᵢ to ΔRᵢ (I - c V Vᵀ) = (1 - c) ΔRᵢ + c ΔRᵢ (I - V Vᵀ). So for adapters that are
+composed with it, the hard projection (c = 1) of each is computed once and lies in another tensor like that one; any
+strength c mixes the two.
 """
 
 from __future__ import annotations
@@ -25,12 +26,13 @@ from torch import Tensor, nn
 from qrlora.errors import MismatchError, TunerError
 from qrlora.method.adapter.attach import adapted_layers, attach, remove_adapters
 from qrlora.method.adapter.record import Adapter
-from qrlora.method.composition.parts import check_share, check_weights, giving_way
+from qrlora.method.composition.null_space import check_strength, project
+from qrlora.method.composition.parts import check_weights
 from qrlora.method.composition.sum import Composition
 from qrlora.method.tuner.layer import DeltaR
 
-KEPT = 8
-"""Sets of adapters of which what is left after giving way is remembered."""
+CACHED_SETS = 8
+"""Sets of adapters whose hard null-space projections are cached, the last ones used."""
 
 
 class Live:
@@ -40,7 +42,7 @@ class Live:
     They are attached when this is made and taken off when its `with` block ends. Until `compose` is called, the
     denoiser computes what it would without. Takes 4 bytes for every number of every adapter's ΔR, on the union of the
     adapters' columns, beside what one adapter takes for every picture; and the same for the adapters of each of the
-    last eight sets that were composed giving way.
+    last eight sets that were composed with null-space projection.
 
     Args:
         denoiser: a diffusers denoiser that carries no adapters.
@@ -59,11 +61,11 @@ class Live:
             raise TunerError("a denoiser with adapters", expected="a denoiser without", got=carried, remedy=remedy)
         self._adapters: dict[str, Adapter] = {}
         self._rows: list[dict[str, float]] = [{}]
-        self._shares: list[float] = [0.0]
+        self._strengths: list[float] = [0.0]
         self._attached: tuple[str, Adapter] | None = None  # the name in the denoiser, and what was attached under it
         self._layers: dict[str, DeltaR] = {}
         self._stacks: dict[str, Tensor] = {}  # of a layer: (adapters, rank * in) float32, s · ΔR of each
-        self._left: OrderedDict[tuple[str, ...], dict[str, Tensor]] = OrderedDict()  # the same of what gave all
+        self._projected: OrderedDict[tuple[str, ...], dict[str, Tensor]] = OrderedDict()  # the same at strength 1
         if adapters:
             self._take(dict(adapters))
 
@@ -72,29 +74,29 @@ class Live:
         """The adapters that a composition may name."""
         return tuple(self._adapters)
 
-    def compose(self, rows: Sequence[Mapping[str, float]], giving_way: Sequence[float] | float = 0.0) -> None:
+    def compose(self, rows: Sequence[Mapping[str, float]], null_space: Sequence[float] | float = 0.0) -> None:
         """From the next step on, one composition for every picture of a batch, in their order.
 
         Args:
             rows: adapters by name with their weights, of any sign; {} is the base model. One row is for all pictures
                 of a batch of any size. n rows serve a batch of n, or of a multiple of n in which every n rows have the
                 same order, as classifier-free guidance makes them.
-            giving_way: as `Composition` has it, of every row or of all.
+            null_space: strength of the null-space projection, as in `Composition`: one for each row, or one for all.
 
         Raises:
-            MismatchError: no rows, or as `check`; or a share that is not from 0 to 1.
+            MismatchError: no rows, or as `check`; or a strength that is not from 0 to 1.
         """
         wanted = [dict(row) for row in rows]
-        shares = [float(giving_way)] * len(wanted) if isinstance(giving_way, (int, float)) else list(giving_way)
-        if len(shares) != len(wanted):
-            raise MismatchError("shares that do not fit the rows", expected=len(wanted), got=len(shares))
-        for share in shares:
-            check_share(share)
+        strengths = [float(null_space)] * len(wanted) if isinstance(null_space, (int, float)) else list(null_space)
+        if len(strengths) != len(wanted):
+            raise MismatchError("strengths that do not fit the rows", expected=len(wanted), got=len(strengths))
+        for strength in strengths:
+            check_strength(strength)
         if not wanted:
             raise MismatchError("no composition", expected="one for every picture, or one for all", got="none")
         for row in wanted:
             self.check(row)
-        self._rows, self._shares = wanted, shares
+        self._rows, self._strengths = wanted, strengths
         self._write()
 
     def check(self, row: Mapping[str, float]) -> None:
@@ -150,8 +152,8 @@ class Live:
             raise MismatchError("no such adapter", expected=f"one of {sorted(self._adapters)}", got=name)
         self._adapters.pop(name)
         self._rows = [{other: weight for other, weight in row.items() if other != name} for row in self._rows]
-        for names in [names for names in self._left if name in names]:
-            del self._left[names]
+        for names in [names for names in self._projected if name in names]:
+            del self._projected[names]
         self._stack()
         self._write()
 
@@ -164,7 +166,7 @@ class Live:
         if self._attached:
             remove_adapters(self.denoiser, [self._attached[0]])
         self._adapters, self._attached, self._layers, self._stacks = {}, None, {}, {}
-        self._left.clear()
+        self._projected.clear()
 
     def _take(self, adapters: dict[str, Adapter]) -> None:
         """Compute with these adapters; where they are refused, go on with those there are."""
@@ -189,7 +191,7 @@ class Live:
                 self.denoiser.set_adapter(before[0])
             raise
         self._attached = name, blank
-        self._left.clear()  # lay on the columns of what was attached before
+        self._projected.clear()  # lay on the columns of what was attached before
         self._layers = {layer: found.lora_A[name] for layer, found in adapted_layers(self.denoiser, name).items()}
 
     def _stack(self) -> None:
@@ -212,30 +214,30 @@ class Live:
             stacks[layer] = stack.flatten(1)
         return stacks
 
-    def _after_giving(self, names: tuple[str, ...]) -> dict[str, Tensor]:
-        """`_stacked` of what is left of these adapters when each gives all to the others."""
-        if names not in self._left:
-            left = giving_way([(self._adapters[name], 1.0) for name in names], 1.0)
-            self._left[names] = self._stacked([adapter for adapter, _ in left])
-            while len(self._left) > KEPT:
-                self._left.popitem(last=False)
-        self._left.move_to_end(names)
-        return self._left[names]
+    def _hard_projected(self, names: tuple[str, ...]) -> dict[str, Tensor]:
+        """`_stacked` of these adapters after null-space projection at strength 1."""
+        if names not in self._projected:
+            projected = project([(self._adapters[name], 1.0) for name in names], 1.0)
+            self._projected[names] = self._stacked([adapter for adapter, _ in projected])
+            while len(self._projected) > CACHED_SETS:
+                self._projected.popitem(last=False)
+        self._projected.move_to_end(names)
+        return self._projected[names]
 
     @torch.no_grad()
     def _write(self) -> None:
-        giving: list[tuple[int, dict[str, float], dict[str, Tensor]]] = []
+        hard: list[tuple[int, dict[str, float], dict[str, Tensor]]] = []
         table = torch.tensor([[row.get(name, 0.0) for name in self._adapters] for row in self._rows])
-        for place, (row, share) in enumerate(zip(self._rows, self._shares, strict=True)):
+        for place, (row, strength) in enumerate(zip(self._rows, self._strengths, strict=True)):
             names = tuple(name for name in self._adapters if row.get(name))
-            if share and len(names) > 1:
-                table[place] *= 1 - share
-                giving.append((place, {name: share * row[name] for name in names}, self._after_giving(names)))
+            if strength and len(names) > 1:
+                table[place] *= 1 - strength
+                hard.append((place, {name: strength * row[name] for name in names}, self._hard_projected(names)))
         for layer, delta in self._layers.items():
             stack = self._stacks[layer]
             several = table.to(stack) @ stack
-            for place, weights, left in giving:
-                several[place] += torch.tensor([*weights.values()]).to(stack) @ left[layer]
+            for place, weights, projected in hard:
+                several[place] += torch.tensor([*weights.values()]).to(stack) @ projected[layer]
             delta.hold(several.view(len(table), -1, delta.weight[0].numel()))
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,8 +13,6 @@ from torch import Tensor
 from qrlora.errors import MismatchError
 from qrlora.method.adapter.record import Adapter
 from qrlora.method.basis import TURNED, Basis, turned
-
-RANK_TOLERANCE = 1e-10  # of squared singular values, relative: below it a row space has no further dimension
 
 
 def called(adapter: Adapter) -> str:
@@ -85,60 +82,6 @@ def known_up(adapter: Adapter, basis: Basis | None, layer: str) -> Float[Tensor,
     return adapter.up(layer, None if basis is None else basis[layer].q).detach().cpu().double()
 
 
-def row_space(rows: Float[Tensor, "rank in"]) -> Float[Tensor, "dims in"]:
-    """Orthonormal rows that span the given ones, float64: with A Aᵀ = U Λ Uᵀ they are Λ^(-1/2) Uᵀ A."""
-    rows = rows.detach().cpu().double()
-    values, vectors = torch.linalg.eigh(rows @ rows.T)
-    kept = values > RANK_TOLERANCE * values.max().clamp(min=torch.finfo(values.dtype).tiny)
-    return (vectors[:, kept] / values[kept].sqrt()).T @ rows
-
-
-def check_share(share: float) -> None:
-    """MismatchError unless it is what can be given up."""
-    if not 0 <= share <= 1:
-        raise MismatchError("no such share to give up", expected="0 to 1", got=share)
-
-
-def giving_way(parts: Sequence[tuple[Adapter, float]], share: float) -> list[tuple[Adapter, float]]:
-    """The parts at their weights, each less what it gives up to the others: ΔWᵢ (1 - share · V Vᵀ), layer by layer.
-
-    V (in, k) spans the row spaces of all others' ΔW whose weight is not zero; of ΔW = Q ΔR that is the one of ΔR, so no
-    basis is needed. What is left is float32, stands on what the adapter stood on, and has lost a triangle. Raises
-    MismatchError for a share that is not from 0 to 1, and for layers of one name and different inputs.
-    """
-    check_share(share)
-    if not share:
-        return list(parts)
-    widths: dict[str, int] = {}
-    for adapter, _ in parts:
-        for name, delta in adapter.deltas.items():
-            if widths.setdefault(name, delta.shape[1]) != delta.shape[1]:
-                raise MismatchError(f"other inputs of {name}", expected=widths[name], got=delta.shape[1])
-    spaces = [{n: row_space(_read(a, n)) for n in a.deltas} if weight else {} for a, weight in parts]
-    left = []
-    for i, (adapter, weight) in enumerate(parts):
-        others = spaces[:i] + spaces[i + 1 :]
-        deltas = {}
-        for name, delta in adapter.deltas.items():
-            rows = delta.detach().cpu().double()
-            read = [space[name] for space in others if len(space.get(name, ()))]
-            if read:
-                space = row_space(torch.cat(read))
-                rows = rows - share * (rows @ space.T) @ space
-            deltas[name] = rows.float()
-        metadata = replace(adapter.metadata, triangular=False)
-        left.append((replace(adapter, metadata=metadata, deltas=deltas), weight))
-    return left
-
-
-def _read(adapter: Adapter, layer: str) -> Float[Tensor, "rank in"]:
-    """As many rows as the adapter has, with the row space of its ΔW; float64. R · down where up = Q R."""
-    rows = adapter.deltas[layer].detach().cpu().double()
-    if adapter.metadata.on_basis:
-        return rows
-    return torch.linalg.qr(adapter.up(layer, None).detach().cpu().double()).R @ rows
-
-
 def products(
     a: Float[Tensor, "rank_a width"], b: Float[Tensor, "rank_b width"], rows_a: Sequence[int], rows_b: Sequence[int]
 ) -> Float[Tensor, " products"]:
@@ -158,9 +101,9 @@ def joined(texts: Iterable[str], by: str) -> str:
     return by.join(dict.fromkeys(text for text in texts if text))
 
 
-def collected(parts: Sequence[tuple[Adapter, float]], share: float = 0.0) -> dict[str, Any]:
+def collected(parts: Sequence[tuple[Adapter, float]], null_space: float = 0.0) -> dict[str, Any]:
     """The metadata that tell where a composition came from: every part by name, digest, weight, and its licence; and
-    the share that they gave up to one another, if any."""
+    the strength of their null-space projection, unless 0."""
     metas = [adapter.metadata for adapter, _ in parts]
     listed = [
         {
@@ -182,5 +125,5 @@ def collected(parts: Sequence[tuple[Adapter, float]], share: float = 0.0) -> dic
         "base_digest": joined((meta.base_digest for meta in metas), ", "),
         "trigger": joined((meta.trigger for meta in metas), ", "),
         "licence": joined((meta.licence for meta in metas), "; "),
-        "provenance": {"parts": listed} | ({"giving_way": share} if share else {}),
+        "provenance": {"parts": listed} | ({"null_space": null_space} if null_space else {}),
     }

@@ -20,17 +20,15 @@ from torch import Tensor
 from qrlora.errors import MismatchError
 from qrlora.method.adapter.record import Adapter, AdapterMetadata
 from qrlora.method.basis import fingerprint
+from qrlora.method.composition.null_space import check_strength, project, row_space
 from qrlora.method.composition.parts import (
     basis_difference,
     called,
-    check_share,
     check_sum,
     check_weights,
     collected,
-    giving_way,
     joined,
     products,
-    row_space,
     scaled_down,
     union,
 )
@@ -46,20 +44,20 @@ BY_DELTA_WEIGHT = (
 class Composition:
     """Adapters of one basis, each with a weight λ: any number, any finite λ, negative and fractional too.
 
-    giving_way: what share c, from 0 to 1, each ΔRᵢ gives up of what it reads where the others read:
-    ΔRᵢ (1 - c V Vᵀ), V the row space of all others whose λ is not zero. At 0 the composition is the sum. The result
-    stands on the basis as before, since only its rows change; a triangle is lost.
+    null_space: strength c, from 0 to 1, of the null-space projection of the parts: ΔRᵢ (I - c V Vᵀ), V the row spaces
+    of all others whose λ is not zero. At 0 the composition is the exact sum. The result is on the same basis, since
+    only rows change, but no longer triangular.
 
-    Raises MismatchError if a part is no ΔR on a basis (plain LoRA, train_basis), if the bases differ, or for another
-    share.
+    Raises MismatchError if a part is no ΔR on a basis (plain LoRA, train_basis), if the bases differ, or if the
+    strength is not from 0 to 1.
     """
 
     parts: Sequence[tuple[Adapter, float]]
-    giving_way: float = 0.0
+    null_space: float = 0.0
 
     def __post_init__(self) -> None:
         check_weights(self.parts)
-        check_share(self.giving_way)
+        check_strength(self.null_space)
         for adapter, _ in self.parts:
             _check_on_its_basis(adapter)
         for (first, _), (second, _) in itertools.combinations(self.parts, 2):
@@ -73,8 +71,8 @@ class Composition:
                 )
 
     def adapter(self) -> Adapter:
-        """The weighted sum of what each part keeps as an adapter of its own: float32, alpha = rank, a "composition"."""
-        return self._filled_by(partial(self._sum, giving_way(self.parts, self.giving_way)))
+        """The weighted sum of the projected parts as one adapter: float32, alpha = rank, role "composition"."""
+        return self._filled_by(partial(self._sum, project(self.parts, self.null_space)))
 
     def blank(self) -> Adapter:
         """Zeros on all layers and columns of the parts."""
@@ -92,11 +90,11 @@ class Composition:
             alpha=float(len(columns)),
             basis_rank=first.basis_rank,
             columns=columns,
-            triangular=all(meta.triangular for meta in metas) and not self.giving_way,
+            triangular=all(meta.triangular for meta in metas) and not self.null_space,
             algorithm=first.algorithm,
             basis_seed=first.basis_seed,
             basis_fingerprint=fingerprint(digests, first.basis_rank, first.algorithm, first.basis_seed),
-            **collected(self.parts, self.giving_way),
+            **collected(self.parts, self.null_space),
         )
         deltas = {name: delta(name, metadata.columns_in(shape), math.prod(shape[1:])) for name, shape in shapes.items()}
         name, marks = joined((a.name for a, _ in self.parts), "+"), union(adapter.marks for adapter, _ in self.parts)
@@ -115,7 +113,7 @@ class Composition:
         return check_sum(total.float(), parts, layer)
 
     def energy_kept(self) -> float:
-        """‖Σ λᵢ ΔWᵢ‖² of what the parts keep, as a share of the same of the whole parts; 1 without giving way."""
+        """‖Σ λᵢ ΔWᵢ‖² after null-space projection, as a share of the plain sum's; 1 at strength 0."""
         sums = [composition.adapter() for composition in (self, Composition(self.parts))]
         kept, whole = (sum(float(d.double().square().sum()) for d in one.deltas.values()) for one in sums)
         return kept / whole if whole else 1.0

@@ -13,12 +13,12 @@ from torch import Tensor
 from qrlora.errors import MismatchError
 from qrlora.method.adapter.record import Adapter, AdapterMetadata
 from qrlora.method.basis import Basis
+from qrlora.method.composition.null_space import project
 from qrlora.method.composition.parts import (
     called,
     check_sum,
     check_weights,
     collected,
-    giving_way,
     joined,
     known_up,
     scaled_down,
@@ -30,7 +30,7 @@ from qrlora.method.composition.parts import (
 class TruncationLoss:
     """What cutting Σ λᵢ ΔWᵢ back to a rank lost: its share of ‖Σ λᵢ ΔWᵢ‖²_F, per layer and in total (0 to 1).
 
-    `energy_kept` is what parts that give way leave of ‖Σ λᵢ ΔWᵢ‖²_F before the cut, 1 if they do not.
+    `energy_kept` is the share of ‖Σ λᵢ ΔWᵢ‖²_F that null-space projection left before the cut, 1 at strength 0.
     `other_weights` lists the layers whose base weights differ between the parts: there the sum is of changes to
     different matrices, and only pictures can tell whether it still means anything.
     """
@@ -53,14 +53,15 @@ class TruncationLoss:
 
 
 def compose_delta_weights(
-    parts: Sequence[tuple[Adapter, float]], bases: Sequence[Basis | None], rank: int, share: float = 0.0
+    parts: Sequence[tuple[Adapter, float]], bases: Sequence[Basis | None], rank: int, null_space: float = 0.0
 ) -> tuple[Adapter, TruncationLoss]:
     """Sum ΔW of any adapters; the sum as the nearest plain LoRA of `rank` (truncated SVD: Eckart and Young, 1936).
 
     For adapters on different bases, and for plain LoRA. `bases` has one entry per part: the basis of an adapter that
     stands on one, None for one that carries its own ups. ΔW is never formed: QR of the stacked factors, SVD of a core.
-    share: what each ΔWᵢ gives up of what it reads where the others read, 0 to 1, as a `Composition`'s parts do.
-    Raises MismatchError if families or weight shapes differ, a basis is missing or another one, or for another share.
+    null_space: strength of the null-space projection of the ΔWᵢ, 0 to 1, as in `Composition`.
+    Raises MismatchError if families or weight shapes differ, a basis is missing or another one, or the strength is not
+    from 0 to 1.
     """
     check_weights(parts)
     if rank < 1 or len(bases) != len(parts):
@@ -71,14 +72,14 @@ def compose_delta_weights(
             _check_has_basis(adapter, basis)
     _check_same_model(parts)
     shapes = union(adapter.shapes for adapter, _ in parts)
-    less = giving_way(parts, share)
+    projected = project(parts, null_space)
     deltas, ups, kept, lost, uncut = {}, {}, {}, {}, 0.0
     for name in shapes:
-        up, down = _stacked(less, bases, name)
+        up, down = _stacked(projected, bases, name)
         ups[name], deltas[name], kept[name], lost[name] = _truncated(up, check_sum(down, parts, name), rank)
         check_sum(deltas[name], parts, name)
-        uncut += _energy(*_stacked(parts, bases, name)) if share else 0.0
-    metadata = AdapterMetadata(method="lora", rank=rank, alpha=float(rank), **collected(parts, share))
+        uncut += _energy(*_stacked(parts, bases, name)) if null_space else 0.0
+    metadata = AdapterMetadata(method="lora", rank=rank, alpha=float(rank), **collected(parts, null_space))
     cut = {name: lost[name] / max(kept[name] + lost[name], 1e-300) for name in shapes}
     whole = sum(kept.values()) + sum(lost.values())
     left = whole / uncut if uncut else 1.0

@@ -21,7 +21,7 @@ from PIL import Image, ImageDraw, ImageFont
 from qrlora._tensor_file import note
 from qrlora.errors import DataError, MismatchError, PictureError
 from qrlora.method.adapter import Adapter, attach, remove_adapters
-from qrlora.method.composition import Composition, Live, giving_way
+from qrlora.method.composition import Composition, Live, project
 from qrlora.method.composition.parts import check_weights, on_one_basis
 from qrlora.models.families import ModelFamily, size_unit
 
@@ -96,7 +96,7 @@ def weight_grid(
     *,
     row_weights: Sequence[float],
     column_weights: Sequence[float],
-    share: float = 0.0,
+    null_space: float = 0.0,
     seed: int = 0,
     steps: int | None = None,
     guidance: float | None = None,
@@ -105,20 +105,20 @@ def weight_grid(
 ) -> Image.Image:
     """One labelled picture: a prompt and seed at every pair of weights of two adapters. Errors: as `generate`.
 
-    share: what they give up to each other, where neither's weight is 0.
+    null_space: strength of their null-space projection, applied where neither weight is 0.
     """
     for adapter, weights in ((rows, row_weights), (columns, column_weights)):
         check_weights([(adapter, weight) for weight in weights])
     denoiser: Any = family.denoiser_of(pipe)
     cells: list[list[Image.Image]] = []
     pair = [(rows, 1.0), (columns, 1.0)]
-    kept = giving_way(pair, share) if share else []
-    with attached(pipe, family, pair + kept) as names:
+    projected = project(pair, null_space) if null_space else []
+    with attached(pipe, family, pair + projected) as names:
         for row_weight in row_weights:
             cells.append([])
             for column_weight in column_weights:
                 weights, off = [row_weight, column_weight], [0.0, 0.0]
-                if kept:
+                if projected:
                     weights = off + weights if row_weight and column_weight else weights + off
                 denoiser.set_adapters(names, weights)
                 cells[-1] += one_batch(pipe, family, [(prompt, seed)], steps, guidance, resolution)
@@ -135,13 +135,13 @@ def weight_grid(
 
 @dataclass(frozen=True)
 class Request:
-    """One picture: its prompt, its seed, the weights of the adapters it is made with, by name ({} for none), and what
-    share they give up to one another."""
+    """One picture: its prompt, its seed, the weights of the adapters it is made with, by name ({} for none), and the
+    strength of their null-space projection."""
 
     prompt: str
     seed: int
     composition: Mapping[str, float]
-    giving_way: float = 0.0
+    null_space: float = 0.0
 
 
 def generate_mixed(
@@ -167,7 +167,7 @@ def generate_mixed(
 
     Raises:
         MismatchError: `live` is on another denoiser, a request names an adapter that it lacks, or a weight that is no
-            finite number, or a share that is not from 0 to 1.
+            finite number, or a strength that is not from 0 to 1.
         DataError, PictureError: as `generate`. One request's numbers never reach another's picture.
     """
     if live.denoiser is not family.denoiser_of(pipe):
@@ -177,9 +177,9 @@ def generate_mixed(
     jobs = [(request.prompt, request.seed) for request in requests]
     for start in range(0, len(requests), batch_size):
         batch = requests[start : start + batch_size]
-        rows = [(request.composition, request.giving_way) for request in batch]
-        compositions, shares = zip(*(rows[:1] if all(row == rows[0] for row in rows) else rows), strict=True)
-        live.compose(compositions, shares)
+        rows = [(request.composition, request.null_space) for request in batch]
+        compositions, strengths = zip(*(rows[:1] if all(row == rows[0] for row in rows) else rows), strict=True)
+        live.compose(compositions, strengths)
         images += _batch(pipe, family, jobs[start : start + batch_size], steps, guidance, resolution, on_step)
     return _whole(images, jobs)
 

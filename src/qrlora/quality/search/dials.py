@@ -23,7 +23,7 @@ from qrlora._files import make_folder, write_all
 from qrlora.errors import DataError, MismatchError
 from qrlora.method.adapter import Adapter
 from qrlora.method.basis import fingerprint
-from qrlora.method.composition import Live, giving_way
+from qrlora.method.composition import Live, project
 from qrlora.method.composition.parts import on_one_basis
 from qrlora.models.families import ModelFamily
 from qrlora.models.generation import Request, generate_jobs, generate_mixed
@@ -90,10 +90,10 @@ def painting(
     dials: Mapping[str, Adapter],
     batch_size: int,
     sampling: Mapping[str, Any],
-    share: float = 0.0,
+    null_space: float = 0.0,
 ) -> Iterator[Paint]:
-    """What makes pictures at any weights of these adapters, in the order of the dials, while the block lasts; they give
-    up `share` to one another.
+    """What makes pictures at any weights of these adapters, in the order of the dials, while the block lasts, after
+    null-space projection of this strength.
 
     On one basis a batch holds different weights, and turning them costs nothing (composition.Live); other adapters
     lie side by side, a batch for each position.
@@ -103,7 +103,7 @@ def painting(
         with Live(denoiser, dials) as live:
 
             def mixed(jobs: Jobs) -> list[Image.Image]:
-                requests = [Request(p, s, dict(zip(dials, weights, strict=True)), share) for weights, p, s in jobs]
+                requests = [Request(p, s, dict(zip(dials, weights, strict=True)), null_space) for weights, p, s in jobs]
                 return generate_mixed(pipe, family, requests, live, batch_size=batch_size, **sampling)
 
             yield mixed
@@ -112,9 +112,9 @@ def painting(
     def alone(jobs: Jobs) -> list[Image.Image]:
         images: list[Image.Image] = []
         for weights, same in itertools.groupby(jobs, key=lambda job: job[0]):
-            kept = giving_way(list(zip(dials.values(), weights, strict=True)), share)
+            projected = project(list(zip(dials.values(), weights, strict=True)), null_space)
             asked = [(prompt, seed) for _, prompt, seed in same]
-            images += generate_jobs(pipe, family, asked, adapters=kept, batch_size=batch_size, **sampling)
+            images += generate_jobs(pipe, family, asked, adapters=projected, batch_size=batch_size, **sampling)
         return images
 
     yield alone

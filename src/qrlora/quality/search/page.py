@@ -148,9 +148,9 @@ def _columns(points: Sequence[Scores]) -> tuple[list[float], list[float]]:
     return [point[0] for point in points], [point[1] for point in points]
 
 
-def command(parts: Sequence[tuple[str, float]], prompt: str, model: str, share: float = 0.0) -> str:
-    """What makes a picture at these weights, of adapters that give up this share to one another."""
+def command(parts: Sequence[tuple[str, float]], prompt: str, model: str, null_space: float = 0.0) -> str:
+    """The command that makes a picture at these weights and this strength of null-space projection."""
     adapters = " ".join(f"--adapter {shlex.quote(f'{path}:{weight:g}')}" for path, weight in parts)
     base = "" if model == "pico" else f" --model {shlex.quote(model)}"
-    adapters += f" --give-way {share:g}" if share else ""
+    adapters += f" --null-space {null_space:g}" if len(parts) > 1 else ""  # also 0, which may not be the default
     return f"qrlora generate {adapters} --prompt {shlex.quote(prompt)}{base}"
