@@ -12,7 +12,7 @@ from PIL import Image
 
 from qrlora.method.adapter import Adapter, AdapterMetadata
 from qrlora.method.adapter.record import triangular_mask
-from qrlora.method.basis import Basis, fingerprint, marks
+from qrlora.method.basis import Basis, fingerprint, sketch
 
 EPS = torch.finfo(torch.float32).eps
 NETWORK = 2048
@@ -63,8 +63,8 @@ def make_adapter(
         basis_fingerprint=fingerprint(digests, basis.rank, basis.algorithm, basis.seed),
         **{"family": "sd3", "base_model": "tiny", **fields},
     )
-    known = {name: marks(basis[name].q) for name in shapes}
-    return Adapter(metadata, deltas, dict(shapes), digests, marks=known)
+    known = {name: sketch(basis[name].q) for name in shapes}
+    return Adapter(metadata, deltas, dict(shapes), digests, sketches=known)
 
 
 def make_lora(rank: int = 3, *, seed: int = 2, alpha: float | None = None, **fields: Any) -> Adapter:

@@ -68,8 +68,7 @@ if TYPE_CHECKING:
     from qrlora.method.adapter import Adapter, AdapterMetadata, load_adapter, save_adapter
     from qrlora.method.adapter.attach import adapter_from_model, attach, basis_of
     from qrlora.method.basis import Basis, LayerBasis, layer_basis
-    from qrlora.method.composition import Composition, Live, compose_delta_weights
-    from qrlora.method.composition.similarity import similarity
+    from qrlora.method.composition import Composition, Live, compose_delta_weights, similarity
     from qrlora.method.tuner import QRLoraConfig, QRLoraModel
     from qrlora.models.exchange import export_adapter, extract_lora, import_file, load_any, project
     from qrlora.models.families import FAMILIES, load_pipeline

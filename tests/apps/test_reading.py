@@ -23,6 +23,7 @@ from PIL import EpsImagePlugin, Image, ImageFile, features
 from starlette.requests import Request
 
 import qrlora
+from qrlora._files import default_cache_dir
 from qrlora._reading import parse_json, parsing, read_text, read_toml
 from qrlora.apps.cli import main
 from qrlora.apps.cli.serve import _api_keys
@@ -32,7 +33,6 @@ from qrlora.apps.serving.engine import Shelf
 from qrlora.apps.serving.names import composition_of
 from qrlora.errors import AdapterFileError, BrandError, DataError, OutputError, QrloraError, RecipeError, RequestError
 from qrlora.method.adapter import load_adapter, save_adapter
-from qrlora.method.basis import default_cache_dir
 from qrlora.models.training.dataset import SUFFIXES, Source, find_pictures, load_examples
 from qrlora.models.training.pictures import LARGEST_FILE, LARGEST_PICTURE, open_picture
 from qrlora.models.training.recipe import Recipe

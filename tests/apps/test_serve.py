@@ -40,7 +40,8 @@ from qrlora.apps.serving.names import composition_of
 from qrlora.apps.serving.protocol import Event, Facts, Made, Picture, Refused, Settings, Step
 from qrlora.errors import DataError, QrloraError, RequestError
 from qrlora.method.adapter import Adapter, adapter_from_model, load_adapter, remove_adapters, save_adapter
-from qrlora.method.composition import Composition, default_strength, project
+from qrlora.method.composition import Composition, default_strength, project_out
+from qrlora.models.exchange import load_any
 from qrlora.models.families import load_pipeline
 from qrlora.models.generation import generate
 from qrlora.models.training.loop import peft_config
@@ -169,7 +170,7 @@ def opened(text: str) -> np.ndarray:
 def alone(loaded: Any, shelf: Path, prompt: str, seed: int, weights: dict[str, float], **options: Any) -> np.ndarray:
     """The picture that `qrlora generate` makes."""
     adapters = [(load_adapter(shelf / f"{name}.safetensors"), weight) for name, weight in weights.items()]
-    adapters = project(adapters, default_strength([adapter for adapter, _ in adapters]))
+    adapters = project_out(adapters, default_strength([adapter for adapter, _ in adapters]))
     return np.array(generate(*loaded, [prompt], [seed], adapters=adapters, **{**SHORT, **options})[0]).astype(int)
 
 
@@ -286,7 +287,7 @@ def test_served_generated_and_composed_pictures_are_the_same_at_any_strength(
         return opened(ask(url, composition=weights, seed=4, **more).json()["data"][0]["b64_json"])
 
     composed = {c: made([(Composition(parts, c).adapter(), 1.0)]) for c in (0.0, 0.5, 1.0)}
-    assert all(close(made(project(parts, c)), picture) for c, picture in composed.items())
+    assert all(close(made(project_out(parts, c)), picture) for c, picture in composed.items())
     with serving(engine) as (url, _):
         assert all(close(served(url, null_space=c), picture) for c, picture in composed.items())
         assert close(served(url), composed[0.5]) and not close(served(url), composed[0.0])
@@ -394,12 +395,12 @@ def test_a_reader_that_fails_in_an_unknown_way_leaves_that_file_out(
     for name in ("mug", "odd"):
         save_adapter(make_adapter(loaded, "subject"), tmp_path / f"{name}.safetensors")
 
-    def fails(path: Path) -> Adapter:
+    def fails(path: Path, **options: Any) -> Adapter:
         if path.stem == "odd":
             raise KeyError("a secret")
-        return load_adapter(path)
+        return load_any(path, **options)
 
-    monkeypatch.setattr("qrlora.apps.serving.engine.load_adapter", fails)
+    monkeypatch.setattr("qrlora.apps.serving.engine.load_any", fails)
     with contextlib.closing(Engine(str(tiny_sd3), tmp_path)) as engine:
         facts = asyncio.run(engine.facts())
     assert set(facts.adapters) == {"mug"} and facts.left_out == {"odd": "its file cannot be read (KeyError)"}

@@ -29,7 +29,7 @@ from qrlora.method.adapter import Adapter, adapter_from_model, attach, load_adap
 from qrlora.method.adapter.attach import base_weights
 from qrlora.method.adapter.file import pack, unpack
 from qrlora.method.adapter.record import triangular_mask
-from qrlora.method.basis import TURNED, VERSIONS, Basis, fingerprint, marks, turned
+from qrlora.method.basis import TURNED, VERSIONS, Basis, fingerprint, sketch, turned
 from qrlora.method.composition import Composition, similarity
 from qrlora.method.tuner import QRLoraConfig
 from samples import NETWORK, SHAPES, assert_rounded, changed, delta_weights, make_adapter, make_basis, make_lora
@@ -44,7 +44,7 @@ def assert_equal(one: Adapter, two: Adapter) -> None:
     """Bit for bit the same adapter, names aside."""
     assert one.metadata == two.metadata
     assert (one.shapes, one.digests, set(one.deltas)) == (two.shapes, two.digests, set(two.deltas))
-    assert one.marks == two.marks
+    assert one.sketches == two.sketches
     assert all(torch.equal(one.deltas[name], two.deltas[name]) for name in one.deltas)
     assert (one.ups is None) == (two.ups is None)
     assert all(torch.equal(one.ups[name], two.ups[name]) for name in one.ups or {})
@@ -125,14 +125,14 @@ def test_a_q_that_came_out_otherwise_is_refused(basis):
         if refused:
             with pytest.raises(MismatchError, match="another Q than it was trained on"):
                 adapter.check_basis(moved)
-            with pytest.raises(MismatchError, match="marks_of_q"):
+            with pytest.raises(MismatchError, match="sketches_of_q"):
                 Composition([(adapter, 1.0), (other, 1.0)])
         else:
             adapter.check_basis(moved)
             Composition([(adapter, 1.0), (other, 1.0)])
 
 
-def test_marks_estimate_how_far_columns_turned():
+def test_sketches_estimate_how_far_columns_turned():
     generator = torch.Generator().manual_seed(0)
     q = torch.linalg.qr(torch.randn(200, 16, generator=generator)).Q
     for size in (1e-3, 1e-2, 0.3):
@@ -140,9 +140,9 @@ def test_marks_estimate_how_far_columns_turned():
         for _ in range(64):
             moved = torch.linalg.qr(q + size * torch.randn(200, 16, generator=generator) / 200**0.5).Q
             moved *= torch.where((moved * q).sum(0) < 0, -1.0, 1.0)
-            found.append(turned(marks(q), marks(moved)) / float((q - moved).norm() / 4))
+            found.append(turned(sketch(q), sketch(moved)) / float((q - moved).norm() / 4))
         assert 0.7 < sum(found) / len(found) < 1.2  # of three numbers: their mean square is what is unbiased
-    assert marks(q) == marks(q.double()) and turned(marks(q), marks(q.bfloat16())) < TURNED / 3
+    assert sketch(q) == sketch(q.double()) and turned(sketch(q), sketch(q.bfloat16())) < TURNED / 3
 
 
 @pytest.mark.parametrize(
@@ -154,15 +154,15 @@ def test_marks_estimate_how_far_columns_turned():
         ((6, 2), (-1.4836, -0.91507, -0.69497)),
     ],
 )
-def test_marks_are_those_that_files_hold(shape, frozen):
-    """Columns of the identity, whose marks are sums that no library rounds differently."""
-    assert marks(torch.eye(*shape)) == frozen
+def test_sketches_are_those_that_files_hold(shape, frozen):
+    """Columns of the identity, whose sketches are sums that no library rounds differently."""
+    assert sketch(torch.eye(*shape)) == frozen
 
 
-def test_an_adapter_file_without_marks_is_still_read(basis, tmp_path):
-    adapter = dataclasses.replace(make_adapter(basis), marks={})
+def test_an_adapter_file_without_sketches_is_still_read(basis, tmp_path):
+    adapter = dataclasses.replace(make_adapter(basis), sketches={})
     save_adapter(adapter, tmp_path / "a.safetensors")
-    assert load_adapter(tmp_path / "a.safetensors").marks == {}
+    assert load_adapter(tmp_path / "a.safetensors").sketches == {}
 
 
 # Files
@@ -517,9 +517,9 @@ def test_a_denoiser_whose_q_came_out_otherwise_is_refused_and_left_untouched():
     model, inputs, targets = build("sd3")
     model.add_adapter(QRLoraConfig(r=4, target_modules=targets, init_lora_weights=False), "a")
     adapter = adapter_from_model(model, "a")
-    assert set(adapter.marks) == set(adapter.deltas)
-    first = next(iter(adapter.marks))
-    strange = dataclasses.replace(adapter, marks={**adapter.marks, first: (1.0, 2.0, 3.0)})
+    assert set(adapter.sketches) == set(adapter.deltas)
+    first = next(iter(adapter.sketches))
+    strange = dataclasses.replace(adapter, sketches={**adapter.sketches, first: (1.0, 2.0, 3.0)})
     config = QRLoraConfig(r=2, target_modules=targets)
     bare, wrapped = build("sd3")[0], get_peft_model(build("sd3")[0], config, "other")
     for fresh in (bare, wrapped):

@@ -20,16 +20,16 @@ from torch import Tensor
 from qrlora._files import write_atomically
 from qrlora._tensor_file import packed_entry
 from qrlora.errors import BasisError
-from qrlora.method import basis as basis_module
 from qrlora.method.basis import (
     TURNED,
     VERSIONS,
     Basis,
     cache_path,
     cached_layer_basis,
+    factor,
     fingerprint,
     layer_basis,
-    marks,
+    sketch,
     turned,
     verify,
     version_of,
@@ -74,7 +74,7 @@ def moved_by_rounding(weight: Tensor, rank: int, algorithm: str = "fast") -> flo
 
 def assert_orthonormal(q: Tensor) -> None:
     """To what `verify` promises."""
-    assert basis_module._off_orthonormal(q) <= basis_module._ORTHONORMAL
+    assert factor.off_orthonormal(q) <= factor._ORTHONORMAL
 
 
 def best_energy(weight: Tensor, rank: int) -> float:
@@ -174,7 +174,7 @@ def test_fast_keeps_the_energy_whatever_the_spectrum(spectrum):
 @pytest.mark.parametrize("spectrum", ["white noise", "i^-0.1", "i^-0.5", "i^-1", "outliers"])
 def test_the_stopping_rule_bounds_what_is_missing(spectrum, tolerance, monkeypatch):
     """Energy to the tolerance, and angles, where singular values differ, to about its square root."""
-    monkeypatch.setattr(basis_module, "_GAIN", tolerance)
+    monkeypatch.setattr(factor, "_GAIN", tolerance)
     weight = sloping(spectrum)
     found, best = layer_basis(weight, 16), layer_basis(weight, 16, algorithm="exact")
     assert 1 - found.energy / best.energy <= tolerance
@@ -183,8 +183,8 @@ def test_the_stopping_rule_bounds_what_is_missing(spectrum, tolerance, monkeypat
 
 def test_the_number_of_steps_follows_the_residual(monkeypatch):
     extended: list[int] = []
-    extend = basis_module._extend
-    monkeypatch.setattr(basis_module, "_extend", lambda space, *a: extended.append(len(space)) or extend(space, *a))
+    extend = factor._extend
+    monkeypatch.setattr(factor, "_extend", lambda space, *a: extended.append(len(space)) or extend(space, *a))
     calls = []
     for spectrum in ("i^-2", "i^-0.5", "i^-0.1"):
         extended.clear()
@@ -195,7 +195,7 @@ def test_the_number_of_steps_follows_the_residual(monkeypatch):
 
 def test_a_slope_too_flat_for_the_iteration_gets_the_full_decomposition(monkeypatch):
     weight = sloping("i^-0.1")
-    monkeypatch.setattr(basis_module, "_GAIN", -1.0)
+    monkeypatch.setattr(factor, "_GAIN", -1.0)
     fast = layer_basis(weight, 16)
     assert torch.equal(fast.q, layer_basis(weight, 16, algorithm="exact").q)
 
@@ -215,9 +215,7 @@ def test_fast_never_factors_anything_as_large_as_the_weight(monkeypatch):
     assert 16 < max(factored) <= 6 * 24
 
 
-DENOISER = (
-    Path(basis_module.__file__).parents[2] / "pico/weights/pipeline/transformer/diffusion_pytorch_model.safetensors"
-)
+DENOISER = Path(factor.__file__).parents[2] / "pico/weights/pipeline/transformer/diffusion_pytorch_model.safetensors"
 
 
 def test_fast_keeps_the_energy_of_a_denoisers_real_weights():
@@ -273,12 +271,12 @@ def test_a_basis_that_another_processor_cached_is_ours(tmp_path: Path, monkeypat
     command = [sys.executable, "-c", ELSEWHERE, str(tmp_path / "weights.safetensors"), str(tmp_path / "there")]
     said = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
     here = Basis.of(weights, 16, cache_dir=tmp_path / "here")
-    monkeypatch.setattr(basis_module, "_orthonormal_columns", lambda *_: pytest.fail("computed again"))
+    monkeypatch.setattr(factor, "orthonormal_columns", lambda *_: pytest.fail("computed again"))
     there = Basis.of(weights, 16, cache_dir=tmp_path / "there")
     assert len(weights) > 8 and said.split()[-1] == here.fingerprint == there.fingerprint
     for name in weights:
         verify(weights[name], there[name], name)
-        assert turned(marks(here[name].q), marks(there[name].q)) < TURNED / 10, name
+        assert turned(sketch(here[name].q), sketch(there[name].q)) < TURNED / 10, name
 
 
 def test_the_precision_that_a_caller_allows_its_own_products_does_not_reach_q():
@@ -325,8 +323,8 @@ def test_fast_depends_on_its_seed_alone_and_leaves_the_global_random_state():
 
 def test_fast_really_iterates_in_these_tests(monkeypatch):
     calls = []
-    krylov = basis_module._block_krylov
-    monkeypatch.setattr(basis_module, "_block_krylov", lambda *a: calls.append(a) or krylov(*a))
+    krylov = factor._block_krylov
+    monkeypatch.setattr(factor, "_block_krylov", lambda *a: calls.append(a) or krylov(*a))
     layer_basis(gaussian(480, 480), 16)
     assert len(calls) == 1
 
@@ -432,7 +430,7 @@ def test_a_second_basis_of_the_same_model_computes_nothing(private_cache: Path, 
     def forbidden(*_):
         raise AssertionError("computed again")
 
-    monkeypatch.setattr(basis_module, "_orthonormal_columns", forbidden)
+    monkeypatch.setattr(factor, "orthonormal_columns", forbidden)
     second = Basis.of({name: weight.double() for name, weight in weights.items()}, 3)
     assert second.fingerprint == first.fingerprint
     for name in weights:

@@ -15,7 +15,7 @@ from qrlora.errors import MismatchError
 from qrlora.lab.baselines.deltas import Delta
 from qrlora.lab.baselines.merges import null_space
 from qrlora.method.basis import Basis, fingerprint
-from qrlora.method.composition import Composition, compose_delta_weights, default_strength, project, similarity
+from qrlora.method.composition import Composition, compose_delta_weights, default_strength, project_out, similarity
 from samples import EPS, SHAPES, assert_rounded, changed, delta_weights, make_adapter, make_basis, make_lora
 
 EVEN, ODD = (0, 2, 4, 6), (1, 3, 5, 7)
@@ -113,7 +113,7 @@ def test_projection_is_the_lab_s_and_stays_on_the_basis(basis):
     assert_same({n: d.float() for n, d in delta_weights(composed, basis).items()}, expected)
     assert composed.metadata.provenance["null_space"] == 0.5 and not composed.metadata.triangular
     assert set(composed.metadata.columns) == {*EVEN, *ODD}
-    kept = project(parts, 0.5)
+    kept = project_out(parts, 0.5)
     assert [weight for _, weight in kept] == [weight for _, weight in parts]
     assert not any(part.metadata.triangular for part, _ in kept) and kept[0][0].metadata.columns == EVEN
     summed = Composition([(kept[0][0], 0.3), (kept[1][0], 2.0)]).adapter()
@@ -147,7 +147,7 @@ def test_at_strength_zero_the_composition_is_the_exact_sum(basis):
         for adapter, weight in parts:
             rows = [composed.columns(name).index(column) for column in adapter.columns(name)]
             assert torch.equal(delta[rows], (weight * adapter.scaling * adapter.deltas[name].double()).float())
-    assert project(parts, 0.0) == parts and composed.metadata.triangular
+    assert project_out(parts, 0.0) == parts and composed.metadata.triangular
 
 
 def test_only_a_subject_with_a_style_is_projected_by_default(basis):
@@ -332,7 +332,7 @@ def test_an_adapter_at_weight_zero_takes_nothing_from_a_plain_lora(basis):
     narrow = {name: (shape[0], 5) for name, shape in two.shapes.items()}
     other = dataclasses.replace(two, shapes=narrow, deltas={name: delta[:, :5] for name, delta in two.deltas.items()})
     with pytest.raises(MismatchError, match="other inputs of"):
-        project([(one, 1.0), (other, 1.0)], 0.5)
+        project_out([(one, 1.0), (other, 1.0)], 0.5)
 
 
 def test_cutting_back_to_a_rank_is_the_best_cut_and_says_what_it_lost(basis):

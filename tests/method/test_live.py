@@ -20,6 +20,7 @@ from denoisers import build, predict
 from qrlora.errors import MismatchError, TunerError
 from qrlora.method.adapter import Adapter, adapter_from_model, attach, remove_adapters
 from qrlora.method.composition import Composition, Live
+from qrlora.method.composition.batched import batched
 from qrlora.method.tuner import QRLoraConfig, QRLoraLayer
 from qrlora.models.families import load_pipeline
 from qrlora.models.generation import Request, generate, generate_mixed
@@ -262,7 +263,7 @@ def test_a_layer_is_linear_in_the_weights(kind: str, table: list[list[float]], t
     make, shape = LAYERS[kind]
     config = QRLoraConfig(r=3, target_modules="0", columns="style", triangular=False, init_lora_weights=False)
     layer: Any = adapted(make(), config)
-    delta = layer.lora_A["default"]
+    delta = layer.lora_A["default"] = batched(layer.lora_A["default"])
     weights = torch.tensor(table)
     n, k = weights.shape
     several = torch.randn(k, 3, delta.weight[0].numel())

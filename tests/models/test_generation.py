@@ -13,7 +13,7 @@ from PIL import Image
 
 from qrlora.errors import DataError, MismatchError
 from qrlora.method.adapter import Adapter, adapter_from_model, remove_adapters
-from qrlora.method.composition import project
+from qrlora.method.composition import project_out
 from qrlora.models.families import load_pipeline
 from qrlora.models.generation import _labels, generate, labelled_grid, weight_grid
 from qrlora.models.training.loop import peft_config
@@ -77,7 +77,7 @@ def test_in_a_grid_adapters_are_projected_where_neither_is_absent(loaded) -> Non
     options: dict[str, Any] = {"row_weights": [1.0], "seed": 3, **STEPS}
     for weight, changed in ((20.0, True), (0.0, False)):
         pairs = list(zip(parts, (1.0, weight), strict=True))
-        kept = project(pairs, 1.0)
+        kept = project_out(pairs, 1.0)
         expected, summed = (generate(*loaded, ["a mug"], [3], adapters=one, **STEPS)[0] for one in (kept, pairs))
         grid = weight_grid(*loaded, "a mug", *parts, column_weights=[weight], null_space=1.0, **options)
         assert close(expected, cell(grid)) and close(expected, summed) != changed
@@ -87,7 +87,7 @@ def test_adapters_of_two_kinds_come_in_any_order(loaded) -> None:
     mug, plain = adapter(loaded, "subject"), adapter(loaded, "style", method="lora")
     options: dict[str, Any] = {"row_weights": [0.7], "column_weights": [0.7], "seed": 3, **STEPS}
     for strength in (0.0, 1.0):
-        pairs = project([(mug, 0.7), (plain, 0.7)], strength)
+        pairs = project_out([(mug, 0.7), (plain, 0.7)], strength)
         first = generate(*loaded, ["a mug"], [3], adapters=pairs, **STEPS)[0]
         assert close(first, generate(*loaded, ["a mug"], [3], adapters=pairs[::-1], **STEPS)[0])
         for parts in ((mug, plain), (plain, mug)):

@@ -18,8 +18,8 @@ from safetensors.torch import load_file, save_file
 from conftest import build_tiny_flux, build_tiny_sd3
 from qrlora.apps.cli import main
 from qrlora.errors import ModelError, TunerError
-from qrlora.method import basis as basis_module
 from qrlora.method.adapter import load_adapter
+from qrlora.method.basis import factor
 from qrlora.models import families, stored
 from qrlora.models.stored import stored_weights
 
@@ -61,7 +61,7 @@ def test_training_after_it_computes_no_basis(
         forbid(patch, families, "load_pipeline")
         report = said(capsys, tiny_sd3, "--rank", "2", *options)
     assert report["rank"] == (5 if "--basis-rank" in options else 4) and report["computed"] == len(report["layers"])
-    forbid(monkeypatch, basis_module, "_orthonormal_columns")
+    forbid(monkeypatch, factor, "orthonormal_columns")
     train(tiny_sd3, "--rank", "2", *options)
     adapter = load_adapter(Path("mug.safetensors"))
     assert adapter.metadata.basis_fingerprint == report["fingerprint"] and set(adapter.deltas) == set(report["layers"])
@@ -72,7 +72,7 @@ def test_training_pico_after_it_computes_no_basis(
 ) -> None:
     report = said(capsys)
     assert report["rank"] == 32 and report["family"] == "sd3" and len(report["layers"]) > 60
-    forbid(monkeypatch, basis_module, "_orthonormal_columns")
+    forbid(monkeypatch, factor, "orthonormal_columns")
     train("pico")
     assert load_adapter(Path("mug.safetensors")).metadata.basis_fingerprint == report["fingerprint"]
 
@@ -92,7 +92,7 @@ def test_every_layer_is_verified_and_reported(tiny_sd3: Path, capsys: pytest.Cap
 def test_an_interrupted_run_goes_on_where_it_stopped(
     number: signal.Signals, tiny_sd3: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    columns, calls = basis_module._orthonormal_columns, []
+    columns, calls = factor.orthonormal_columns, []
 
     def interrupted(*arguments: Any) -> torch.Tensor:
         calls.append(arguments)
@@ -101,7 +101,7 @@ def test_an_interrupted_run_goes_on_where_it_stopped(
         return columns(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(basis_module, "_orthonormal_columns", interrupted)
+        patch.setattr(factor, "orthonormal_columns", interrupted)
         assert main(["basis", str(tiny_sd3), "--rank", "2"]) == 128 + number
     assert "5 of 21 layers are kept" in capsys.readouterr().err
     report = said(capsys, tiny_sd3, "--rank", "2")

@@ -18,7 +18,7 @@ from qrlora.apps.cli.tune import default_prompt
 from qrlora.errors import DataError, MismatchError, QrloraError
 from qrlora.method.adapter import load_adapter
 from qrlora.method.basis import Basis
-from qrlora.method.composition import Composition, project
+from qrlora.method.composition import Composition, project_out
 from qrlora.models.families import load_pipeline
 from qrlora.models.generation import generate
 from qrlora.pico import world
@@ -291,7 +291,7 @@ def test_what_is_painted_is_what_generate_makes(
     with painting(pipe, family, adapters, 2, {"steps": 2}, strength) as paint:
         painted = [np.asarray(image).astype(int) for image in paint(jobs)]
     for (weights, prompt, seed), found in zip(jobs, painted, strict=True):
-        weighted = project(list(zip(adapters.values(), weights, strict=True)), strength)
+        weighted = project_out(list(zip(adapters.values(), weights, strict=True)), strength)
         alone = generate(pipe, family, [prompt], [seed], adapters=weighted, steps=2)[0]
         assert np.abs(found - np.asarray(alone)).max() <= 1
     assert np.abs(painted[0] - painted[2]).max() > 1

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from qrlora._files import default_cache_dir
 from qrlora.apps.cli.shared import MODEL_HELP, Bar, Parsers, command, count
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ def run_basis(options: argparse.Namespace) -> None:
     """Compute or find Q of every layer, check it, and say so."""
     import torch
 
-    from qrlora.method.basis import VERSIONS, clipped_rank, clipping, default_cache_dir, fingerprint
+    from qrlora.method.basis import VERSIONS, clipped_rank, clipping, fingerprint
     from qrlora.method.tuner.config import least_basis_rank, resolve_columns
     from qrlora.models.families import default_device
     from qrlora.models.stored import stored_weights

@@ -246,12 +246,12 @@ def _made(
 
     from qrlora._files import write_all
     from qrlora.apps.cli.generate import described_png, picture_file
-    from qrlora.method.composition import project
+    from qrlora.method.composition import project_out
     from qrlora.models.families import load_pipeline
     from qrlora.models.generation import generate
     from qrlora.quality.images.read import read
 
-    adapters, seeds = project(loaded, strength), seeds_of(options)
+    adapters, seeds = project_out(loaded, strength), seeds_of(options)
     pipe, family = load_pipeline(options.model, dtype=getattr(torch, options.dtype))
     sampling = {name: getattr(options, name) for name in ("steps", "guidance", "resolution", "batch_size")}
     images = iter(

@@ -75,7 +75,7 @@ def run_generate(options: argparse.Namespace) -> None:
     _say_projected(options, adapters)
     import torch
 
-    from qrlora.method.composition import project
+    from qrlora.method.composition import project_out
     from qrlora.models.families import load_pipeline
     from qrlora.models.generation import generate, weight_grid
 
@@ -90,7 +90,7 @@ def run_generate(options: argparse.Namespace) -> None:
         common["null_space"] = options.null_space
         images = [weight_grid(pipe, family, options.prompt[0], rows, columns, **common)]
     else:
-        common |= {"adapters": project(adapters, options.null_space), "batch_size": options.batch_size}
+        common |= {"adapters": project_out(adapters, options.null_space), "batch_size": options.batch_size}
         try:
             images = generate(pipe, family, options.prompt, seeds, **common)
         except PictureError as error:

@@ -28,7 +28,7 @@ from qrlora.apps.demo.plan import (
 )
 from qrlora.lab.tasks import task
 from qrlora.method.adapter import Adapter, basis_of, save_adapter
-from qrlora.method.composition import Composition, Live, project, similarity
+from qrlora.method.composition import Composition, Live, project_out, similarity
 from qrlora.models.families import ModelFamily, load_pipeline
 from qrlora.models.generation import Request, generate_jobs, generate_mixed
 from qrlora.models.training.loop import train
@@ -213,7 +213,7 @@ def _generate_all(
 def _parts(method: str, pair: tuple[Adapter, Adapter], tasks: Sequence[Task]) -> list[tuple[Adapter, float]]:
     """What a method of METHODS composes: both adapters at its weights, after its null-space projection."""
     weights = weights_of(method, tasks[0], tasks[1])
-    return project(list(zip(pair, weights, strict=True)), null_space_of(method, pair))
+    return project_out(list(zip(pair, weights, strict=True)), null_space_of(method, pair))
 
 
 def _grid(setting: Setting, tasks: Sequence[Task], pair: tuple[Adapter, Adapter]) -> list[list[Answer]]:

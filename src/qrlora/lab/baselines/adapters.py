@@ -33,7 +33,7 @@ from qrlora.lab.baselines.directions import Directions, activation, base_of
 from qrlora.lab.tasks import RECIPES
 from qrlora.method.basis import clipping
 from qrlora.method.tuner import QRLoraConfig, QRLoraLayer
-from qrlora.method.tuner.layer import BasisColumns
+from qrlora.method.tuner.factors import BasisColumns
 from qrlora.models.families import ModelFamily
 from qrlora.models.training.loop import (
     ADAPTER_NAME,
@@ -126,7 +126,7 @@ def train_method(
 
 def _trained(denoiser: nn.Module, parameters: Mapping[str, nn.Parameter]) -> int:
     ours = [layer for layer in denoiser.modules() if isinstance(layer, QRLoraLayer)]
-    masks = [layer._delta(ADAPTER_NAME).outside for layer in ours]
+    masks = [layer.delta(ADAPTER_NAME).outside for layer in ours]
     outside = sum(int(mask.sum()) for mask in masks if mask is not None)
     return sum(parameter.numel() for parameter in parameters.values()) - outside
 
@@ -160,9 +160,7 @@ def _by_peft(config: Config, prepare: Prepare | None = None) -> Attach:
 def _check_not_clipped(layers: Mapping[str, Any]) -> None:
     """RecipeError if a layer holds fewer columns than were asked for: these methods change Q or its rows."""
     ours = {name: layer for name, layer in layers.items() if isinstance(layer, QRLoraLayer)}
-    columns = {
-        n: (len(layer._own_adapters()[ADAPTER_NAME].columns), layer.r[ADAPTER_NAME]) for n, layer in ours.items()
-    }
+    columns = {n: (len(layer.own_adapters()[ADAPTER_NAME].columns), layer.r[ADAPTER_NAME]) for n, layer in ours.items()}
     if clipped := clipping(columns):
         raise RecipeError(
             "a rank that not all layers hold, which this method needs",
@@ -354,7 +352,7 @@ def _rotate(layers: Mapping[str, Any], recipe: Recipe) -> None:
 def _let_move(layer: Any, kind: type[BasisColumns], count: int, start: Tensor) -> None:
     """Put columns that train, of a subclass of BasisColumns, where the adapter's are; ΔR gets R of the first count."""
     columns, delta = layer.lora_B[ADAPTER_NAME], layer.lora_A[ADAPTER_NAME]
-    basis = columns.basis.fill(layer._base_weight())
+    basis = columns.basis.fill(layer.base_weight())
     device = delta.weight.device
     delta.r = basis.r[list(columns.columns[:count])].to(device)
     make: Callable[..., BasisColumns] = kind

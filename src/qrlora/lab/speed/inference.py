@@ -45,6 +45,7 @@ from qrlora.lab.speed.common import (
 )
 from qrlora.lab.speed.common import take_turns as turns
 from qrlora.method.adapter import remove_adapters
+from qrlora.method.composition.batched import batched
 from qrlora.models.families.flux import FLUX
 
 ADAPTERS, PICTURES = (1, 2, 4, 8, 16), (2, 4, 8)
@@ -218,6 +219,7 @@ def layers(bench: Bench) -> dict[str, Any]:
     for out, into in ((width, width), (4 * width, width), (width, 4 * width)):
         weight = 0.02 * torch.randn(out, into, device=bench.options.device)
         one, ours = (adapted(bench, QRLoraConfig(**own), weight, ["0"]) for _ in range(2))
+        one.lora_A["0"], ours.lora_A["0"] = (batched(layer.lora_A["0"]) for layer in (one, ours))
         one.lora_A["0"].hold(torch.randn(1, rank, into))
         ours.lora_A["0"].hold(torch.randn(n, rank, into))
         loop = adapted(bench, LoraConfig(**own), weight, names)

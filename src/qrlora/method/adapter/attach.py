@@ -27,7 +27,7 @@ from qrlora.method.tuner import (
     QRLoraLayer,
     adapter_fingerprint,
     basis_digests,
-    basis_marks,
+    basis_sketches,
     resolve_columns,
 )
 from qrlora.method.tuner.layer import readable_weight
@@ -57,7 +57,7 @@ def adapter_from_model(
     config = _config_of(model, adapter_name)
     deltas, ups, described = _tensors(model, layers, adapter_name, config)
     digests = basis_digests(model, adapter_name) if ups is None else {}
-    marks = basis_marks(model, adapter_name) if ups is None else {}
+    sketches = basis_sketches(model, adapter_name) if ups is None else {}
     # What was asked for: a layer may hold fewer columns. The LoRA of a trained basis has twice as many.
     rank = next(iter(layers.values())).r[adapter_name] * (2 if described["method"] == "qrlora_train_basis" else 1)
     metadata = AdapterMetadata(
@@ -74,7 +74,7 @@ def adapter_from_model(
         provenance=provenance or {},
         **described,
     )
-    return Adapter(metadata, deltas, _base_shapes(layers, adapter_name), digests, ups, marks=marks)
+    return Adapter(metadata, deltas, _base_shapes(layers, adapter_name), digests, ups, sketches=sketches)
 
 
 def attach(model: nn.Module, adapter: Adapter, adapter_name: str = "default") -> None:
@@ -98,8 +98,8 @@ def attach(model: nn.Module, adapter: Adapter, adapter_name: str = "default") ->
     config = _config_for(adapter)
     _inject(model, config, adapter_name)
     try:
-        if adapter.marks:
-            adapter.check_marks(basis_marks(model, adapter_name))
+        if adapter.sketches:
+            adapter.check_sketches(basis_sketches(model, adapter_name))
         for name, layer in adapted_layers(model, adapter_name).items():
             _write(layer.lora_A[adapter_name].weight, adapter.deltas[name], name)
             if adapter.ups is not None:
@@ -278,7 +278,7 @@ def base_weights(model: nn.Module, layers: Iterable[str], asked_by: AdapterMetad
 
 
 def basis_of(denoiser: nn.Module, adapter: Adapter) -> Basis | None:
-    """The basis an adapter stands on, from this denoiser's weights (and the cache); None for a plain LoRA.
+    """The basis of an adapter, from this denoiser's weights (and the cache); None for a plain LoRA.
 
     Raises MismatchError if the denoiser lacks a layer of the adapter.
     """

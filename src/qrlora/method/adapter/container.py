@@ -1,6 +1,6 @@
 """The container of adapter files: safetensors, read with suspicion.
 
-What is asked of every LoRA file is here: its kind, dtypes, finite numbers, the hashes that it says of itself. Its sizes
+The checks of every LoRA file are here: its kind, dtypes, finite numbers, the hashes that it says of itself. Its sizes
 and its digest are checked by qrlora._tensor_file. All complaints are AdapterFileError, of which `about` names the file.
 """
 
@@ -77,7 +77,7 @@ def check_entries(header: Mapping[str, Any]) -> None:
 
 
 def check_said_hashes(path: Path, metadata: Mapping[str, str], tensors: Mapping[str, Tensor], body_digest: str) -> None:
-    """Refuse a file that ModelSpec's hash says is another; say so where kohya's hash does.
+    """Refuse a file whose tensors do not have its ModelSpec hash; where only kohya's hash differs, note it.
 
     ModelSpec's is of all tensor data. Programs that write it hash the bytes after the header, or tensor after tensor in
     the order of their keys or (kohya's merging scripts) of the model, which the file does not tell; those write kohya's
@@ -103,7 +103,7 @@ def check_said_hashes(path: Path, metadata: Mapping[str, str], tensors: Mapping[
 
 
 def note_undigested(path: Path, metadata: Mapping[str, str]) -> None:
-    """Say of a file of ours without a digest that damage to it would not be found."""
+    """Note that damage to a file of ours without a digest would not be found."""
     if DIGEST not in metadata:
         note(f"{path}: written by an older version, without a digest: damage to it cannot be found")
 

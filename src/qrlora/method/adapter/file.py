@@ -16,8 +16,8 @@ and `<name>.alpha` = the layer's rank. Which name stands for which layer is in t
 layer -> name).
 
 The metadata of all three describes the tensors of that very file, every field as a string under `qrlora.<field>`; plus
-`qrlora.format` (the spelling), `qrlora.layers` (JSON: layer -> [shape of the base weight, its digest, marks of Q], in
-older files without the marks), `qrlora.recipe_digest` and `qrlora.digest` (see qrlora._tensor_file; older files have
+`qrlora.format` (the spelling), `qrlora.layers` (JSON: layer -> [shape of the base weight, its digest, sketch of Q], in
+older files without the sketch), `qrlora.recipe_digest` and `qrlora.digest` (see qrlora._tensor_file; older files have
 none). Notes for other programs (`NOTES`: modelspec.*, ss_*) may stand beside them; only their hashes are read.
 A reader MUST refuse a file with any other key, a missing key, or a tensor that these do not call for.
 """
@@ -103,7 +103,7 @@ def save_adapter(
 def load_adapter(path: str | Path) -> Adapter:
     """Read an adapter of any spelling, or a plain LoRA with diffusers' keys (method "lora"); refuse anything less.
 
-    ΔR keeps the file's dtype. A LoRA-spelled qrlora file gives up its Q again (it belongs to the basis), after a check
+    ΔR keeps the file's dtype. The Q in a LoRA-spelled qrlora file is dropped (it belongs to the basis), after a check
     that it is orthonormal. Raises AdapterFileError naming the file, what was expected, what was found, and the remedy.
     """
     path = Path(path)
@@ -209,13 +209,13 @@ def tensor_shapes(
 
 @dataclasses.dataclass(frozen=True)
 class _Plan:
-    """What the metadata calls for: each key's shape is checked before a byte of tensor data is read."""
+    """The tensors that the metadata asks for: each key's shape is checked before a byte of tensor data is read."""
 
     spelling: str
     metadata: AdapterMetadata
     shapes: dict[str, tuple[int, ...]]
     digests: dict[str, str]
-    marks: dict[str, tuple[float, ...]]
+    sketches: dict[str, tuple[float, ...]]
     names: Mapping[str, str] | None = None
 
     def check_header(self, header: Mapping[str, Any]) -> None:
@@ -247,11 +247,11 @@ class _Plan:
         if meta.on_basis:
             for layer, up in ups.items():
                 _check_orthonormal(layer, up)
-        return Adapter(meta, deltas, self.shapes, self.digests, None if meta.on_basis else ups, name, self.marks)
+        return Adapter(meta, deltas, self.shapes, self.digests, None if meta.on_basis else ups, name, self.sketches)
 
 
 def is_ours(raw: Mapping[str, str]) -> bool:
-    """Whether metadata is of a file that `save_adapter` wrote."""
+    """True for the metadata of a file that `save_adapter` wrote."""
     return any(key.startswith("qrlora.") for key in raw)
 
 
@@ -260,13 +260,13 @@ def _plan_ours(raw: Mapping[str, str]) -> _Plan:
     meta = decode_metadata(raw)
     spelling = raw["qrlora.format"]
     require(spelling in SPELLINGS, "unknown qrlora.format", expected=" or ".join(SPELLINGS), got=spelling)
-    shapes, digests, marks = decode_layers(raw["qrlora.layers"])
+    shapes, digests, sketches = decode_layers(raw["qrlora.layers"])
     if spelling != "compact":
         require(meta.alpha == meta.rank, "alpha is not rank", expected=f"alpha {meta.rank}", got=meta.alpha)
     else:
         require(meta.on_basis, "no compact spelling of this method", expected="qrlora", got=meta.method)
     names = decode_names(raw["qrlora.names"], shapes) if spelling == "kohya" else None
-    return _Plan(spelling, meta, shapes, digests, marks, names)
+    return _Plan(spelling, meta, shapes, digests, sketches, names)
 
 
 def _plan_foreign(raw: Mapping[str, str], header: Mapping[str, Any]) -> _Plan:

@@ -49,8 +49,8 @@ def encode_metadata(adapter: Adapter, spelling: str, names: Mapping[str, str] | 
     layers: dict[str, list[Any]] = {
         name: [list(s), adapter.digests.get(name, "")] for name, s in adapter.shapes.items()
     }
-    for name in adapter.marks:
-        layers[name].append(list(adapter.marks[name]))
+    for name in adapter.sketches:
+        layers[name].append(list(adapter.sketches[name]))
     encoded = {"qrlora.format": spelling, "qrlora.layers": _to_json(layers), "qrlora.recipe_digest": meta.recipe_digest}
     for key, kind in _FIELDS.items():
         value = getattr(meta, key.removeprefix("qrlora."))
@@ -91,7 +91,7 @@ def decode_metadata(raw: Mapping[str, str]) -> AdapterMetadata:
 
 
 def _check_recipe(meta: AdapterMetadata, spelling: str) -> None:
-    """Refuse an adapter that its own recipe contradicts, as far as the recipe says anything.
+    """Refuse an adapter that contradicts its own recipe, in the fields that the recipe has.
 
     Where Q and R are trained both, the rank is twice the recipe's; spellings for loaders have the scaling inside.
     """
@@ -127,12 +127,12 @@ def _resolved(columns: str | list[Any], rank: Any, basis_rank: int) -> list[Any]
 
 
 def decode_layers(text: str) -> tuple[dict[str, tuple[int, ...]], dict[str, str], dict[str, tuple[float, ...]]]:
-    """Shapes, digests and marks by layer out of the text under `qrlora.layers`."""
+    """Shapes, digests and sketches by layer out of the text under `qrlora.layers`."""
     layers = parse_json(text, "qrlora.layers")
     require(isinstance(layers, dict) and len(layers) > 0, "qrlora.layers names no layers", expected="a JSON object")
     shapes: dict[str, tuple[int, ...]] = {}
     digests: dict[str, str] = {}
-    marks: dict[str, tuple[float, ...]] = {}
+    sketches: dict[str, tuple[float, ...]] = {}
     for name, entry in layers.items():
         require(
             isinstance(entry, list)
@@ -147,8 +147,8 @@ def decode_layers(text: str) -> tuple[dict[str, tuple[int, ...]], dict[str, str]
         shapes[name] = tuple(entry[0])
         digests |= {name: entry[1]} if entry[1] else {}
         if len(entry) == 3:
-            marks[name] = tuple(map(float, entry[2]))
-    return shapes, digests, marks
+            sketches[name] = tuple(map(float, entry[2]))
+    return shapes, digests, sketches
 
 
 def decode_names(text: str, layers: Mapping[str, Any]) -> dict[str, str]:

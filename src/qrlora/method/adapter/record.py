@@ -1,4 +1,4 @@
-"""The adapter itself: ΔR of every layer, what basis it stands on, and where it came from."""
+"""The adapter: ΔR of every layer, the basis it was trained on, and its origin."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from qrlora.errors import AdapterFileError, MismatchError, bounded
-from qrlora.method.basis import TURNED, VERSIONS, Basis, clipped_rank, fingerprint, marks, turned, version_of
+from qrlora.method.basis import TURNED, VERSIONS, Basis, clipped_rank, fingerprint, sketch, turned, version_of
 
 FORMAT_VERSION = 1
 METHODS = ("qrlora", "qrlora_train_basis", "lora")
@@ -31,7 +31,7 @@ def require(ok: bool, what: str, *, expected: object = None, got: object = None,
 
 @dataclass(frozen=True)
 class AdapterMetadata:
-    """What an adapter says about itself; written into its file, one string per field.
+    """Metadata of an adapter, written into its file, one string per field.
 
     method            "qrlora" (ΔR on a basis), "qrlora_train_basis" (Q and R both trained: a rank-2r LoRA) or "lora"
     rank, alpha       rows of each ΔR; the scaling is s = alpha / rank, in every layer
@@ -151,7 +151,7 @@ class Adapter:
     digests  layer name -> digest of the base weight the basis was made of; empty for plain LoRA
     ups      layer name -> (out, rank) if the adapter carries its own left factor (plain LoRA, train_basis); else None
     name     what to call it in tables: the file's stem when loaded
-    marks    layer name -> marks of the Q it was trained on (see qrlora.method.basis); older files have none
+    sketches layer name -> sketch of the Q it was trained on (see qrlora.method.basis); older files have none
 
     Raises AdapterFileError if the parts do not fit the metadata.
     """
@@ -162,7 +162,7 @@ class Adapter:
     digests: Mapping[str, str] = field(default_factory=dict)
     ups: Mapping[str, Tensor] | None = None
     name: str = ""
-    marks: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    sketches: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         require(len(self.deltas) > 0, "adapter without layers", expected="at least one layer", got="none")
@@ -296,13 +296,13 @@ class Adapter:
                 "qrlora that trained it",
             )
 
-    def check_marks(self, found: Mapping[str, Sequence[float]]) -> None:
-        """Raise MismatchError if a Q, given by its marks, is not the one that ΔR was trained on, to ``TURNED``.
+    def check_sketches(self, found: Mapping[str, Sequence[float]]) -> None:
+        """Raise MismatchError if a Q, given by its sketch, is not the one that ΔR was trained on, to ``TURNED``.
 
         The same weight gives another Q where nearly equal singular values lie on both sides of the rank and other
-        hardware rounds otherwise, and where the cache was tampered with. Layers without marks are not compared.
+        hardware rounds otherwise, and where the cache was tampered with. Layers without a sketch are not compared.
         """
-        both = {name: turned(self.marks[name], found[name]) for name in self.marks if name in found}
+        both = {name: turned(self.sketches[name], found[name]) for name in self.sketches if name in found}
         far = {name: round(angle, 3) for name, angle in both.items() if not angle <= TURNED}
         if far:
             raise MismatchError(
@@ -329,7 +329,7 @@ class Adapter:
                 got={name: basis.digests.get(name, "no such layer") for name in differ},
                 remedy=f"use the base model it was trained on ({self.metadata.base_model or 'not recorded'})",
             )
-        self.check_marks({name: marks(basis[name].q) for name in self.marks})
+        self.check_sketches({name: sketch(basis[name].q) for name in self.sketches})
 
 
 def _longest_row(matrix: Float[Tensor, "rows width"]) -> float:

@@ -15,31 +15,128 @@ strength c mixes the two.
 
 from __future__ import annotations
 
+import copy
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from types import TracebackType
-from typing import Any
+from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from qrlora.errors import MismatchError, TunerError
 from qrlora.method.adapter.attach import adapted_layers, attach, remove_adapters
 from qrlora.method.adapter.record import Adapter
-from qrlora.method.composition.null_space import check_strength, project
+from qrlora.method.composition.null_space import check_strength, project_out
 from qrlora.method.composition.parts import check_weights
 from qrlora.method.composition.sum import Composition
-from qrlora.method.tuner.layer import DeltaR
+from qrlora.method.tuner.factors import DeltaR, DeltaRConv, DeltaRConv1d, DeltaRConv2d, DeltaRConv3d, DeltaRLinear
 
 CACHED_SETS = 8
 """Sets of adapters whose hard null-space projections are cached, the last ones used."""
+MOST_TURNS = 16
+"""A batch has one row for a picture, or two or three where guidance needs them. Far more are no rows but the tokens of
+all pictures end to end (as Z-Image's embedders get them), in which compositions cannot be told apart."""
+
+
+class BatchedDelta(DeltaR):
+    """``several`` ΔR one above the other in ``weight``: row i of a batch uses the one numbered i modulo ``several``."""
+
+    several = 1
+
+    @torch.no_grad()
+    def hold(self, deltas: Float[Tensor, "several rank in"]) -> None:
+        """Use these ΔR from now on, frozen and as they are; as long as their number stays, so do address and shape."""
+        shape = (deltas.shape[0] * deltas.shape[1], *self.weight.shape[1:])
+        if self.weight.shape != shape:
+            self.weight = nn.Parameter(self.weight.new_empty(shape), requires_grad=False)
+        self.weight.copy_(deltas.reshape(shape))
+        self.triangular, self.outside, self.several = False, None, len(deltas)
+
+    def down(self) -> Float[Tensor, "inner in"]:
+        """As `DeltaR.down`. TunerError if there are several: no ΔW that could be merged is of them all."""
+        if self.several > 1:
+            raise TunerError(
+                "one weight cannot hold several compositions",
+                expected="one composition for the whole batch",
+                got=self.several,
+                remedy="compose one before merging",
+            )
+        return super().down()
+
+    def turns(self, x: Tensor) -> int:
+        """Number of times that a batch repeats the ΔR. TunerError if its rows cannot be matched with them."""
+        turns, left = divmod(len(x), self.several)
+        if left or (x.ndim == 2 and turns > MOST_TURNS):
+            raise TunerError(
+                f"{self.several} compositions in one batch do not fit what a layer is given",
+                expected=f"one row for each composition, at most {MOST_TURNS} times over",
+                got=f"input of shape {tuple(x.shape)}",
+                remedy="give as many compositions as the batch has pictures, or one for all; a layer that is given "
+                "the tokens of all pictures in one row needs a batch for each composition",
+            )
+        return turns
+
+
+class BatchedLinear(BatchedDelta, DeltaRLinear):
+    """Several ΔR of a Linear layer."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.several == 1:
+            return F.linear(x, self.down_weight())
+        each = self.weight.view(self.several, -1, x.shape[-1]).mT
+        turns = x.reshape(self.turns(x), self.several, -1, x.shape[-1])
+        return torch.cat([torch.bmm(rows, each) for rows in turns]).view(*x.shape[:-1], each.shape[-1])
+
+
+class _BatchedConv(BatchedDelta, DeltaRConv):
+    def forward(self, x: Tensor) -> Tensor:
+        if self.several == 1:
+            return super().forward(x)
+        # The rows of one turn become channels, so that every group of channels meets its own ΔR.
+        turns = x.reshape(self.turns(x), -1, *x.shape[2:])
+        inner: Tensor = self._conv_forward(turns, self.weight, None)  # type: ignore[operator]
+        return inner.reshape(len(x), -1, *inner.shape[2:])
+
+    def hold(self, deltas: Float[Tensor, "several rank in"]) -> None:
+        super().hold(deltas)
+        self.groups = len(deltas)
+
+
+class BatchedConv1d(_BatchedConv, DeltaRConv1d):
+    """Several ΔR of a 1-d convolution."""
+
+
+class BatchedConv2d(_BatchedConv, DeltaRConv2d):
+    """Several ΔR of a 2-d convolution."""
+
+
+class BatchedConv3d(_BatchedConv, DeltaRConv3d):
+    """Several ΔR of a 3-d convolution."""
+
+
+_BATCHED: dict[type[DeltaR], type[BatchedDelta]] = {
+    DeltaRLinear: BatchedLinear,
+    DeltaRConv1d: BatchedConv1d,
+    DeltaRConv2d: BatchedConv2d,
+    DeltaRConv3d: BatchedConv3d,
+}
+
+
+def batched(delta: DeltaR) -> BatchedDelta:
+    """The ΔR of a layer, its geometry and columns, as one that holds several."""
+    made = copy.copy(delta)
+    made.__class__ = _BATCHED[type(delta)]
+    return cast(BatchedDelta, made)
 
 
 class Live:
     """Adapters of one basis attached once to a denoiser; any weights, one composition per picture of a batch, at the
     price of one adapter.
 
-    They are attached when this is made and taken off when its `with` block ends. Until `compose` is called, the
+    They are attached when this is constructed and removed when its `with` block ends. Until `compose` is called, the
     denoiser computes what it would without. Takes 4 bytes for every number of every adapter's ΔR, on the union of the
     adapters' columns, beside what one adapter takes for every picture; and the same for the adapters of each of the
     last eight sets that were composed with null-space projection.
@@ -63,7 +160,7 @@ class Live:
         self._rows: list[dict[str, float]] = [{}]
         self._strengths: list[float] = [0.0]
         self._attached: tuple[str, Adapter] | None = None  # the name in the denoiser, and what was attached under it
-        self._layers: dict[str, DeltaR] = {}
+        self._layers: dict[str, BatchedDelta] = {}
         self._stacks: dict[str, Tensor] = {}  # of a layer: (adapters, rank * in) float32, s · ΔR of each
         self._projected: OrderedDict[tuple[str, ...], dict[str, Tensor]] = OrderedDict()  # the same at strength 1
         if adapters:
@@ -100,7 +197,7 @@ class Live:
         self._write()
 
     def check(self, row: Mapping[str, float]) -> None:
-        """Whether a composition can be computed; nothing changes.
+        """Check that a composition can be computed; nothing changes.
 
         Raises:
             MismatchError: an adapter that is not there, a weight that is no finite number, or a sum beyond the numbers
@@ -192,7 +289,9 @@ class Live:
             raise
         self._attached = name, blank
         self._projected.clear()  # lay on the columns of what was attached before
-        self._layers = {layer: found.lora_A[name] for layer, found in adapted_layers(self.denoiser, name).items()}
+        self._layers = {}
+        for layer, found in adapted_layers(self.denoiser, name).items():
+            found.lora_A[name] = self._layers[layer] = batched(found.lora_A[name])
 
     def _stack(self) -> None:
         if self._attached:
@@ -217,7 +316,7 @@ class Live:
     def _hard_projected(self, names: tuple[str, ...]) -> dict[str, Tensor]:
         """`_stacked` of these adapters after null-space projection at strength 1."""
         if names not in self._projected:
-            projected = project([(self._adapters[name], 1.0) for name in names], 1.0)
+            projected = project_out([(self._adapters[name], 1.0) for name in names], 1.0)
             self._projected[names] = self._stacked([adapter for adapter, _ in projected])
             while len(self._projected) > CACHED_SETS:
                 self._projected.popitem(last=False)
@@ -242,5 +341,5 @@ class Live:
 
 
 def _within(part: Adapter, whole: Adapter) -> bool:
-    """Whether an adapter's layers and columns are all in another's, and so its base weights known to fit."""
+    """True if an adapter's layers and columns are all in another's, so that its base weights are known to fit."""
     return part.digests.items() <= whole.digests.items() and set(part.metadata.columns) <= set(whole.metadata.columns)

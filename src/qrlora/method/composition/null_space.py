@@ -18,12 +18,12 @@ from qrlora.errors import MismatchError
 from qrlora.method.adapter.record import Adapter
 
 DEFAULT_STRENGTH = 0.5
-"""Of a subject composed with a style: the best of the strengths measured (docs/bench.md)."""
+"""Of a subject composed with a style: better than 0 and 1 with disjoint columns (docs/bench.md)."""
 RANK_TOLERANCE = 1e-10  # of squared singular values, relative: below it a row space has no further dimension
 
 
 def default_strength(adapters: Sequence[Adapter]) -> float:
-    """The strength that commands, server and demo compose with unless told: `DEFAULT_STRENGTH` for one subject with one
+    """Strength that commands, server and demo use where none is given: `DEFAULT_STRENGTH` for one subject with one
     style, else 0, because nothing else was measured."""
     pair = sorted(adapter.metadata.role for adapter in adapters) == ["style", "subject"]
     return DEFAULT_STRENGTH if pair else 0.0
@@ -35,7 +35,7 @@ def check_strength(strength: float) -> None:
         raise MismatchError("no such strength of null-space projection", expected="0 to 1", got=strength)
 
 
-def project(parts: Sequence[tuple[Adapter, float]], strength: float) -> list[tuple[Adapter, float]]:
+def project_out(parts: Sequence[tuple[Adapter, float]], strength: float) -> list[tuple[Adapter, float]]:
     """The parts at their weights, each ΔWᵢ projected: ΔWᵢ (I - strength · V Vᵀ), layer by layer.
 
     V (in, k) spans the row spaces of all other ΔW whose weight is not zero; of ΔW = Q ΔR that is the one of ΔR, so no
@@ -77,7 +77,8 @@ def _read(adapter: Adapter, layer: str) -> Float[Tensor, "rank in"]:
     rows = adapter.deltas[layer].detach().cpu().double()
     if adapter.metadata.on_basis:
         return rows
-    return torch.linalg.qr(adapter.up(layer, None).detach().cpu().double()).R @ rows
+    r: Tensor = torch.linalg.qr(adapter.up(layer, None).detach().cpu().double()).R
+    return r @ rows
 
 
 def row_space(rows: Float[Tensor, "rank in"]) -> Float[Tensor, "dims in"]:
@@ -85,7 +86,8 @@ def row_space(rows: Float[Tensor, "rank in"]) -> Float[Tensor, "dims in"]:
     rows = rows.detach().cpu().double()
     values, vectors = torch.linalg.eigh(rows @ rows.T)
     kept = values > RANK_TOLERANCE * values.max().clamp(min=torch.finfo(values.dtype).tiny)
-    return (vectors[:, kept] / values[kept].sqrt()).T @ rows
+    coefficients: Tensor = (vectors[:, kept] / values[kept].sqrt()).T
+    return coefficients @ rows
 
 
 def project_rows(

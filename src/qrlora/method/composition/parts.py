@@ -1,4 +1,4 @@
-"""What every way of putting adapters together needs: names, checks, factors of one layer, collected metadata."""
+"""Shared by all ways to compose adapters: names, checks, factors of one layer, collected metadata."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from qrlora.method.basis import TURNED, Basis, turned
 
 
 def called(adapter: Adapter) -> str:
-    """What to call an adapter in messages and tables: its name, else its trigger or role."""
+    """Name of an adapter for messages and tables: its own, else its trigger or role."""
     return adapter.name or adapter.metadata.trigger or adapter.metadata.role or "unnamed"
 
 
@@ -30,7 +30,7 @@ def check_weights(parts: Sequence[tuple[Adapter, float]]) -> None:
 
 
 def check_sum(total: Tensor, parts: Sequence[tuple[Adapter, float]], layer: str) -> Tensor:
-    """The sum that was made of these parts for a layer, unless it is beyond the numbers that it is written in."""
+    """The sum of these parts in a layer; MismatchError if it overflows its dtype."""
     if not bool(torch.isfinite(total).all()):
         raise MismatchError(
             f"{layer}: the sum of {' and '.join(called(adapter) for adapter, _ in parts)} is not finite",
@@ -42,10 +42,10 @@ def check_sum(total: Tensor, parts: Sequence[tuple[Adapter, float]], layer: str)
 
 
 def basis_difference(first: Adapter, second: Adapter) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What two adapters say of their bases if these differ, else ({}, {}).
+    """Descriptions of the bases of two adapters if these differ, else ({}, {}).
 
     One basis: equal family, rank, algorithm, version of it, and seed, and in the layers both adapt equal base weights
-    and, as far as the marks of both are known, the same Q.
+    and, as far as the sketches of both are known, the same Q.
     So adapters of different layers of one model may still share it, though their fingerprints differ.
     """
     one, two = first.metadata, second.metadata
@@ -53,20 +53,20 @@ def basis_difference(first: Adapter, second: Adapter) -> tuple[dict[str, Any], d
     ours, theirs = ({name: getattr(meta, name) for name in names} for meta in (one, two))
     ours["version"], theirs["version"] = first.basis_version, second.basis_version
     differing = [n for n in first.digests if n in second.digests and first.digests[n] != second.digests[n]]
-    shared = [n for n in first.marks if n in second.marks and n not in differing]
-    moved = [n for n in shared if not turned(first.marks[n], second.marks[n]) <= TURNED]
+    shared = [n for n in first.sketches if n in second.sketches and n not in differing]
+    moved = [n for n in shared if not turned(first.sketches[n], second.sketches[n]) <= TURNED]
     if ours == theirs and not differing and not moved:
         return {}, {}
     for side, adapter in ((ours, first), (theirs, second)):
         side["fingerprint"] = adapter.metadata.basis_fingerprint
         side["base_model"] = adapter.metadata.base_model
         side["base_weights"] = {name: adapter.digests[name] for name in differing}
-        side |= {"marks_of_q": {name: adapter.marks[name] for name in moved}} if moved else {}
+        side |= {"sketches_of_q": {name: adapter.sketches[name] for name in moved}} if moved else {}
     return ours, theirs
 
 
 def on_one_basis(adapters: Sequence[Adapter]) -> bool:
-    """Whether all are ΔR on one basis, so that their weighted sum is exact."""
+    """True if all are ΔR on one basis, so that their weighted sum is exact."""
     return all(one.metadata.on_basis and basis_difference(adapters[0], one) == ({}, {}) for one in adapters)
 
 
@@ -102,8 +102,8 @@ def joined(texts: Iterable[str], by: str) -> str:
 
 
 def collected(parts: Sequence[tuple[Adapter, float]], null_space: float = 0.0) -> dict[str, Any]:
-    """The metadata that tell where a composition came from: every part by name, digest, weight, and its licence; and
-    the strength of their null-space projection, unless 0."""
+    """Metadata of a composition's origin: every part by name, digest, weight and licence; and the strength of the
+    null-space projection, unless 0."""
     metas = [adapter.metadata for adapter, _ in parts]
     listed = [
         {

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -20,7 +19,8 @@ from torch import Tensor
 from qrlora.errors import MismatchError
 from qrlora.method.adapter.record import Adapter, AdapterMetadata
 from qrlora.method.basis import fingerprint
-from qrlora.method.composition.null_space import check_strength, project, row_space
+from qrlora.method.composition.interference import Interference
+from qrlora.method.composition.null_space import check_strength, project_out
 from qrlora.method.composition.parts import (
     basis_difference,
     called,
@@ -28,7 +28,6 @@ from qrlora.method.composition.parts import (
     check_weights,
     collected,
     joined,
-    products,
     scaled_down,
     union,
 )
@@ -72,7 +71,7 @@ class Composition:
 
     def adapter(self) -> Adapter:
         """The weighted sum of the projected parts as one adapter: float32, alpha = rank, role "composition"."""
-        return self._filled_by(partial(self._sum, project(self.parts, self.null_space)))
+        return self._filled_by(partial(self._sum, project_out(self.parts, self.null_space)))
 
     def blank(self) -> Adapter:
         """Zeros on all layers and columns of the parts."""
@@ -97,8 +96,11 @@ class Composition:
             **collected(self.parts, self.null_space),
         )
         deltas = {name: delta(name, metadata.columns_in(shape), math.prod(shape[1:])) for name, shape in shapes.items()}
-        name, marks = joined((a.name for a, _ in self.parts), "+"), union(adapter.marks for adapter, _ in self.parts)
-        return Adapter(metadata, deltas, shapes, digests, name=name, marks=marks)
+        name, sketches = (
+            joined((a.name for a, _ in self.parts), "+"),
+            union(adapter.sketches for adapter, _ in self.parts),
+        )
+        return Adapter(metadata, deltas, shapes, digests, name=name, sketches=sketches)
 
     @staticmethod
     def _sum(
@@ -119,85 +121,8 @@ class Composition:
         return kept / whole if whole else 1.0
 
     def interference(self) -> Interference:
-        """How much the parts interfere, computed from ΔR alone: no base model, no basis, no picture."""
-        layers = {}
-        for name in union(adapter.shapes for adapter, _ in self.parts):
-            rows = [row_space(adapter.deltas[name]) if name in adapter.deltas else None for adapter, _ in self.parts]
-            layers[name] = (self._gram(name), _shared_rows(rows))
-        weights = torch.tensor([weight for _, weight in self.parts], dtype=torch.float64)
-        gram = torch.stack([gram for gram, _ in layers.values()]).sum(0)
-        # NaN marks a layer that one of the two does not adapt: it has no say in the mean.
-        shared = torch.stack([shared for _, shared in layers.values()]).nanmean(0)
-        return Interference(
-            parts=tuple(called(adapter) for adapter, _ in self.parts),
-            weights=tuple(weights.tolist()),
-            total=LayerInterference.of(gram, shared, weights),
-            layers={name: LayerInterference.of(gram, shared, weights) for name, (gram, shared) in layers.items()},
-        )
-
-    def _gram(self, layer: str) -> Float[Tensor, "parts parts"]:
-        """⟨ΔWᵢ, ΔWⱼ⟩ of one layer without λ, float64."""
-        gram = torch.zeros(len(self.parts), len(self.parts), dtype=torch.float64)
-        for i, j in itertools.combinations_with_replacement(range(len(self.parts)), 2):
-            first, second = self.parts[i][0], self.parts[j][0]
-            if layer in first.deltas and layer in second.deltas:
-                gram[i, j] = gram[j, i] = _inner_on_basis(first, second, layer)
-        return gram
-
-
-@dataclass(frozen=True)
-class LayerInterference:
-    """Interference in one layer, or in all of them together; lists are in the order of the parts.
-
-    cosine       of ΔWᵢ and ΔWⱼ, without λ; 0 where one of them is zero
-    shared_rows  mean squared cosine of the principal angles between the row spaces of ΔRᵢ and ΔRⱼ: 1 if they read the
-                 same input directions, about max(rᵢ, rⱼ) / d_in by chance. Total: mean over the layers both adapt
-    energy       ‖λᵢ ΔWᵢ‖²_F
-    sum_energy   ‖Σ λᵢ ΔWᵢ‖²_F; more than the energies' sum if the parts reinforce, less if they cancel
-    """
-
-    cosine: list[list[float]]
-    shared_rows: list[list[float]]
-    energy: list[float]
-    sum_energy: float
-
-    @classmethod
-    def of(
-        cls,
-        gram: Float[Tensor, "parts parts"],
-        shared: Float[Tensor, "parts parts"],
-        weights: Float[Tensor, " parts"],
-    ) -> LayerInterference:
-        """From ⟨ΔWᵢ, ΔWⱼ⟩, shared row spaces (NaN: not both there, read as 0) and λ; all float64."""
-        norms = gram.diagonal().sqrt()
-        products = norms[:, None] * norms[None, :]
-        cosine = torch.where(products > 0, gram / products.clamp(min=torch.finfo(gram.dtype).tiny), 0.0)
-        energy = weights.square() * gram.diagonal()
-        total = float(weights @ gram @ weights)
-        return cls(cosine.tolist(), shared.nan_to_num(0.0).tolist(), energy.tolist(), max(total, 0.0))
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain lists and numbers, for JSON."""
-        return asdict(self)
-
-
-@dataclass(frozen=True)
-class Interference:
-    """Interference of a composition's parts, per layer and in total."""
-
-    parts: tuple[str, ...]
-    weights: tuple[float, ...]
-    total: LayerInterference
-    layers: Mapping[str, LayerInterference]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain lists and numbers, for JSON."""
-        return {
-            "parts": list(self.parts),
-            "weights": list(self.weights),
-            "total": self.total.to_dict(),
-            "layers": {name: layer.to_dict() for name, layer in self.layers.items()},
-        }
+        """Of the parts before null-space projection, computed from ΔR alone: no base model, no basis, no picture."""
+        return Interference.of(self.parts)
 
 
 def _check_on_its_basis(adapter: Adapter) -> None:
@@ -210,18 +135,3 @@ def _check_on_its_basis(adapter: Adapter) -> None:
             remedy=f"{ONTO_BASIS}; {BY_DELTA_WEIGHT}",
         )
     adapter.check_version()
-
-
-def _inner_on_basis(a: Adapter, b: Adapter, layer: str) -> Float[Tensor, ""]:
-    """⟨ΔWₐ, ΔW_b⟩ on one basis = sₐ s_b ⟨ΔRₐ, ΔR_b⟩, because QᵀQ = I."""
-    return products(scaled_down(a, layer), scaled_down(b, layer), a.columns(layer), b.columns(layer))[0]
-
-
-def _shared_rows(rows: Sequence[Float[Tensor, "_ in"] | None]) -> Float[Tensor, "parts parts"]:
-    """Mean squared cosine of the principal angles of each pair of row spaces; NaN where one of the two is absent."""
-    shared = torch.full((len(rows), len(rows)), math.nan, dtype=torch.float64)
-    for i, j in itertools.product(range(len(rows)), repeat=2):
-        first, second = rows[i], rows[j]
-        if first is not None and second is not None and len(first) and len(second):
-            shared[i, j] = (first @ second.T).square().sum() / min(len(first), len(second))
-    return shared

@@ -1,4 +1,4 @@
-"""The way for adapters that share no basis: sum ΔW itself, and cut the sum back to a rank."""
+"""Composition of adapters that share no basis: ΔW itself is summed, and the sum truncated to a rank."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from qrlora.errors import MismatchError
 from qrlora.method.adapter.record import Adapter, AdapterMetadata
 from qrlora.method.basis import Basis
-from qrlora.method.composition.null_space import project
+from qrlora.method.composition.null_space import project_out
 from qrlora.method.composition.parts import (
     called,
     check_sum,
@@ -28,7 +28,7 @@ from qrlora.method.composition.parts import (
 
 @dataclass(frozen=True)
 class TruncationLoss:
-    """What cutting Σ λᵢ ΔWᵢ back to a rank lost: its share of ‖Σ λᵢ ΔWᵢ‖²_F, per layer and in total (0 to 1).
+    """Share of ‖Σ λᵢ ΔWᵢ‖²_F that truncation to a rank lost, per layer and in total (0 to 1).
 
     `energy_kept` is the share of ‖Σ λᵢ ΔWᵢ‖²_F that null-space projection left before the cut, 1 at strength 0.
     `other_weights` lists the layers whose base weights differ between the parts: there the sum is of changes to
@@ -72,7 +72,7 @@ def compose_delta_weights(
             _check_has_basis(adapter, basis)
     _check_same_model(parts)
     shapes = union(adapter.shapes for adapter, _ in parts)
-    projected = project(parts, null_space)
+    projected = project_out(parts, null_space)
     deltas, ups, kept, lost, uncut = {}, {}, {}, {}, 0.0
     for name in shapes:
         up, down = _stacked(projected, bases, name)

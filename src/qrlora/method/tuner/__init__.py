@@ -8,7 +8,7 @@ from peft.utils.hotswap import CONFIG_KEYS_TO_CHECK
 
 from qrlora.method.tuner.config import NAMED_COLUMNS, QRLoraConfig, resolve_columns
 from qrlora.method.tuner.layer import QRLoraLayer
-from qrlora.method.tuner.model import QRLoraModel, adapter_fingerprint, basis_digests, basis_marks
+from qrlora.method.tuner.model import QRLoraModel, adapter_fingerprint, basis_digests, basis_sketches
 
 __all__ = [
     "NAMED_COLUMNS",
@@ -17,7 +17,7 @@ __all__ = [
     "QRLoraModel",
     "adapter_fingerprint",
     "basis_digests",
-    "basis_marks",
+    "basis_sketches",
     "resolve_columns",
 ]
 
@@ -32,7 +32,7 @@ def _register(name: str) -> None:
         member = str.__new__(PeftType, name)
         member._name_ = member._value_ = name
         type.__setattr__(PeftType, name, member)
-        PeftType._member_map_[name] = PeftType._value2member_map_[name] = member  # type: ignore[index]
+        PeftType._member_map_[name] = PeftType._value2member_map_[name] = member
         PeftType._member_names_.append(name)
         register_peft_method(name=name.lower(), config_cls=QRLoraConfig, model_cls=QRLoraModel, prefix="lora_")
         # A hot swap replaces ΔR alone, so all that says which Q it belongs to has to agree.

@@ -1,4 +1,4 @@
-"""What an adapter is, before it meets a model: LoRA's fields, and which columns of which basis it owns."""
+"""Configuration of an adapter: LoRA's fields, the basis, and the columns that the adapter owns."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ class QRLoraConfig(LoraConfig):
     train_basis: bool = field(default=False, metadata={"help": "Train Q and R both"})
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        super().__post_init__()  # type: ignore[no-untyped-call]
         self.peft_type = PeftType("QRLORA")
         if not isinstance(self.columns, str):
             self.columns = [int(column) for column in self.columns]
@@ -116,7 +116,7 @@ class QRLoraConfig(LoraConfig):
 
 
 def _defaults(names: Sequence[str]) -> dict[str, object]:
-    """What LoraConfig has in these fields when nobody sets them."""
+    """Defaults of these fields of LoraConfig."""
     plain = LoraConfig()
     return {name: getattr(plain, name) for name in names}
 

@@ -17,10 +17,10 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from qrlora.errors import TunerError
-from qrlora.method.basis import clipping, fingerprint, marks
+from qrlora.method.basis import clipping, fingerprint, sketch
 from qrlora.method.tuner.config import QRLoraConfig, resolve_columns
+from qrlora.method.tuner.factors import BasisColumns
 from qrlora.method.tuner.layer import (
-    BasisColumns,
     QRLoraConv1d,
     QRLoraConv2d,
     QRLoraConv3d,
@@ -31,7 +31,7 @@ from qrlora.method.tuner.layer import (
 
 log = logging.getLogger(__name__)
 
-_CONVOLUTIONS: dict[type[Any], Any] = {nn.Conv1d: QRLoraConv1d, nn.Conv2d: QRLoraConv2d, nn.Conv3d: QRLoraConv3d}
+_CONVOLUTIONS: dict[type[Any], type[Any]] = {nn.Conv1d: QRLoraConv1d, nn.Conv2d: QRLoraConv2d, nn.Conv3d: QRLoraConv3d}
 
 
 class QRLoraModel(LoraModel):
@@ -64,7 +64,8 @@ class QRLoraModel(LoraModel):
         base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
         layer = _layer_for(base)
         if layer is not None:
-            return layer(target, adapter_name, lora_config, **kwargs)
+            made: nn.Module = layer(target, adapter_name, lora_config, **kwargs)
+            return made
         raise TunerError(
             f"layer {kwargs.get('target_name')!r} cannot carry a QR-LoRA adapter",
             expected="a Linear layer or a convolution without groups",
@@ -110,7 +111,7 @@ class QRLoraModel(LoraModel):
             layer.settle_dtype()
 
     def _check_merge_allowed(self) -> None:
-        super()._check_merge_allowed()
+        super()._check_merge_allowed()  # type: ignore[no-untyped-call]
         # Before the first layer is written, so that a refusal leaves no half-merged model.
         for layer in _layers(self.model).values():
             layer.check_mergeable([name for name in layer.active_adapters if name in layer.lora_A])
@@ -170,12 +171,12 @@ def basis_digests(model: nn.Module, adapter_name: str) -> dict[str, str]:
     return digests
 
 
-def basis_marks(model: nn.Module, adapter_name: str) -> dict[str, tuple[float, ...]]:
-    """:func:`qrlora.method.basis.marks` of Q of every adapted layer, by layer name. Errors: as `basis_digests`."""
+def basis_sketches(model: nn.Module, adapter_name: str) -> dict[str, tuple[float, ...]]:
+    """:func:`qrlora.method.basis.sketch` of Q of every adapted layer, by layer name. Errors: as `basis_digests`."""
     found: dict[str, tuple[float, ...]] = {}
     for name, columns in _columns_of(model, adapter_name):
         columns.q  # noqa: B018  raises the error that says the base has no values
-        found[name] = marks(columns.basis.q)  # type: ignore[arg-type]
+        found[name] = sketch(columns.basis.q)  # type: ignore[arg-type]
     return found
 
 
@@ -210,9 +211,9 @@ def _layers(model: nn.Module) -> dict[str, QRLoraLayer]:
 
 def _columns_of(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, BasisColumns]]:
     layers = _layers(model)
-    found = [name for name, layer in layers.items() if adapter_name in layer._own_adapters()]
+    found = [name for name, layer in layers.items() if adapter_name in layer.own_adapters()]
     if not found:
-        names = sorted({name for layer in layers.values() for name in layer._own_adapters()})
+        names = sorted({name for layer in layers.values() for name in layer.own_adapters()})
         raise TunerError(
             f"no QR-LoRA adapter {adapter_name!r} on this model",
             expected=f"one of {names}",
@@ -220,7 +221,7 @@ def _columns_of(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, Basi
             remedy="attach it first",
         )
     for name in found:
-        yield name, layers[name]._own_adapters()[adapter_name]
+        yield name, layers[name].own_adapters()[adapter_name]
 
 
 def _union_config(adapters: list[str], configs: list[QRLoraConfig]) -> QRLoraConfig:
@@ -262,11 +263,11 @@ def _union_config(adapters: list[str], configs: list[QRLoraConfig]) -> QRLoraCon
 @torch.no_grad()
 def _write_sum(layer: QRLoraLayer, weights: dict[str, float], adapter_name: str) -> None:
     """ΔR of the sum, whose own scaling is 1: each part's rows, times weight and scaling, in the rows of its columns."""
-    target = layer._delta(adapter_name)
+    target = layer.delta(adapter_name)
     row_of = {column: row for row, column in enumerate(target.columns)}
     total = torch.zeros_like(target.delta_r())
     for name, weight in weights.items():
         if name in layer.lora_A:
-            rows = [row_of[column] for column in layer._delta(name).columns]
+            rows = [row_of[column] for column in layer.delta(name).columns]
             total[rows] += (weight * layer.scaling[name]) * layer.delta_r(name).to(total)
     target.weight.copy_(total.reshape(target.weight.shape))

@@ -15,7 +15,7 @@ from torch import Tensor
 from qrlora.errors import MismatchError
 from qrlora.method.adapter import Adapter, AdapterMetadata
 from qrlora.method.adapter.record import triangular_mask
-from qrlora.method.basis import Basis, fingerprint, marks
+from qrlora.method.basis import Basis, fingerprint, sketch
 from qrlora.method.composition.parts import called, known_up, scaled_down
 
 EXACT_UP_TO = 1024  # sides of a matrix whose full decomposition takes a second or so
@@ -126,8 +126,8 @@ def on_columns(
         basis_fingerprint=fingerprint(digests, basis.rank, basis.algorithm, basis.seed),
         **described,
     )
-    known = {layer: marks(basis[layer].q) for layer in deltas}
-    return Adapter(metadata, deltas, dict(shapes), digests, marks=known), EnergyKept.of(kept, whole)
+    known = {layer: sketch(basis[layer].q) for layer in deltas}
+    return Adapter(metadata, deltas, dict(shapes), digests, sketches=known), EnergyKept.of(kept, whole)
 
 
 def _check_layers(adapter: Adapter, basis: Basis) -> None:

@@ -21,7 +21,7 @@ from PIL import Image, ImageDraw, ImageFont
 from qrlora._tensor_file import note
 from qrlora.errors import DataError, MismatchError, PictureError
 from qrlora.method.adapter import Adapter, attach, remove_adapters
-from qrlora.method.composition import Composition, Live, project
+from qrlora.method.composition import Composition, Live, project_out
 from qrlora.method.composition.parts import check_weights, on_one_basis
 from qrlora.models.families import ModelFamily, size_unit
 
@@ -112,7 +112,7 @@ def weight_grid(
     denoiser: Any = family.denoiser_of(pipe)
     cells: list[list[Image.Image]] = []
     pair = [(rows, 1.0), (columns, 1.0)]
-    projected = project(pair, null_space) if null_space else []
+    projected = project_out(pair, null_space) if null_space else []
     with attached(pipe, family, pair + projected) as names:
         for row_weight in row_weights:
             cells.append([])

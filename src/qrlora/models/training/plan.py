@@ -24,8 +24,9 @@ from torch.utils._pytree import tree_iter
 from qrlora.errors import DataError
 from qrlora.method.adapter import AdapterMetadata
 from qrlora.method.adapter.file import tensor_shapes
-from qrlora.method.basis import layer_basis, weight_digest
+from qrlora.method.basis import clipped_rank, layer_basis, weight_digest
 from qrlora.method.tuner import QRLoraConfig, QRLoraLayer, resolve_columns
+from qrlora.method.tuner.factors import TrainedColumns
 from qrlora.models.families import ModelFamily, default_device, free_memory, load_structure
 from qrlora.models.training.dataset import find_pictures
 from qrlora.models.training.loop import ADAPTER_NAME, adapter_on, family_options
@@ -121,6 +122,20 @@ def plan(recipe: Recipe, timed: bool = True) -> Plan:
     )
 
 
+def _reserve_basis(layer: QRLoraLayer) -> None:
+    """Give Q and R their sizes where the base weight is on the meta device, to count memory by.
+
+    Q has the dtype of the base weight, which is also what ΔR has when it is put on and Q is settled for good.
+    """
+    weight = layer.base_weight()
+    for name, columns in layer.own_adapters().items():
+        columns.basis.q = weight.new_empty(weight.shape[0], clipped_rank(weight.shape, columns.basis.key[0]))
+        size = len(columns.columns), weight[0].numel()
+        trained = isinstance(columns, TrainedColumns)
+        layer.delta(name).fill(weight.device, weight.new_empty(size, dtype=torch.float32) if trained else None)
+    layer.basis_pending = False  # so that the forward pass is the one that training takes
+
+
 def _estimate(recipe: Recipe, pipe: Any, family: ModelFamily, pace: Pace | None) -> Estimate:
     """One method: its adapter on the meta device, and one step there."""
     denoiser: Any = family.denoiser_of(pipe).requires_grad_(False)
@@ -133,7 +148,7 @@ def _estimate(recipe: Recipe, pipe: Any, family: ModelFamily, pace: Pace | None)
         metadata = _metadata(recipe, denoiser.peft_config[ADAPTER_NAME])
         for layer in layers.values():
             if isinstance(layer, QRLoraLayer):
-                layer.reserve_basis()
+                _reserve_basis(layer)
         trained = sum(parameter.nbytes for parameter in parameters.values())
         basis = module_bytes(denoiser) - plain - trained
         step, held = rehearse(recipe, pipe, family)

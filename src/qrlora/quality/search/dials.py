@@ -23,7 +23,7 @@ from qrlora._files import make_folder, write_all
 from qrlora.errors import DataError, MismatchError
 from qrlora.method.adapter import Adapter
 from qrlora.method.basis import fingerprint
-from qrlora.method.composition import Live, project
+from qrlora.method.composition import Live, project_out
 from qrlora.method.composition.parts import on_one_basis
 from qrlora.models.families import ModelFamily
 from qrlora.models.generation import Request, generate_jobs, generate_mixed
@@ -79,7 +79,7 @@ def _only(adapter: Adapter, layers: Sequence[str]) -> Adapter:
         deltas={name: adapter.deltas[name] for name in layers},
         shapes={name: adapter.shapes[name] for name in layers},
         digests=digests,
-        marks={name: mark for name, mark in adapter.marks.items() if name in digests},
+        sketches={name: sketch for name, sketch in adapter.sketches.items() if name in digests},
     )
 
 
@@ -112,7 +112,7 @@ def painting(
     def alone(jobs: Jobs) -> list[Image.Image]:
         images: list[Image.Image] = []
         for weights, same in itertools.groupby(jobs, key=lambda job: job[0]):
-            projected = project(list(zip(dials.values(), weights, strict=True)), null_space)
+            projected = project_out(list(zip(dials.values(), weights, strict=True)), null_space)
             asked = [(prompt, seed) for _, prompt, seed in same]
             images += generate_jobs(pipe, family, asked, adapters=projected, batch_size=batch_size, **sampling)
         return images
