@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import pickle
@@ -21,7 +22,9 @@ from PIL import Image
 import qrlora
 from conftest import build_tiny_flux, build_tiny_sd3
 from qrlora.apps.cli import main
+from qrlora.apps.cli.inspect import run_inspect
 from qrlora.apps.cli.shared import Bar, weighted_path
+from qrlora.errors import QrloraError
 from qrlora.method.adapter import load_adapter
 from qrlora.models import families
 from qrlora.models.training import loop
@@ -500,6 +503,41 @@ def test_paths_keep_their_colons(text: str, path: str, weight: float) -> None:
 def test_existing_file_with_a_colon_is_a_path(here: Path) -> None:
     (here / "a:2").touch()
     assert weighted_path("a:2") == (Path("a:2"), 1.0)
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_terminal_sees_a_bar_and_errors_in_colour_below_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(**_: object) -> None:
+        bar = Bar("layer")
+        for done in (1, 2):
+            bar(done, 3, "to_q")
+        raise QrloraError("no such thing", expected="a mug")
+
+    monkeypatch.setattr(run_inspect, "callback", fail)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr(sys, "stderr", terminal := Terminal())
+    assert main(["inspect", "a.safetensors"]) == 2
+    bar, error = terminal.getvalue().split("\x1b[?25h")  # the cursor is back
+    assert "1/3" in bar and "2/3" in bar and "to_q" in bar and "left" in bar
+    assert error == "\x1b[1;31mqrlora inspect: no such thing\x1b[0m\n  expected: a mug\n"
+
+
+def test_options_that_exclude_each_other(capsys: pytest.CaptureFixture[str]) -> None:
+    for one, other in (("--subject a.png b.png", "--style c.png"), ("--resume", "--restart")):
+        assert main(["train", *one.split(), *other.split()]) == 2
+        said = capsys.readouterr().err
+        assert f"{one.split()[0]} and {other.split()[0]} exclude each other" in said and "--help" in said
+
+
+def test_a_shell_is_told_what_completes_a_word() -> None:
+    typed = {"COMP_WORDS": "qrlora train --lear", "COMP_CWORD": "2", "_QRLORA_COMPLETE": "bash_complete"}
+    asked = [sys.executable, "-m", "qrlora"]
+    done = subprocess.run(asked, env={**os.environ, **typed}, capture_output=True, text=True)
+    assert done.stdout == "plain,--learning-rate\n"
 
 
 def test_long_preparations_show_progress_and_short_ones_do_not(

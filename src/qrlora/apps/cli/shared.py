@@ -27,6 +27,8 @@ ADAPTER_HELP = "adapter file, with a weight if not 1: mug.safetensors:0.9"
 OVERWRITE_HELP = "A file named by -o is replaced if it is there; a default name never is."
 MODEL_HELP = "base model: pico (embedded), a folder in the diffusers layout, or a hub id"
 PATH = click.Path(path_type=Path)
+REFRESH = 0.1
+"""Seconds between two paintings of a progress bar, each of which takes some milliseconds."""
 DTYPE = click.Choice(["float32", "bfloat16", "float16"])
 
 
@@ -141,6 +143,7 @@ class Bar:
     def __init__(self, unit: str):
         self.unit, self.started = unit, time.perf_counter()
         self.shown: Progress | None = None
+        self.painted = 0.0
 
     def __call__(self, done: int, of: int, note: str = "", seconds_left: float | None = None) -> None:
         """Show that `done` of `of` units are done; the time left is estimated unless given."""
@@ -159,7 +162,10 @@ class Bar:
             self.shown = _progress(self.unit)
             self.shown.start()
             hold(contextlib.closing(self))  # no longer than the command: its error is printed below the bar
-        self.shown.update(self.shown.task_ids[0], completed=done, total=of, note=note, left=left, refresh=True)
+        now = time.perf_counter()
+        if refresh := done == of or now - self.painted > REFRESH:
+            self.painted = now
+        self.shown.update(self.shown.task_ids[0], completed=done, total=of, note=note, left=left, refresh=refresh)
         if done == of:
             self.close()
 
