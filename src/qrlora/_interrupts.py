@@ -24,10 +24,10 @@ def ended(name: str, work: Callable[[], int]) -> int:
         with _raised():
             return work()
     except QrloraError as error:
-        say(f"{name}: {error}")
+        say_error(f"{name}: {error}")
         return 2
     except OSError as error:  # a full disk, a missing right: about the file, so the user's to mend
-        say(f"{name}: {disk_error(error)}")
+        say_error(f"{name}: {disk_error(error)}")
         return 2
     except KeyboardInterrupt as interrupt:
         say(f"\n{name}: {str(interrupt) or 'interrupted'}")
@@ -40,6 +40,19 @@ def say(text: str) -> None:
     """Print to stderr, if there is one: SIGHUP says that the terminal is gone."""
     with contextlib.suppress(OSError):
         print(text, file=sys.stderr, flush=True)
+
+
+def say_error(text: str) -> None:
+    """`say`; on a terminal the first line, which says what is wrong, in red."""
+    if not sys.stderr.isatty():
+        say(text)
+        return
+    from rich.console import Console
+    from rich.text import Text
+
+    first, line_end, rest = text.partition("\n")
+    with contextlib.suppress(OSError):
+        Console(stderr=True, highlight=False).print(Text.assemble((first, "bold red"), line_end, rest), soft_wrap=True)
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import os
 import pickle
@@ -22,7 +23,9 @@ from PIL import Image
 import qrlora
 from conftest import build_tiny_flux, build_tiny_sd3
 from qrlora.apps.cli import main
+from qrlora.apps.cli.inspect import run_inspect
 from qrlora.apps.cli.shared import Bar, weighted_path
+from qrlora.errors import QrloraError
 from qrlora.method.adapter import load_adapter, save_adapter
 from qrlora.models import families
 from qrlora.models.training import loop
@@ -88,34 +91,29 @@ def test_a_command_and_its_workers_say_nothing_but_their_own() -> None:
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_of_every_command(command: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as ended:
-        main([command, "--help"])
-    assert ended.value.code == 0 and "usage: qrlora " + command in capsys.readouterr().out
+    assert main([command, "--help"]) == 0 and "Usage: qrlora " + command in capsys.readouterr().out
 
 
 def test_train_help_lists_every_recipe_field(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        main(["train", "--help"])
+    assert main(["train", "--help"]) == 0
     said = capsys.readouterr().out
     for flag in ("--subject", "--style", "--learning-rate", "--no-triangular", "--checkpoint-every", "-o", "--resume"):
         assert flag in said
 
 
-def test_a_misspelt_option_is_named_with_the_one_that_was_meant(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_misspelt_command_or_option_is_named_with_the_one_that_was_meant(capsys: pytest.CaptureFixture[str]) -> None:
     for arguments, hint in (
         (["train", "--subject", "a.png", "--lerning-rate", "1"], "--learning-rate"),
         (["inspect", "--jsn", "a.safetensors"], "--json"),
+        (["inspct", "a.safetensors"], "inspect"),
     ):
-        with pytest.raises(SystemExit) as ended:
-            main(arguments)
-        assert ended.value.code == 2 and f"did you mean {hint}?" in capsys.readouterr().err
+        assert main(arguments) == 2 and f"Did you mean '{hint}'?" in capsys.readouterr().err
 
 
 def test_train_prints_the_schema_of_recipes(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as ended:
-        main(["train", "--schema"])
+    assert main(["train", "--schema"]) == 0
     committed = Path(__file__).parents[2] / "recipes" / "recipe.schema.json"
-    assert ended.value.code == 0 and capsys.readouterr().out == committed.read_text()
+    assert capsys.readouterr().out == committed.read_text()
 
 
 def test_training_wrote_what_the_recipe_and_flags_say(work: Path) -> None:
@@ -171,8 +169,7 @@ def test_compose_with_null_space_projection(work: Path, capsys: pytest.CaptureFi
     assert main(["compose", *mixed, "--null-space", "1"]) == 0
     assert "null-space projection 1: 0." in capsys.readouterr().out
     assert load_adapter("mixed.safetensors").metadata.provenance["null_space"] == 1
-    with pytest.raises(SystemExit):
-        main(["compose", *parts, "--null-space", "2"])
+    assert main(["compose", *parts, "--null-space", "2"]) == 2
     assert "expected a number from 0 to 1" in capsys.readouterr().err
 
 
@@ -457,10 +454,9 @@ def test_numbers_that_cannot_be_are_named(
 ) -> None:
     needed = {"generate": ["--prompt", "a"], "compose": ["a.safetensors"], "basis": [], "demo": [], "study": []}
     needed |= {"extract": ["a", "--base", "b"], "import": ["a.safetensors"]}
-    with pytest.raises(SystemExit) as ended:
-        main([command, *needed[command], option, value])
-    assert ended.value.code == 2
-    assert f"argument {option}: expected a" in capsys.readouterr().err
+    assert main([command, *needed[command], option, value]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"qrlora {command}: Invalid value for '{option}': expected a") and "--help" in said
 
 
 def test_a_weight_that_is_no_number_makes_no_picture(
@@ -468,9 +464,8 @@ def test_a_weight_that_is_no_number_makes_no_picture(
 ) -> None:
     for weight in ("nan", "1_0", "x"):
         adapter = f"{work / 'mug.safetensors'}:{weight}"
-        with pytest.raises(SystemExit) as ended:
-            main(["generate", "--model", str(tiny_sd3), "--steps", "1", "--prompt", "a", "--adapter", adapter])
-        assert ended.value.code == 2 and "expected a finite number" in capsys.readouterr().err
+        assert main(["generate", "--model", str(tiny_sd3), "--steps", "1", "--prompt", "a", "--adapter", adapter]) == 2
+        assert "expected a finite number" in capsys.readouterr().err
         assert main(["evaluate", adapter, "--palette", "#fff"]) == 2
         assert "expected a finite number" in capsys.readouterr().err and not list(Path().rglob("*.png"))
 
@@ -536,6 +531,41 @@ def test_paths_keep_their_colons(text: str, path: str, weight: float) -> None:
 def test_existing_file_with_a_colon_is_a_path(here: Path) -> None:
     (here / "a:2").touch()
     assert weighted_path("a:2") == (Path("a:2"), 1.0)
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_terminal_sees_a_bar_and_errors_in_colour_below_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(**_: object) -> None:
+        bar = Bar("layer")
+        for done in (1, 2):
+            bar(done, 3, "to_q")
+        raise QrloraError("no such thing", expected="a mug")
+
+    monkeypatch.setattr(run_inspect, "callback", fail)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr(sys, "stderr", terminal := Terminal())
+    assert main(["inspect", "a.safetensors"]) == 2
+    bar, error = terminal.getvalue().split("\x1b[?25h")  # the cursor is back
+    assert "1/3" in bar and "2/3" in bar and "to_q" in bar and "left" in bar
+    assert error == "\x1b[1;31mqrlora inspect: no such thing\x1b[0m\n  expected: a mug\n"
+
+
+def test_options_that_exclude_each_other(capsys: pytest.CaptureFixture[str]) -> None:
+    for one, other in (("--subject a.png b.png", "--style c.png"), ("--resume", "--restart")):
+        assert main(["train", *one.split(), *other.split()]) == 2
+        said = capsys.readouterr().err
+        assert f"{one.split()[0]} and {other.split()[0]} exclude each other" in said and "--help" in said
+
+
+def test_a_shell_is_told_what_completes_a_word() -> None:
+    typed = {"COMP_WORDS": "qrlora train --lear", "COMP_CWORD": "2", "_QRLORA_COMPLETE": "bash_complete"}
+    asked = [sys.executable, "-m", "qrlora"]
+    done = subprocess.run(asked, env={**os.environ, **typed}, capture_output=True, text=True)
+    assert done.stdout == "plain,--learning-rate\n"
 
 
 def test_long_preparations_show_progress_and_short_ones_do_not(

@@ -15,11 +15,13 @@ import subprocess
 import sys
 import textwrap
 import time
+import types
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import click
 import numpy as np
 import pytest
 import torch
@@ -27,7 +29,7 @@ from PIL import Image
 
 from conftest import BUILDERS
 from qrlora._reading import tomllib
-from qrlora.apps.cli import build_parser, main
+from qrlora.apps.cli import cli, main
 from qrlora.apps.cli.train import recipe_of
 from qrlora.models.families import FAMILIES
 from qrlora.models.training.recipe import Recipe
@@ -60,21 +62,29 @@ def commands(page: Path) -> list[list[str]]:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
-def test_every_command_on_a_page_can_be_typed(
-    page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_every_command_on_a_page_can_be_typed(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And what trains takes fields and values that a recipe has, from a recipe that ships or that the page shows."""
     monkeypatch.chdir(tmp_path)
     Path("recipes").symlink_to(ROOT / "recipes")
     for arguments in commands(page):
         try:
-            options = build_parser(arguments).parse_args(arguments)
-        except SystemExit:
-            pytest.fail(f"qrlora {shlex.join(arguments)}\n{capsys.readouterr().err}")
+            options = parsed(arguments)
+        except click.UsageError as error:
+            pytest.fail(f"qrlora {shlex.join(arguments)}\n{error.format_message()}")
         if getattr(options, "recipe", None) and options.recipe.parts[0] != "recipes":
             options.recipe.write_text("\n".join(blocks(page, "toml")))
-        if options.command in ("train", "plan"):
+        if arguments[0] in ("train", "plan"):
             recipe_of(options)
+
+
+def parsed(arguments: list[str]) -> types.SimpleNamespace:
+    """The options of a command as click reads them, without running it."""
+    context, command = click.Context(cli, info_name="qrlora"), cli
+    while isinstance(command, click.Group):
+        name, command, arguments = command.resolve_command(context, arguments)
+        context = command.make_context(name, list(arguments), parent=context)
+        arguments = [*context._protected_args, *context.args]
+    return types.SimpleNamespace(**context.params)
 
 
 def test_pages_show_commands_at_all() -> None:

@@ -328,8 +328,8 @@ def test_of_many_files_those_after_the_failure_are_saved_too(monkeypatch: pytest
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="Linux has /dev/full")
 def test_a_full_disk_under_the_standard_output_is_said() -> None:
     script = (
-        "import sys\nfrom qrlora import cli\n"
-        "cli.add_inspect.__globals__['run_inspect'] = lambda options: print('numbers')\n"
+        "import sys\nfrom qrlora.apps import cli\nfrom qrlora.apps.cli.inspect import run_inspect\n"
+        "run_inspect.callback = lambda **_: print('numbers')\n"
         "sys.exit(cli.main(['inspect', 'a.safetensors']))"
     )
     source = {**os.environ, "PYTHONPATH": str(Path(files.__file__).parents[1]), "PYTHONUNBUFFERED": ""}
@@ -342,10 +342,10 @@ def test_a_full_disk_under_the_standard_output_is_said() -> None:
 def test_any_disk_error_of_a_command_names_file_and_remedy(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def fail(_: object) -> None:
+    def fail(**_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device", "/somewhere/a.bin")
 
-    monkeypatch.setattr("qrlora.apps.cli.inspect.run_inspect", fail)
+    monkeypatch.setattr("qrlora.apps.cli.inspect.run_inspect.callback", fail)
     assert main(["inspect", "a.safetensors"]) == 2
     said = capsys.readouterr().err
     assert "/somewhere/a.bin" in said and "remedy:" in said

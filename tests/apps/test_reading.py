@@ -11,11 +11,11 @@ import stat
 import tempfile
 import time
 import zlib
-from argparse import ArgumentTypeError
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 import safetensors.torch
 import tomllib
@@ -27,7 +27,7 @@ from qrlora._files import default_cache_dir
 from qrlora._reading import parse_json, parsing, read_text, read_toml
 from qrlora.apps.cli import main
 from qrlora.apps.cli.serve import _api_keys
-from qrlora.apps.cli.shared import count, number, seed, share, weighted_path, weights, whole
+from qrlora.apps.cli.shared import COUNT, NUMBER, SEED, SHARE, WHOLE, weighted_path, weights
 from qrlora.apps.serving.app import authorise
 from qrlora.apps.serving.engine import Shelf
 from qrlora.apps.serving.names import composition_of
@@ -397,8 +397,8 @@ NOT_NUMBERS = ["1_0", "１", " 1", "1 ", "0x1", "nan", "infinity", "inf", "1e999
 
 @pytest.mark.parametrize("text", NOT_NUMBERS)
 def test_what_only_python_takes_for_a_number_is_none(text: str) -> None:
-    for kind in (number, count, whole, share, seed):
-        with pytest.raises(ArgumentTypeError, match="expected a"):
+    for kind in (NUMBER, COUNT, WHOLE, SHARE, SEED):
+        with pytest.raises(click.BadParameter, match="expected a"):
             kind(text)
     for field in ("rank", "learning_rate", "seed", "basis_rank", "logit_mean", "num_repeats"):
         if field == "num_repeats" and text.strip() == "1":
@@ -410,7 +410,7 @@ def test_what_only_python_takes_for_a_number_is_none(text: str) -> None:
     with pytest.raises(RequestError, match="no such model" if text == "+" else "out of bounds"):
         composition_of(f"pico+teapot:{text}", None, "pico", ["teapot"])
     if text:
-        with pytest.raises(ArgumentTypeError, match="expected a finite number"):
+        with pytest.raises(click.BadParameter, match="expected a finite number"):
             weighted_path(f"mug.safetensors:{text}")
 
 
@@ -418,7 +418,7 @@ def test_what_only_python_takes_for_a_number_is_none(text: str) -> None:
     ("text", "value"), [("1", 1), ("+1", 1), ("1.5", 1.5), (".5", 0.5), ("5.", 5), ("-1e-1", -0.1), ("1E2", 100)]
 )
 def test_plain_numbers_are_numbers(text: str, value: float) -> None:
-    assert number(text) == value
+    assert NUMBER(text) == value
     assert text[0] == "+" or composition_of(f"pico+a:{text}", None, "pico", ["a"]) == {"a": value}
     assert Recipe.of({"role": "style", "images": "a", "logit_mean": text}).logit_mean == value
     assert weighted_path(f"mug.safetensors:{text}") == (Path("mug.safetensors"), value)

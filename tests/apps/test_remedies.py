@@ -5,7 +5,6 @@ The source is read: which command can raise an error is found by what its functi
 
 from __future__ import annotations
 
-import argparse
 import ast
 import functools
 import re
@@ -13,9 +12,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import click
 import pytest
 
-from qrlora.apps.cli import build_parser, less_memory
+from qrlora.apps.cli import cli
+from qrlora.apps.cli.command import less_memory
 from qrlora.models.training.recipe import Recipe
 
 ROOT = Path(__file__).parents[2]
@@ -103,9 +104,9 @@ def commands() -> dict[str, tuple[str, str]]:
     found = {}
     for module in (name for name in trees() if name.startswith("qrlora.apps.cli.")):
         for node in ast.walk(trees()[module]):
-            registers = isinstance(node, ast.Call) and getattr(node.func, "id", "") == "command"
-            if registers and isinstance(name := node.args[1], ast.Constant):  # type: ignore[attr-defined]
-                found[name.value] = module, ast.unparse(node.args[2])  # type: ignore[attr-defined]
+            for call in getattr(node, "decorator_list", []):
+                if isinstance(call, ast.Call) and getattr(call.func, "id", "") == "command":
+                    found[ast.literal_eval(call.args[0])] = module, node.name  # type: ignore[attr-defined]
     return found
 
 
@@ -140,9 +141,8 @@ def who_prints(remedy: Remedy) -> list[str]:
 
 @functools.cache
 def flags_of(command: str) -> set[str]:
-    subparsers = build_parser([command])._subparsers._group_actions[0]  # type: ignore[union-attr]
-    parser: argparse.ArgumentParser = subparsers.choices[command]  # type: ignore[index, assignment]
-    return {flag for action in parser._actions for flag in action.option_strings}
+    context = click.Context(cli.commands[command])
+    return {flag for one in context.command.get_params(context) for flag in (*one.opts, *one.secondary_opts)}
 
 
 def faults_of(remedy: Remedy) -> list[str]:
@@ -161,8 +161,7 @@ def faults_of(remedy: Remedy) -> list[str]:
 
 
 def test_every_command_line_module_is_understood() -> None:
-    choices = build_parser()._subparsers._group_actions[0].choices  # type: ignore[union-attr]
-    assert set(commands()) == set(choices or ()) and len(remedies()) > 250
+    assert {*commands(), "lab"} == set(cli.commands) and len(remedies()) > 250
     assert ("qrlora.models.exchange.lora_files", "") in reached("inspect")
     assert ("qrlora.apps.cli.shared", "refuse_to_replace") not in reached("inspect")
 

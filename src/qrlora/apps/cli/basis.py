@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 import time
@@ -10,39 +9,37 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+import rich_click as click
+
 from qrlora._files import default_cache_dir
-from qrlora.apps.cli.shared import MODEL_HELP, Bar, Parsers, command, count
+from qrlora.apps.cli.command import Options, command
+from qrlora.apps.cli.shared import COUNT, DTYPE, MODEL_HELP, Bar
 
 if TYPE_CHECKING:
     import torch
 
 
-def add_basis(commands: Parsers) -> None:
-    parser = command(
-        commands,
-        "basis",
-        run_basis,
-        "compute the basis of a base model ahead of training, one layer at a time, and verify it",
-        "Reads the denoiser's safetensors files and never loads the pipeline. Every layer is kept in the cache as soon "
-        "as it is done ($QRLORA_CACHE, else ~/.cache/qrlora): an interrupted run continues where it stopped, and "
-        "`qrlora train` with the same model, rank and dtype computes no basis.",
-    )
-    parser.add_argument("model", nargs="?", default="pico", metavar="MODEL", help=MODEL_HELP + " (default: pico)")
-    parser.add_argument("--rank", type=count, help="rank of the adapters to be trained (default: that of `train`)")
-    parser.add_argument("--columns", default="subject", help="their columns: first, i/n, subject, style (default)")
-    parser.add_argument("--basis-rank", type=count, help="columns of the whole basis (default: as columns needs)")
-    parser.add_argument("--targets", help="module names (to_q,to_k), a regular expression, or all-linear (see `train`)")
-    parser.add_argument("--algorithm", choices=("fast", "exact"), default="fast", help="default: fast")
-    parser.add_argument(
-        "--dtype",
-        choices=("float32", "bfloat16", "float16"),
-        default="float32",
-        help="precision that the base model will be loaded in (default: float32, as in `train`)",
-    )
-    parser.add_argument("--json", action="store_true", help="print what was done as JSON")
-
-
-def run_basis(options: argparse.Namespace) -> None:
+@command(
+    "basis",
+    "Compute the basis of a base model ahead of training, one layer at a time, and verify it",
+    "Reads the denoiser's safetensors files and never loads the pipeline. Every layer is cached as soon as it is done "
+    "($QRLORA_CACHE, else ~/.cache/qrlora): an interrupted run continues where it stopped, and `qrlora train` with the "
+    "same model, rank and dtype computes no basis.",
+)
+@click.argument("model", default="pico", metavar="[MODEL]", help=MODEL_HELP + " (default: pico)")
+@click.option("--rank", type=COUNT, help="rank of the adapters to be trained (default: that of `train`)")
+@click.option("--columns", default="subject", help="their columns: first, i/n, subject, style (default: subject)")
+@click.option("--basis-rank", type=COUNT, help="columns of the whole basis (default: as columns needs)")
+@click.option("--targets", help="module names (to_q,to_k), a regular expression, or all-linear (see `train`)")
+@click.option("--algorithm", type=click.Choice(["fast", "exact"]), default="fast", help="default: fast")
+@click.option(
+    "--dtype",
+    type=DTYPE,
+    default="float32",
+    help="precision that the base model will be loaded in (default: float32, as in `train`)",
+)
+@click.option("--json", is_flag=True, help="print what was done as JSON")
+def run_basis(options: Options) -> None:
     """Compute or find Q of every layer, check it, and say so."""
     import torch
 

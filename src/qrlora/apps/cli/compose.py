@@ -2,62 +2,59 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 from pathlib import Path
 from typing import Any
 
+import rich_click as click
+
+from qrlora.apps.cli.command import Options, command
 from qrlora.apps.cli.shared import (
     ADAPTER_HELP,
+    COUNT,
     MODEL_HELP,
     OVERWRITE_HELP,
-    Parsers,
-    add_null_space,
+    PATH,
     bases_of,
     check_null_space,
     check_room_for,
     claim,
-    command,
-    count,
+    json_option,
     load_weighted,
     null_space_of,
+    null_space_option,
     refuse_default_output,
     say_null_space,
     weighted_path,
 )
 
 
-def add_compose(commands: Parsers) -> None:
-    parser = command(
-        commands,
-        "compose",
-        run_compose,
-        "compose adapters of one basis into one file, and report how much they interfere",
-        OVERWRITE_HELP,
-    )
-    parser.add_argument("parts", nargs="+", metavar="FILE[:WEIGHT]", type=weighted_path, help=ADAPTER_HELP)
-    parser.add_argument("-o", "--output", type=Path, default=Path("composition.safetensors"), help="file to write")
-    parser.add_argument(
-        "--spelling",
-        choices=("compact", "lora"),
-        default="compact",
-        help="compact: ΔR alone (default); lora: reads in every LoRA loader, needs the base model once",
-    )
-    parser.add_argument(
-        "--delta-weights",
-        type=count,
-        metavar="RANK",
-        help="for adapters of different bases, or plain LoRAs: sum ΔW and cut it back to RANK, saying what is lost",
-    )
-    add_null_space(parser)
-    parser.add_argument("--model", help=f"{MODEL_HELP} (default: the one the adapters name)")
-    parser.add_argument("--json", action="store_true", help="print the numbers as JSON")
-
-
-def run_compose(options: argparse.Namespace) -> None:
+@command(
+    "compose",
+    "Add adapters of one basis, exactly, into one file, and print how much they interfere",
+    OVERWRITE_HELP,
+)
+@click.argument("parts", nargs=-1, required=True, type=weighted_path, metavar="FILE[:WEIGHT]...", help=ADAPTER_HELP)
+@click.option("-o", "--output", type=PATH, default=Path("composition.safetensors"), help="file to write")
+@click.option(
+    "--spelling",
+    type=click.Choice(["compact", "lora"]),
+    default="compact",
+    help="compact: ΔR alone (default); lora: reads in every LoRA loader, needs the base model once",
+)
+@click.option(
+    "--delta-weights",
+    type=COUNT,
+    metavar="RANK",
+    help="for adapters of different bases, or plain LoRAs: sum ΔW, truncate it to RANK and print what is lost",
+)
+@null_space_option
+@click.option("--model", help=f"{MODEL_HELP} (default: the one the adapters name)")
+@json_option
+def run_compose(options: Options) -> None:
     """Write the composition of the parts, and print their interference or what the truncation lost."""
     refuse_default_output(options, "composition.safetensors")
-    claim(options, options.output)
+    claim(options.output)
     from qrlora.method.adapter import save_adapter
     from qrlora.method.composition import Composition, compose_delta_weights
 

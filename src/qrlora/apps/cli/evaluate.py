@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import rich_click as click
+
+from qrlora.apps.cli.command import Decorator, Options, command, print_and_exit, together
 from qrlora.apps.cli.shared import (
+    PATH,
     Bar,
-    Parsers,
-    add_null_space,
-    add_sampling,
-    add_seeds,
+    Names,
     check_null_space,
     claim,
-    command,
+    json_option,
     load_weighted,
     null_space_of,
+    null_space_option,
     refuse_to_replace,
+    sampling_options,
     say_null_space,
+    seed_options,
     seeds_of,
     weighted_path,
 )
@@ -41,94 +44,74 @@ MEASURE_HELP = (
 )
 
 
-def add_evaluate(commands: Parsers) -> None:
-    parser = command(
-        commands,
-        "evaluate",
-        run_evaluate,
-        "measure pictures against a subject, a style, a palette, a brand sheet",
-        f"Measures {MEASURE_HELP}. A report, the numbers and the pictures that were made go into the folder named by "
-        "-o. The exit code is 0 once all was measured; with --strict it is 1 if a brand sheet is not kept.",
-    )
-    parser.add_argument(
-        "what",
-        nargs="*",
-        metavar="WHAT",
-        help="pictures and folders of them (each folder is a group), or adapters, FILE[:WEIGHT], which are put "
-        "together and asked for --prompt",
-    )
-    add_references(parser)
-    add_pictures(parser, "--training", "learned from: no copy is wanted")
-    parser.add_argument("--palette", metavar="HEX,...", help="colours to stay near, such as '#d7263d,#f7b538'")
-    parser.add_argument("--brand", type=Path, metavar="TOML", help="brand sheet (docs/evaluate.md)")
-    parser.add_argument("--strict", action="store_true", help="exit code 1 if the brand sheet is not kept")
-    parser.add_argument(
-        "--measures",
-        type=lambda text: [part.strip() for part in text.split(",")],
-        metavar="NAME,...",
-        help="which ones, or all (default: those without weights that have what they need)",
-    )
-    add_weights(parser)
-    parser.add_argument("--prompt", action="append", help="with adapters, several times; with pictures, their prompt")
-    add_seeds(parser)
-    add_null_space(parser)
-    add_sampling(parser)
-    parser.add_argument("--json", action="store_true", help="print the numbers as JSON")
-    parser.add_argument("--brand-schema", action=_Schema, help="print the JSON Schema of brand sheets, and end")
-    parser.add_argument("-o", "--output", type=Path, default=Path(DEFAULT_OUTPUT), help="folder (default: evaluation/)")
-
-
-def add_references(parser: Any) -> None:
-    """What is measured against, other than what was learned from."""
-    for name in ("subject", "style"):
-        add_pictures(parser, f"--{name}", f"what the {name} should be like")
-
-
-def add_pictures(parser: Any, option: str, text: str) -> None:
+def pictures_option(option: str, text: str) -> Decorator:
     """An option that names a picture or a folder of them."""
-    parser.add_argument(
-        option, action="append", type=Path, default=[], metavar="PICTURE", help=f"{text}; a folder, or given again"
-    )
-
-
-def add_weights(parser: Any) -> None:
-    """Where the networks are."""
-    parser.add_argument(
-        "--weights",
-        action="append",
-        default=[],
-        type=_located,
-        metavar="NAME=WHERE",
-        help=f"weights of {', '.join(NETWORKS)}: a folder or file, or an id in the Hugging Face cache",
-    )
-    parser.add_argument("--device", help="where these run: cpu, cuda, ... (default: a GPU if there is one)")
+    return click.option(option, multiple=True, type=PATH, metavar="PICTURE", help=f"{text}; a folder, or given again")
 
 
 def _located(text: str) -> tuple[str, str]:
     name, equals, where = text.partition("=")
     if name not in NETWORKS or not equals or not where:
-        raise argparse.ArgumentTypeError(f"expected NAME=WHERE, NAME one of {', '.join(NETWORKS)}, got {text!r}")
+        raise click.BadParameter(f"expected NAME=WHERE, NAME one of {', '.join(NETWORKS)}, got {text!r}")
     return name, where
 
 
-class _Schema(argparse.Action):
-    """Prints the schema, as `--help` prints help."""
+weights_options = together(
+    click.option(
+        "--weights",
+        multiple=True,
+        type=_located,
+        metavar="NAME=WHERE",
+        help=f"weights of {', '.join(NETWORKS)}: a folder or file, or an id in the Hugging Face cache",
+    ),
+    click.option("--device", help="where these run: cpu, cuda, ... (default: a GPU if there is one)"),
+)
 
-    def __init__(self, **options: Any) -> None:
-        super().__init__(nargs=0, **options)
 
-    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
-        from qrlora.quality.brand import Sheet
+def _schema() -> str:
+    from qrlora.quality.brand import Sheet
 
-        print(json.dumps(Sheet.file_schema(), indent=2, ensure_ascii=False))
-        parser.exit()
+    return json.dumps(Sheet.file_schema(), indent=2, ensure_ascii=False)
 
 
-def run_evaluate(options: argparse.Namespace) -> int:
+@command(
+    "evaluate",
+    "Measure pictures against a subject, a style, a palette, a brand sheet",
+    f"Measures {MEASURE_HELP}. A report, the numbers and the pictures that were made go into the folder named by "
+    "-o. The exit code is 0 once all was measured; with --strict it is 1 if a brand sheet is not met.",
+)
+@click.argument(
+    "what",
+    nargs=-1,
+    metavar="WHAT...",
+    help="pictures and folders of them (each folder is a group), or adapters, FILE[:WEIGHT], which are composed and "
+    "sampled with --prompt",
+)
+@pictures_option("--subject", "what the subject should be like")
+@pictures_option("--style", "what the style should be like")
+@pictures_option("--training", "what the adapters were trained on: no copy is wanted")
+@click.option("--palette", metavar="HEX,...", help="colours to stay near, such as '#d7263d,#f7b538'")
+@click.option("--brand", type=PATH, metavar="TOML", help="brand sheet (docs/evaluate.md)")
+@click.option("--strict", is_flag=True, help="exit code 1 if the brand sheet is not met")
+@click.option(
+    "--measures",
+    type=Names(),
+    metavar="NAME,...",
+    help="some of these, or all (default: those without weights that have what they need)",
+)
+@weights_options
+@click.option("--prompt", multiple=True, help="with adapters, several times; with pictures, their prompt")
+@seed_options
+@null_space_option
+@sampling_options
+@json_option
+@print_and_exit("--brand-schema", "print the JSON Schema of brand sheets, and end", _schema)
+@click.option("-o", "--output", type=PATH, default=Path(DEFAULT_OUTPUT), help="folder (default: evaluation/)")
+def run_evaluate(options: Options) -> int:
     """Measure, print and write; returns the exit code."""
     if options.output == Path(DEFAULT_OUTPUT):
         refuse_to_replace(options.output / "report.html")
-    claim(options, options.output, folder=True)
+    claim(options.output, folder=True)
     from qrlora.quality.assessment import assess, report
     from qrlora.quality.brand import Sheet
     from qrlora.quality.metrics.learned import Eyes
@@ -162,7 +145,7 @@ def run_evaluate(options: argparse.Namespace) -> int:
     return 1 if options.strict and not found.passes else 0
 
 
-def references_of(options: argparse.Namespace, sheet: Any = None) -> References:
+def references_of(options: Options, sheet: Any = None) -> References:
     """What the options and the brand sheet hold pictures against."""
     from qrlora.quality.images.read import gather, hex_colour
     from qrlora.quality.metrics.table import References
@@ -188,8 +171,8 @@ def _adapters(what: Sequence[str]) -> list[tuple[Path, float]]:
         raise QrloraError("nothing to evaluate", expected="pictures, folders of pictures, or adapters")
     try:
         parts = [weighted_path(text) for text in what]
-    except argparse.ArgumentTypeError as error:
-        raise QrloraError(str(error)) from error
+    except click.BadParameter as error:
+        raise QrloraError(error.message) from error
     are = [path.suffix == ".safetensors" for path, _ in parts]
     if any(are) and not all(are):
         got = [text for text, is_adapter in zip(what, are, strict=True) if not is_adapter]
@@ -197,7 +180,7 @@ def _adapters(what: Sequence[str]) -> list[tuple[Path, float]]:
     return parts if all(are) else []
 
 
-def _groups(options: argparse.Namespace) -> dict[str, list[Exhibit]]:
+def _groups(options: Options) -> dict[str, list[Exhibit]]:
     """Each folder is a group by its name, single pictures are one together."""
     from qrlora.quality.images.read import gather
 
@@ -219,7 +202,7 @@ def _groups(options: argparse.Namespace) -> dict[str, list[Exhibit]]:
     return {name: [replace(one, prompt=options.prompt[0]) for one in group] for name, group in groups.items()}
 
 
-def _prompts_alone(options: argparse.Namespace) -> list[Exhibit]:
+def _prompts_alone(options: Options) -> list[Exhibit]:
     """What is known of pictures before they are made."""
     import numpy as np
 
@@ -236,7 +219,7 @@ def _title(adapters: Sequence[tuple[Path, float]], strength: float) -> str:
 
 
 def _made(
-    options: argparse.Namespace,
+    options: Options,
     parts: Sequence[tuple[Path, float]],
     loaded: Sequence[tuple[Adapter, float]],
     strength: float,

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import rich_click as click
+
+from qrlora.apps.cli.command import Options, command, together
 from qrlora.apps.cli.shared import (
+    COUNT,
+    DTYPE,
     MODEL_HELP,
+    NUMBER,
     OVERWRITE_HELP,
+    PATH,
     Bar,
-    Parsers,
     check_room_for,
     claim,
-    command,
-    count,
+    json_option,
     load_adapters,
-    number,
     refuse_default_output,
     refuse_to_replace,
     say_left_out,
@@ -28,32 +31,27 @@ if TYPE_CHECKING:
     from qrlora.method.adapter import Adapter
 
 
-def add_export(commands: Parsers) -> None:
-    parser = command(
-        commands,
-        "export",
-        run_export,
-        "write an adapter for another program, and count the layers that it will find",
-        "Without -o the file is NAME-FORM.safetensors. " + OVERWRITE_HELP,
-    )
-    parser.add_argument("file", type=Path, metavar="FILE", help="adapter file, or anybody's LoRA")
-    parser.add_argument(
-        "--for",
-        dest="program",
-        choices=("diffusers", "kohya", "original", "comfyui", "forge", "a1111", "ai-toolkit"),
-        default="diffusers",
-        help="form, or program, which gets the form that it reads for this family: docs/exchange.md has the table "
-        "(default: diffusers)",
-    )
-    parser.add_argument("--model", help=f"{MODEL_HELP} (default: the one the adapter names)")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of the file (default: as it is)")
-    parser.add_argument("-o", "--output", type=Path, help="file to write")
-
-
-def run_export(options: argparse.Namespace) -> None:
+@command(
+    "export",
+    "Write an adapter for another program, and count the layers that it will find",
+    "Without -o the file is NAME-FORM.safetensors. " + OVERWRITE_HELP,
+)
+@click.argument("file", type=PATH, metavar="FILE", help="adapter file, or any LoRA")
+@click.option(
+    "--for",
+    "program",
+    type=click.Choice(["diffusers", "kohya", "original", "comfyui", "forge", "a1111", "ai-toolkit"]),
+    default="diffusers",
+    help="form, or program, which gets the form that it reads for this family: docs/exchange.md has the table "
+    "(default: diffusers)",
+)
+@click.option("--model", help=f"{MODEL_HELP} (default: the one the adapter names)")
+@click.option("--dtype", type=DTYPE, help="of the file (default: as it is)")
+@click.option("-o", "--output", type=PATH, help="file to write")
+def run_export(options: Options) -> None:
     """Write the file and print how many of its layers match, by whose rules."""
     if options.output:
-        claim(options, options.output)
+        claim(options.output)
     import torch
 
     from qrlora.method.adapter import basis_of
@@ -71,7 +69,7 @@ def run_export(options: argparse.Namespace) -> None:
     output = options.output or Path(f"{options.file.stem}-{target}.safetensors")
     if options.output is None:
         refuse_to_replace(output)
-        claim(options, output)
+        claim(output)
     basis = basis_of(family.denoiser_of(pipe), adapter)
     dtype = getattr(torch, options.dtype) if options.dtype else None
     export = export_adapter(adapter, output, target, pipe, family, basis=basis, dtype=dtype)
@@ -84,42 +82,44 @@ def _no_base_model() -> QrloraError:
     return QrloraError("the file names no base model", expected="--model", got="none", remedy=MODEL_HELP)
 
 
-def add_import(commands: Parsers) -> None:
-    parser = command(
-        commands,
-        "import",
-        run_import,
-        "read anybody's LoRA, or a checkpoint of the published QR-LoRA code, as an adapter",
-        "Forms: diffusers, PEFT, kohya, published QR-LoRA; safetensors only. The adapter is the file's ΔW exactly, "
-        "unless --basis-rank or --like projects it. Without -o the file is NAME-imported.safetensors. "
-        + OVERWRITE_HELP,
-    )
-    parser.add_argument("file", type=Path, metavar="FILE", help="LoRA or checkpoint, .safetensors")
-    parser.add_argument("--model", help=f"{MODEL_HELP}; with it every layer is checked, and projection is possible")
-    _add_basis_flags(parser)
-    parser.add_argument("--like", type=Path, metavar="ADAPTER", help="project onto this adapter's basis and columns")
-    parser.add_argument("--alpha", type=number, help="of a file that does not say (default: its rank)")
-    parser.add_argument("--role", choices=("subject", "style"), default="", help="what it is about")
-    parser.add_argument("--trigger", default="", help="the word that calls it")
-    parser.add_argument("-o", "--output", type=Path, help="file to write")
-    parser.add_argument("--json", action="store_true", help="print the numbers as JSON")
+basis_options = together(
+    click.option("--basis-rank", type=COUNT, metavar="RANK", help="project onto the base model's basis of this rank"),
+    click.option("--columns", default="first", help="columns of it: first, i/n, subject, style (default: first, all)"),
+    click.option("--triangular", is_flag=True, help="keep the projected ΔR upper triangular"),
+)
+
+description_options = together(
+    click.option(
+        "--role",
+        type=click.Choice(["subject", "style"]),
+        callback=lambda _ctx, _param, value: value or "",
+        help="of the adapter",
+    ),
+    click.option("--trigger", default="", help="the word of a prompt that calls the adapter"),
+)
 
 
-def _add_basis_flags(parser: Any) -> None:
-    parser.add_argument(
-        "--basis-rank", type=count, metavar="RANK", help="project onto the base model's basis of this rank"
-    )
-    parser.add_argument("--columns", default="first", help="columns of it: first, i/n, subject, style (default: all)")
-    parser.add_argument("--triangular", action="store_true", help="keep the projected ΔR upper triangular")
-
-
-def run_import(options: argparse.Namespace) -> None:
+@command(
+    "import",
+    "Read any LoRA, or a checkpoint of the published QR-LoRA code, as an adapter",
+    "Forms: diffusers, PEFT, kohya, published QR-LoRA; safetensors only. The adapter is the file's ΔW exactly, "
+    "unless --basis-rank or --like projects it. Without -o the file is NAME-imported.safetensors. " + OVERWRITE_HELP,
+)
+@click.argument("file", type=PATH, metavar="FILE", help="LoRA or checkpoint, .safetensors")
+@click.option("--model", help=f"{MODEL_HELP}; with it every layer is checked, and projection is possible")
+@basis_options
+@click.option("--like", type=PATH, metavar="ADAPTER", help="project onto this adapter's basis and columns")
+@click.option("--alpha", type=NUMBER, help="of a file that does not name it (default: its rank)")
+@description_options
+@click.option("-o", "--output", type=PATH, help="file to write")
+@json_option
+def run_import(options: Options) -> None:
     """Write the adapter and print, layer by layer, how much of it a projection kept."""
     output = options.output or Path(f"{options.file.stem}-imported.safetensors")
     if options.output is None:
         refuse_to_replace(output)
     projected = options.like or options.basis_rank
-    claim(options, output, 0 if projected or not options.file.is_file() else options.file.stat().st_size)
+    claim(output, 0 if projected or not options.file.is_file() else options.file.stat().st_size)
     from qrlora.method.adapter import load_adapter, save_adapter
     from qrlora.models.exchange import Onto, import_file
     from qrlora.models.families import load_pipeline
@@ -145,7 +145,7 @@ def run_import(options: argparse.Namespace) -> None:
     _print_kept(options, output, adapter, kept, {})
 
 
-def _onto(options: argparse.Namespace) -> Any:
+def _onto(options: Options) -> Any:
     """The basis that the flags name, or None."""
     from qrlora.method.tuner.config import least_basis_rank, resolve_columns
     from qrlora.models.exchange import Onto
@@ -157,9 +157,7 @@ def _onto(options: argparse.Namespace) -> Any:
     return Onto(options.basis_rank, columns, triangular=options.triangular)
 
 
-def _print_kept(
-    options: argparse.Namespace, output: Path, adapter: Adapter, kept: Any, others: dict[str, float]
-) -> None:
+def _print_kept(options: Options, output: Path, adapter: Adapter, kept: Any, others: dict[str, float]) -> None:
     meta = adapter.metadata
     if options.json:
         report = {"output": str(output), "kept": kept.to_dict() if kept else None, "others": others}
@@ -175,34 +173,26 @@ def _print_kept(
     print(f"{output}: rank {meta.rank}, {len(adapter.deltas)} layers, {where}")
 
 
-def add_extract(commands: Parsers) -> None:
-    parser = command(
-        commands,
-        "extract",
-        run_extract,
-        "take the difference between a fine-tuned model and its base as an adapter",
-        "Either --rank (a plain LoRA of all linear and convolution layers that differ) or --basis-rank (ΔR on the base "
-        "model's basis, of the family's layers). Without -o the file is extracted.safetensors. " + OVERWRITE_HELP,
-    )
-    parser.add_argument(
-        "model", metavar="TUNED", help="the fine-tuned model: a folder in the diffusers layout or hub id"
-    )
-    parser.add_argument("--base", required=True, help=MODEL_HELP)
-    parser.add_argument("--rank", type=count, help="of a plain LoRA: truncated SVD of each layer's difference")
-    _add_basis_flags(parser)
-    parser.add_argument("--targets", metavar="NAME,NAME", help="layers whose names end in one of these")
-    parser.add_argument("--role", choices=("subject", "style"), default="", help="what it is about")
-    parser.add_argument("--trigger", default="", help="the word that calls it")
-    parser.add_argument("-o", "--output", type=Path, default=Path("extracted.safetensors"), help="file to write")
-    parser.add_argument("--json", action="store_true", help="print the numbers as JSON")
-
-
-def run_extract(options: argparse.Namespace) -> None:
+@command(
+    "extract",
+    "Take the difference between a fine-tuned model and its base as an adapter",
+    "Either --rank (a plain LoRA of all linear and convolution layers that differ) or --basis-rank (ΔR on the base "
+    "model's basis, of the family's layers). Without -o the file is extracted.safetensors. " + OVERWRITE_HELP,
+)
+@click.argument("model", metavar="TUNED", help="the fine-tuned model: a folder in the diffusers layout or hub id")
+@click.option("--base", required=True, help=MODEL_HELP)
+@click.option("--rank", type=COUNT, help="of a plain LoRA: truncated SVD of each layer's difference")
+@basis_options
+@click.option("--targets", metavar="NAME,NAME", help="layers whose names end in one of these")
+@description_options
+@click.option("-o", "--output", type=PATH, default=Path("extracted.safetensors"), help="file to write")
+@json_option
+def run_extract(options: Options) -> None:
     """Write the adapter; print what of each layer it holds, and what differs that it cannot hold."""
     refuse_default_output(options, "extracted.safetensors")
     if (options.rank is None) == (options.basis_rank is None):
         raise QrloraError("one way to extract", expected="--rank or --basis-rank", got="both or neither")
-    claim(options, options.output)
+    claim(options.output)
     from qrlora.method.adapter import save_adapter
     from qrlora.method.adapter.attach import base_weights
     from qrlora.method.basis import Basis

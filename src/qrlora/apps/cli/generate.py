@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
 import sys
@@ -10,23 +9,25 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import rich_click as click
+
 from qrlora._files import make_folder, write_all
+from qrlora.apps.cli.command import Options, command
 from qrlora.apps.cli.shared import (
     ADAPTER_HELP,
     OVERWRITE_HELP,
+    PATH,
     Bar,
-    Parsers,
-    add_null_space,
-    add_sampling,
-    add_seeds,
     check_null_space,
     check_png,
     claim,
-    command,
     load_weighted,
     null_space_of,
+    null_space_option,
     refuse_to_replace,
+    sampling_options,
     say_null_space,
+    seed_options,
     seeds_of,
     weighted_path,
     weights,
@@ -34,35 +35,27 @@ from qrlora.apps.cli.shared import (
 from qrlora.errors import PictureError, QrloraError
 
 
-def add_generate(commands: Parsers) -> None:
-    parser = command(
-        commands,
-        "generate",
-        run_generate,
-        "make pictures from prompts and seeds, with adapters at any weights",
-        "One PNG per prompt and seed goes into the folder named by -o; with --grid one labelled PNG. "
-        "Each keeps its prompt, seed and adapters in its metadata. " + OVERWRITE_HELP,
-    )
-    parser.add_argument("--prompt", action="append", required=True, help="may be given several times")
-    add_seeds(parser)
-    parser.add_argument(
-        "--adapter", action="append", default=[], type=weighted_path, metavar="FILE[:WEIGHT]", help=ADAPTER_HELP
-    )
-    parser.add_argument(
-        "--grid",
-        type=weights,
-        metavar="W,W,...",
-        help="with two adapters: one labelled picture of all pairs of these weights, the first adapter's down the rows "
-        "(if the first is negative: --grid=-0.5,0,0.5)",
-    )
-    add_null_space(parser)
-    add_sampling(parser)
-    parser.add_argument(
-        "-o", "--output", type=Path, help="folder, or .png for one picture or a grid (default: pictures/ or grid.png)"
-    )
-
-
-def run_generate(options: argparse.Namespace) -> None:
+@command(
+    "generate",
+    "Generate pictures from prompts and seeds, with adapters at any weights",
+    "One PNG per prompt and seed goes into the folder named by -o; with --grid one labelled PNG. "
+    "Each has its prompt, seed and adapters in its metadata. " + OVERWRITE_HELP,
+)
+@click.option("--prompt", multiple=True, required=True, help="may be given several times")
+@seed_options
+@click.option("--adapter", multiple=True, type=weighted_path, metavar="FILE[:WEIGHT]", help=ADAPTER_HELP)
+@click.option(
+    "--grid",
+    type=weights,
+    metavar="W,W,...",
+    help="with two adapters: one labelled picture of all pairs of these weights, the first adapter's down the rows",
+)
+@null_space_option
+@sampling_options
+@click.option(
+    "-o", "--output", type=PATH, help="folder, or .png for one picture or a grid (default: pictures/ or grid.png)"
+)
+def run_generate(options: Options) -> None:
     """Make the pictures and print where they are."""
     seeds = seeds_of(options)
     if options.grid:
@@ -95,7 +88,7 @@ def run_generate(options: argparse.Namespace) -> None:
             images = generate(pipe, family, options.prompt, seeds, **common)
         except PictureError as error:
             images, failed = error.images, error
-    made = {key: value for key, value in vars(options).items() if key not in ("run", "claims", "output", "command")}
+    made = {key: value for key, value in vars(options).items() if key != "output"}
     finished = {path: image for path, image in zip(paths, images, strict=True) if image is not None}
     write_all({path: described_png(image, made) for path, image in finished.items()})
     print(*finished, sep="\n")
@@ -103,7 +96,7 @@ def run_generate(options: argparse.Namespace) -> None:
         raise failed
 
 
-def _say_projected(options: argparse.Namespace, adapters: Sequence[tuple[Any, float]]) -> None:
+def _say_projected(options: Options, adapters: Sequence[tuple[Any, float]]) -> None:
     """On stderr, because stdout lists files. Off one basis, or at several weights, the energy kept is not known."""
     from qrlora.method.composition import Composition
     from qrlora.method.composition.parts import on_one_basis
@@ -114,7 +107,7 @@ def _say_projected(options: argparse.Namespace, adapters: Sequence[tuple[Any, fl
         print(say_null_space(options.null_space, kept), file=sys.stderr)
 
 
-def _check_grid(options: argparse.Namespace, seeds: Sequence[int]) -> None:
+def _check_grid(options: Options, seeds: Sequence[int]) -> None:
     if len(options.adapter) != 2 or len(options.prompt) != 1 or len(seeds) != 1:
         raise QrloraError(
             "a grid shows two adapters, one prompt and one seed",
@@ -130,7 +123,7 @@ def _check_grid(options: argparse.Namespace, seeds: Sequence[int]) -> None:
         )
 
 
-def _picture_paths(options: argparse.Namespace, seeds: Sequence[int]) -> list[Path]:
+def _picture_paths(options: Options, seeds: Sequence[int]) -> list[Path]:
     """Where each picture goes, checked before any is made."""
     ending = options.output.suffix.lower() if options.output and not options.output.is_dir() else ""
     one_file = ending in (".png", ".jpg", ".jpeg", ".webp")  # a folder may be called v1.5
@@ -155,14 +148,14 @@ def _picture_paths(options: argparse.Namespace, seeds: Sequence[int]) -> list[Pa
     return paths
 
 
-def _claim(options: argparse.Namespace, paths: Sequence[Path]) -> None:
+def _claim(options: Options, paths: Sequence[Path]) -> None:
     """Try the file or folder that the pictures go to, and hold it."""
     if options.grid or paths == [options.output]:
         make_folder(paths[0].parent)
-        claim(options, paths[0])
+        claim(paths[0])
     else:
         least = len(paths) * (options.resolution or 0) ** 2  # bytes: a third of the pixels as they are
-        claim(options, paths[0].parent, least, folder=True)
+        claim(paths[0].parent, least, folder=True)
 
 
 def picture_file(folder: Path, index: int, prompt: str, seed: int) -> Path:

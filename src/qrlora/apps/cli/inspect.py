@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qrlora.apps.cli.shared import Parsers, command
+import rich_click as click
+
+from qrlora.apps.cli.command import Options, command
+from qrlora.apps.cli.shared import PATH
 
 if TYPE_CHECKING:
     from qrlora.method.adapter import Adapter
 
 
-def add_inspect(commands: Parsers) -> None:
-    parser = command(
-        commands, "inspect", run_inspect, "say what an adapter file is, what it needs, and how large it is"
-    )
-    parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="adapter file")
-    parser.add_argument("--json", action="store_true", help="print everything as JSON")
-
-
-def run_inspect(options: argparse.Namespace) -> None:
+@command("inspect", "Print what an adapter file is, what it needs, and how large it is")
+@click.argument("files", nargs=-1, required=True, type=PATH, metavar="FILE...", help="adapter files")
+@click.option("--json", is_flag=True, help="print everything as JSON")
+def run_inspect(options: Options) -> None:
     """Print what each file says about itself."""
     from qrlora.models.exchange import load_any
 

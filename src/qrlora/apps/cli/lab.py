@@ -10,26 +10,16 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import click
+import rich_click as click
+from click import get_current_context
+from click.core import ParameterSource
 
-from qrlora._files import claimed, make_folder
+from qrlora._files import make_folder
+from qrlora.apps.cli.command import Group, together
+from qrlora.apps.cli.shared import COUNT, NOT_NEGATIVE, NUMBER, PATH, SEED, Names, at_least, claim
 
-COUNT = click.IntRange(min=1)
-SEED = click.IntRange(min=0)
 OUT = Path("out/speed")
 SPEED_MODELS = ("flux.1", "sd3.5-medium", "sdxl")
-
-
-class Names(click.ParamType):
-    """Names separated by commas."""
-
-    name = "names"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, ...]:
-        names = value if isinstance(value, tuple) else tuple(part.strip() for part in value.split(",") if part.strip())
-        if not names:
-            self.fail("expected at least one name", param, ctx)
-        return names
 
 
 class Seeds(Names):
@@ -49,11 +39,11 @@ def say(text: str) -> None:
 
 def typed(*but: str) -> str:
     """The command as it was typed, for a report, without these options' defaults."""
-    context = click.get_current_context()
+    context = get_current_context()
     words = ["qrlora", *context.command_path.split()[1:]]
     for parameter in context.command.params:
         name = str(parameter.name)
-        if name in but or context.get_parameter_source(name) is click.core.ParameterSource.DEFAULT:
+        if name in but or context.get_parameter_source(name) is ParameterSource.DEFAULT:
             continue
         value = context.params[name]
         flag = max(parameter.opts, key=len)
@@ -65,22 +55,19 @@ def typed(*but: str) -> str:
 
 def _measured(measure: Callable[[SimpleNamespace], None], given: dict[str, Any]) -> None:
     """Run a measurement whose JSON was tried before, so that hours of it are not lost to a missing folder."""
-    path = given["json"]
-    if path is None:
-        measure(SimpleNamespace(**given))
-        return
-    make_folder(path.parent)
-    with claimed(path):
-        measure(SimpleNamespace(**given))
+    if path := given["json"]:
+        make_folder(path.parent)
+        claim(path)
+    measure(SimpleNamespace(**given))
 
 
-@click.group()
+@click.group(cls=Group)
 def lab() -> None:
     """Measure: methods side by side, the published claims, speed, where subject and style are."""
 
 
 @lab.command()
-@click.option("--out", type=click.Path(path_type=Path), default=Path("out/compare"), show_default=True)
+@click.option("--out", type=PATH, default=Path("out/compare"), show_default=True)
 @click.option("--small", is_flag=True, help="A few rows, pairs, steps and pictures, to see it work.")
 @click.option("--rows", type=Names(), help="Rows of the table, separated by commas (default: all; see --list).")
 @click.option("--subjects", type=Names(), help="Reserved subjects, separated by commas (default: all).")
@@ -89,7 +76,7 @@ def lab() -> None:
 @click.option("--steps", type=COUNT, help="Training steps of each adapter (default: 240).")
 @click.option("--pictures", type=COUNT, help="Pictures of each composed pair (default: 8).")
 @click.option("--workers", type=COUNT, default=os.cpu_count() or 1, help="Processes (default: one a core).")
-@click.option("--records", type=click.Path(path_type=Path), help="records.jsonl of an earlier run, taken as measured.")
+@click.option("--records", type=PATH, help="records.jsonl of an earlier run, taken as measured.")
 @click.option("--tune", is_flag=True, help="Choose learning rates and weights anew, write rates.json, and stop.")
 @click.option("--list", "listed", is_flag=True, help="Print the rows, and stop.")
 def compare(**given: Any) -> None:
@@ -106,14 +93,14 @@ def compare(**given: Any) -> None:
         click.echo("".join(f"{row.name:24} {table.about(row)}\n" for row in plan.ROWS.values()), nl=False)
         return
     scope = plan.scope_of(options)
-    with claimed(options.out, folder=True):
-        if options.tune:
-            click.echo(tuning.summary(*tuning.tune(options.out, scope, options.workers, say)))
-            return
-        records = run.read_records(options.records) if options.records else []
-        scope = tuning.tuned(options.out, scope, options.workers, say)
-        records = run.run(options.out, scope, options.workers, say, records)
-        click.echo(page.write(options.out, scope, records, typed("out", "workers", "records")))
+    claim(options.out, folder=True)
+    if options.tune:
+        click.echo(tuning.summary(*tuning.tune(options.out, scope, options.workers, say)))
+        return
+    records = run.read_records(options.records) if options.records else []
+    scope = tuning.tuned(options.out, scope, options.workers, say)
+    records = run.run(options.out, scope, options.workers, say, records)
+    click.echo(page.write(options.out, scope, records, typed("out", "workers", "records")))
 
 
 @lab.command()
@@ -123,7 +110,7 @@ def compare(**given: Any) -> None:
 @click.option("--rank", type=COUNT, default=16, show_default=True)
 @click.option("--rates", type=Names(), default="3e-4,1e-3,3e-3", show_default=True, help="Of `convergence`.")
 @click.option("--seeds", type=COUNT, default=3, show_default=True, help="Of `stability`.")
-@click.option("--json", type=click.Path(path_type=Path), default=Path("out/claims.json"), show_default=True)
+@click.option("--json", type=PATH, default=Path("out/claims.json"), show_default=True)
 def claims(**given: Any) -> None:
     """Measure the claims of arXiv 2507.04599 one by one."""
     from qrlora.lab.claims import run
@@ -139,18 +126,18 @@ def claims(**given: Any) -> None:
 @click.option("--denoising-steps", type=COUNT, help="Default: those of `compare`.")
 @click.option("--seed", type=SEED, default=0, show_default=True, help="Of the task, the training and the pictures.")
 @click.option("--quick", is_flag=True, help="Fewer pictures and steps, to see it work.")
-@click.option("--out", type=click.Path(path_type=Path), default=Path("out/where"), show_default=True)
+@click.option("--out", type=PATH, default=Path("out/where"), show_default=True)
 def where(**given: Any) -> None:
     """Find the layers and denoising steps that carry subject and style."""
     from qrlora.lab import where as parts
 
-    with claimed(given["out"], folder=True):
-        parts.main(SimpleNamespace(**given), typed("out"))
+    claim(given["out"], folder=True)
+    parts.main(SimpleNamespace(**given), typed("out"))
 
 
 @lab.command()
 @click.option("--each", type=COUNT, default=10, show_default=True, help="Renders of every reserved pair.")
-@click.option("--json", type=click.Path(path_type=Path), default=Path("out/judge.json"), show_default=True)
+@click.option("--json", type=PATH, default=Path("out/judge.json"), show_default=True)
 def judge(**given: Any) -> None:
     """Measure how strict pico's judge is: true renders made worse step by step."""
     from qrlora.lab import strictness
@@ -159,12 +146,12 @@ def judge(**given: Any) -> None:
 
 
 @lab.command()
-@click.option("--pictures", type=click.IntRange(min=2), default=1000, show_default=True)
+@click.option("--pictures", type=at_least(2), default=1000, show_default=True)
 @click.option("--steps", type=COUNT, help="Denoising steps (default: pico's own).")
-@click.option("--guidance", type=click.FloatRange(min=0), help="Default: pico's own.")
+@click.option("--guidance", type=NOT_NEGATIVE, help="Default: pico's own.")
 @click.option("--seed", type=SEED, default=0, show_default=True)
 @click.option("--by", type=click.Choice(["pair", "subject", "style"]), help="Print the shares of each, worst first.")
-@click.option("--json", type=click.Path(path_type=Path), help="Write all scores there.")
+@click.option("--json", type=PATH, help="Write all scores there.")
 def base(**given: Any) -> None:
     """Score the base model pico by its own judge, on seen pairs and on pairs held back from pretraining."""
     from qrlora.lab import base as scores
@@ -181,14 +168,14 @@ def speed() -> None:
 @click.option("--size", type=COUNT, default=3072, show_default=True, help="Rows and columns of the random weight.")
 @click.option("--shapes", type=click.Choice(SPEED_MODELS), help="Random weights of a model's shapes instead.")
 @click.option("--rank", type=COUNT, default=64, show_default=True)
-@click.option("--decay", type=float, default=0.5, show_default=True, help="Column i is scaled by i^-decay.")
-@click.option("--weights", type=click.Path(path_type=Path), help="A .safetensors file instead of a random weight.")
+@click.option("--decay", type=NUMBER, default=0.5, show_default=True, help="Column i is scaled by i^-decay.")
+@click.option("--weights", type=PATH, help="A .safetensors file instead of a random weight.")
 @click.option("--peft", is_flag=True, help="Also PEFT's pissa, pissa_niter_16, olora and mica.")
 @click.option("--whole", type=click.Choice(["flux.1"]), help="Time `fast` on random weights of all layers of a model.")
 @click.option("--reproduce", is_flag=True, help="Compute Q in other ways that differ by rounding alone.")
 @click.option("--rounds", type=COUNT, default=1, show_default=True, help="How often each weight is timed.")
 @click.option("--summary", is_flag=True, help="The last lines only.")
-@click.option("--json", type=click.Path(path_type=Path), default=OUT / "basis.json", show_default=True)
+@click.option("--json", type=PATH, default=OUT / "basis.json", show_default=True)
 def basis(**given: Any) -> None:
     """The `fast` basis beside a full SVD and PEFT's initialisations: time and energy."""
     from qrlora.lab.speed import basis as times
@@ -196,19 +183,16 @@ def basis(**given: Any) -> None:
     _measured(times.main, given)
 
 
-def denoiser_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Options of a benchmark on one FLUX denoiser of random weights."""
-    for option in (
-        click.option("--width", type=COUNT, default=1024, show_default=True, help="Of the denoiser: n x 128."),
-        click.option("--blocks", type=COUNT, default=1, show_default=True, help="Of each of FLUX's two kinds."),
-        click.option("--side", type=COUNT, default=16, show_default=True, help="Of the picture, in tokens."),
-        click.option("--rank", type=COUNT, default=16, show_default=True),
-        click.option("--rounds", type=COUNT, default=30, show_default=True),
-        click.option("--quick", is_flag=True, help="A quarter of the width, few rounds: does it run?"),
-        click.option("--device", help="Default: a CUDA device if there is one, else the CPU."),
-    ):
-        command = option(command)
-    return command
+denoiser_options = together(
+    click.option("--width", type=COUNT, default=1024, show_default=True, help="Of the denoiser: n x 128."),
+    click.option("--blocks", type=COUNT, default=1, show_default=True, help="Of each of FLUX's two kinds."),
+    click.option("--side", type=COUNT, default=16, show_default=True, help="Of the picture, in tokens."),
+    click.option("--rank", type=COUNT, default=16, show_default=True),
+    click.option("--rounds", type=COUNT, default=30, show_default=True),
+    click.option("--quick", is_flag=True, help="A quarter of the width, few rounds: does it run?"),
+    click.option("--device", help="Default: a CUDA device if there is one, else the CPU."),
+)
+"""Options of a benchmark on one FLUX denoiser of random weights."""
 
 
 @speed.command()
@@ -216,8 +200,8 @@ def denoiser_options(command: Callable[..., None]) -> Callable[..., None]:
 @click.option("--batch-size", type=COUNT, default=1, show_default=True)
 @click.option("--dtypes", type=Names(), default="float32,bfloat16", show_default=True, help="Of the frozen denoiser.")
 @click.option("--methods", help="Separated by ';' (default: all).")
-@click.option("--seconds", type=click.FloatRange(min=0), default=150, show_default=True, help="At most, for a dtype.")
-@click.option("--json", type=click.Path(path_type=Path), default=OUT / "training.json", show_default=True)
+@click.option("--seconds", type=NOT_NEGATIVE, default=150, show_default=True, help="At most, for a dtype.")
+@click.option("--json", type=PATH, default=OUT / "training.json", show_default=True)
 def training(**given: Any) -> None:
     """A training step: time and memory beside LoRA, PiSSA, OLoRA, MiCA and the published layer."""
     from qrlora.lab.speed import training as times
@@ -228,9 +212,9 @@ def training(**given: Any) -> None:
 @speed.command()
 @denoiser_options
 @click.option("--dtype", default="float32", show_default=True, help="Of the denoiser and its adapters.")
-@click.option("--seconds", type=click.FloatRange(min=0), default=90, show_default=True, help="At most, for a table.")
+@click.option("--seconds", type=NOT_NEGATIVE, default=90, show_default=True, help="At most, for a table.")
 @click.option("--only", type=Names(), default="composed,changing,mixed,layers,merging", show_default=True)
-@click.option("--json", type=click.Path(path_type=Path), default=OUT / "inference.json", show_default=True)
+@click.option("--json", type=PATH, default=OUT / "inference.json", show_default=True)
 def inference(**given: Any) -> None:
     """Composed adapters, mixed batches and merging beside PEFT's LoRA."""
     from qrlora.lab.speed import inference as times
@@ -247,7 +231,7 @@ def inference(**given: Any) -> None:
 @click.option("--requests", type=COUNT, default=2000, show_default=True, help="While memory is watched, at 2 steps.")
 @click.option("--quick", is_flag=True, help="One round of one request each of 8 steps, 100 requests.")
 @click.option("--nodes", type=COUNT, default=1, show_default=True, help="Ray nodes of this machine, an engine each.")
-@click.option("--json", type=click.Path(path_type=Path), default=OUT / "serve.json", show_default=True)
+@click.option("--json", type=PATH, default=OUT / "serve.json", show_default=True)
 def serve(**given: Any) -> None:
     """`qrlora serve` beside plain diffusers that switches LoRAs: throughput, correctness, memory."""
     from qrlora.lab.speed import serve as times
@@ -257,7 +241,7 @@ def serve(**given: Any) -> None:
 
 @speed.command()
 @click.option("--rounds", type=COUNT, default=7, show_default=True)
-@click.option("--json", type=click.Path(path_type=Path), default=OUT / "integrity.json", show_default=True)
+@click.option("--json", type=PATH, default=OUT / "integrity.json", show_default=True)
 def integrity(**given: Any) -> None:
     """The digest of an adapter's file: its cost as a share of the time that loading takes."""
     from qrlora.lab.speed import integrity as times

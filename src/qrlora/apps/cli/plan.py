@@ -2,38 +2,33 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 from typing import TYPE_CHECKING
 
-from qrlora.apps.cli.shared import Parsers, command
-from qrlora.apps.cli.train import add_recipe, recipe_of
+import rich_click as click
+
+from qrlora.apps.cli.command import Options, command
+from qrlora.apps.cli.train import RecipeCommand, recipe_of, recipe_options
 
 if TYPE_CHECKING:
     from qrlora.models.training.plan import Estimate, Plan
 
 
-def add_plan(commands: Parsers, with_recipe: bool) -> None:
-    parser = command(
-        commands,
-        "plan",
-        run_plan,
-        "say what training would take, before anything heavy is loaded: parameters, files, memory, time",
-        "Takes what `qrlora train` takes. Only the base model's configs are read.",
-    )
-    if not with_recipe:
-        return
-    parser.add_argument("--json", action="store_true", help="print everything as JSON, in bytes and seconds")
-    parser.add_argument("--no-time", dest="timed", action="store_false", help="leave out the times, which take a while")
-    add_recipe(parser)
-
-
-def run_plan(options: argparse.Namespace) -> None:
+@command(
+    "plan",
+    "Estimate what training would take, before anything heavy is loaded: parameters, files, memory, time",
+    "Takes the options of `qrlora train`. Only the base model's configs are read.",
+    cls=RecipeCommand,
+)
+@click.option("--json", is_flag=True, help="print everything as JSON, in bytes and seconds")
+@click.option("--no-time", is_flag=True, help="leave out the times, which take a while")
+@recipe_options
+def run_plan(options: Options) -> None:
     """Print the plan as a table, or as JSON."""
     from qrlora.models.training.plan import plan
 
     recipe = recipe_of(options)
-    made = plan(recipe, timed=options.timed)
+    made = plan(recipe, timed=not options.no_time)
     print(json.dumps(made.to_dict(), indent=2, ensure_ascii=False) if options.json else table(made))
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import logging
 import os
 import signal
@@ -12,8 +11,11 @@ import threading
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import rich_click as click
+
 from qrlora._reading import read_text
-from qrlora.apps.cli.shared import MODEL_HELP, Parsers, add_null_space, command, count
+from qrlora.apps.cli.command import Options, command
+from qrlora.apps.cli.shared import COUNT, PATH, model_options, null_space_option
 from qrlora.errors import QrloraError
 
 if TYPE_CHECKING:
@@ -29,39 +31,33 @@ RAY_SETTINGS = {
 """Read when Ray is imported, here and in the processes that it starts."""
 
 
-def add_serve(commands: Parsers) -> None:
-    parser = command(
-        commands,
-        "serve",
-        run_serve,
-        "serve pictures over HTTP, every request with a composition of its own, to any OpenAI client",
-        "Needs pip install 'qrlora[serve]', on Ray 'qrlora[cluster]'. Ctrl-C lets what was begun come to an end; a "
-        "second one does not. See docs/serve.md.",
-    )
-    parser.add_argument("--adapters", type=Path, required=True, metavar="DIR", help="folder of adapter files")
-    parser.add_argument("--model", default="pico", help=MODEL_HELP + " (default: pico)")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of the weights")
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine alone)")
-    parser.add_argument("--port", type=count, default=8000, help="default: 8000")
-    parser.add_argument(
-        "--api-key-file", type=Path, metavar="FILE", help=f"keys, one a line (or ${KEY_VARIABLE}; default: none needed)"
-    )
-    add_null_space(parser)
-    parser.add_argument("--batch-size", type=count, default=8, help="pictures made at once (default: 8)")
-    parser.add_argument("--queue", type=count, default=256, help="most pictures that may wait (default: 256)")
-    parser.add_argument("--max-side", type=count, metavar="PIXELS", help="default: twice the model's own")
-    parser.add_argument("--max-steps", type=count, default=100, help="denoising steps (default: 100)")
-    parser.add_argument("--threads", type=count, help="processor cores of an engine (default: all, in equal shares)")
-    parser.add_argument("--engines", type=count, default=1, help="copies of the base model; several run on Ray Serve")
-    parser.add_argument(
-        "--address",
-        metavar="HOST:PORT",
-        help="join the Ray cluster there (auto: this machine's), or start one that ends with the server: local "
-        "(default: no Ray)",
-    )
-
-
-def run_serve(options: argparse.Namespace) -> None:
+@command(
+    "serve",
+    "Serve pictures over HTTP to any OpenAI client; every request has a composition of its own",
+    "Needs pip install 'qrlora[serve]', on Ray 'qrlora[cluster]'. Ctrl-C lets running requests finish; a second one "
+    "does not. See docs/serve.md.",
+)
+@click.option("--adapters", type=PATH, required=True, metavar="DIR", help="folder of adapter files")
+@model_options
+@click.option("--host", default="127.0.0.1", help="address to listen on (default: this machine alone)")
+@click.option("--port", type=COUNT, default=8000, help="default: 8000")
+@click.option(
+    "--api-key-file", type=PATH, metavar="FILE", help=f"keys, one a line (or ${KEY_VARIABLE}; default: none needed)"
+)
+@null_space_option
+@click.option("--batch-size", type=COUNT, default=8, help="pictures made at once (default: 8)")
+@click.option("--queue", type=COUNT, default=256, help="most pictures that may wait (default: 256)")
+@click.option("--max-side", type=COUNT, metavar="PIXELS", help="default: twice the model's own")
+@click.option("--max-steps", type=COUNT, default=100, help="denoising steps (default: 100)")
+@click.option("--threads", type=COUNT, help="processor cores of an engine (default: all, in equal shares)")
+@click.option("--engines", type=COUNT, default=1, help="copies of the base model; several run on Ray Serve")
+@click.option(
+    "--address",
+    metavar="HOST:PORT",
+    help="join the Ray cluster there (auto: this machine's), or start one that ends with the server: local "
+    "(default: no Ray)",
+)
+def run_serve(options: Options) -> None:
     """Serve until told to stop."""
     keys = _api_keys(options.api_key_file)
     if not options.adapters.is_dir():
@@ -94,14 +90,14 @@ def run_serve(options: argparse.Namespace) -> None:
     (_run_on_ray if on_ray else _run_here)(options, limits)
 
 
-def _run_here(options: argparse.Namespace, limits: Limits) -> None:
+def _run_here(options: Options, limits: Limits) -> None:
     from qrlora.apps.serving import local
 
     what = (options.model, options.adapters, options.dtype, options.threads)
     local.run(*what, options.host, options.port, limits, lambda facts: _say_ready(facts, options, limits))
 
 
-def _run_on_ray(options: argparse.Namespace, limits: Limits) -> None:
+def _run_on_ray(options: Options, limits: Limits) -> None:
     from qrlora.apps.serving import cluster
 
     place = cluster.Place(options.host, options.port, options.address or "local", options.engines, options.threads)
@@ -157,7 +153,7 @@ def _check_there(address: str) -> None:
         ) from error
 
 
-def _say_ready(facts: Facts, options: argparse.Namespace, limits: Limits) -> None:
+def _say_ready(facts: Facts, options: Options, limits: Limits) -> None:
     for name, reason in sorted(facts.left_out.items()):
         print(f"not served: {name}: {reason}", file=sys.stderr)
     if not limits.api_keys and options.host not in ("127.0.0.1", "::1", "localhost"):

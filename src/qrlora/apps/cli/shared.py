@@ -1,8 +1,7 @@
-"""What the commands share: their help texts, the reading of values, progress, refusals."""
+"""What the commands share: their options, the reading of values, progress, refusals."""
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import math
 import sys
@@ -11,68 +10,69 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import rich_click as click
+
 from qrlora._files import check_room, claimed
 from qrlora._reading import plain_float, plain_int
+from qrlora.apps.cli.command import Options, hold, together
 from qrlora.errors import QrloraError
 
 if TYPE_CHECKING:
+    from rich.progress import Progress
+
     from qrlora.method.adapter import Adapter
     from qrlora.method.basis import Basis
 
 ADAPTER_HELP = "adapter file, with a weight if not 1: mug.safetensors:0.9"
 OVERWRITE_HELP = "A file named by -o is replaced if it is there; a default name never is."
 MODEL_HELP = "base model: pico (embedded), a folder in the diffusers layout, or a hub id"
-
-Parsers = Any  # argparse's subparsers action, which has no public type
-
-
-def command(
-    commands: Parsers, name: str, run: Callable[[argparse.Namespace], int | None], text: str, epilog: str = ""
-) -> Any:
-    parser = commands.add_parser(name, help=text, description=text + ".", epilog=epilog)
-    parser.set_defaults(run=run)
-    return parser
+PATH = click.Path(path_type=Path)
+REFRESH = 0.1
+"""Seconds between two paintings of a progress bar, each of which takes some milliseconds."""
+DTYPE = click.Choice(["float32", "bfloat16", "float16"])
 
 
-def add_seeds(parser: Any) -> None:
-    """The options that `seeds_of` reads."""
-    parser.add_argument("--seed", action="append", type=seed, help="may be given several times (default: 0)")
-    parser.add_argument("--seeds", type=count, metavar="COUNT", help="that many seeds, from --seed on")
+class Plain(click.ParamType):
+    """A number in plain decimal notation (no 1_0, no nan) within bounds."""
+
+    def __init__(self, name: str, kind: Callable[[str], Any], expected: str, holds: Callable[[Any], bool]) -> None:
+        self.name, self.kind, self.expected, self.holds = name, kind, expected, holds
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if not isinstance(value, str):
+            return value  # a default
+        with contextlib.suppress(ValueError):
+            if self.holds(number := self.kind(value)):
+                return number
+        self.fail(f"expected {self.expected}, got {value!r}", param, ctx)
 
 
-def seeds_of(options: argparse.Namespace) -> list[int]:
-    """The seeds asked for."""
-    seeds = options.seed or [0]
-    return list(range(seeds[0], seeds[0] + options.seeds)) if options.seeds else seeds
+def at_least(least: int) -> Plain:
+    return Plain("count", plain_int, f"a whole number from {least}", lambda value: value >= least)
 
 
-def add_sampling(parser: Any) -> None:
-    """What makes pictures, and how."""
-    parser.add_argument("--model", default="pico", help=MODEL_HELP + " (default: pico)")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of the weights")
-    parser.add_argument("--steps", type=count, help="denoising steps (default: the family's)")
-    parser.add_argument("--guidance", type=number, help="classifier-free guidance scale (default: the family's)")
-    parser.add_argument("--resolution", type=count, help="side of the pictures in pixels (default: the model's)")
-    parser.add_argument("--batch-size", type=count, default=8, help="pictures made at once (default: 8)")
+COUNT, WHOLE = at_least(1), at_least(0)
+NUMBER = Plain("number", plain_float, "a finite number", lambda _: True)
+NOT_NEGATIVE = Plain("number", plain_float, "a number from 0", lambda value: value >= 0)
+SHARE = Plain("share", plain_float, "a number from 0 to 1", lambda value: 0 <= value <= 1)
+SEED = Plain("seed", plain_int, "a whole number from 0, below 2^63", lambda value: 0 <= value < 2**63)
 
 
-class Bar:
-    """Progress on stderr: one line that rewrites itself on a terminal, every tenth as a line of its own elsewhere."""
+class Names(click.ParamType):
+    """Names separated by commas."""
 
-    def __init__(self, unit: str):
-        self.unit, self.started = unit, time.perf_counter()
+    name = "names"
 
-    def __call__(self, done: int, of: int, note: str = "", seconds_left: float | None = None) -> None:
-        """Say that `done` of `of` units are done; the time left is estimated unless given."""
-        if seconds_left is None:
-            seconds_left = (time.perf_counter() - self.started) / done * (of - done)
-        minutes, seconds = divmod(round(seconds_left), 60)
-        text = f"{self.unit} {done}/{of}  {note}{'  ' if note else ''}{minutes}:{seconds:02d} left"
-        with contextlib.suppress(OSError):  # the terminal may be gone, the work need not be
-            if sys.stderr.isatty():
-                print(f"\r{text}\x1b[K", end="\n" if done == of else "", file=sys.stderr, flush=True)
-            elif done == of or done * 10 // of != (done - 1) * 10 // of:
-                print(text, file=sys.stderr, flush=True)
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[Any, ...]:
+        names = value if isinstance(value, tuple) else tuple(part.strip() for part in value.split(",") if part.strip())
+        if not names:
+            self.fail("expected at least one name", param, ctx)
+        return names
+
+
+def weights(text: str) -> list[float]:
+    """`0,0.5,1` as numbers."""
+    return [NUMBER(part.strip()) for part in text.split(",")]
 
 
 def weighted_path(text: str) -> tuple[Path, float]:
@@ -84,60 +84,50 @@ def weighted_path(text: str) -> tuple[Path, float]:
         except ValueError as error:
             if path.endswith(".safetensors") or Path(path).is_file():
                 said = f"expected a finite number behind the last colon of {text[:200]!r}"
-                raise argparse.ArgumentTypeError(said) from error
+                raise click.BadParameter(said) from error
     return Path(text), 1.0  # the last colon belongs to the path
 
 
-def weights(text: str) -> list[float]:
-    """`0,0.5,1` as numbers."""
-    return [number(part.strip()) for part in text.split(",")]
+json_option = click.option("--json", is_flag=True, help="print the numbers as JSON")
+
+seed_options = together(
+    click.option(
+        "--seed",
+        multiple=True,
+        type=SEED,
+        callback=lambda _ctx, _param, value: list(value) or None,
+        help="may be given several times (default: 0)",
+    ),
+    click.option("--seeds", type=COUNT, metavar="COUNT", help="that many seeds, from --seed on"),
+)
 
 
-def number(text: str) -> float:
-    """A finite number."""
-    return _checked(text, plain_float, "a finite number", math.isfinite)
+def seeds_of(options: Options) -> list[int]:
+    """The seeds asked for."""
+    seeds = options.seed or [0]
+    return list(range(seeds[0], seeds[0] + options.seeds)) if options.seeds else seeds
 
 
-def count(text: str) -> int:
-    """A whole number from 1."""
-    return _checked(text, plain_int, "a whole number from 1", lambda value: value >= 1)
+model_options = together(
+    click.option("--model", default="pico", help=MODEL_HELP + " (default: pico)"),
+    click.option("--dtype", type=DTYPE, default="float32", help="of the weights (default: float32)"),
+)
 
+sampling_options = together(
+    model_options,
+    click.option("--steps", type=COUNT, help="denoising steps (default: the family's)"),
+    click.option("--guidance", type=NUMBER, help="classifier-free guidance scale (default: the family's)"),
+    click.option("--resolution", type=COUNT, help="side of the pictures in pixels (default: the model's)"),
+    click.option("--batch-size", type=COUNT, default=8, help="pictures made at once (default: 8)"),
+)
 
-def whole(text: str) -> int:
-    """A whole number from 0."""
-    return _checked(text, plain_int, "a whole number from 0", lambda value: value >= 0)
-
-
-def share(text: str) -> float:
-    """A number from 0 to 1."""
-    return _checked(text, plain_float, "a number from 0 to 1", lambda value: 0 <= value <= 1)
-
-
-def seed(text: str) -> int:
-    """A whole number that seeds a torch generator."""
-    return _checked(text, plain_int, "a whole number from 0, below 2^63", lambda value: 0 <= value < 2**63)
-
-
-def _checked(text: str, kind: Callable[[str], Any], expected: str, holds: Callable[[Any], bool]) -> Any:
-    """The text as a value, or what argparse prints behind the name of the option."""
-    try:
-        value = kind(text)
-    except ValueError:
-        value = None
-    if value is None or not holds(value):
-        raise argparse.ArgumentTypeError(f"expected {expected}, got {text!r}")
-    return value
-
-
-def add_null_space(parser: argparse.ArgumentParser) -> None:
-    """The option that says how strongly adapters are projected out of each other's row spaces."""
-    parser.add_argument(
-        "--null-space",
-        type=share,
-        metavar="STRENGTH",
-        help="null-space projection, 0 to 1: the share that each adapter loses of what lies in the input directions "
-        "that the others read; 0 is the exact sum (default: 0.5 for a subject with a style, else 0; docs/compare.md)",
-    )
+null_space_option = click.option(
+    "--null-space",
+    type=SHARE,
+    metavar="STRENGTH",
+    help="null-space projection, 0 to 1: the share that each adapter loses of what lies in the input directions "
+    "that the others read; 0 is the exact sum (default: 0.5 for a subject with a style, else 0; docs/compare.md)",
+)
 
 
 def check_null_space(strength: float | None, adapters: int) -> None:
@@ -161,6 +151,59 @@ def null_space_of(strength: float | None, adapters: Sequence[Adapter]) -> float:
 def say_null_space(strength: float, kept: float | None = None) -> str:
     """What was done, for people; kept: the share of the sum's energy that is left, where it is known."""
     return f"null-space projection {strength:g}" + ("" if kept is None else f": {kept:.3f} of the sum's energy is kept")
+
+
+class Bar:
+    """Progress on stderr: a bar on a terminal, every tenth as a line of its own elsewhere."""
+
+    def __init__(self, unit: str):
+        self.unit, self.started = unit, time.perf_counter()
+        self.shown: Progress | None = None
+        self.painted = 0.0
+
+    def __call__(self, done: int, of: int, note: str = "", seconds_left: float | None = None) -> None:
+        """Show that `done` of `of` units are done; the time left is estimated unless given."""
+        if seconds_left is None:
+            seconds_left = (time.perf_counter() - self.started) / done * (of - done)
+        minutes, seconds = divmod(round(seconds_left), 60)
+        left = f"{minutes}:{seconds:02d} left"
+        with contextlib.suppress(OSError):  # the terminal may be gone, the work need not be
+            if sys.stderr.isatty():
+                self._show(done, of, note, left)
+            elif done == of or done * 10 // of != (done - 1) * 10 // of:
+                print(f"{self.unit} {done}/{of}  {note}{'  ' if note else ''}{left}", file=sys.stderr, flush=True)
+
+    def _show(self, done: int, of: int, note: str, left: str) -> None:
+        if self.shown is None:
+            self.shown = _progress(self.unit)
+            self.shown.start()
+            hold(contextlib.closing(self))  # no longer than the command: its error is printed below the bar
+        now = time.perf_counter()
+        if refresh := done == of or now - self.painted > REFRESH:
+            self.painted = now
+        self.shown.update(self.shown.task_ids[0], completed=done, total=of, note=note, left=left, refresh=refresh)
+        if done == of:
+            self.close()
+
+    def close(self) -> None:
+        shown, self.shown = self.shown, None
+        if shown:
+            with contextlib.suppress(OSError):
+                shown.stop()
+
+
+def _progress(unit: str) -> Progress:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+    columns = [TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn()]
+    columns += [TextColumn(f"{{task.fields[{name}]}}", markup=False) for name in ("note", "left")]
+    # Nothing is redirected: what a command prints is for its stdout, whatever is shown on the terminal.
+    progress = Progress(
+        *columns, console=Console(stderr=True), auto_refresh=False, redirect_stdout=False, redirect_stderr=False
+    )
+    progress.add_task(unit, total=None, note="", left="")
+    return progress
 
 
 def load_weighted(parts: Sequence[tuple[Path, float]], model: str | None) -> list[tuple[Adapter, float]]:
@@ -225,9 +268,9 @@ def bases_of(model: str | None, adapters: Sequence[Adapter]) -> list[Basis | Non
     return bases
 
 
-def claim(options: argparse.Namespace, path: Path, size: int = 0, *, folder: bool = False) -> None:
+def claim(path: Path, size: int = 0, *, folder: bool = False) -> None:
     """Try the output of a command before anything heavy is imported, and hold it until the command ends."""
-    options.claims.enter_context(claimed(path, size, folder=folder))
+    hold(claimed(path, size, folder=folder))
 
 
 def check_room_for(path: Path, adapter: Adapter, spelling: str) -> None:
@@ -246,7 +289,7 @@ def check_png(path: Path) -> None:
         raise QrloraError(f"no picture can be written to {path}", expected="a file *.png", got=got, remedy="name one")
 
 
-def refuse_default_output(options: argparse.Namespace, default: str) -> None:
+def refuse_default_output(options: Options, default: str) -> None:
     if options.output == Path(default):
         refuse_to_replace(options.output)
 

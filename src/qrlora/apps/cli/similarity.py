@@ -2,38 +2,35 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 from pathlib import Path
 from typing import Any
 
+import rich_click as click
+
 from qrlora._files import make_folder, write_atomically
-from qrlora.apps.cli.shared import MODEL_HELP, Parsers, bases_of, check_png, claim, command, load_adapters
+from qrlora.apps.cli.command import Options, command
+from qrlora.apps.cli.shared import MODEL_HELP, PATH, bases_of, check_png, claim, json_option, load_adapters
 from qrlora.errors import QrloraError
 
 
-def add_similarity(commands: Parsers) -> None:
-    parser = command(
-        commands,
-        "similarity",
-        run_similarity,
-        "compare two adapters: cosines of Q, R, ΔR and ΔW, per layer and in all",
-        "Q and R are the base model's: it is loaded for them, unless --files-only.",
-    )
-    parser.add_argument("first", type=Path)
-    parser.add_argument("second", type=Path)
-    parser.add_argument("--model", help=f"{MODEL_HELP} (default: the one each adapter names)")
-    parser.add_argument("--files-only", action="store_true", help="only what the files alone can tell")
-    parser.add_argument("--json", action="store_true", help="print the numbers as JSON")
-    parser.add_argument("--plot", type=Path, metavar="PNG", help="also draw them, layer by layer")
-
-
-def run_similarity(options: argparse.Namespace) -> None:
+@command(
+    "similarity",
+    "Compare two adapters: cosines of Q, R, ΔR and ΔW, per layer and in all",
+    "Q and R are the base model's: it is loaded for them, unless --files-only.",
+)
+@click.argument("first", type=PATH)
+@click.argument("second", type=PATH)
+@click.option("--model", help=f"{MODEL_HELP} (default: the one each adapter names)")
+@click.option("--files-only", is_flag=True, help="only what the files alone can tell")
+@json_option
+@click.option("--plot", type=PATH, metavar="PNG", help="also plot them, layer by layer")
+def run_similarity(options: Options) -> None:
     """Print the cosines, and draw them if asked."""
     if options.plot:
         check_png(options.plot)
         make_folder(options.plot.parent)
-        claim(options, options.plot)
+        claim(options.plot)
     from qrlora.method.composition import similarity
 
     first, second = load_adapters([options.first, options.second], options.model)

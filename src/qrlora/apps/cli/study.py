@@ -2,49 +2,54 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 from pathlib import Path
 
+import rich_click as click
+
 from qrlora._reading import read_json
-from qrlora.apps.cli.evaluate import add_pictures
-from qrlora.apps.cli.shared import Parsers, claim, command, count, refuse_to_replace, seed, whole
+from qrlora.apps.cli.command import Options, Several, command
+from qrlora.apps.cli.evaluate import pictures_option
+from qrlora.apps.cli.shared import COUNT, PATH, SEED, WHOLE, claim, refuse_to_replace
 from qrlora.errors import DataError, QrloraError
 
 DEFAULT_OUTPUT = "study"
 KEY = "key.json"
 
 
-def add_study(commands: Parsers) -> None:
-    parser = command(
-        commands,
-        "study",
-        run_study,
-        "ask people: a blind vote between folders of pictures, and the count of it",
-        "Writes vote.html, one page to send to people, which needs no server and tells no names, and key.json, which "
-        "stays here: with it --tally counts the files that the page saved.",
-    )
-    parser.add_argument(
-        "folders", nargs="*", type=Path, metavar="FOLDER", help="two or more; pictures of one name are compared"
-    )
-    parser.add_argument("--question", help="what to choose by (default: which picture do you like better?)")
-    add_pictures(parser, "--reference", "shown above every pair")
-    parser.add_argument("--trials", type=count, help="at most so many pairs for each person (default: all)")
-    parser.add_argument(
-        "--catch", type=whole, default=4, metavar="COUNT", help="trials with a right answer, to find who guesses (4)"
-    )
-    parser.add_argument("--by-order", action="store_true", help="compare first with first, whatever their names")
-    parser.add_argument("--seed", type=seed, default=0, help="of what is drawn by chance (default: 0)")
-    parser.add_argument("--tally", nargs="+", type=Path, metavar="JSON", help="count these files instead")
-    parser.add_argument("--key", type=Path, help=f"with --tally: the study's key (default: {DEFAULT_OUTPUT}/{KEY})")
-    parser.add_argument(
-        "--misses", type=whole, default=1, metavar="COUNT", help="with --tally: catch trials that one may miss (1)"
-    )
-    parser.add_argument("--json", action="store_true", help="with --tally: print the numbers as JSON")
-    parser.add_argument("-o", "--output", type=Path, help="folder (default: study/); with --tally, for a report")
-
-
-def run_study(options: argparse.Namespace) -> None:
+@command(
+    "study",
+    "Ask people: a blind vote between folders of pictures, and the count of it",
+    "Writes vote.html, one page to send to people, which needs no server and shows no names, and key.json, which "
+    "stays here: with it --tally counts the files that the page saved.",
+)
+@click.argument(
+    "folders", nargs=-1, type=PATH, metavar="[FOLDER...]", help="two or more; pictures of one name are compared"
+)
+@click.option("--question", help="what to choose by (default: which picture do you like better?)")
+@pictures_option("--reference", "shown above every pair")
+@click.option("--trials", type=COUNT, help="at most so many pairs for each person (default: all)")
+@click.option(
+    "--catch",
+    type=WHOLE,
+    default=4,
+    metavar="COUNT",
+    help="trials with a right answer, to find who guesses (default: 4)",
+)
+@click.option("--by-order", is_flag=True, help="compare first with first, whatever their names")
+@click.option("--seed", type=SEED, default=0, help="of all random choices (default: 0)")
+@click.option("--tally", cls=Several, type=PATH, metavar="JSON...", help="count these files instead")
+@click.option("--key", type=PATH, help=f"with --tally: the study's key (default: {DEFAULT_OUTPUT}/{KEY})")
+@click.option(
+    "--misses",
+    type=WHOLE,
+    default=1,
+    metavar="COUNT",
+    help="with --tally: catch trials that one person may miss (default: 1)",
+)
+@click.option("--json", is_flag=True, help="with --tally: print the numbers as JSON")
+@click.option("-o", "--output", type=PATH, help="folder (default: study/); with --tally, for a report")
+def run_study(options: Options) -> None:
     """Write the page and its key, or count votes."""
     if options.tally:
         _tally(options)
@@ -52,7 +57,7 @@ def run_study(options: argparse.Namespace) -> None:
     folder = options.output or Path(DEFAULT_OUTPUT)
     if options.output is None:
         refuse_to_replace(folder / KEY)
-    claim(options, folder, folder=True)
+    claim(folder, folder=True)
     from qrlora._files import write_all
     from qrlora.quality.images.read import gather
     from qrlora.quality.study.ballot import QUESTION, make
@@ -80,10 +85,10 @@ def run_study(options: argparse.Namespace) -> None:
     print(f"{folder / KEY}: keep it; without it the votes cannot be read")
 
 
-def _tally(options: argparse.Namespace) -> None:
+def _tally(options: Options) -> None:
     """Print the count, and write a report if an output is named."""
     if options.output:
-        claim(options, options.output, folder=True)
+        claim(options.output, folder=True)
     from qrlora.quality.study.tally import checked_key, lines, report, tally
 
     if options.folders:

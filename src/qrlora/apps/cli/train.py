@@ -2,94 +2,81 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import rich_click as click
+
 from qrlora._files import make_folder
-from qrlora.apps.cli.shared import OVERWRITE_HELP, Bar, Parsers, command, refuse_to_replace
+from qrlora.apps.cli.command import Command, Options, Several, check_one_of, command, hold, print_and_exit, together
+from qrlora.apps.cli.shared import OVERWRITE_HELP, PATH, Bar, refuse_to_replace
 from qrlora.errors import QrloraError
 
 if TYPE_CHECKING:
     from qrlora.models.training.recipe import Recipe
 
 PATIENCE = 2.0
+RECIPE_PANEL = "Recipe fields"
 
 
-def add_train(commands: Parsers, with_recipe: bool) -> None:
-    parser = command(
-        commands,
-        "train",
-        run_train,
-        "teach an adapter a subject or a style, from a recipe file, from flags, or both",
-        "Without --output the file is subject.safetensors or style.safetensors. " + OVERWRITE_HELP,
-    )
-    if not with_recipe:
-        return
-    again = parser.add_mutually_exclusive_group()
-    again.add_argument("--resume", action="store_true", help="continue an interrupted run from its newest checkpoint")
-    again.add_argument("--restart", action="store_true", help="give up an earlier run's checkpoints, and begin anew")
-    parser.add_argument(
-        "--judge",
-        metavar="NAME",
-        help="pico only: write the step whose sample pictures its judge finds most like this subject or style of its "
-        "world (teapot, chalk), and mind --patience; needs --sample-every",
-    )
-    parser.add_argument(
-        "--schema", action=_Schema, help="print the JSON Schema of recipes, for editors, and do nothing"
-    )
-    add_recipe(parser)
-
-
-class _Schema(argparse.Action):
-    """Prints the schema and ends, as --help does."""
-
-    def __init__(self, option_strings: Sequence[str], dest: str, help: str):
-        super().__init__(option_strings, dest, nargs=0, help=help)
-
-    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
-        from qrlora.models.training.recipe import Recipe
-
-        print(json.dumps(Recipe.file_schema(), indent=2, ensure_ascii=False))
-        parser.exit()
-
-
-def add_recipe(parser: argparse.ArgumentParser) -> None:
-    """What to train, as a recipe file, as flags, or both."""
-    parser.add_argument("recipe", nargs="?", type=Path, help="TOML recipe (see recipes/); flags win over it")
-    what = parser.add_mutually_exclusive_group()
-    for role in ("subject", "style"):
-        what.add_argument(f"--{role}", nargs="+", metavar="IMAGE", help=f"learn a {role} from these pictures or folder")
-    what.add_argument("--images", nargs="+", metavar="IMAGE", help="other pictures for the recipe's role")
-    _add_recipe_flags(parser)
-
-
-def _add_recipe_flags(parser: argparse.ArgumentParser) -> None:
-    """One flag per recipe field; values are checked by the recipe."""
+def _schema() -> str:
     from qrlora.models.training.recipe import Recipe
 
-    group = parser.add_argument_group("recipe fields")
+    return json.dumps(Recipe.file_schema(), indent=2, ensure_ascii=False)
+
+
+recipe_options = together(
+    *(click.option_panel(name) for name in ("Arguments", "Options", RECIPE_PANEL)),  # in this order
+    click.argument("recipe", required=False, type=PATH, help="TOML recipe (see recipes/); options win over it"),
+    click.option("--subject", cls=Several, metavar="IMAGE...", help="pictures or a folder of the subject to train on"),
+    click.option("--style", cls=Several, metavar="IMAGE...", help="pictures or a folder of the style to train on"),
+    click.option("--images", cls=Several, metavar="IMAGE...", help="other pictures for the recipe's role"),
+)
+"""What to train, as a recipe file, as options, or both; the recipe's other fields are added by `RecipeCommand`."""
+
+
+class RecipeCommand(Command):
+    """A command with an option for each field of the recipe, which takes pydantic to list: so not before it is asked
+    for."""
+
+    fields: list[click.Parameter] | None = None
+
+    def get_params(self, ctx: click.Context) -> list[click.Parameter]:
+        if self.fields is None:
+            self.fields = _recipe_fields()
+        *own, help_option = super().get_params(ctx)
+        return [*own, *self.fields, help_option]
+
+
+def _recipe_fields() -> list[click.Parameter]:
+    """Values are checked by the recipe."""
+    from qrlora.models.training.recipe import Recipe
+
+    found: list[click.Parameter] = []
     for name, field in Recipe.model_fields.items():
         if name in ("role", "images"):
             continue
-        flags = [f"--{name.replace('_', '-')}"] + (["-o"] if name == "output" else [])
-        text = (field.description or "").replace("%", "%%")
-        if not field.is_required() and field.default not in (None, ""):
+        flag = name.replace("_", "-")
+        text = field.description or ""
+        if not field.is_required() and field.default not in (None, "", ()):
             text += f" (default: {field.default})"
         if field.annotation is bool:
-            group.add_argument(*flags, action=argparse.BooleanOptionalAction, default=None, help=text)
+            found.append(click.RichOption([f"--{flag}/--no-{flag}"], default=None, help=text, panel=RECIPE_PANEL))
         else:
-            group.add_argument(*flags, default=None, metavar=name.upper(), help=text)
+            flags = [f"--{flag}", *(["-o"] if name == "output" else [])]
+            found.append(click.RichOption(flags, metavar=name.upper(), help=text, panel=RECIPE_PANEL))
+    return found
 
 
-def recipe_of(options: argparse.Namespace) -> Recipe:
-    """The recipe that file and flags make together."""
+def recipe_of(options: Options) -> Recipe:
+    """The recipe that file and options make together."""
     from qrlora.models.training.recipe import Recipe
 
+    check_one_of(options, "subject", "style", "images")
     fields = {name: getattr(options, name) for name in Recipe.model_fields if getattr(options, name, None) is not None}
     for role in ("subject", "style"):
         if getattr(options, role):
@@ -97,10 +84,27 @@ def recipe_of(options: argparse.Namespace) -> Recipe:
     return Recipe.load(options.recipe, fields) if options.recipe else Recipe.of(fields)
 
 
-def run_train(options: argparse.Namespace) -> None:
+@command(
+    "train",
+    "Train an adapter on a subject or a style, from a recipe file, from options, or both",
+    "Without --output the file is subject.safetensors or style.safetensors. " + OVERWRITE_HELP,
+    cls=RecipeCommand,
+)
+@click.option("--resume", is_flag=True, help="continue an interrupted run from its newest checkpoint")
+@click.option("--restart", is_flag=True, help="give up an earlier run's checkpoints, and begin anew")
+@click.option(
+    "--judge",
+    metavar="NAME",
+    help="pico only: write the step whose sample pictures its judge finds most like this subject or style of its "
+    "world (teapot, chalk), and stop by --patience; needs --sample-every",
+)
+@print_and_exit("--schema", "print the JSON Schema of recipes, for editors, and end", _schema)
+@recipe_options
+def run_train(options: Options) -> None:
     """Train one adapter and say what came of it."""
     from qrlora.models.training.outputs import held
 
+    check_one_of(options, "resume", "restart")
     recipe = recipe_of(options)
     output = recipe.output or Path(f"{recipe.role}.safetensors")
     if recipe.output is None and not options.resume:
@@ -108,7 +112,7 @@ def run_train(options: argparse.Namespace) -> None:
     make_folder(output.parent)
     recipe = recipe.replace(output=output)
     if os.environ.get("RANK", "0") == "0":  # of several processes the first alone writes
-        options.claims.enter_context(held(recipe, options.resume, options.restart))
+        hold(held(recipe, options.resume, options.restart))
     score = _judge(options.judge, recipe.model) if options.judge else None
     from accelerate import PartialState  # what was refused so far was refused before torch is loaded
 

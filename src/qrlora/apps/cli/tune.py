@@ -2,29 +2,31 @@
 
 from __future__ import annotations
 
-import argparse
 import difflib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qrlora.apps.cli.evaluate import add_weights
+import rich_click as click
+
+from qrlora.apps.cli.command import Decorator, Options, command, together
+from qrlora.apps.cli.evaluate import weights_options
 from qrlora.apps.cli.shared import (
+    COUNT,
+    NUMBER,
+    PATH,
+    SEED,
     Bar,
-    Parsers,
-    add_null_space,
-    add_sampling,
     check_null_space,
     claim,
-    command,
-    count,
+    json_option,
     load_adapters,
     null_space_of,
-    number,
+    null_space_option,
     refuse_to_replace,
+    sampling_options,
     say_null_space,
-    seed,
 )
 from qrlora.errors import QrloraError
 
@@ -35,56 +37,46 @@ DEFAULT_OUTPUT = "tune"
 DEFAULTS = {"subject": "edges,structure", "style": "texture,grain"}
 
 
-def add_tune(commands: Parsers) -> None:
-    parser = command(
-        commands,
-        "tune",
-        run_tune,
-        "search the weights of a composition by looking at pictures, and report what they trade",
-        "Every picture is kept in the folder named by -o: the same command finds it there, so a search that was "
-        "interrupted goes on. docs/evaluate.md says how it searches.",
+def _aim_options(side: str) -> tuple[Decorator, Decorator]:
+    aim = (
+        f"what the {side} should be like: a picture or folder, or given again; or a name of pico's world, for its judge"
     )
-    parser.add_argument(
-        "adapters", nargs="+", type=Path, metavar="ADAPTER", help="adapter file, subject and style first"
+    measures = f"by which measures of qrlora evaluate, against pictures (default: {DEFAULTS[side]})"
+    return (
+        click.option(f"--{side}", multiple=True, required=True, metavar="WHAT", help=aim),
+        click.option(f"--{side}-measures", metavar="NAME,...", help=measures),
     )
-    parser.add_argument("--prompt", action="append", help="may be given several times (default: from the adapters)")
-    for side in ("subject", "style"):
-        parser.add_argument(
-            f"--{side}",
-            action="append",
-            required=True,
-            metavar="WHAT",
-            help=f"what the {side} should be like: a picture or a folder, may be given again; or a name of pico's "
-            "world, for its judge",
-        )
-        parser.add_argument(
-            f"--{side}-measures",
-            metavar="NAME,...",
-            help=f"by which measures of qrlora evaluate, against pictures (default: {DEFAULTS[side]})",
-        )
-    parser.add_argument("--budget", type=count, default=120, metavar="PICTURES", help="pictures in all (default: 120)")
-    parser.add_argument(
-        "--per-block",
-        type=count,
-        metavar="PARTS",
-        help="weights of so many parts of each adapter, by blocks of the model",
-    )
-    parser.add_argument("--highest", type=number, default=1.5, help="largest weight (default: 1.5)")
-    parser.add_argument("--seed", type=seed, default=0, help="of the search, and of the first picture (default: 0)")
-    add_null_space(parser)
-    add_sampling(parser)
-    add_weights(parser)
-    parser.add_argument("--json", action="store_true", help="print the numbers as JSON")
-    parser.add_argument("-o", "--output", type=Path, default=Path(DEFAULT_OUTPUT), help="folder (default: tune/)")
 
 
-def run_tune(options: argparse.Namespace) -> None:
+@command(
+    "tune",
+    "Search the weights of a composition by looking at pictures, and report the trade-off between them",
+    "Every picture is kept in the folder named by -o and found there by the same command, so a search that was "
+    "interrupted continues. docs/evaluate.md describes the search.",
+)
+@click.argument(
+    "adapters", nargs=-1, required=True, type=PATH, metavar="ADAPTER...", help="adapter files, subject and style first"
+)
+@click.option("--prompt", multiple=True, help="may be given several times (default: from the adapters)")
+@together(*_aim_options("subject"), *_aim_options("style"))
+@click.option("--budget", type=COUNT, default=120, metavar="PICTURES", help="pictures in all (default: 120)")
+@click.option(
+    "--per-block", type=COUNT, metavar="PARTS", help="weights of so many parts of each adapter, by blocks of the model"
+)
+@click.option("--highest", type=NUMBER, default=1.5, help="largest weight (default: 1.5)")
+@click.option("--seed", type=SEED, default=0, help="of the search, and of the first picture (default: 0)")
+@null_space_option
+@sampling_options
+@weights_options
+@json_option
+@click.option("-o", "--output", type=PATH, default=Path(DEFAULT_OUTPUT), help="folder (default: tune/)")
+def run_tune(options: Options) -> None:
     """Search, print the frontier and write the report."""
     if options.output == Path(DEFAULT_OUTPUT):
         refuse_to_replace(options.output / "report.html")
     if options.highest <= 0:
         raise QrloraError("no weights to search", expected="--highest above 0", got=options.highest)
-    claim(options, options.output, folder=True)
+    claim(options.output, folder=True)
     import json
 
     from qrlora.quality.search.page import lines, report
@@ -117,7 +109,7 @@ def default_prompt(adapters: Sequence[Adapter]) -> str:
     return f"a {subject} in {by_role['style'].trigger} style"
 
 
-def _aim(options: argparse.Namespace, side: str) -> tuple[str, Any]:
+def _aim(options: Options, side: str) -> tuple[str, Any]:
     """What a score is, in words, and what counts it; checked before a model is loaded."""
     from qrlora.pico.judge.objective import by_judge
     from qrlora.pico.world import STYLES, SUBJECTS
@@ -151,7 +143,7 @@ def _aim(options: argparse.Namespace, side: str) -> tuple[str, Any]:
     return " and ".join(one.name for one in measures), by_measures(measures, given, eyes)
 
 
-def _tuned(options: argparse.Namespace, adapters: list[Adapter], prompts: list[str], aims: dict[str, Any]) -> Any:
+def _tuned(options: Options, adapters: list[Adapter], prompts: list[str], aims: dict[str, Any]) -> Any:
     """Everything between the arguments and the page."""
     import torch
 
@@ -195,7 +187,7 @@ def _say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def _dials(options: argparse.Namespace, adapters: list[Adapter], order: list[str]) -> tuple[list[str], list[Adapter]]:
+def _dials(options: Options, adapters: list[Adapter], order: list[str]) -> tuple[list[str], list[Adapter]]:
     """What each weight turns, and the adapter it is of: the whole, or some of its blocks."""
     from qrlora.quality.search.dials import by_blocks
 
@@ -212,9 +204,7 @@ def _dials(options: argparse.Namespace, adapters: list[Adapter], order: list[str
     return dials, parts
 
 
-def _command(
-    options: argparse.Namespace, parts: list[Adapter], weights: Sequence[float], place: int, prompt: str
-) -> str:
+def _command(options: Options, parts: list[Adapter], weights: Sequence[float], place: int, prompt: str) -> str:
     """What makes pictures at a point; for weights by blocks, of a composition that is written for it."""
     from qrlora.method.adapter import save_adapter
     from qrlora.method.composition import Composition
