@@ -26,6 +26,7 @@ from qrlora.apps.cli.inspect import add_inspect
 from qrlora.apps.cli.plan import add_plan
 from qrlora.apps.cli.serve import add_serve
 from qrlora.apps.cli.similarity import add_similarity
+from qrlora.apps.cli.space import add_space
 from qrlora.apps.cli.study import add_study
 from qrlora.apps.cli.train import add_train
 from qrlora.apps.cli.tune import add_tune
@@ -137,6 +138,7 @@ def build_parser(arguments: Sequence[str] = ()) -> argparse.ArgumentParser:
     add_import(commands)
     add_extract(commands)
     add_similarity(commands)
+    add_space(commands)
     add_serve(commands)
     commands.add_parser("lab", help="measure: methods side by side, claims, speed (qrlora lab --help)", add_help=False)
     add_evaluate(commands)

@@ -35,8 +35,10 @@ from torch import Tensor, nn
 
 from qrlora._files import disk_error
 from qrlora._interrupts import deferred
+from qrlora._tensor_file import note
 from qrlora.errors import OutputError, QrloraError, RecipeError, TrainingError
 from qrlora.method.adapter import Adapter, adapter_from_model, remove_adapters, save_adapter
+from qrlora.method.space import coefficients_on, load_space, place_adapter, unexplained
 from qrlora.method.tuner import QRLoraConfig
 from qrlora.models.families import ModelFamily, family_of, load_pipeline, size_unit
 from qrlora.models.stored import stored_weights
@@ -54,6 +56,7 @@ T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 ADAPTER_NAME = "trained"
+NOVELTY_PASSES = 6
 LOSS_SCALE = 2.0**16
 """What the loss is multiplied with on a float16 base, whose gradients would vanish between its layers otherwise."""
 
@@ -97,11 +100,13 @@ class Run:
     @property
     def record(self) -> dict[str, Any]:
         """What a checkpoint must agree on to be continued: the recipe's fields and the data."""
-        return self.recipe.run_record() | {"data": self.data.digest}
+        space = coefficients_on(self.denoiser).get("digest")
+        return self.recipe.run_record() | {"data": self.data.digest, "space": space}
 
     def adapter(self, provenance: dict[str, Any]) -> Adapter:
         """What has been trained so far, with all that is known about it."""
         with evaluated(self.optimizer):
+            where = coefficients_on(self.denoiser)
             return adapter_from_model(
                 self.denoiser,
                 ADAPTER_NAME,
@@ -112,7 +117,7 @@ class Run:
                 trigger=self.recipe.trigger,
                 licence=self.recipe.licence,
                 recipe=self.recipe.record(),
-                provenance=provenance,
+                provenance=provenance | ({"space": where} if where else {}),
             )
 
 
@@ -169,6 +174,8 @@ def train(
                 run.watch.resume(outputs.path_of(recipe, run.step))
             elif restart and accelerator.is_main_process:
                 outputs.give_up(recipe)
+            if recipe.space and not resume and accelerator.is_main_process:
+                _say_novelty(recipe, recipe.space, ready)
             return _trained(run, ready.examples, progress, started)
 
 
@@ -250,6 +257,8 @@ def _prepare(
 ) -> Prepared:
     """The denoiser where its bases are to be computed, and what the encoders make of pictures and prompts."""
     find_pictures(recipe.images)  # a misspelt path should not cost the loading of a model
+    if recipe.space:
+        load_space(recipe.space)  # nor should a damaged file
     device, alone = (accelerator.device, True) if pipe is None else (pipe.device, False)
     if pipe is None:
         if accelerator.is_main_process:
@@ -291,6 +300,7 @@ def _run(
     score: monitor.Score | None,
 ) -> Run:
     """The run before its first step, its adapter on the denoiser."""
+    recipe = recipe.of_pictures(len({example.digest for example in ready.examples if example.view == PLAIN}))
     device = ready.data.device
     settle(ready.denoiser, recipe, device, parameters.values())
     kept = _base_predictions(recipe, ready.pipe, ready.family, device) if recipe.preserve else None
@@ -397,6 +407,8 @@ def adapter_on(
                     got=f"{recipe.targets!r} ({error})",
                     remedy="leave targets out to adapt what the family adapts by default",
                 ) from error
+        if recipe.space:
+            _place_in_space(denoiser, recipe, recipe.space)
         parameters = {name: p for name, p in denoiser.named_parameters() if p.requires_grad}
         for parameter in parameters.values():
             parameter.data = parameter.data.float()
@@ -405,6 +417,27 @@ def adapter_on(
         remove_adapters(denoiser, [ADAPTER_NAME])
         if not checkpointing:
             denoiser.disable_gradient_checkpointing()
+
+
+def _place_in_space(denoiser: Any, recipe: Recipe, path: Path) -> None:
+    place_adapter(
+        denoiser,
+        ADAPTER_NAME,
+        load_space(path),
+        role=recipe.role,
+        base_model=recipe.model,
+        remainder=recipe.space_remainder,
+        name=path.name,
+    )
+
+
+def _say_novelty(recipe: Recipe, path: Path, ready: Prepared) -> None:
+    """How much of what the pictures ask for is beyond the space, by a few passes at its mean."""
+    left = unexplained(ready.denoiser, functools.partial(_losses, recipe, ready, NOVELTY_PASSES))
+    note(
+        f"{path}: its coefficients reach {1 - left:.2%} of the pictures' first gradient; the less they reach, the newer "
+        "is what the pictures show (docs/space.md has examples)"
+    )
 
 
 def _run_steps(run: Run, interrupted: Callable[[], bool], progress: Callable[[Progress], None] | None) -> float:

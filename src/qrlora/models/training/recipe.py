@@ -27,11 +27,15 @@ TRIGGER = "[trigger]"
 
 TRIGGERS = {"subject": "<c>", "style": "<s>"}
 DEFAULT_RANK = 16
+ONE_PICTURE, SEVERAL_PICTURES = 1e-3, 1e-2
+"""Default learning rates of pico; of other models the first alone, since the second was measured on none of them."""
+SPACE = {"learning_rate": 0.03, "weight_decay": 0.1}
+"""Defaults of coefficients in a space, which are counted in standard deviations."""
 
 # What may change between a run and its resumption without making it another run.
 RESUMABLE = frozenset(
     {
-        *("steps", "checkpoint_every", "checkpoints_kept", "output", "images", "licence"),
+        *("steps", "checkpoint_every", "checkpoints_kept", "output", "images", "space", "licence"),
         *("gradient_checkpointing", "offload", "fsdp"),
         *("sample_every", "sample_prompts", "sample_seeds", "patience", "log_with"),
     }
@@ -117,13 +121,25 @@ class Recipe(BaseModel):
         "adamw", description="adamw, or with a package of its own adamw8bit, prodigy or schedulefree"
     )
     learning_rate: float = Field(
-        1e-3,
+        ONE_PICTURE,
         gt=0,
-        description="learning rate, constant between the two below; prodigy: a factor of its own estimate, default 1",
+        description="learning rate, constant between the two below; prodigy: a factor of its own estimate, default 1; "
+        "in a space 0.03",
+    )
+    learning_rate_several: float = Field(
+        gt=0,
+        description="learning rate if there are two pictures or more (default: learning_rate if that is given; else "
+        f"{SEVERAL_PICTURES} for method qrlora on pico)",
     )
     warmup_steps: int = Field(0, ge=0, description="first steps, over which the learning rate rises to its value")
     cooldown_steps: int = Field(0, ge=0, description="last steps, over which the learning rate falls to zero")
-    weight_decay: float = Field(1e-4, ge=0, description="weight decay of ΔR")
+    weight_decay: float = Field(1e-4, ge=0, description="weight decay of what trains (in a space 0.1 by default)")
+    space: Path | None = Field(
+        None, description="space of adapters (qrlora space build) in which the adapter is trained as a point"
+    )
+    space_remainder: float = Field(
+        0.0, ge=0, description="weight of a freely trained ΔR beside the coefficients of the space; 0 trains none"
+    )
     logit_mean: float | None = Field(
         None,
         description="noise levels in training: mean of their logit, higher is noisier (flow matching; default 0)",
@@ -185,9 +201,13 @@ class Recipe(BaseModel):
             "alpha": data.get("rank", DEFAULT_RANK),
             "columns": role,
         }
-        if data.get("optimizer") == "prodigy":
+        given = {key: value for key, value in data.items() if value is not None}
+        defaults |= SPACE if "space" in given else {}
+        if given.get("optimizer") == "prodigy":
             defaults["learning_rate"] = 1.0
-        return defaults | {key: value for key, value in data.items() if value is not None}
+        several = SEVERAL_PICTURES if given.get("model", "pico") == "pico" and _on_basis(given) else ONE_PICTURE
+        defaults["learning_rate_several"] = (defaults | given).get("learning_rate", several)
+        return defaults | given
 
     @field_validator("*", mode="before")
     @classmethod
@@ -247,6 +267,13 @@ class Recipe(BaseModel):
             )
         if self.optimizer == "schedulefree" and self.cooldown_steps:
             raise ValueError("cooldown_steps has no meaning with optimizer = 'schedulefree', which averages instead")
+        if self.space_remainder and not self.space:
+            raise ValueError("space_remainder has no meaning without a space")
+        if self.space and (self.method != "qrlora" or self.train_basis):
+            raise ValueError("a space is of ΔR on a frozen basis: method = 'qrlora', train_basis = false")
+        if self.space and (self.preserve or self.fsdp):
+            other = "preserve" if self.preserve else "fsdp"
+            raise ValueError(f"space and {other} have not been made to work together: choose one")
         if self.quantize and self.fsdp:
             raise ValueError("quantize and fsdp have not been made to work together: choose one")
         if self.offload and self.preserve:
@@ -316,8 +343,15 @@ class Recipe(BaseModel):
         """The resolved recipe as JSON values for the adapter's metadata: pictures and output by name, not by path."""
         fields = self.model_dump(mode="json")
         fields["images"] = [image.name for image in self.images]
-        fields["output"] = self.output.name if self.output else None
+        for name in ("output", "space"):
+            path = getattr(self, name)
+            fields[name] = path.name if path else None
         return fields
+
+    def of_pictures(self, count: int) -> Recipe:
+        """The recipe with the learning rate of so many pictures."""
+        rate = self.learning_rate if count < 2 else self.learning_rate_several
+        return self if rate == self.learning_rate else self.replace(learning_rate=rate)
 
     def run_record(self) -> dict[str, Any]:
         """The fields that make two runs the same run: what a checkpoint must agree on to be continued."""
@@ -330,6 +364,11 @@ class Recipe(BaseModel):
         return hashlib.sha256(json.dumps(self.record(), sort_keys=True).encode()).hexdigest()
 
 
+def _on_basis(fields: Mapping[str, Any]) -> bool:
+    """Whether these fields train ΔR alone."""
+    return fields.get("method", "qrlora") == "qrlora" and not fields.get("train_basis")
+
+
 def _anchored(fields: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Paths of a recipe file, made relative to where it lies. A model is a path only if it is there."""
     anchored = dict(fields)
@@ -338,8 +377,9 @@ def _anchored(fields: dict[str, Any], folder: Path) -> dict[str, Any]:
         anchored["images"] = folder / images
     elif isinstance(images, list) and all(isinstance(image, str) for image in images):
         anchored["images"] = [folder / image for image in images]
-    if isinstance(fields.get("output"), str):
-        anchored["output"] = folder / fields["output"]
+    for name in ("output", "space"):
+        if isinstance(fields.get(name), str):
+            anchored[name] = folder / fields[name]
     if isinstance(fields.get("model"), str) and (folder / fields["model"]).is_dir():
         anchored["model"] = str(folder / fields["model"])
     return anchored
