@@ -103,7 +103,7 @@ def adapter_of(study: Study, way: str, style: int) -> Adapter:
         fields = recipe_fields(task, learning_rate=RATES[method], seed=seed, **numbers)
         make_folder(file.parent)
         recipe = Recipe.of(fields | {"method": method, "output": file, "log_with": "none"})
-        train(recipe, pipe=study.bench.pipe, family=study.bench.family)
+        train(recipe, pipe=study.bench.pipe, family=study.bench.family, restart=True)  # of one that was interrupted
     return load_adapter(file)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -42,12 +43,13 @@ def place(
 
     The rest of the model sees ordinary parameters: z, once, and with a share the weights themselves.
     """
-    first = next(iter(modules.values())).weight
     count = 1 + len(next(iter(components.values())))
-    z = nn.Parameter(torch.zeros(count, device=first.device))  # type: ignore[arg-type]
+    z: nn.Parameter | None = None
     for name, module in modules.items():
-        own = module.weight
-        own.requires_grad_(bool(share))  # type: ignore[operator]
-        parts = (tensor[name].to(own.device) for tensor in (mean, components))  # type: ignore[arg-type]
-        parametrize.register_parametrization(module, "weight", Span(z, *parts, share), unsafe=True)
+        own: Any = module.weight
+        own.requires_grad_(bool(share))
+        z = nn.Parameter(torch.zeros(count, device=own.device)) if z is None else z
+        span = Span(z, mean[name].to(own.device), components[name].to(own.device), share)
+        parametrize.register_parametrization(module, "weight", span, unsafe=True)
+    assert z is not None, "a span of nothing"
     return z

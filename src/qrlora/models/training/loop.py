@@ -435,8 +435,8 @@ def _say_novelty(recipe: Recipe, path: Path, ready: Prepared) -> None:
     """How much of what the pictures ask for is beyond the space, by a few passes at its mean."""
     left = unexplained(ready.denoiser, functools.partial(_losses, recipe, ready, NOVELTY_PASSES))
     note(
-        f"{path}: its coefficients reach {1 - left:.2%} of the pictures' first gradient; the less they reach, the newer "
-        "is what the pictures show (docs/space.md has examples)"
+        f"{path}: its coefficients reach {1 - left:.2%} of the pictures' first gradient; the less, the newer is "
+        "what the pictures show (docs/space.md has examples)"
     )
 
 
