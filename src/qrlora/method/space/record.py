@@ -137,12 +137,13 @@ class Space:
     def project(self, adapter: Adapter) -> Projection:
         """The point of the space that is nearest to an adapter, by least squares in ΔR. Errors: as `of`."""
         check_alike(self.mean, adapter)
-        gram, against, whole = 0.0, 0.0, 0.0
+        gram = torch.zeros(1 + self.count, 1 + self.count, dtype=torch.float64)
+        against, whole = torch.zeros(1 + self.count, dtype=torch.float64), 0.0
         for layer, delta in self.mean.deltas.items():
             span = torch.cat([delta[None], self.components[layer]]).double().flatten(1)
             own = adapter.deltas[layer].detach().cpu().double().flatten()
             gram, against, whole = gram + span @ span.T, against + span @ own, whole + float(own @ own)
-        found = torch.linalg.pinv(torch.as_tensor(gram), hermitian=True) @ against
+        found = torch.linalg.pinv(gram, hermitian=True) @ against
         left = whole - 2 * float(found @ against) + float(found @ gram @ found)
         z = found[1:]
         return Projection(
