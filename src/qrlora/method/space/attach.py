@@ -89,11 +89,11 @@ def unexplained(model: nn.Module, losses: Callable[[], Iterator[Tensor]]) -> flo
         for one, (share, trains) in zip(placed, before, strict=True):
             _span(one).share = share
             one.original.requires_grad_(trains)
-    gram, against, whole = torch.zeros(()), torch.zeros(()), 0.0
-    for one, gradient in zip(placed, gradients, strict=True):
-        span = torch.cat([_span(one).mean[None], _span(one).components]).double().flatten(1)
-        gram, against = gram + (span @ span.T).cpu(), against + (span @ gradient.flatten()).cpu()
-        whole += float(gradient.square().sum())
+    spans = [torch.cat([_span(one).mean[None], _span(one).components]).double().flatten(1) for one in placed]
+    gram = torch.stack([span @ span.T for span in spans]).sum(0)
+    parts = zip(spans, gradients, strict=True)
+    against = torch.stack([span @ gradient.flatten() for span, gradient in parts]).sum(0)
+    whole = sum(float(gradient.square().sum()) for gradient in gradients)
     inside = float(against @ torch.linalg.pinv(gram, hermitian=True) @ against)
     return 1 - inside / whole if whole else 0.0
 

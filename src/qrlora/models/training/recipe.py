@@ -123,8 +123,7 @@ class Recipe(BaseModel):
     learning_rate: float = Field(
         ONE_PICTURE,
         gt=0,
-        description="learning rate, constant between the two below; prodigy: a factor of its own estimate, default 1; "
-        "in a space 0.03",
+        description="learning rate of one picture (in a space 0.03 by default; prodigy: a factor of its estimate, 1)",
     )
     learning_rate_several: float = Field(
         gt=0,
@@ -205,7 +204,8 @@ class Recipe(BaseModel):
         defaults |= SPACE if "space" in given else {}
         if given.get("optimizer") == "prodigy":
             defaults["learning_rate"] = 1.0
-        several = SEVERAL_PICTURES if given.get("model", "pico") == "pico" and _on_basis(given) else ONE_PICTURE
+        measured = given.get("model", "pico") == "pico" and given.get("method", "qrlora") == "qrlora"
+        several = SEVERAL_PICTURES if measured else ONE_PICTURE
         defaults["learning_rate_several"] = (defaults | given).get("learning_rate", several)
         return defaults | given
 
@@ -272,8 +272,7 @@ class Recipe(BaseModel):
         if self.space and (self.method != "qrlora" or self.train_basis):
             raise ValueError("a space is of ΔR on a frozen basis: method = 'qrlora', train_basis = false")
         if self.space and (self.preserve or self.fsdp):
-            other = "preserve" if self.preserve else "fsdp"
-            raise ValueError(f"space and {other} have not been made to work together: choose one")
+            raise ValueError("a space has not been made to work with preserve or fsdp: leave one out")
         if self.quantize and self.fsdp:
             raise ValueError("quantize and fsdp have not been made to work together: choose one")
         if self.offload and self.preserve:
@@ -362,11 +361,6 @@ class Recipe(BaseModel):
     def digest(self) -> str:
         """SHA-256 of the record as canonical JSON."""
         return hashlib.sha256(json.dumps(self.record(), sort_keys=True).encode()).hexdigest()
-
-
-def _on_basis(fields: Mapping[str, Any]) -> bool:
-    """Whether these fields train ΔR alone."""
-    return fields.get("method", "qrlora") == "qrlora" and not fields.get("train_basis")
 
 
 def _anchored(fields: dict[str, Any], folder: Path) -> dict[str, Any]:
