@@ -44,6 +44,7 @@ from qrlora.pico import world
 from qrlora.pico.world import novel
 from qrlora.pico.world.canvas import rasterise, shrink
 from qrlora.pico.world.palette import palette
+from qrlora.quality.images.png import png_bytes
 
 WAYS = ("qrlora", "lora_one_start", "lora_own_start", "delta_w")
 RATES = {"qrlora": 7.5e-3, "lora": 1.5e-3}
@@ -128,34 +129,35 @@ def space_of(study: Study, way: str, say: Callable[[str], None]) -> Principal:
 
 
 @contextlib.contextmanager
-def on_space(way: str, space: Principal, share: float, denoiser: Any, family: Any, recipe: Recipe, _: Any) -> Iterator[
-    Attached[Learned]
-]:  # fmt: skip
-    """The denoiser with what spans the space as its parameters; reads ΔW."""
-    if way == "delta_w":
-        layers = {name: denoiser.get_submodule(name) for name in space.mean}
-        before = {name: layer.weight.detach().clone() for name, layer in layers.items()}
-        z = place(layers, space.mean, space.components, 1.0)
+def on_delta_weights(space: Principal, denoiser: Any) -> Iterator[Attached[Learned]]:
+    """The denoiser's own weights plus a point of a space of ΔW."""
+    layers = {name: denoiser.get_submodule(name) for name in space.mean}
+    before = {name: layer.weight.detach().clone() for name, layer in layers.items()}
+    z = place(layers, space.mean, space.components, 1.0)
+    for layer in layers.values():
+        layer.parametrizations.weight.original.requires_grad_(False)
+    try:
+        yield Attached({"z": z}, lambda: {n: Delta(matrix=(m.weight - before[n]).detach()) for n, m in layers.items()})
+    finally:
         for layer in layers.values():
-            layer.parametrizations.weight.original.requires_grad_(False)
-        try:
-            read = {name: (lambda m=m, w=before[name]: (m.weight - w).detach()) for name, m in layers.items()}
-            yield Attached({"z": z}, lambda: {name: Delta(matrix=get()) for name, get in read.items()})
-        finally:
-            for layer in layers.values():
-                parametrize.remove_parametrizations(layer, "weight", leave_parametrized=False)
-        return
+            parametrize.remove_parametrizations(layer, "weight", leave_parametrized=False)
+
+
+@contextlib.contextmanager
+def on_adapter(
+    space: Principal | None, share: float, denoiser: Any, family: Any, recipe: Recipe
+) -> Iterator[Attached[Learned]]:
+    """The recipe's adapter: itself, or what of it spans the space as a point of it."""
     with adapter_on(denoiser, family, recipe):
-        layers = {name: m for name, m in denoiser.named_modules() if isinstance(m, LoraLayer)}
-        parts: dict[str, nn.Module] = {}
-        for name in space.mean:
-            layer, _, factor = name.rpartition(".")
-            parts[name] = getattr(layers[layer], factor)[ADAPTER_NAME]
-        place(parts, space.mean, space.components, share)
+        layers: dict[str, Any] = {name: m for name, m in denoiser.named_modules() if isinstance(m, LoraLayer)}
+        if space is not None:
+            parts: dict[str, nn.Module] = {}
+            for name in space.mean:
+                layer, _, factor = name.rpartition(".")
+                parts[name] = getattr(layers[layer], factor)[ADAPTER_NAME]
+                parts[name].weight.data.zero_()  # type: ignore[union-attr,operator]  # LoRA's start is in the mean
+            place(parts, space.mean, space.components, share)
         moving = {name: p for name, p in denoiser.named_parameters() if p.requires_grad}
-        for name, p in denoiser.named_parameters():
-            if share and name.endswith("weight.original"):
-                p.data.zero_()  # LoRA's own start is in the mean already
         yield Attached(
             moving,
             lambda: {n: Delta(matrix=m.get_delta_weight(ADAPTER_NAME).detach().flatten(1)) for n, m in layers.items()},
@@ -183,14 +185,12 @@ def measured(study: Study, way: str, style: str, share: float, say: Callable[[st
     fields["method"] = "lora" if way.startswith("lora") else "qrlora"
     fields |= {} if space is None else {"weight_decay": study.decay}
 
-    def attach(denoiser: Any, family: Any, recipe: Recipe, losses: Any) -> Any:
-        return on_space(way, space, share, denoiser, family, recipe, losses)
+    def attach(denoiser: Any, family: Any, recipe: Recipe, _: Any) -> Any:
+        if way == "delta_w":
+            return on_delta_weights(space, denoiser)  # type: ignore[arg-type]
+        return on_adapter(space, share, denoiser, family, recipe)
 
-    def plain(denoiser: Any, family: Any, recipe: Recipe, losses: Any) -> Any:
-        return _alone(denoiser, family, recipe)
-
-    by = plain if space is None else attach
-    learned = train_attached(by, Recipe.of(fields), pipe=study.bench.pipe, family=study.bench.family)
+    learned = train_attached(attach, Recipe.of(fields), pipe=study.bench.pipe, family=study.bench.family)
     seconds = time.perf_counter() - started
     asked = alone_wanted(study.bench, task, study.seed)
     pixels = study.bench.draw(asked, learned)
@@ -204,19 +204,7 @@ def measured(study: Study, way: str, style: str, share: float, say: Callable[[st
     return found
 
 
-@contextlib.contextmanager
-def _alone(denoiser: Any, family: Any, recipe: Recipe) -> Iterator[Attached[Learned]]:
-    with adapter_on(denoiser, family, recipe) as moving:
-        layers = {name: m for name, m in denoiser.named_modules() if isinstance(m, LoraLayer)}
-        yield Attached(
-            moving,
-            lambda: {n: Delta(matrix=m.get_delta_weight(ADAPTER_NAME).detach().flatten(1)) for n, m in layers.items()},
-        )
-
-
 def _strip(pixels: Any) -> bytes:
-    from qrlora.quality.images.png import png_bytes
-
     return png_bytes(Image.fromarray(np.concatenate(list(pixels), axis=1)))
 
 

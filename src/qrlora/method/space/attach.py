@@ -100,7 +100,8 @@ def unexplained(model: nn.Module, losses: Callable[[], Iterator[Tensor]]) -> flo
 
 def _placed(model: nn.Module) -> list[Any]:
     """The parametrisations of all weights that are on a span: lists of one Span, with the module's own weight."""
-    owners = [module.parametrizations["weight"] for module in model.modules() if parametrize.is_parametrized(module)]
+    modules: list[Any] = [module for module in model.modules() if parametrize.is_parametrized(module, "weight")]
+    owners = [module.parametrizations["weight"] for module in modules]
     return [owner for owner in owners if isinstance(owner[0], Span)]
 
 

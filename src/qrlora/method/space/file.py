@@ -92,7 +92,7 @@ def _said(text: str) -> tuple[tuple[tuple[str, str], ...], tuple[float, ...]]:
     known = isinstance(said, dict) and set(said) == {"members", "variances"}
     wanted = "members as [name, digest], and variances"
     require(pairs and numbers and known, f"{KEY} is malformed", expected=wanted, got=text[:200])
-    return tuple((name, digest) for name, digest in members), tuple(map(float, variances))  # type: ignore[union-attr]
+    return tuple((name, digest) for name, digest in said["members"]), tuple(map(float, said["variances"]))
 
 
 def _mask(space: Space, layer: str) -> Tensor | None:

@@ -35,14 +35,13 @@ from torch import Tensor, nn
 
 from qrlora._files import disk_error
 from qrlora._interrupts import deferred
-from qrlora._tensor_file import note
 from qrlora.errors import OutputError, QrloraError, RecipeError, TrainingError
 from qrlora.method.adapter import Adapter, adapter_from_model, remove_adapters, save_adapter
-from qrlora.method.space import coefficients_on, load_space, place_adapter, unexplained
+from qrlora.method.space import coefficients_on, load_space
 from qrlora.method.tuner import QRLoraConfig
 from qrlora.models.families import ModelFamily, family_of, load_pipeline, size_unit
 from qrlora.models.stored import stored_weights
-from qrlora.models.training import checkpoint, monitor, outputs
+from qrlora.models.training import checkpoint, monitor, outputs, space
 from qrlora.models.training.dataset import EncodedDataset, Example, Report, encode, find_pictures, load_examples
 from qrlora.models.training.optimizers import evaluated, optimizer_for
 from qrlora.models.training.pictures import PLAIN, bucket_sizes, check_resolution
@@ -56,7 +55,6 @@ T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 ADAPTER_NAME = "trained"
-NOVELTY_PASSES = 6
 LOSS_SCALE = 2.0**16
 """What the loss is multiplied with on a float16 base, whose gradients would vanish between its layers otherwise."""
 
@@ -100,8 +98,8 @@ class Run:
     @property
     def record(self) -> dict[str, Any]:
         """What a checkpoint must agree on to be continued: the recipe's fields and the data."""
-        space = coefficients_on(self.denoiser).get("digest")
-        return self.recipe.run_record() | {"data": self.data.digest, "space": space}
+        known = coefficients_on(self.denoiser).get("digest")
+        return self.recipe.run_record() | {"data": self.data.digest, "space": known}
 
     def adapter(self, provenance: dict[str, Any]) -> Adapter:
         """What has been trained so far, with all that is known about it."""
@@ -175,7 +173,7 @@ def train(
             elif restart and accelerator.is_main_process:
                 outputs.give_up(recipe)
             if recipe.space and not resume and accelerator.is_main_process:
-                _say_novelty(recipe, recipe.space, ready)
+                space.say_novelty(recipe, ready.denoiser, functools.partial(_losses, recipe, ready))
             return _trained(run, ready.examples, progress, started)
 
 
@@ -407,8 +405,7 @@ def adapter_on(
                     got=f"{recipe.targets!r} ({error})",
                     remedy="leave targets out to adapt what the family adapts by default",
                 ) from error
-        if recipe.space:
-            _place_in_space(denoiser, recipe, recipe.space)
+        space.place(denoiser, recipe, ADAPTER_NAME)
         parameters = {name: p for name, p in denoiser.named_parameters() if p.requires_grad}
         for parameter in parameters.values():
             parameter.data = parameter.data.float()
@@ -417,27 +414,6 @@ def adapter_on(
         remove_adapters(denoiser, [ADAPTER_NAME])
         if not checkpointing:
             denoiser.disable_gradient_checkpointing()
-
-
-def _place_in_space(denoiser: Any, recipe: Recipe, path: Path) -> None:
-    place_adapter(
-        denoiser,
-        ADAPTER_NAME,
-        load_space(path),
-        role=recipe.role,
-        base_model=recipe.model,
-        remainder=recipe.space_remainder,
-        name=path.name,
-    )
-
-
-def _say_novelty(recipe: Recipe, path: Path, ready: Prepared) -> None:
-    """How much of what the pictures ask for is beyond the space, by a few passes at its mean."""
-    left = unexplained(ready.denoiser, functools.partial(_losses, recipe, ready, NOVELTY_PASSES))
-    note(
-        f"{path}: its coefficients reach {1 - left:.2%} of the pictures' first gradient; the less, the newer is "
-        "what the pictures show (docs/space.md has examples)"
-    )
 
 
 def _run_steps(run: Run, interrupted: Callable[[], bool], progress: Callable[[Progress], None] | None) -> float:

@@ -133,12 +133,8 @@ class Recipe(BaseModel):
     warmup_steps: int = Field(0, ge=0, description="first steps, over which the learning rate rises to its value")
     cooldown_steps: int = Field(0, ge=0, description="last steps, over which the learning rate falls to zero")
     weight_decay: float = Field(1e-4, ge=0, description="weight decay of what trains (in a space 0.1 by default)")
-    space: Path | None = Field(
-        None, description="space of adapters (qrlora space build) in which the adapter is trained as a point"
-    )
-    space_remainder: float = Field(
-        0.0, ge=0, description="weight of a freely trained ΔR beside the coefficients of the space; 0 trains none"
-    )
+    space: Path | None = Field(None, description="space of adapters (qrlora space build) to train a point of")
+    space_remainder: float = Field(0.0, ge=0, description="weight of a ΔR that trains freely beside its coefficients")
     logit_mean: float | None = Field(
         None,
         description="noise levels in training: mean of their logit, higher is noisier (flow matching; default 0)",
@@ -204,9 +200,9 @@ class Recipe(BaseModel):
         defaults |= SPACE if "space" in given else {}
         if given.get("optimizer") == "prodigy":
             defaults["learning_rate"] = 1.0
-        measured = given.get("model", "pico") == "pico" and given.get("method", "qrlora") == "qrlora"
-        several = SEVERAL_PICTURES if measured else ONE_PICTURE
-        defaults["learning_rate_several"] = (defaults | given).get("learning_rate", several)
+        measured = (given.get("model", "pico"), given.get("method", "qrlora")) == ("pico", "qrlora")
+        rate = SEVERAL_PICTURES if measured else ONE_PICTURE
+        defaults["learning_rate_several"] = (defaults | given).get("learning_rate", rate)
         return defaults | given
 
     @field_validator("*", mode="before")
@@ -271,10 +267,9 @@ class Recipe(BaseModel):
             raise ValueError("space_remainder has no meaning without a space")
         if self.space and (self.method != "qrlora" or self.train_basis):
             raise ValueError("a space is of ΔR on a frozen basis: method = 'qrlora', train_basis = false")
-        if self.space and (self.preserve or self.fsdp):
-            raise ValueError("a space has not been made to work with preserve or fsdp: leave one out")
-        if self.quantize and self.fsdp:
-            raise ValueError("quantize and fsdp have not been made to work together: choose one")
+        for one, other in (("space", "preserve"), ("space", "fsdp"), ("quantize", "fsdp")):
+            if getattr(self, one) and getattr(self, other):
+                raise ValueError(f"{one} and {other} have not been made to work together: choose one")
         if self.offload and self.preserve:
             raise ValueError("offload keeps the encoders off the device, and preserve makes pictures there: choose one")
         return self
