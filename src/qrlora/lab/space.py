@@ -33,7 +33,7 @@ from torch.nn.utils import parametrize
 from qrlora._files import make_folder, write_atomically
 from qrlora.errors import DataError
 from qrlora.lab.baselines.deltas import Delta, Learned
-from qrlora.lab.compare.cells import Bench, alone_wanted
+from qrlora.lab.compare.cells import Bench, alone_wanted, weights_digest
 from qrlora.lab.compare.plan import Scope, rate_of
 from qrlora.lab.tasks import Task, recipe_fields, save_picture, task_of_world
 from qrlora.method.adapter import Adapter, load_adapter
@@ -72,8 +72,8 @@ class Study:
 
     @property
     def folder(self) -> Path:
-        """Of adapters, which depend on few of the numbers."""
-        return self.bench.folder / f"{self.pictures}x{self.library_steps}"
+        """Of adapters and records of this base model; adapters depend on few of the numbers."""
+        return self.bench.folder / f"{weights_digest()}-{self.pictures}x{self.library_steps}"
 
 
 def pictures_of(style: int, count: int, folder: Path) -> Path:
@@ -166,9 +166,10 @@ def on_adapter(
 
 def measured(study: Study, way: str, style: str, share: float, say: Callable[[str], None]) -> dict[str, Any]:
     """One reserved style from one picture: its record from the folder, or trained, sampled and judged now."""
-    numbers = f"{study.count}-{study.components}-{study.rate:g}-{study.decay:g}-{study.bench.scope.steps}-{study.seed}"
-    key = f"{way}-{style}" + ("" if way == "alone" else f"-{share:g}")
-    file = study.folder / "records" / f"{key}-{numbers}.json"
+    scope = study.bench.scope
+    numbers = [scope.steps, scope.alone, study.seed]
+    numbers += [] if way == "alone" else [share, study.count, study.components, study.rate, study.decay]
+    file = study.folder / "records" / ("-".join([way, style, *(f"{n:g}" for n in numbers)]) + ".json")
     if file.exists():
         found: dict[str, Any] = json.loads(file.read_text("utf-8"))
         return found
@@ -177,7 +178,6 @@ def measured(study: Study, way: str, style: str, share: float, say: Callable[[st
     make_folder(file.parent)
     # All of one trigger: a space says what the trigger means.
     task = task_of_world("style", style, study.folder / f"{style}.png", study.seed, TRIGGERS["style"])
-    scope = study.bench.scope
     rate = rate_of("qrlora", "style", style, scope.rates) if space is None else study.rate
     fields = recipe_fields(
         task, rank=scope.rank, steps=scope.steps, batch_size=scope.batch_size, learning_rate=rate, seed=study.seed

@@ -64,7 +64,8 @@ def load_space(path: str | Path) -> Space:
             plan = plan_ours(raw)
             require(plan.spelling == "compact", "no space's format", expected="compact", got=plan.spelling)
             entries = {key: entry for key, entry in header.items() if key != "__metadata__"}
-            count = (entries.get(COORDINATES, {}).get("shape") or [0])[-1]
+            shape = entries.get(COORDINATES, {}).get("shape")
+            count = shape[-1] if isinstance(shape, list) and shape else 0
             shapes = tensor_shapes(plan.metadata, plan.shapes, "compact")
             components = {f"{key.removesuffix('.delta_r')}.components": [count, *shapes[key]] for key in shapes}
             expected = shapes | components | {COORDINATES: [len(members), count]}
