@@ -167,7 +167,7 @@ def on_adapter(
 def measured(study: Study, way: str, style: str, share: float, say: Callable[[str], None]) -> dict[str, Any]:
     """One reserved style from one picture: its record from the folder, or trained, sampled and judged now."""
     scope = study.bench.scope
-    numbers = [scope.steps, scope.alone, study.seed]
+    numbers: list[float] = [scope.steps, scope.alone, study.seed]
     numbers += [] if way == "alone" else [share, study.count, study.components, study.rate, study.decay]
     file = study.folder / "records" / ("-".join([way, style, *(f"{n:g}" for n in numbers)]) + ".json")
     if file.exists():

@@ -19,7 +19,7 @@ from qrlora.apps.cli.shared import (
     command,
     count,
     load_adapters,
-    refuse_default_output,
+    refuse_to_replace,
     seed,
 )
 from qrlora.errors import QrloraError
@@ -34,43 +34,49 @@ SHOWN = 5
 
 
 def add_space(commands: Parsers) -> None:
-    parser = commands.add_parser(
-        "space", help="span a space by adapters of one role, in which the next one is a point (train --space)"
+    parser = command(
+        commands,
+        "space",
+        run_space,
+        "span a space by adapters of one role, in which the next one is a point (train --space)",
+        "build: mean and principal components of the ΔR of adapters on one basis. show: what a space is made of, where "
+        "an adapter is in it, a walk along a component as a picture. " + OVERWRITE_HELP,
     )
-    verbs = parser.add_subparsers(dest="verb", required=True, metavar="build|show")
-    build = command(
-        verbs,
-        "build",
-        run_build,
-        "mean and principal components of the ΔR of adapters of one role on one basis",
-        OVERWRITE_HELP,
+    parser.add_argument("verb", choices=("build", "show"))
+    parser.add_argument(
+        "files", nargs="+", type=Path, metavar="FILE", help="build: two adapters or more; show: a space, and an adapter"
     )
-    build.add_argument("adapters", nargs="+", type=Path, metavar="ADAPTER", help="compact adapter files, two or more")
-    build.add_argument("--components", type=count, help="how many to keep (default: all, one less than adapters)")
-    build.add_argument("-o", "--output", type=Path, default=Path(DEFAULT), help=f"file to write (default: {DEFAULT})")
-    show = command(verbs, "show", run_show, "what a space is made of, where an adapter is in it, a walk along it")
-    show.add_argument("space", type=Path, metavar="FILE", help="file that `qrlora space build` wrote")
-    show.add_argument("adapter", nargs="?", type=Path, metavar="ADAPTER", help="say where this adapter is in the space")
-    show.add_argument("--json", action="store_true", help="print everything as JSON")
-    show.add_argument(
+    parser.add_argument("-o", "--output", type=Path, help=f"the space (default: {DEFAULT}), or the picture of --walk")
+    parser.add_argument("--components", type=count, help="build: how many to keep (default: one less than adapters)")
+    parser.add_argument("--json", action="store_true", help="show: print everything as JSON")
+    parser.add_argument(
         "--walk",
         type=count,
         metavar="I",
-        help="sample a picture at -2 to 2 standard deviations of component I, from 1; needs -o",
+        help="show: sample a picture at -2 to 2 standard deviations of component I, from 1; needs -o",
     )
-    show.add_argument("-o", "--output", type=Path, metavar="PNG", help="the picture of --walk")
-    show.add_argument("--prompt", help="of --walk (default: the role's caption, with the trigger of the space)")
-    show.add_argument("--seed", type=seed, default=0, help="of --walk (default: 0)")
-    add_sampling(show)
+    parser.add_argument("--prompt", help="of --walk (default: the role's caption, with the trigger of the space)")
+    parser.add_argument("--seed", type=seed, default=0, help="of --walk (default: 0)")
+    add_sampling(parser)
+
+
+def run_space(options: argparse.Namespace) -> None:
+    """Build or show."""
+    if options.verb == "build":
+        run_build(options)
+    else:
+        run_show(options)
 
 
 def run_build(options: argparse.Namespace) -> None:
     """Write the space of the adapters and say how much of them its components hold."""
-    refuse_default_output(options, DEFAULT)
+    if options.output is None:
+        options.output = Path(DEFAULT)
+        refuse_to_replace(options.output)
     claim(options, options.output)
     from qrlora.method.space import Space, save_space
 
-    space = Space.of(load_adapters(options.adapters, None), options.components)
+    space = Space.of(load_adapters(options.files, None), options.components)
     save_space(space, options.output)
     print(
         f"{options.output}: {space.count} components of {len(space.members)} adapters, "
@@ -80,6 +86,8 @@ def run_build(options: argparse.Namespace) -> None:
 
 def run_show(options: argparse.Namespace) -> None:
     """Print what the space is, where an adapter is in it; sample a walk."""
+    if len(options.files) > 2:
+        raise QrloraError("show takes a space and at most one adapter", expected="FILE [ADAPTER]", got=options.files)
     if (options.walk is None) != (options.output is None):
         raise QrloraError(
             "a walk and its picture belong together",
@@ -92,11 +100,12 @@ def run_show(options: argparse.Namespace) -> None:
         claim(options, options.output)
     from qrlora.method.space import load_space
 
-    space = load_space(options.space)
+    path, *others = options.files
+    space = load_space(path)
     if options.walk and options.walk > space.count:
         raise QrloraError("no such component", expected=f"--walk from 1 to {space.count}", got=options.walk)
-    placed = space.project(load_adapters([options.adapter], None)[0]) if options.adapter else None
-    described = describe(options.space, space, placed)
+    placed = space.project(load_adapters(others, None)[0]) if others else None
+    described = describe(path, space, placed)
     print(json.dumps(described, indent=2, ensure_ascii=False) if options.json else "\n".join(_lines(described)))
     if options.walk:
         _walk(space, options)
