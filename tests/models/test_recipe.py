@@ -46,6 +46,22 @@ def test_toml_with_overrides_and_paths_from_its_own_folder(tmp_path: Path) -> No
     assert (recipe.steps, recipe.columns) == (7, (0, 2, 4))
 
 
+def test_a_rate_that_is_given_holds_for_any_number_of_pictures() -> None:
+    fields = {"role": "style", "images": "cat.png"}
+    rates = [
+        ({}, 1e-3, 1e-2),
+        ({"learning_rate": 2e-3}, 2e-3, 2e-3),
+        ({"learning_rate": "2e-3", "learning_rate_several": 5e-3}, 2e-3, 5e-3),
+        ({"method": "lora"}, 1e-3, 1e-3),
+        ({"model": "flux.1-dev"}, 1e-3, 1e-3),
+        ({"optimizer": "prodigy"}, 1.0, 1.0),
+        ({"space": "a.space.safetensors"}, 0.03, 0.03),
+    ]
+    for given, one, several in rates:
+        recipe = Recipe.of(fields | given)
+        assert (recipe.of_pictures(1).learning_rate, recipe.of_pictures(2).learning_rate) == (one, several), given
+
+
 def test_repeats_are_one_number_for_each_entry_of_images() -> None:
     fields = {"role": "subject", "images": ["a", "b"]}
     assert Recipe.of(fields | {"num_repeats": "10, 1"}).num_repeats == (10, 1)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import shutil
 import signal
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +17,10 @@ import pytest
 import torch
 from PIL import Image
 
-from qrlora.errors import DataError, ModelError, OutputError, RecipeError, TrainingError, TunerError
+from qrlora.errors import DataError, MismatchError, ModelError, OutputError, RecipeError, TrainingError, TunerError
 from qrlora.method.adapter import Adapter, load_adapter
+from qrlora.method.adapter.attach import adapted_layers
+from qrlora.method.space import Space, load_space, save_space, unexplained
 from qrlora.models.families import load_pipeline
 from qrlora.models.generation import generate
 from qrlora.models.training import checkpoint, loop, monitor, outputs, placement
@@ -402,3 +406,75 @@ def test_published_mode_and_chosen_targets(recipe: Recipe) -> None:
     adapter = train(recipe.replace(train_basis=True, columns="first", targets=("to_q", "to_k"), steps=2))
     assert adapter.metadata.method == "qrlora_train_basis"
     assert {name.rsplit(".", 1)[1] for name in adapter.deltas} == {"to_q", "to_k"}
+
+
+@pytest.fixture
+def in_space(recipe: Recipe, tmp_path: Path) -> Recipe:
+    """A recipe of one picture, in a space of three adapters that were trained on one picture each."""
+    pictures = sorted(recipe.images[0].iterdir())
+    fields = {"steps": 30, "learning_rate": 0.02, "learning_rate_several": 0.02, "output": None}
+    known = [train(recipe.replace(**fields, images=picture)) for picture in pictures]
+    save_space(Space.of(known), tmp_path / "three.space.safetensors")
+    fields = {"model": recipe.model, "role": "subject", "noun": "mug", "rank": 2, "batch_size": 2, "steps": 6}
+    fields |= {"images": pictures[0], "output": tmp_path / "point.safetensors"}
+    return Recipe.of(fields | {"space": tmp_path / "three.space.safetensors"})
+
+
+def test_a_point_of_a_space_is_trained_by_its_coefficients_alone(in_space: Recipe) -> None:
+    losses: list[float] = []
+    recipe = in_space.replace(steps=60, batch_size=8)
+    adapter = train(recipe, progress=lambda p: losses.append(p.loss))
+    assert sum(losses[-15:]) < sum(losses[:15])
+    space, where = load_space(recipe.space or ""), adapter.metadata.provenance["space"]
+    assert where["digest"] == space.digest and where["remainder"] == 0 and len(where["coordinates"]) == space.count
+    assert len(json.dumps(where)) < 500
+    rebuilt = space.adapter(where["coordinates"], where["mean"])
+    assert all(torch.allclose(rebuilt.deltas[name], adapter.deltas[name], atol=1e-5) for name in adapter.deltas)
+    assert space.project(load_adapter(recipe.output or "")).unexplained < 1e-8
+
+
+def test_only_what_coefficients_cannot_follow_is_unexplained(in_space: Recipe) -> None:
+    """And looking leaves what trains as it was."""
+    pipe, family = load_pipeline(in_space.model, device="cpu")
+    space = load_space(in_space.space or "")
+    generator = torch.Generator().manual_seed(0)
+    with loop.adapter_on(pipe.transformer, family, in_space) as parameters:
+        layers = adapted_layers(pipe.transformer, loop.ADAPTER_NAME)
+        known = {name: space.components[name][0] + space.mean.deltas[name] for name in layers}
+        unknown = {name: torch.randn(part.shape, generator=generator) for name, part in known.items()}
+
+        def along(direction: dict[str, torch.Tensor]) -> Iterator[torch.Tensor]:
+            weights = {name: layer.lora_A[loop.ADAPTER_NAME].weight for name, layer in layers.items()}
+            yield sum((weights[name] * direction[name]).sum() for name in weights)  # type: ignore[misc]
+
+        assert unexplained(pipe.transformer, lambda: along(known)) == pytest.approx(0, abs=1e-6)
+        assert unexplained(pipe.transformer, lambda: along(unknown)) > 0.9
+        assert [parameter.numel() for parameter in parameters.values()] == [1 + space.count]
+        assert sum(parameter.requires_grad for parameter in pipe.transformer.parameters()) == 1
+
+
+@pytest.mark.parametrize("remainder", [0.0, 0.1])
+def test_a_run_in_a_space_resumes_bit_for_bit(in_space: Recipe, remainder: float) -> None:
+    recipe = in_space.replace(space_remainder=remainder)
+    whole = train(recipe)
+    assert (whole.metadata.provenance["space"]["remainder"] > 0) == (remainder > 0)
+    train(recipe.replace(steps=3, checkpoint_every=3))
+    moved = in_space.output.with_name("moved.space.safetensors") if in_space.output else Path()
+    Path(recipe.space or "").rename(moved)
+    assert same(whole, train(recipe.replace(space=moved), resume=True))
+
+
+def test_a_space_of_something_else_is_refused(in_space: Recipe, tmp_path: Path) -> None:
+    for changes, said in (({"rank": 4, "alpha": 4}, "rank"), ({"role": "style", "trigger": "<s>"}, "role")):
+        with pytest.raises(MismatchError, match=f"not of one space.*{said}"):
+            train(in_space.replace(**changes, columns="first", caption="a [trigger]"))
+    for changes, said in (({"method": "lora"}, "frozen basis"), ({"space": None, "space_remainder": 0.1}, "without a")):
+        with pytest.raises(RecipeError, match=said):
+            in_space.replace(**changes)
+
+
+def test_the_rate_is_that_of_the_number_of_pictures(recipe: Recipe) -> None:
+    fields = {"learning_rate": 0.01, "learning_rate_several": 0.03, "output": None, "steps": 1}
+    one = recipe.replace(images=min(recipe.images[0].iterdir()), **fields)
+    assert train(recipe.replace(**fields)).metadata.recipe["learning_rate"] == 0.03
+    assert train(one).metadata.recipe["learning_rate"] == 0.01

@@ -23,6 +23,7 @@ PANELS = {
         "compose": "compose:run_compose",
         "similarity": "similarity:run_similarity",
         "tune": "tune:run_tune",
+        "space": "space:space",
     },
     "Generate": {"generate": "generate:run_generate", "demo": "demo:run_demo"},
     "Exchange": {

@@ -40,9 +40,20 @@ def run_inspect(options: Options) -> None:
             f"(ratio {parameters['ratio']:.4f})",
             "file": f"{record['bytes']:,} bytes",
             "licence": metadata["licence"] or "none given",
+            **({"space": _in_space(metadata["provenance"]["space"])} if "space" in metadata["provenance"] else {}),
             "recipe": metadata["recipe_digest"][:16] if metadata["recipe"] else "none",
         }
         print("\n".join([str(record["file"]), *(f"  {key:<11}{value}" for key, value in rows.items())]))
+
+
+def _in_space(where: Any) -> str:
+    """Where the adapter was trained to, by its provenance, which any program may have written."""
+    if not isinstance(where, dict) or not isinstance(where.get("coordinates"), list):
+        return "not readable"
+    return (
+        f"{where.get('name')} ({str(where.get('digest'))[:16]}): {len(where['coordinates'])} coefficients, "
+        f"mean {where.get('mean')}, remainder {where.get('remainder')} of ‖ΔR‖²"
+    )
 
 
 def describe(path: Path, adapter: Adapter) -> dict[str, Any]:

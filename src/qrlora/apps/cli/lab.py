@@ -32,6 +32,16 @@ class Seeds(Names):
         return tuple(dict.fromkeys(SEED.convert(part, param, ctx) for part in given))
 
 
+class Numbers(Names):
+    """Numbers separated by commas."""
+
+    name = "numbers"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[Any, ...]:
+        given: tuple[Any, ...] = super().convert(value, param, ctx)
+        return tuple(dict.fromkeys(NUMBER.convert(part, param, ctx) for part in given))
+
+
 def say(text: str) -> None:
     """Progress, on stderr."""
     print(text, file=sys.stderr, flush=True)
@@ -133,6 +143,31 @@ def where(**given: Any) -> None:
 
     claim(given["out"], folder=True)
     parts.main(SimpleNamespace(**given), typed("out"))
+
+
+@lab.command()
+@click.option("--count", type=COUNT, default=24, show_default=True, help="Nameless styles that span the space.")
+@click.option("--pictures", type=COUNT, default=8, show_default=True, help="Of each of them.")
+@click.option("--library-steps", type=COUNT, default=80, show_default=True, help="Training steps of each of them.")
+@click.option("--components", type=COUNT, help="Default: one less than --count, all there are.")
+@click.option("--ways", type=Names(), default="alone,qrlora,lora_one_start,lora_own_start,delta_w", show_default=True)
+@click.option("--styles", type=Names(), default="chalk,candy,mosaic", show_default=True, help="Trained from a picture.")
+@click.option(
+    "--remainders", type=Numbers(), default="0", show_default=True, help="Free parts beside the coefficients."
+)
+@click.option("--rate", type=click.FloatRange(min=0, min_open=True), default=0.03, show_default=True)
+@click.option("--decay", type=NOT_NEGATIVE, default=0.1, show_default=True, help="Of the coefficients.")
+@click.option("--steps", type=COUNT, default=240, show_default=True, help="Training steps of a picture.")
+@click.option("--asked", type=COUNT, default=16, show_default=True, help="Pictures that are sampled and judged.")
+@click.option("--seed", type=SEED, default=0, show_default=True)
+@click.option("--out", type=PATH, default=Path("out/space"), show_default=True)
+def space(**given: Any) -> None:
+    """Train a style from one picture as a point in a space of adapters: QR-LoRA's, LoRA's, and that of ΔW."""
+    from qrlora.lab import space as spaces
+
+    given["components"] = given["components"] or given["count"] - 1
+    claim(given["out"], folder=True)
+    spaces.main(SimpleNamespace(**given), say)
 
 
 @lab.command()

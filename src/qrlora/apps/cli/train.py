@@ -135,10 +135,11 @@ def run_train(options: Options) -> None:
     if not main:
         return
     count = adapter.parameters()
-    print(
-        f"{output}: {count.trained:,} trained parameters, {count.ratio:.3f} of a LoRA of the same rank; "
-        f"call it with {recipe.trigger!r}, as in {recipe.text!r}"
-    )
+    what = f"{count.trained:,} trained parameters, {count.ratio:.3f} of a LoRA of the same rank"
+    if place := adapter.metadata.provenance.get("space"):
+        what = f"{1 + len(place['coordinates'])} coefficients of {place['name']}"
+        what += f", and a remainder with {place['remainder']:.1%} of ‖ΔR‖²" if recipe.space_remainder else ""
+    print(f"{output}: {what}; call it with {recipe.trigger!r}, as in {recipe.text!r}")
 
 
 def _shown_if_long() -> Callable[[str, int, int], None]:

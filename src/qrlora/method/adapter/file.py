@@ -88,7 +88,7 @@ def save_adapter(
             got=adapter.metadata.method,
             remedy='save it with spelling="lora"',
         )
-        tensors = _compact_tensors(adapter)
+        tensors = compact_tensors(adapter)
     else:
         named = spelling == "lora" or set(names or {}) >= set(adapter.deltas)
         lacking = sorted(set(adapter.deltas) - set(names or {}))
@@ -115,7 +115,7 @@ def load_adapter(path: str | Path) -> Adapter:
             raw = whole.get("__metadata__", {})
             check_entries(header)
             ours = is_ours(raw)
-            plan = _plan_ours(raw) if ours else _plan_foreign(raw, header)
+            plan = plan_ours(raw) if ours else _plan_foreign(raw, header)
             plan.check_header(header)
             tensors, body_digest = read_tensors(stream, whole)
         check_digest(whole, body_digest)
@@ -135,7 +135,8 @@ def _folded(adapter: Adapter) -> Adapter:
     return dataclasses.replace(adapter, metadata=metadata, deltas=deltas)
 
 
-def _compact_tensors(adapter: Adapter) -> dict[str, Tensor]:
+def compact_tensors(adapter: Adapter) -> dict[str, Tensor]:
+    """ΔR of every layer as the compact spelling has it."""
     meta = adapter.metadata
     tensors = {}
     for name, delta in adapter.deltas.items():
@@ -255,8 +256,11 @@ def is_ours(raw: Mapping[str, str]) -> bool:
     return any(key.startswith("qrlora.") for key in raw)
 
 
-def _plan_ours(raw: Mapping[str, str]) -> _Plan:
+def plan_ours(raw: Mapping[str, str]) -> _Plan:
+    """What the metadata of a file of ours calls for. Raises AdapterFileError for metadata of another form."""
     raw = own(raw)
+    remedy = "`qrlora space show FILE` describes it, `qrlora train --space FILE` trains in it"
+    require("qrlora.space" not in raw, "a space of adapters, no adapter", expected="an adapter", remedy=remedy)
     meta = decode_metadata(raw)
     spelling = raw["qrlora.format"]
     require(spelling in SPELLINGS, "unknown qrlora.format", expected=" or ".join(SPELLINGS), got=spelling)

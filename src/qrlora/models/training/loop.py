@@ -37,10 +37,11 @@ from qrlora._files import disk_error
 from qrlora._interrupts import deferred
 from qrlora.errors import OutputError, QrloraError, RecipeError, TrainingError
 from qrlora.method.adapter import Adapter, adapter_from_model, remove_adapters, save_adapter
+from qrlora.method.space import coefficients_on, load_space
 from qrlora.method.tuner import QRLoraConfig
 from qrlora.models.families import ModelFamily, family_of, load_pipeline, size_unit
 from qrlora.models.stored import stored_weights
-from qrlora.models.training import checkpoint, monitor, outputs
+from qrlora.models.training import checkpoint, monitor, outputs, space
 from qrlora.models.training.dataset import EncodedDataset, Example, Report, encode, find_pictures, load_examples
 from qrlora.models.training.optimizers import evaluated, optimizer_for
 from qrlora.models.training.pictures import PLAIN, bucket_sizes, check_resolution
@@ -97,11 +98,13 @@ class Run:
     @property
     def record(self) -> dict[str, Any]:
         """What a checkpoint must agree on to be continued: the recipe's fields and the data."""
-        return self.recipe.run_record() | {"data": self.data.digest}
+        known = coefficients_on(self.denoiser).get("digest")
+        return self.recipe.run_record() | {"data": self.data.digest, "space": known}
 
     def adapter(self, provenance: dict[str, Any]) -> Adapter:
         """What has been trained so far, with all that is known about it."""
         with evaluated(self.optimizer):
+            where = coefficients_on(self.denoiser)
             return adapter_from_model(
                 self.denoiser,
                 ADAPTER_NAME,
@@ -112,7 +115,7 @@ class Run:
                 trigger=self.recipe.trigger,
                 licence=self.recipe.licence,
                 recipe=self.recipe.record(),
-                provenance=provenance,
+                provenance=provenance | ({"space": where} if where else {}),
             )
 
 
@@ -169,6 +172,8 @@ def train(
                 run.watch.resume(outputs.path_of(recipe, run.step))
             elif restart and accelerator.is_main_process:
                 outputs.give_up(recipe)
+            if recipe.space and not resume and accelerator.is_main_process:
+                space.say_novelty(recipe, ready.denoiser, functools.partial(_losses, recipe, ready))
             return _trained(run, ready.examples, progress, started)
 
 
@@ -250,6 +255,8 @@ def _prepare(
 ) -> Prepared:
     """The denoiser where its bases are to be computed, and what the encoders make of pictures and prompts."""
     find_pictures(recipe.images)  # a misspelt path should not cost the loading of a model
+    if recipe.space:
+        load_space(recipe.space)  # nor should a damaged file
     device, alone = (accelerator.device, True) if pipe is None else (pipe.device, False)
     if pipe is None:
         if accelerator.is_main_process:
@@ -291,6 +298,7 @@ def _run(
     score: monitor.Score | None,
 ) -> Run:
     """The run before its first step, its adapter on the denoiser."""
+    recipe = recipe.of_pictures(len({example.digest for example in ready.examples if example.view == PLAIN}))
     device = ready.data.device
     settle(ready.denoiser, recipe, device, parameters.values())
     kept = _base_predictions(recipe, ready.pipe, ready.family, device) if recipe.preserve else None
@@ -397,6 +405,7 @@ def adapter_on(
                     got=f"{recipe.targets!r} ({error})",
                     remedy="leave targets out to adapt what the family adapts by default",
                 ) from error
+        space.place(denoiser, recipe, ADAPTER_NAME)
         parameters = {name: p for name, p in denoiser.named_parameters() if p.requires_grad}
         for parameter in parameters.values():
             parameter.data = parameter.data.float()

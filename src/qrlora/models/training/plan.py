@@ -36,6 +36,7 @@ from qrlora.models.training.placement import module_bytes, stored_bytes
 from qrlora.models.training.recipe import Recipe
 from qrlora.models.training.rehearsal import Pace, Rehearsal
 
+PLAIN_LORA: dict[str, Any] = {"method": "lora", "train_basis": False, "space": None, "space_remainder": 0.0}
 FLOAT = 4
 """Bytes of a float32 number, which is what is trained and written."""
 
@@ -108,7 +109,7 @@ def plan(recipe: Recipe, timed: bool = True) -> Plan:
     pipe, family = load_structure(recipe.model, getattr(torch, recipe.dtype))
     device = default_device()
     pace = Pace(device) if timed else None
-    methods = {recipe.method: recipe, "lora": recipe.replace(method="lora", train_basis=False)}
+    methods = {recipe.method: recipe, "lora": recipe.replace(**PLAIN_LORA)}
     return Plan(
         recipe=recipe,
         family=family.name,
@@ -156,7 +157,8 @@ def _estimate(recipe: Recipe, pipe: Any, family: ModelFamily, pace: Pace | None)
     waiting = trained if recipe.accumulation > 1 else 0  # gradients of the passes before wait through the last
     return Estimate(
         layers=len(layers),
-        parameters=trained // FLOAT - _outside(metadata, shapes),
+        parameters=trained // FLOAT
+        - (0 if recipe.space and not recipe.space_remainder else _outside(metadata, shapes)),
         file_bytes={
             spelling: _file_bytes(recipe, metadata, shapes, spelling)
             for spelling in ("compact", "lora")

@@ -27,11 +27,15 @@ TRIGGER = "[trigger]"
 
 TRIGGERS = {"subject": "<c>", "style": "<s>"}
 DEFAULT_RANK = 16
+ONE_PICTURE, SEVERAL_PICTURES = 1e-3, 1e-2
+"""Default learning rates of pico; of other models the first alone, since the second was measured on none of them."""
+SPACE = {"learning_rate": 0.03, "weight_decay": 0.1}
+"""Defaults of coefficients in a space, which are counted in standard deviations."""
 
 # What may change between a run and its resumption without making it another run.
 RESUMABLE = frozenset(
     {
-        *("steps", "checkpoint_every", "checkpoints_kept", "output", "images", "licence"),
+        *("steps", "checkpoint_every", "checkpoints_kept", "output", "images", "space", "licence"),
         *("gradient_checkpointing", "offload", "fsdp"),
         *("sample_every", "sample_prompts", "sample_seeds", "patience", "log_with"),
     }
@@ -117,13 +121,20 @@ class Recipe(BaseModel):
         "adamw", description="adamw, or with a package of its own adamw8bit, prodigy or schedulefree"
     )
     learning_rate: float = Field(
-        1e-3,
+        ONE_PICTURE,
         gt=0,
-        description="learning rate, constant between the two below; prodigy: a factor of its own estimate, default 1",
+        description="learning rate of one picture (in a space 0.03 by default; prodigy: a factor of its estimate, 1)",
+    )
+    learning_rate_several: float = Field(
+        gt=0,
+        description="learning rate if there are two pictures or more (default: learning_rate if that is given; else "
+        f"{SEVERAL_PICTURES} for method qrlora on pico)",
     )
     warmup_steps: int = Field(0, ge=0, description="first steps, over which the learning rate rises to its value")
     cooldown_steps: int = Field(0, ge=0, description="last steps, over which the learning rate falls to zero")
-    weight_decay: float = Field(1e-4, ge=0, description="weight decay of ΔR")
+    weight_decay: float = Field(1e-4, ge=0, description="weight decay of what trains (in a space 0.1 by default)")
+    space: Path | None = Field(None, description="space of adapters (qrlora space build) to train a point of")
+    space_remainder: float = Field(0.0, ge=0, description="weight of a ΔR that trains freely beside its coefficients")
     logit_mean: float | None = Field(
         None,
         description="noise levels in training: mean of their logit, higher is noisier (flow matching; default 0)",
@@ -185,9 +196,14 @@ class Recipe(BaseModel):
             "alpha": data.get("rank", DEFAULT_RANK),
             "columns": role,
         }
-        if data.get("optimizer") == "prodigy":
+        given = {key: value for key, value in data.items() if value is not None}
+        defaults |= SPACE if "space" in given else {}
+        if given.get("optimizer") == "prodigy":
             defaults["learning_rate"] = 1.0
-        return defaults | {key: value for key, value in data.items() if value is not None}
+        measured = (given.get("model", "pico"), given.get("method", "qrlora")) == ("pico", "qrlora")
+        rate = SEVERAL_PICTURES if measured else ONE_PICTURE
+        defaults["learning_rate_several"] = (defaults | given).get("learning_rate", rate)
+        return defaults | given
 
     @field_validator("*", mode="before")
     @classmethod
@@ -247,8 +263,13 @@ class Recipe(BaseModel):
             )
         if self.optimizer == "schedulefree" and self.cooldown_steps:
             raise ValueError("cooldown_steps has no meaning with optimizer = 'schedulefree', which averages instead")
-        if self.quantize and self.fsdp:
-            raise ValueError("quantize and fsdp have not been made to work together: choose one")
+        if self.space_remainder and not self.space:
+            raise ValueError("space_remainder has no meaning without a space")
+        if self.space and (self.method != "qrlora" or self.train_basis):
+            raise ValueError("a space is of ΔR on a frozen basis: method = 'qrlora', train_basis = false")
+        for one, other in (("space", "preserve"), ("space", "fsdp"), ("quantize", "fsdp")):
+            if getattr(self, one) and getattr(self, other):
+                raise ValueError(f"{one} and {other} have not been made to work together: choose one")
         if self.offload and self.preserve:
             raise ValueError("offload keeps the encoders off the device, and preserve makes pictures there: choose one")
         return self
@@ -316,8 +337,15 @@ class Recipe(BaseModel):
         """The resolved recipe as JSON values for the adapter's metadata: pictures and output by name, not by path."""
         fields = self.model_dump(mode="json")
         fields["images"] = [image.name for image in self.images]
-        fields["output"] = self.output.name if self.output else None
+        for name in ("output", "space"):
+            path = getattr(self, name)
+            fields[name] = path.name if path else None
         return fields
+
+    def of_pictures(self, count: int) -> Recipe:
+        """The recipe with the learning rate of so many pictures."""
+        rate = self.learning_rate if count < 2 else self.learning_rate_several
+        return self if rate == self.learning_rate else self.replace(learning_rate=rate)
 
     def run_record(self) -> dict[str, Any]:
         """The fields that make two runs the same run: what a checkpoint must agree on to be continued."""
@@ -338,8 +366,9 @@ def _anchored(fields: dict[str, Any], folder: Path) -> dict[str, Any]:
         anchored["images"] = folder / images
     elif isinstance(images, list) and all(isinstance(image, str) for image in images):
         anchored["images"] = [folder / image for image in images]
-    if isinstance(fields.get("output"), str):
-        anchored["output"] = folder / fields["output"]
+    for name in ("output", "space"):
+        if isinstance(fields.get(name), str):
+            anchored[name] = folder / fields[name]
     if isinstance(fields.get("model"), str) and (folder / fields["model"]).is_dir():
         anchored["model"] = str(folder / fields["model"])
     return anchored
