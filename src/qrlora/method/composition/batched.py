@@ -22,7 +22,6 @@ from types import TracebackType
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -85,7 +84,7 @@ class BatchedLinear(BatchedDelta, DeltaRLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.several == 1:
-            return F.linear(x, self.down_weight())
+            return super().forward(x)
         each = self.weight.view(self.several, -1, x.shape[-1]).mT
         turns = x.reshape(self.turns(x), self.several, -1, x.shape[-1])
         return torch.cat([torch.bmm(rows, each) for rows in turns]).view(*x.shape[:-1], each.shape[-1])
