@@ -149,7 +149,7 @@ def planned() -> Callable[[dict[str, Any], str], list[dict[str, str]]]:
     node = shutil.which("node")
     if node is None:
         pytest.skip("the page's script is run by node, which is not here")
-    template = files("qrlora.quality.study").joinpath("study.template.html").read_text()
+    template = files("qrlora.quality.report").joinpath("templates/vote.html").read_text()
     script = template.split('"use strict";')[1].split("// page")[0]
 
     def run(study: dict[str, Any], rater: str) -> list[dict[str, str]]:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 from PIL import Image
-from scipy.stats import spearmanr
+from scipy.stats import bootstrap, spearmanr
 
 from qrlora.lab import tasks
 from qrlora.lab.compare.cells import TRUE_SCENES, Record
@@ -60,7 +60,7 @@ class Estimate:
 
 def estimate(values: Sequence[float]) -> Estimate:
     """The mean of values. Raises ValueError if there are none."""
-    return bootstrap(np.array(values, float)[:, None], lambda means: means[..., 0])
+    return _estimate(np.mean, values)
 
 
 def ratio(values: Sequence[float], others: Sequence[float]) -> Estimate | None:
@@ -68,19 +68,24 @@ def ratio(values: Sequence[float], others: Sequence[float]) -> Estimate | None:
     if fmean(others) <= 0:
         return None
     with np.errstate(divide="ignore", invalid="ignore"):
-        return bootstrap(np.stack([values, others], axis=1).astype(float), lambda means: means[..., 0] / means[..., 1])
+        return _estimate(lambda a, b, axis: a.mean(axis) / b.mean(axis), values, others)
 
 
-def bootstrap(
-    table: Float[np.ndarray, "pairs d"], of: Callable[[Float[np.ndarray, "... d"]], Float[np.ndarray, ...]]
-) -> Estimate:
-    """A function of the column means, and its interval: pairs are drawn with replacement, rows whole. Seeded."""
-    if len(table) == 0:
+def _estimate(statistic: Callable[..., Any], *columns: Sequence[float]) -> Estimate:
+    """A statistic of columns over pairs, and the percentiles of its paired bootstrap. Seeded.
+
+    Resamples in which the statistic is undefined are left out, so the percentiles are taken here and not by scipy.
+    """
+    data = np.array(columns, float)
+    count = data.shape[1]
+    if count == 0:
         raise ValueError("an estimate needs a pair")
-    drawn = np.random.default_rng(0).integers(len(table), size=(DRAWS, len(table)))
-    found = of(table[drawn].mean(axis=1))
-    low, high = np.nanpercentile(np.where(np.isfinite(found), found, np.nan), (2.5, 97.5))
-    return Estimate(float(of(table.mean(axis=0))), float(low), float(high), len(table))
+    resampled = np.array([statistic(*data, axis=-1)])
+    if count > 1:
+        options: dict[str, Any] = {"n_resamples": DRAWS, "paired": True, "method": "percentile"}
+        resampled = bootstrap(data, statistic, rng=np.random.default_rng(0), **options).bootstrap_distribution
+    low, high = np.nanpercentile(np.where(np.isfinite(resampled), resampled, np.nan), (2.5, 97.5))
+    return Estimate(float(statistic(*data, axis=-1)), float(low), float(high), count)
 
 
 def by_pair(records: Iterable[Record], row: str, measure: str) -> Pairs:

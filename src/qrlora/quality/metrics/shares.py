@@ -1,4 +1,4 @@
-"""Shares of few pictures, and how sure one can be of them."""
+"""Proportions of small samples of pictures, with 95 % confidence intervals."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Z = 1.959963984540054
 
 @dataclass(frozen=True)
 class Share:
-    """``right`` of ``n`` pictures. Raises ValueError unless 0 <= right <= n and n >= 1."""
+    """A proportion: ``right`` of ``n`` pictures. Raises ValueError unless 0 <= right <= n and n >= 1."""
 
     right: int
     n: int
@@ -24,7 +24,7 @@ class Share:
 
     @classmethod
     def of(cls, verdicts: Iterable[Any]) -> Share:
-        """The share of true ones, such as of a boolean array."""
+        """The proportion of true verdicts, for example in a boolean array."""
         listed = [bool(verdict) for verdict in verdicts]
         return cls(sum(listed), len(listed))
 
@@ -36,16 +36,16 @@ class Share:
     @property
     def interval(self) -> tuple[float, float]:
         """95 % score interval (Wilson 1927): inside [0, 1], and no single point at 0 of n or n of n."""
-        p, n = self.value, self.n
-        middle = (p + Z**2 / (2 * n)) / (1 + Z**2 / n)
-        half = Z / (1 + Z**2 / n) * math.sqrt(p * (1 - p) / n + Z**2 / (4 * n**2))
-        return max(0.0, middle - half), min(1.0, middle + half)
+        from scipy.stats import binomtest
+
+        low, high = binomtest(self.right, self.n).proportion_ci(method="wilson")
+        return float(low), float(high)
 
 
 def difference(a: Share, b: Share) -> tuple[float, tuple[float, float]]:
     """a - b and its 95 % interval, each in [-1, 1], from the two score intervals (Newcombe 1998, method 10).
 
-    It treats the pictures as independent; seeds shared by both sides make the true interval a little narrower.
+    The pictures are taken as independent; seeds shared by both sides make the true interval a little narrower.
     """
     gap, (a_low, a_high), (b_low, b_high) = a.value - b.value, a.interval, b.interval
     low = gap - math.hypot(a.value - a_low, b_high - b.value)

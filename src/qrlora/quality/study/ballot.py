@@ -9,15 +9,11 @@ the rater's name. Catch trials are among the pairs: twice the same picture, or o
 
 from __future__ import annotations
 
-import base64
 import hashlib
 import io
 import itertools
 import json
-import string
 from collections.abc import Mapping, Sequence
-from html import escape
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +21,9 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from qrlora.errors import DataError
-from qrlora.quality.images.png import png_bytes
+from qrlora.quality.images.png import data_uri, png_bytes
 from qrlora.quality.images.read import Exhibit
+from qrlora.quality.report import page
 
 SIDE = 768
 """Longest side in pixels of a picture on the page."""
@@ -77,15 +74,7 @@ def make(
     data["id"] = hashlib.sha256(json.dumps(data).encode()).hexdigest()[:16]
     known = {token: {"arm": arm, "picture": name} for token, (arm, name) in board.known.items()}
     key = {"study": data["id"], "question": question, "seed": seed, "arms": list(arms)}
-    return _page(question, data), key | {"pictures": known, "trials": board.kinds}
-
-
-def _page(question: str, data: Mapping[str, Any]) -> str:
-    template = files("qrlora.quality.study").joinpath("study.template.html").read_text(encoding="utf-8")
-    # "</script>" in a value would end the script: JSON may spell "<" otherwise.
-    return string.Template(template).substitute(
-        question=escape(question), data=json.dumps(data).replace("<", "\\u003c")
-    )
+    return page("vote.html", question=question, study=data), key | {"pictures": known, "trials": board.kinds}
 
 
 Side = tuple[str | None, Exhibit]
@@ -186,7 +175,7 @@ def _source(image: Image.Image) -> str:
     shown = image.copy()
     shown.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
     if max(shown.size) <= LARGEST_PNG:
-        return "data:image/png;base64," + base64.b64encode(png_bytes(shown)).decode()
+        return data_uri(png_bytes(shown))
     stream = io.BytesIO()
     shown.save(stream, "JPEG", quality=95, subsampling=0)
-    return "data:image/jpeg;base64," + base64.b64encode(stream.getvalue()).decode()
+    return data_uri(stream.getvalue(), "jpeg")
