@@ -35,9 +35,9 @@ from qrlora.models.families import find_model
 from qrlora.models.training import checkpoint, dataset
 from qrlora.models.training.dataset import find_pictures
 from qrlora.models.training.recipe import Recipe
-from qrlora.quality.brand import Sheet
-from qrlora.quality.images.read import read
-from qrlora.quality.study.tally import checked_key, lines, report, tally
+from qrlora.quality.brand import BrandSheet
+from qrlora.quality.images.read import load_picture
+from qrlora.quality.study.votes import checked_key, count_votes, lines, report
 from samples import make_adapter, make_basis, make_lora, make_weights
 
 CORPUS = Path(__file__).parents[1] / "corpus"
@@ -171,9 +171,9 @@ def learned(work: Path) -> list[bytes]:
 
 
 def counted(key: Path, votes: Path) -> None:
-    """A tally on all its ways out."""
+    """A vote count on all its ways out."""
     known = checked_key(read_json(key, "the key", DataError), str(key))
-    found = tally([read_json(votes, "the votes", DataError)], known, names=[str(votes)])
+    found = count_votes([read_json(votes, "the votes", DataError)], known, names=[str(votes)])
     json.dumps([found.to_dict(), lines(found)], ensure_ascii=False).encode()
     report(found)
 
@@ -249,7 +249,7 @@ TARGETS = {
         AdapterFileError, make=configurations,
     ),
     "recipe": Target(mutations.toml_changed, "a.toml", Recipe.load, RecipeError, "recipe"),
-    "brand": Target(mutations.toml_changed, "a.toml", Sheet.load, BrandError, "brand", beside=("logo.png",)),
+    "brand": Target(mutations.toml_changed, "a.toml", BrandSheet.load, BrandError, "brand", beside=("logo.png",)),
     "metadata": Target(
         mutations.lines_changed, "metadata.jsonl", lambda path: find_pictures([path.parent]), DataError, "metadata",
         beside=("a.png", "b.png", "b.grey.png"),
@@ -270,7 +270,7 @@ TARGETS = {
     "basis cache": Target(mutations.tensors_changed, "damaged", from_cached_basis, BasisError, make=bases),
     "latents cache": Target(mutations.tensors_changed, "damaged", from_cached_latents, make=latents),
     "learned": Target(mutations.tensors_changed, "a.safetensors", load_learned, AdapterFileError, make=learned),
-    "picture": Target(mutations.bytes_changed, "", read, DataError, "picture"),
+    "picture": Target(mutations.bytes_changed, "", load_picture, DataError, "picture"),
     "model index": Target(
         mutations.json_changed, "model_index.json", lambda path: find_model(str(path.parent)), ModelError, "index"
     ),

@@ -36,8 +36,8 @@ from qrlora.method.adapter import load_adapter, save_adapter
 from qrlora.models.training.dataset import SUFFIXES, Source, find_pictures, load_examples
 from qrlora.models.training.pictures import LARGEST_FILE, LARGEST_PICTURE, open_picture
 from qrlora.models.training.recipe import Recipe
-from qrlora.quality.brand import Sheet
-from qrlora.quality.images.read import gather, read
+from qrlora.quality.brand import BrandSheet
+from qrlora.quality.images.read import load_picture, load_pictures
 from samples import make_adapter, make_basis
 
 CASES = Path(__file__).parents[1] / "cases/files"
@@ -66,8 +66,8 @@ def picture_readers(folder: Path, path: Path) -> dict[str, Callable[[], object]]
     return {
         "train": lambda: load_examples([path], "a <c>", "<c>", 16),
         "mask": as_mask,
-        "evaluate": lambda: read(path),
-        "brand": lambda: Sheet.of({"logo": [{"picture": path}]}),
+        "evaluate": lambda: load_picture(path),
+        "brand": lambda: BrandSheet.parse({"logo": [{"picture": path}]}),
     }
 
 
@@ -197,9 +197,9 @@ def test_a_record_that_is_none_is_said_with_the_picture(record: str, tmp_path: P
     info.add_itxt("qrlora", record)
     Image.new("RGB", (24, 24)).save(tmp_path / "a.png", pnginfo=info)
     with pytest.raises(DataError, match=r"(?s)record in .*a\.png.*write the prompt into a\.txt"):
-        read(tmp_path / "a.png")
+        load_picture(tmp_path / "a.png")
     (tmp_path / "a.txt").write_text("\ufeffa mug", encoding="utf-8")
-    assert read(tmp_path / "a.png").prompt == "a mug"
+    assert load_picture(tmp_path / "a.png").prompt == "a mug"
 
 
 # files
@@ -250,7 +250,7 @@ def test_toml_that_takes_too_much_is_refused_soon(text: str, tmp_path: Path) -> 
 
 def test_many_unknown_fields_are_explained_soon_and_briefly(tmp_path: Path) -> None:
     (tmp_path / "a.toml").write_text("\n".join(f"a{i}.b.c = {i}" for i in range(20_000)))
-    for load in (Recipe.load, Sheet.load):
+    for load in (Recipe.load, BrandSheet.load):
         started = time.perf_counter()
         with pytest.raises(QrloraError) as refused:
             load(tmp_path / "a.toml")
@@ -298,7 +298,7 @@ def test_a_byte_order_mark_is_no_part_of_any_text(tmp_path: Path, monkeypatch: p
         return Path(name)
 
     assert Recipe.load(write("a.toml", 'role = "style"\nimages = "a.png"\n')).role == "style"
-    assert Sheet.load(write("b.toml", '[[colour]]\ncolour = "#fff"\n')).colour
+    assert BrandSheet.load(write("b.toml", '[[colour]]\ncolour = "#fff"\n')).colour
     assert _api_keys(write("keys", "sécond\nfirst\n")) == ("sécond", "first")
     write("a.txt", "a [trigger]\n")
     assert find_pictures([tmp_path]) == [Source(tmp_path / "a.png", "a [trigger]")]
@@ -339,7 +339,7 @@ def test_hidden_files_are_passed_over(tmp_path: Path) -> None:
     (tmp_path / ".Trash").mkdir()
     drawn(tmp_path / ".Trash/old.png")
     assert find_pictures([tmp_path]) == [Source(picture)] == find_pictures([picture])
-    assert [one.name for one in gather([tmp_path])] == ["mug.png"]
+    assert [one.name for one in load_pictures([tmp_path])] == ["mug.png"]
     shelf = Shelf(tmp_path)
     shelf.scan()
     assert set(shelf.adapters) == {"mug"} and not shelf.left_out
@@ -381,9 +381,9 @@ def test_what_a_folder_holds_lies_in_it(tmp_path: Path) -> None:
     (data / "link.png").symlink_to(secret)
     (tmp_path / "linked").symlink_to(data)
     with pytest.raises(DataError, match="leads out of its folder"):
-        gather([data])
+        load_pictures([data])
     assert find_pictures([data / "link.png"]) == [Source(data / "link.png")]
-    assert [one.name for one in gather([data / "link.png"])] == ["link.png"]
+    assert [one.name for one in load_pictures([data / "link.png"])] == ["link.png"]
     (data / "link.png").unlink()
     drawn(data / "c.png")
     assert find_pictures([tmp_path / "linked"]) == [Source(tmp_path / "linked/c.png")]
@@ -406,7 +406,7 @@ def test_what_only_python_takes_for_a_number_is_none(text: str) -> None:
         with pytest.raises(RecipeError, match=field):
             Recipe.of({"role": "style", "images": "a", field: text})
     with pytest.raises(BrandError, match="tolerance"):
-        Sheet.of({"colour": [{"colour": "#fff", "tolerance": text}]})
+        BrandSheet.parse({"colour": [{"colour": "#fff", "tolerance": text}]})
     with pytest.raises(RequestError, match="no such model" if text == "+" else "out of bounds"):
         composition_of(f"pico+teapot:{text}", None, "pico", ["teapot"])
     if text:
@@ -430,7 +430,7 @@ def test_truth_is_no_number() -> None:
         with pytest.raises(RecipeError, match=field):
             Recipe.of({"role": "style", "images": "a", "rank": 1, field: [True] if field == "columns" else True})
     with pytest.raises(BrandError, match="expected a number, got True"):
-        Sheet.of({"scores": {"texture": True}})
+        BrandSheet.parse({"scores": {"texture": True}})
 
 
 def test_full_width_digits_number_no_folder(tmp_path: Path) -> None:

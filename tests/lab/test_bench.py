@@ -23,7 +23,7 @@ from qrlora.lab.baselines.merges import MERGES
 from qrlora.lab.compare import about, cells, page, plan, run, tables, tuning
 from qrlora.lab.compare.cells import Cell, digest_of
 from qrlora.lab.compare.plan import BASELINE, DEFAULT, ROWS, SMALL, Scope
-from qrlora.lab.compare.plots import freedom, frontier
+from qrlora.lab.compare.plots import freedom
 from qrlora.pico import world
 
 EQUAL = dict.fromkeys([*(plan.key_of(*pair) for pair in Scope().pairs), plan.ANY], (1.0, 1.0))
@@ -327,14 +327,6 @@ def test_a_worker_ends_with_its_parent(monkeypatch):
     monkeypatch.setattr(run.time, "sleep", lambda seconds: None)
     run._end_with(7)
     assert ended == [1]
-
-
-def test_frontier_is_what_none_beats():
-    assert frontier([(0.1, 0.9), (0.5, 0.5), (0.4, 0.4), (0.9, 0.1), (0.5, 0.2)]) == [
-        (0.1, 0.9),
-        (0.5, 0.5),
-        (0.9, 0.1),
-    ]
 
 
 def test_a_digest_is_of_everything_that_decides():

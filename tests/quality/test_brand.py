@@ -14,26 +14,28 @@ from PIL import Image
 from qrlora._reading import tomllib
 from qrlora.errors import BrandError
 from qrlora.pico import world
-from qrlora.quality.brand import Sheet, logo_match
-from qrlora.quality.images.read import Exhibit
+from qrlora.quality.brand import BrandSheet, logo_match
+from qrlora.quality.images.read import MeasuredPicture
 
 ROOT = Path(__file__).parents[2]
 RED, BLUE, WHITE = (215, 38, 61), (0, 0, 255), (255, 255, 255)
 
 
-def striped(**shares: tuple[tuple[int, int, int], int]) -> Exhibit:
+def striped(**shares: tuple[tuple[int, int, int], int]) -> MeasuredPicture:
     """A picture of 100 columns: so many of each colour; the first half is the subject."""
     columns = np.concatenate([np.tile(np.array(colour, np.uint8), (count, 1)) for colour, count in shares.values()])
     mask = np.zeros((20, 100), np.float32)
     mask[:, :50] = 1
-    return Exhibit("striped.png", np.tile(columns[None], (20, 1, 1)), mask)
+    return MeasuredPicture("striped.png", np.tile(columns[None], (20, 1, 1)), mask)
 
 
 HALF = striped(a=(RED, 50), b=(WHITE, 38), c=(BLUE, 12))
 
 
-def reasons(picture: Exhibit = HALF, measured: dict[str, float | None] | None = None, **fields: Any) -> list[str]:
-    return list(Sheet.of(fields).judge(picture, measured or {}).reasons)
+def reasons(
+    picture: MeasuredPicture = HALF, measured: dict[str, float | None] | None = None, **fields: Any
+) -> list[str]:
+    return list(BrandSheet.parse(fields).check(picture, measured or {}).reasons)
 
 
 # verdicts
@@ -73,7 +75,7 @@ def test_a_colour_may_be_too_much_and_too_little() -> None:
 
 
 def test_a_subject_that_is_not_known_is_not_passed() -> None:
-    without = Exhibit("a.png", HALF.pixels)
+    without = MeasuredPicture("a.png", HALF.pixels)
     found = reasons(without, palette={"colours": ["#d7263d"], "where": "subject"})
     assert len(found) == 1 and "no mask" in found[0]
 
@@ -82,22 +84,22 @@ def test_scores_are_limits_in_the_direction_of_their_measure() -> None:
     scores = {"copied": 0.9, "edges": 0.3}
     assert not reasons(measured={"copied": 0.9, "edges": 0.3}, scores=scores)
     assert reasons(measured={"copied": 0.95, "edges": 0.2}, scores=scores) == [
-        "copied is 0.95; at most 0.9 is asked for",
-        "edges is 0.2; at least 0.3 is asked for",
+        "copied is 0.95; at most 0.9 is required",
+        "edges is 0.2; at least 0.3 is required",
     ]
-    assert "could not be measured" in reasons(measured={"clip_t": None}, scores={"clip_t": 0.2})[0]
+    assert "has no value" in reasons(measured={"clip_t": None}, scores={"clip_t": 0.2})[0]
 
 
 def test_a_logo_is_found_at_other_sizes_and_missed_where_it_is_not(tmp_path: Path) -> None:
     drawing, _ = world.render(world.sample_scene(3, subject="watch", style="flat"))
     Image.fromarray(drawing).resize((48, 48)).save(tmp_path / "logo.png")
     scene = np.array(Image.fromarray(world.render(world.sample_scene(4, subject="car"))[0]).resize((256, 256)))
-    without = Exhibit("without.png", scene.copy())
+    without = MeasuredPicture("without.png", scene.copy())
     scene[150:220, 20:90] = np.asarray(Image.fromarray(drawing).resize((70, 70)))
     (tmp_path / "sheet.toml").write_text('[[logo]]\npicture = "logo.png"\nname = "the mark"\nwidth = [0.2, 0.4]\n')
-    sheet = Sheet.load(tmp_path / "sheet.toml")
-    assert sheet.judge(Exhibit("with.png", scene), {}).passes
-    assert "the mark is matched at" in sheet.judge(without, {}).reasons[0]
+    sheet = BrandSheet.load(tmp_path / "sheet.toml")
+    assert sheet.check(MeasuredPicture("with.png", scene), {}).passes
+    assert "the mark has a best correlation of" in sheet.check(without, {}).reasons[0]
 
 
 def test_a_logo_that_fits_nowhere_or_meets_a_plain_picture_is_not_found() -> None:
@@ -107,12 +109,12 @@ def test_a_logo_that_fits_nowhere_or_meets_a_plain_picture_is_not_found() -> Non
 
 
 def test_pictures_pass_together_by_their_share() -> None:
-    sheet = Sheet.of({"forbidden": [{"colour": "#0000ff"}], "composition": {"passing": 0.5}})
-    good = sheet.judge(striped(a=(RED, 100)), {})
-    bad = sheet.judge(HALF, {})
-    share, enough = sheet.together([good, bad])
+    sheet = BrandSheet.parse({"forbidden": [{"colour": "#0000ff"}], "composition": {"passing": 0.5}})
+    good = sheet.check(striped(a=(RED, 100)), {})
+    bad = sheet.check(HALF, {})
+    share, enough = sheet.passing([good, bad])
     assert (share.right, share.n, enough) == (1, 2, True)
-    assert not sheet.together([good, bad, bad])[1]
+    assert not sheet.passing([good, bad, bad])[1]
     assert json.loads(json.dumps(bad.to_dict()))["checks"][0]["value"] == pytest.approx(0.12)
 
 
@@ -129,12 +131,12 @@ def test_pictures_pass_together_by_their_share() -> None:
         ({"palette": {"colours": []}}, "palette.colours"),
         ({"forbidden": [{"colour": "#fff", "at_most": 2}]}, "forbidden.1.at_most = 2"),
         ({"colour": [{"colour": "#fff", "at_least": 0.5, "at_most": 0.1}]}, "at_least 0.5 is more than at_most 0.1"),
-        ({"scores": {"dinos": 0.5}}, "unknown measure 'dinos': did you mean 'dino'?"),
+        ({"scores": {"dinos": 0.5}}, "unknown metric 'dinos': did you mean 'dino'?"),
         ({"scores": {"dino": float("nan")}}, "scores.dino"),
         ({"logo": [{"picture": "missing.png"}]}, "no such picture"),
         ({"logo": [{"picture": "plain.png"}]}, "more than one colour"),
         ({"logo": [{"picture": "plain.png", "width": [0.5, 0.1]}]}, "the smaller first"),
-        ({}, "asks for nothing"),
+        ({}, "has no rules"),
     ],
 )
 def test_a_wrong_sheet_is_refused_field_by_field(
@@ -143,23 +145,23 @@ def test_a_wrong_sheet_is_refused_field_by_field(
     monkeypatch.chdir(tmp_path)
     Image.new("RGB", (20, 20), "red").save("plain.png")
     with pytest.raises(BrandError) as refused:
-        Sheet.of(fields)
+        BrandSheet.parse(fields)
     assert words in str(refused.value)
 
 
 def test_a_file_that_is_none_is_refused(tmp_path: Path) -> None:
     with pytest.raises(BrandError, match="cannot read"):
-        Sheet.load(tmp_path / "none.toml")
+        BrandSheet.load(tmp_path / "none.toml")
     (tmp_path / "bad.toml").write_text("palette = [")
     with pytest.raises(BrandError, match="is not TOML"):
-        Sheet.load(tmp_path / "bad.toml")
+        BrandSheet.load(tmp_path / "bad.toml")
 
 
 def test_the_sheet_that_ships_keeps_to_its_schema() -> None:
-    sheet = Sheet.load(ROOT / "brands/brand.toml")
+    sheet = BrandSheet.load(ROOT / "brands/brand.toml")
     assert sheet.palette and sheet.forbidden and sheet.scores
     schema = json.loads((ROOT / "brands/brand.schema.json").read_text())
-    assert schema == json.loads(json.dumps(Sheet.file_schema()))
+    assert schema == json.loads(json.dumps(BrandSheet.file_schema()))
     jsonschema.validate(tomllib.loads((ROOT / "brands/brand.toml").read_text()), schema)
     with pytest.raises(jsonschema.ValidationError):
         jsonschema.validate({"scores": {"dinos": 1}}, schema)

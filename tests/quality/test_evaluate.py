@@ -60,7 +60,7 @@ def test_folders_are_groups_on_terminal_page_and_in_tables(capsys: pytest.Captur
     assert [one["name"] for one in data["groups"]["mugs"]["pictures"]] == ["0.png", "1.png", "2.png"]
     assert data["groups"]["neon"]["summary"]["edges"]["n"] == 2
     rows = list(csv.DictReader(Path("evaluation/pictures.csv").read_text().splitlines()))
-    assert len(rows) == 6 and float(rows[1]["edges"]) == data["groups"]["mugs"]["pictures"][0]["measures"]["edges"]
+    assert len(rows) == 6 and float(rows[1]["edges"]) == data["groups"]["mugs"]["pictures"][0]["metrics"]["edges"]
     page = Path("evaluation/report.html").read_text()
     assert page.count("<img") == 6 + 2 and "boundary F-measure" in page
 
@@ -89,13 +89,13 @@ def test_a_brand_sheet_decides_the_exit_code_only_if_asked(capsys: pytest.Captur
 def test_a_sheet_measures_what_it_has_limits_for(capsys: pytest.CaptureFixture[str]) -> None:
     Path("limits.toml").write_text('palette = {colours = ["#d7263d"]}\nscores = {palette_subject = 60, copied = 0.9}\n')
     out = said(capsys, ["evaluate", "mugs", "--brand", "limits.toml", "--training", "mugs/1.png"])
-    assert "  1.png: copied is 1; at most 0.9 is asked for" in out
-    assert "copied cannot be measured" in said(capsys, ["evaluate", "mugs", "--brand", "limits.toml", "-o", "b"], 2)
+    assert "  1.png: copied is 1; at most 0.9 is required" in out
+    assert "copied lacks an input" in said(capsys, ["evaluate", "mugs", "--brand", "limits.toml", "-o", "b"], 2)
 
 
 def test_json_is_all_there_is_on_stdout(capsys: pytest.CaptureFixture[str]) -> None:
     data = json.loads(said(capsys, ["evaluate", "mugs", "--palette", "#d7263d,f00", "--json"]))
-    assert data["measures"]["palette"]["unit"] == "ΔE00" and data["brand"] is None and data["passes"] is None
+    assert data["metrics"]["palette"]["unit"] == "ΔE00" and data["brand"] is None and data["passes"] is None
     assert json.loads(Path("evaluation/report.json").read_text()) == data
 
 
@@ -131,7 +131,7 @@ def test_a_composition_is_made_first_and_kept(tiny_sd3: Path, capsys: pytest.Cap
     again = json.loads(said(capsys, ["evaluate", "evaluation/pictures", "--style", "learn.png", "--json", "-o", "b"]))
     assert again["groups"]["pictures"]["pictures"] == pictures
     refused = said(capsys, ["evaluate", "subject.safetensors", "--style", "learn.png", "-o", "c"], 2)
-    assert "no prompt to ask the adapters for" in refused
+    assert "no prompt to sample with" in refused
     refused = said(capsys, ["evaluate", "subject.safetensors", "mugs", "--style", "learn.png", "-o", "c"], 2)
     assert "adapters and pictures in one evaluation" in refused
     refused = said(capsys, ["evaluate", "mugs", "--style", "learn.png", "--null-space", "0.5", "-o", "c"], 2)
@@ -142,17 +142,17 @@ def test_a_composition_is_made_first_and_kept(tiny_sd3: Path, capsys: pytest.Cap
     ("arguments", "words"),
     [
         ([], "nothing to evaluate"),
-        (["mugs"], "nothing to hold the pictures against"),
+        (["mugs"], "nothing to compare the pictures with"),
         (["nowhere", "--style", "neon"], "no such picture or folder: nowhere"),
         (["mugs", "--style", "missing.png"], "no such picture: missing.png"),
-        (["mugs", "--style", "brand.toml"], "no picture: brand.toml"),
-        (["mugs", "--style", "neon", "--measures", "colors"], "did you mean colours?"),
-        (["mugs", "--style", "neon", "--measures", "edges"], "--subject"),
-        (["mugs", "--style", "neon", "--measures", "csd"], "CSD has no weights here"),
-        (["mugs", "--style", "neon", "--measures", "csd", "--weights", "csd=brand.toml"], "unreadable weights"),
+        (["mugs", "--style", "brand.toml"], "not a picture: brand.toml"),
+        (["mugs", "--style", "neon", "--metrics", "colors"], "did you mean colours?"),
+        (["mugs", "--style", "neon", "--metrics", "edges"], "--subject"),
+        (["mugs", "--style", "neon", "--metrics", "csd"], "CSD has no weights here"),
+        (["mugs", "--style", "neon", "--metrics", "csd", "--weights", "csd=brand.toml"], "unreadable weights"),
         (["mugs", "--palette", "red"], "unreadable palette"),
         (["mugs", "--style", "neon", "--prompt", "a", "--prompt", "b"], "one prompt each"),
-        (["mugs", "--style", "neon", "--strict"], "--strict asks for a brand sheet"),
+        (["mugs", "--style", "neon", "--strict"], "--strict needs a brand sheet"),
         (["mugs", "--brand", "missing.toml"], "cannot read the brand sheet"),
         (["mugs", "--brand", "blue.png"], "cannot read the brand sheet"),
     ],
@@ -202,7 +202,7 @@ def test_a_study_is_made_and_counted(capsys: pytest.CaptureFixture[str]) -> None
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["mugs"], "a choice"),
+        (["mugs"], "at least two folders"),
         (["mugs", "neon"], "no counterpart"),
         (["mugs", "mugs"], "one folder named twice"),
         (["mugs", "blue.png"], "no folder: blue.png"),

@@ -26,16 +26,16 @@ from transformers import (
 from conftest import byte_tokenizer
 from qrlora.errors import ModelError
 from qrlora.pico import world
-from qrlora.quality.images.read import Exhibit
-from qrlora.quality.metrics.learned import Eyes, style_network
-from qrlora.quality.metrics.table import MEASURES, References, measure
+from qrlora.quality.images.read import MeasuredPicture
+from qrlora.quality.metrics.learned import FeatureNetworks, style_network
+from qrlora.quality.metrics.table import METRICS, References, compute_metrics
 from samples import EPS, NETWORK, assert_rounded
 
 SIDE, PATCH, WIDTH = 32, 8, 64
 
 
-def scene(seed: int) -> Exhibit:
-    return Exhibit(f"{seed}", world.render(world.sample_scene(seed))[0], None, "a red mug")
+def scene(seed: int) -> MeasuredPicture:
+    return MeasuredPicture(f"{seed}", world.render(world.sample_scene(seed))[0], None, "a red mug")
 
 
 A, B = scene(1), scene(2)
@@ -130,10 +130,12 @@ def test_a_style_checkpoint_is_read_in_both_forms(csd: tuple[Tower, dict[str, to
     torch.save({"model_state_dict": tensors, "args": argparse.Namespace(lr=0.1), "iter": 3}, tmp_path / "csd.pth")
     save_file(tensors, tmp_path / "csd.safetensors")
     found = [
-        Eyes({"csd": str(tmp_path / name)}, "cpu").likeness("csd", A, B) for name in ("csd.pth", "csd.safetensors")
+        FeatureNetworks({"csd": str(tmp_path / name)}, "cpu").similarity("csd", A, B)
+        for name in ("csd.pth", "csd.safetensors")
     ]
     assert found[0] == pytest.approx(found[1], abs=NETWORK * EPS) and -1 <= found[0] < 0.9999
-    assert Eyes({"csd": str(tmp_path / "csd.pth")}, "cpu").likeness("csd", A, A) == pytest.approx(1, abs=64 * EPS)
+    networks = FeatureNetworks({"csd": str(tmp_path / "csd.pth")}, "cpu")
+    assert networks.similarity("csd", A, A) == pytest.approx(1, abs=64 * EPS)
 
 
 def test_a_pickle_that_would_run_something_is_refused(tmp_path: Path) -> None:
@@ -143,7 +145,7 @@ def test_a_pickle_that_would_run_something_is_refused(tmp_path: Path) -> None:
 
     torch.save({"model_state_dict": Evil()}, tmp_path / "csd.pth")
     with pytest.raises(ModelError, match="unreadable weights"):
-        Eyes({"csd": str(tmp_path / "csd.pth")}, "cpu").likeness("csd", A, B)
+        FeatureNetworks({"csd": str(tmp_path / "csd.pth")}, "cpu").similarity("csd", A, B)
     assert not (tmp_path / "ran").exists()
 
 
@@ -162,8 +164,9 @@ def test_a_style_checkpoint_that_is_none_is_named(csd: tuple[Tower, dict[str, to
 
 
 def test_dino_compares_pictures(dino: Path) -> None:
-    eyes = Eyes({"dino": str(dino)}, "cpu")
-    assert eyes.likeness("dino", A, A) == pytest.approx(1, abs=64 * EPS) and eyes.likeness("dino", A, B) < 0.9999
+    networks = FeatureNetworks({"dino": str(dino)}, "cpu")
+    assert networks.similarity("dino", A, A) == pytest.approx(1, abs=64 * EPS)
+    assert networks.similarity("dino", A, B) < 0.9999
 
 
 def test_dino_reads_the_first_token_of_prepared_pixels(dino: Path) -> None:
@@ -171,26 +174,28 @@ def test_dino_reads_the_first_token_of_prepared_pixels(dino: Path) -> None:
     with torch.inference_mode():
         pixels = processor()(images=A.image, return_tensors="pt")["pixel_values"]
         expected = model(pixel_values=pixels).last_hidden_state[0, 0]
-    found = Eyes({"dino": str(dino)}, "cpu").features("dino", A)
+    found = FeatureNetworks({"dino": str(dino)}, "cpu").features("dino", A)
     assert_rounded(found, expected / expected.norm(), terms=NETWORK)
 
 
 def test_clip_compares_pictures_and_words(clip: Path) -> None:
-    eyes = Eyes({"clip": str(clip)}, "cpu")
-    assert eyes.likeness("clip", A, A) == pytest.approx(1, abs=64 * EPS) and eyes.likeness("clip", A, B) < 0.9999
+    networks = FeatureNetworks({"clip": str(clip)}, "cpu")
+    assert networks.similarity("clip", A, A) == pytest.approx(1, abs=64 * EPS)
+    assert networks.similarity("clip", A, B) < 0.9999
     model = CLIPModel.from_pretrained(clip).eval()
     with torch.inference_mode():
         pixels = processor()(images=A.image, return_tensors="pt")["pixel_values"]
         both = model(pixel_values=pixels, **byte_tokenizer()(["a red mug"], return_tensors="pt"))
         expected = float(both.image_embeds[0] @ both.text_embeds[0])
-    assert eyes.fit(A, "a red mug") == pytest.approx(expected, abs=NETWORK * EPS)
-    assert eyes.fit(A, "a red mug " * 50) != eyes.fit(A, "a blue car")  # what is too long is cut
+    assert networks.text_similarity(A, "a red mug") == pytest.approx(expected, abs=NETWORK * EPS)
+    too_long = networks.text_similarity(A, "a red mug " * 50)  # truncated
+    assert too_long != networks.text_similarity(A, "a blue car")
 
 
 def test_measures_look_through_them(dino: Path, clip: Path) -> None:
-    names = [name for name, row in MEASURES.items() if row.model in ("dino", "clip")]
-    eyes = Eyes({"dino": str(dino), "clip": str(clip)}, "cpu")
-    row = measure([A], References(subject=[A], style=[A]), [MEASURES[name] for name in names], eyes)[0]
+    names = [name for name, row in METRICS.items() if row.network in ("dino", "clip")]
+    networks = FeatureNetworks({"dino": str(dino), "clip": str(clip)}, "cpu")
+    row = compute_metrics([A], References(subject=[A], style=[A]), [METRICS[name] for name in names], networks)[0]
     assert row.pop("clip_t") != 1
     assert row == pytest.approx({"dino": 1, "clip_i": 1, "clip_style": 1}, abs=64 * EPS)
 
@@ -207,16 +212,16 @@ def test_weights_that_are_not_there_are_named_before_anything_is_measured(
     name: str, remedy: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    one = next(row for row in MEASURES.values() if row.model == name)
+    one = next(row for row in METRICS.values() if row.network == name)
     given = References(subject=[A], style=[A])
     with pytest.raises(ModelError) as refused:
-        measure([A], given, [one], progress=lambda *_: pytest.fail("measured"))
-    assert remedy in str(refused.value) and "choose measures" in str(refused.value)
+        compute_metrics([A], given, [one], progress=lambda *_: pytest.fail("measured"))
+    assert remedy in str(refused.value) and "choose metrics" in str(refused.value)
 
 
 def test_a_folder_without_a_network_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="DINOv2 is not on this machine"):
-        Eyes({"dino": str(tmp_path)}, "cpu").likeness("dino", A, B)
+        FeatureNetworks({"dino": str(tmp_path)}, "cpu").similarity("dino", A, B)
 
 
 # LPIPS: its packages are optional, so only what lies around them is tested here
@@ -225,7 +230,7 @@ def test_a_folder_without_a_network_is_refused(tmp_path: Path) -> None:
 def test_lpips_without_its_packages_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torchmetrics.image.lpip", None)
     with pytest.raises(ModelError, match=r"pip install 'qrlora\[lpips\]'"):
-        Eyes(device="cpu").distance(A, B)
+        FeatureNetworks(device="cpu").distance(A, B)
 
 
 def test_lpips_is_asked_for_pictures_of_one_size(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -243,11 +248,11 @@ def test_lpips_is_asked_for_pictures_of_one_size(monkeypatch: pytest.MonkeyPatch
     lpip = types.SimpleNamespace(LearnedPerceptualImagePatchSimilarity=Network)
     monkeypatch.setitem(sys.modules, "torchmetrics.image.lpip", lpip)
     monkeypatch.setitem(sys.modules, "torchvision.models", types.SimpleNamespace(AlexNet_Weights=weights))
-    eyes, before = Eyes({"lpips": str(tmp_path)}, "cpu"), torch.hub.get_dir()
+    networks, before = FeatureNetworks({"lpips": str(tmp_path)}, "cpu"), torch.hub.get_dir()
     with pytest.raises(ModelError, match=r"alexnet\.pth"):
-        eyes.distance(A, B)
+        networks.distance(A, B)
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints" / "alexnet.pth").touch()
-    large = Exhibit("", np.asarray(A.image.resize((256, 256))))
-    assert eyes.distance(A, A) == 0 and 0 < eyes.distance(large, B) < 1
+    large = MeasuredPicture("", np.asarray(A.image.resize((256, 256))))
+    assert networks.distance(A, A) == 0 and 0 < networks.distance(large, B) < 1
     assert asked == [({"net_type": "alex", "normalize": True}, str(tmp_path))] and torch.hub.get_dir() == before

@@ -16,25 +16,25 @@ from PIL.PngImagePlugin import PngInfo
 
 from qrlora.errors import DataError
 from qrlora.pico import world
-from qrlora.quality.images.read import Colours, Exhibit, gather, hex_colour, read
-from qrlora.quality.metrics.copies import LIMIT, likeness
-from qrlora.quality.metrics.table import MEASURES, NEEDS, References, chosen, measure
+from qrlora.quality.images.read import Colours, MeasuredPicture, hex_colour, load_picture, load_pictures
+from qrlora.quality.metrics.copies import COPY_THRESHOLD, copy_score
+from qrlora.quality.metrics.table import METRICS, NEEDS, References, compute_metrics, select_metrics
 
-FREE = [name for name, row in MEASURES.items() if not row.model]
+FREE = [name for name, row in METRICS.items() if not row.network]
 
 
-def scene(seed: int = 1, **parts: str) -> Exhibit:
+def scene(seed: int = 1, **parts: str) -> MeasuredPicture:
     picture, mask = world.render(world.sample_scene(seed, **parts))
-    return Exhibit(f"{seed}.png", picture, mask, "a prompt")
+    return MeasuredPicture(f"{seed}.png", picture, mask, "a prompt")
 
 
-def plain(colour: str, side: int = 32) -> Exhibit:
-    return Exhibit(colour, np.asarray(Image.new("RGB", (side, side), colour)))
+def plain(colour: str, side: int = 32) -> MeasuredPicture:
+    return MeasuredPicture(colour, np.asarray(Image.new("RGB", (side, side), colour)))
 
 
-def value(name: str, picture: Exhibit, **references: object) -> float:
-    given = References(**{kind: [one] if isinstance(one, Exhibit) else one for kind, one in references.items()})
-    found = measure([picture], given, [MEASURES[name]])[0][name]
+def value(name: str, picture: MeasuredPicture, **references: object) -> float:
+    given = References(**{kind: [one] if isinstance(one, MeasuredPicture) else one for kind, one in references.items()})
+    found = compute_metrics([picture], given, [METRICS[name]])[0][name]
     assert found is not None
     return found
 
@@ -46,45 +46,47 @@ def test_the_table_is_complete_and_its_values_keep_to_its_ranges() -> None:
     mug, other = scene(1, subject="mug", style="flat"), scene(2, subject="car", style="neon")
     given = References([mug], [mug], [mug], ["#d7263d"])
     for picture in (mug, other):
-        for name, found in measure([picture], given, [MEASURES[name] for name in FREE])[0].items():
-            low, high = MEASURES[name].bounds
+        for name, found in compute_metrics([picture], given, [METRICS[name] for name in FREE])[0].items():
+            low, high = METRICS[name].bounds
             assert found is not None and low - 1e-9 <= found <= high + 1e-9, name
-    for row in MEASURES.values():
-        assert set(row.needs) <= set(NEEDS) and row.about and row.source and row.oriented(2.0) in (2.0, -2.0)
+    for row in METRICS.values():
+        assert set(row.needs) <= set(NEEDS) and row.description and row.source and row.better in ("higher", "lower")
 
 
 @pytest.mark.parametrize("name", [name for name in FREE if not name.startswith("palette")])
 def test_a_picture_agrees_with_itself_and_less_with_another(name: str) -> None:
     mug, other = scene(1, subject="mug", style="flat"), scene(2, subject="car", style="neon")
-    kind = MEASURES[name].needs[0]
+    kind = METRICS[name].needs[0]
     same, different = value(name, mug, **{kind: mug}), value(name, other, **{kind: mug})
-    perfect = 1.0 if MEASURES[name].better == "higher" or name == "copied" else 0.0
+    perfect = 1.0 if METRICS[name].better == "higher" or name == "copied" else 0.0
     assert same == pytest.approx(perfect, abs=1e-6)
     assert abs(different - perfect) > 0.05
 
 
 def test_the_default_is_what_needs_no_weights_and_has_what_it_needs() -> None:
     mug = scene()
-    assert [m.name for m in chosen(None, [mug], References(style=[mug]))] == ["colours", "texture", "grain"]
-    with_all = {m.name for m in chosen(["all"], [mug], References(style=[mug]))}
+    assert [m.name for m in select_metrics(None, [mug], References(style=[mug]))] == ["colours", "texture", "grain"]
+    with_all = {m.name for m in select_metrics(["all"], [mug], References(style=[mug]))}
     assert with_all == {"colours", "texture", "grain", "clip_style", "clip_t", "csd"}
     without_mask = dataclasses.replace(mug, mask=None)
-    assert [m.name for m in chosen(None, [without_mask], References(palette=["#000000"]))] == ["palette"]
+    assert [m.name for m in select_metrics(None, [without_mask], References(palette=["#000000"]))] == ["palette"]
 
 
 def test_what_cannot_be_measured_is_refused_with_what_is_missing() -> None:
     with pytest.raises(DataError, match="did you mean colours"):
-        chosen(["colors"], [scene()], References())
-    with pytest.raises(DataError, match=r"edges cannot be measured(.|\n)*--subject"):
-        chosen(["edges"], [scene()], References())
+        select_metrics(["colors"], [scene()], References())
+    with pytest.raises(DataError, match=r"edges lacks an input(.|\n)*--subject"):
+        select_metrics(["edges"], [scene()], References())
     with pytest.raises(DataError, match="--training"):
-        chosen(None, [scene()], References())
+        select_metrics(None, [scene()], References())
 
 
 def test_a_picture_without_a_mask_has_no_value_where_one_is_needed() -> None:
     with_mask, without = scene(1), dataclasses.replace(scene(2), mask=None)
     given = References(palette=["#d7263d"])
-    rows = measure([with_mask, without], given, chosen(["palette_subject"], [with_mask, without], given))
+    rows = compute_metrics(
+        [with_mask, without], given, select_metrics(["palette_subject"], [with_mask, without], given)
+    )
     assert rows[0]["palette_subject"] is not None and rows[1]["palette_subject"] is None
 
 
@@ -113,21 +115,21 @@ def test_the_palette_is_weighted_by_area_and_by_the_mask() -> None:
     pixels[:, :4] = (255, 255, 255)
     mask = np.zeros((16, 16), np.float32)
     mask[:, :8] = 1
-    picture = Exhibit("", pixels, mask)
+    picture = MeasuredPicture("", pixels, mask)
     assert value("palette", picture, palette=["#000000"]) == pytest.approx(25, abs=0.01)
     assert value("palette_subject", picture, palette=["#000000"]) == pytest.approx(50, abs=0.01)
 
 
 def test_colours_count_every_pixel_once() -> None:
     found = Colours.of(scene().pixels, None)
-    assert found.picture.sum() == pytest.approx(1) and len(np.unique(found.rgb, axis=0)) == len(found.rgb)
+    assert found.picture_shares.sum() == pytest.approx(1) and len(np.unique(found.rgb, axis=0)) == len(found.rgb)
 
 
 def test_colours_of_a_style_do_not_care_where_they_are() -> None:
     mug = scene(1, subject="mug", style="neon")
     shuffled = np.random.default_rng(0).permutation(mug.pixels.reshape(16, 8, 128, 3)).reshape(mug.pixels.shape)
-    assert value("colours", Exhibit("", shuffled), style=mug) < 1
-    assert value("colours", Exhibit("", 255 - mug.pixels), style=mug) > 10
+    assert value("colours", MeasuredPicture("", shuffled), style=mug) < 1
+    assert value("colours", MeasuredPicture("", 255 - mug.pixels), style=mug) > 10
 
 
 @pytest.mark.parametrize("text", ["red", "#12345", "#gggggg", ""])
@@ -143,8 +145,8 @@ def test_colours_may_be_spelt_in_three_ways() -> None:
 # form and texture
 
 
-def shifted(picture: Exhibit, by: int) -> Exhibit:
-    return Exhibit("", np.roll(picture.pixels, by, axis=1))
+def shifted(picture: MeasuredPicture, by: int) -> MeasuredPicture:
+    return MeasuredPicture("", np.roll(picture.pixels, by, axis=1))
 
 
 @pytest.mark.parametrize("name", ["edges", "structure"])
@@ -159,7 +161,7 @@ def test_a_reference_with_a_mask_is_compared_there_alone(name: str) -> None:
     mug = scene(1, subject="mug", style="flat")
     noise = np.random.default_rng(0).integers(0, 255, mug.pixels.shape, np.uint8)
     inside = cv2.dilate((mug.mask > 0).astype(np.uint8), np.ones((9, 9)))[..., None] > 0
-    around = Exhibit("", np.where(inside, mug.pixels, noise))
+    around = MeasuredPicture("", np.where(inside, mug.pixels, noise))
     alone = value(name, around, subject=mug)
     assert alone > 0.95 > 0.85 > value(name, around, subject=dataclasses.replace(mug, mask=None))
 
@@ -175,9 +177,9 @@ def test_texture_is_the_style_s_and_not_the_subject_s(name: str) -> None:
 
 def test_pictures_of_other_sizes_and_shapes_are_compared() -> None:
     mug = scene(1, subject="mug", style="flat")
-    large = Exhibit("", np.asarray(mug.image.resize((256, 256), Image.Resampling.LANCZOS)))
+    large = MeasuredPicture("", np.asarray(mug.image.resize((256, 256), Image.Resampling.LANCZOS)))
     assert value("structure", large, subject=mug) > 0.9 and value("colours", large, style=mug) < 1
-    wide = Exhibit("", np.asarray(mug.image.resize((200, 100))))
+    wide = MeasuredPicture("", np.asarray(mug.image.resize((200, 100))))
     assert 0 <= value("edges", wide, subject=mug) <= 1 and 0 <= value("texture", wide, style=mug) <= 1
 
 
@@ -216,14 +218,14 @@ WAYS: dict[str, Callable[[Image.Image], Image.Image]] = {
 @pytest.mark.parametrize("subject", ["teapot", "guitar", "sneaker"])
 def test_a_copy_of_the_training_picture_is_one(way: str, subject: str) -> None:
     learned = scene(1, subject=subject, style="flat")
-    assert likeness(np.asarray(WAYS[way](learned.image)), learned.pixels) >= LIMIT
+    assert copy_score(np.asarray(WAYS[way](learned.image)), learned.pixels) >= COPY_THRESHOLD
 
 
 @pytest.mark.parametrize("subject", ["teapot", "guitar", "sneaker"])
 def test_another_scene_of_the_subject_is_no_copy(subject: str) -> None:
     learned = scene(1, subject=subject, style="flat")
     for seed, style in enumerate(("watercolour", "ink", "pixel", "neon")):
-        assert likeness(scene(10 + seed, subject=subject, style=style).pixels, learned.pixels) < LIMIT
+        assert copy_score(scene(10 + seed, subject=subject, style=style).pixels, learned.pixels) < COPY_THRESHOLD
 
 
 def test_the_likest_training_picture_counts() -> None:
@@ -234,7 +236,7 @@ def test_the_likest_training_picture_counts() -> None:
 # files
 
 
-def save(folder: Path, name: str, picture: Exhibit, **options: object) -> Path:
+def save(folder: Path, name: str, picture: MeasuredPicture, **options: object) -> Path:
     picture.image.save(folder / name, **options)
     return folder / name
 
@@ -245,7 +247,7 @@ def test_a_folder_is_read_with_masks_and_words_beside_its_pictures(tmp_path: Pat
     save(tmp_path, "a.jpg", mug)
     Image.fromarray((255 * mug.mask).astype(np.uint8)).save(tmp_path / "b.mask.png")
     (tmp_path / "b.txt").write_text("a mug\n")
-    first, second = gather([tmp_path])
+    first, second = load_pictures([tmp_path])
     assert (first.name, first.mask, first.prompt) == ("a.jpg", None, "")
     assert second.name == "b.png" and second.prompt == "a mug"
     assert second.mask == pytest.approx(mug.mask, abs=1 / 255)
@@ -255,7 +257,7 @@ def test_transparency_is_a_mask(tmp_path: Path) -> None:
     cut = Image.new("RGBA", (32, 32), (255, 0, 0, 255))
     cut.paste((0, 0, 0, 0), (0, 0, 16, 32))
     cut.save(tmp_path / "cut.png")
-    picture = read(tmp_path / "cut.png")
+    picture = load_picture(tmp_path / "cut.png")
     assert picture.mask is not None and picture.mask.mean() == 0.5
     assert value("palette_subject", picture, palette=["#ff0000"]) == pytest.approx(0, abs=1e-6)
     assert value("palette", picture, palette=["#ff0000"]) > 10
@@ -264,8 +266,8 @@ def test_transparency_is_a_mask(tmp_path: Path) -> None:
 def test_the_prompt_of_a_generated_picture_is_read_from_it(tmp_path: Path) -> None:
     info = PngInfo()
     info.add_itxt("qrlora", '{"prompt": ["a mug", "a <s> lamp"], "seed": [0]}')
-    assert read(save(tmp_path, "01-a-s-lamp-seed0.png", scene(), pnginfo=info)).prompt == "a <s> lamp"
-    assert read(save(tmp_path, "renamed.png", scene(), pnginfo=info)).prompt == ""
+    assert load_picture(save(tmp_path, "01-a-s-lamp-seed0.png", scene(), pnginfo=info)).prompt == "a <s> lamp"
+    assert load_picture(save(tmp_path, "renamed.png", scene(), pnginfo=info)).prompt == ""
 
 
 def test_what_is_no_picture_is_refused(tmp_path: Path) -> None:
@@ -273,10 +275,10 @@ def test_what_is_no_picture_is_refused(tmp_path: Path) -> None:
     for make, words in (
         (lambda: tmp_path / "missing.png", "no such picture"),
         (lambda: save(tmp_path, "tiny.png", plain("red", 8)), "too small"),
-        (lambda: tmp_path / "notes.txt", "no picture"),
+        (lambda: tmp_path / "notes.txt", "not a picture"),
     ):
         with pytest.raises(DataError, match=words):
-            gather([make()])
+            load_pictures([make()])
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="no pictures in"):
-        gather([tmp_path / "empty"])
+        load_pictures([tmp_path / "empty"])

@@ -20,18 +20,18 @@ import pytest
 from PIL import Image
 
 from qrlora.errors import DataError
-from qrlora.quality.images.read import Exhibit
-from qrlora.quality.study.ballot import LARGEST_PNG, make
-from qrlora.quality.study.tally import Pair, Vote, bradley_terry, krippendorff, lines, report, tally
+from qrlora.quality.images.read import MeasuredPicture
+from qrlora.quality.study.trials import LARGEST_PNG, make_study
+from qrlora.quality.study.votes import Pair, Vote, bradley_terry, count_votes, krippendorff, lines, report
 
 
-def picture(name: str, value: int, side: int = 16) -> Exhibit:
+def picture(name: str, value: int, side: int = 16) -> MeasuredPicture:
     pixels = np.full((side, side, 3), value, np.uint8)
     pixels[: side // 2] //= 2
-    return Exhibit(name, pixels)
+    return MeasuredPicture(name, pixels)
 
 
-def arms(*names: str, count: int = 5) -> dict[str, list[Exhibit]]:
+def arms(*names: str, count: int = 5) -> dict[str, list[MeasuredPicture]]:
     return {
         arm: [picture(f"scene{i}.png", (20 + 60 * a + 9 * i) % 256) for i in range(count)]
         for a, arm in enumerate(names)
@@ -53,7 +53,7 @@ def pixels_of(source: str) -> np.ndarray:
 
 def test_the_page_tells_no_names_and_needs_nothing_else() -> None:
     made = arms("velvet", "gravel")
-    page, key = make(made, references=[picture("secretsubject.png", 200)])
+    page, key = make_study(made, references=[picture("secretsubject.png", 200)])
     assert key["arms"] == ["velvet", "gravel"]
     for word in ("velvet", "gravel", "scene", "secretsubject", '"kind"', "spoilt", 'right": "tie'):
         assert word not in page
@@ -62,14 +62,14 @@ def test_the_page_tells_no_names_and_needs_nothing_else() -> None:
 
 
 def test_what_a_file_says_of_its_making_stays_out(tmp_path: Any) -> None:
-    page, _ = make(arms("a", "b", count=1))
+    page, _ = make_study(arms("a", "b", count=1))
     for source in data_of(page)["pictures"].values():
         assert not Image.open(io.BytesIO(base64.b64decode(source.split(",")[1]))).info
 
 
 def test_the_key_knows_what_is_shown() -> None:
     made = arms("velvet", "gravel")
-    page, key = make(made, catch=4, seed=3)
+    page, key = make_study(made, catch=4, seed=3)
     data = data_of(page)
     assert {trial["id"] for trial in data["trials"]} == set(key["trials"]) and key["study"] == data["id"]
     kinds = Counter(trial["kind"] for trial in key["trials"].values())
@@ -94,21 +94,21 @@ def test_the_key_knows_what_is_shown() -> None:
 
 
 def test_arms_lie_on_both_sides_and_in_every_place() -> None:
-    _, key = make(arms("a", "b", count=60), catch=0)
+    _, key = make_study(arms("a", "b", count=60), catch=0)
     first = [key["pictures"][trial["a"]]["arm"] for trial in key["trials"].values()]
     assert 15 < first.count("a") < 45
 
 
 def test_a_seed_makes_the_page_and_another_another() -> None:
     made = arms("a", "b")
-    assert make(made, seed=1) == make(made, seed=1)
-    assert make(made, seed=1)[1]["study"] != make(made, seed=2)[1]["study"]
+    assert make_study(made, seed=1) == make_study(made, seed=1)
+    assert make_study(made, seed=1)[1]["study"] != make_study(made, seed=2)[1]["study"]
     other = {"a": made["a"], "b": [picture(one.name, 240) for one in made["b"]]}
-    assert make(made, seed=1)[1]["study"] != make(other, seed=1)[1]["study"]
+    assert make_study(made, seed=1)[1]["study"] != make_study(other, seed=1)[1]["study"]
 
 
 def test_a_question_is_text_whatever_it_holds() -> None:
-    page, key = make(arms("a", "b"), "</script><b>$data & \u201cquotes\u201d</b>")
+    page, key = make_study(arms("a", "b"), "</script><b>$data & \u201cquotes\u201d</b>")
     assert page.count("</script>") == 2 and "<b>$" not in page and "&lt;b&gt;$data" in page
     assert key["question"].startswith("</script>") and data_of(page)["id"] == key["study"]
 
@@ -117,16 +117,16 @@ def test_pictures_are_paired_by_name_and_never_by_guess() -> None:
     made = arms("a", "b")
     made["b"][0] = picture("other.png", 1)
     with pytest.raises(DataError, match="2 pictures of a and b have no counterpart"):
-        make(made)
-    assert len(make(made, by_order=True, catch=0)[1]["trials"]) == 5
+        make_study(made)
+    assert len(make_study(made, by_order=True, catch=0)[1]["trials"]) == 5
     with pytest.raises(DataError, match="no counterpart"):
-        make({"a": made["a"], "b": made["b"][:3]}, by_order=True)
-    with pytest.raises(DataError, match="a choice"):
-        make({"a": made["a"]})
+        make_study({"a": made["a"], "b": made["b"][:3]}, by_order=True)
+    with pytest.raises(DataError, match="at least two folders"):
+        make_study({"a": made["a"]})
 
 
 def test_fewer_trials_are_drawn_evenly_from_all_pairs_of_arms() -> None:
-    _, key = make(arms("a", "b", "c", count=8), trials=9, catch=0)
+    _, key = make_study(arms("a", "b", "c", count=8), trials=9, catch=0)
     between = Counter(
         frozenset(key["pictures"][trial[side]]["arm"] for side in "ab") for trial in key["trials"].values()
     )
@@ -134,8 +134,8 @@ def test_fewer_trials_are_drawn_evenly_from_all_pairs_of_arms() -> None:
 
 
 def test_large_pictures_are_reduced() -> None:
-    wide = Exhibit("a.png", np.zeros((600, 1200, 3), np.uint8))
-    page, _ = make({"a": [wide], "b": [wide]}, catch=0)
+    wide = MeasuredPicture("a.png", np.zeros((600, 1200, 3), np.uint8))
+    page, _ = make_study({"a": [wide], "b": [wide]}, catch=0)
     sources = list(data_of(page)["pictures"].values())
     assert all(pixels_of(source).shape == (384, 768, 3) and "image/jpeg" in source for source in sources)
     assert LARGEST_PNG < 768
@@ -198,8 +198,8 @@ def careful(key: dict[str, Any], rank: list[str]) -> Callable[[dict[str, Any]], 
 
 
 def test_votes_are_decoded_whatever_side_they_were_on() -> None:
-    _, key = make(arms("velvet", "gravel"))
-    found = tally([voted(key, name, careful(key, ["gravel", "velvet"])) for name in ("ann", "bea")], key)
+    _, key = make_study(arms("velvet", "gravel"))
+    found = count_votes([voted(key, name, careful(key, ["gravel", "velvet"])) for name in ("ann", "bea")], key)
     pair = found.pairs["velvet", "gravel"]
     assert (pair.wins, pair.losses, pair.ties, pair.raters_for, pair.raters_against) == (0, 10, 0, 0, 2)
     assert pair.share is not None and pair.share.interval[0] == 0 and found.alpha == pytest.approx(1)
@@ -207,48 +207,48 @@ def test_votes_are_decoded_whatever_side_they_were_on() -> None:
 
 
 def test_ties_count_for_nobody() -> None:
-    _, key = make(arms("a", "b"))
+    _, key = make_study(arms("a", "b"))
     right = careful(key, ["a", "b"])
-    found = tally([voted(key, "ann", lambda trial: "tie" if trial["kind"] == "pair" else right(trial))], key)
+    found = count_votes([voted(key, "ann", lambda trial: "tie" if trial["kind"] == "pair" else right(trial))], key)
     pair = found.pairs["a", "b"]
     assert (pair.wins, pair.losses, pair.ties) == (0, 0, 5) and pair.share is None and pair.raters is None
-    assert "none of the votes that chose; 5 ties" in "\n".join(lines(found))
+    assert "none of the votes without ties; 5 ties" in "\n".join(lines(found))
 
 
 def test_careless_raters_are_left_out_and_named() -> None:
-    _, key = make(arms("a", "b"))
+    _, key = make_study(arms("a", "b"))
     good = voted(key, "ann", careful(key, ["a", "b"]))
-    found = tally([good, voted(key, "bob", lambda _: "a")], key)
+    found = count_votes([good, voted(key, "bob", lambda _: "a")], key)
     assert found.excluded.keys() == {"bob"} and "of 4 catch trials" in found.excluded["bob"]
     assert found.pairs["a", "b"].wins == 5 and list(found.raters) == ["ann"]
-    assert not tally([good, voted(key, "bob", lambda _: "a")], key, misses=4).excluded
+    assert not count_votes([good, voted(key, "bob", lambda _: "a")], key, misses=4).excluded
     with pytest.raises(DataError, match="no votes are left"):
-        tally([voted(key, "bob", lambda _: "a")], key)
+        count_votes([voted(key, "bob", lambda _: "a")], key)
 
 
 def test_an_unfinished_file_counts_as_far_as_it_goes() -> None:
-    _, key = make(arms("a", "b"))
+    _, key = make_study(arms("a", "b"))
     result = voted(key, "ann", careful(key, ["a", "b"]))
     result["votes"] = [v for v in result["votes"] if key["trials"][v["trial"]]["kind"] == "pair"][:2]
-    assert tally([result], key).pairs["a", "b"].wins == 2
+    assert count_votes([result], key).pairs["a", "b"].wins == 2
 
 
 def test_files_that_are_none_of_this_study_are_refused() -> None:
-    _, key = make(arms("a", "b"))
+    _, key = make_study(arms("a", "b"))
     good = voted(key, "ann", careful(key, ["a", "b"]))
     bad: list[tuple[Any, str]] = [
         (good | {"study": "another"}, "votes of another study"),
-        ({"study": key["study"], "votes": []}, "no votes of this study"),
-        (good | {"votes": [good["votes"][0] | {"choice": "both"}]}, "no votes of this study"),
-        (good | {"votes": [good["votes"][0] | {"left": "?"}]}, "no votes of this study"),
-        (good | {"votes": [good["votes"][0]] * 2}, "no votes of this study"),
-        (good | {"votes": 3}, "no votes of this study"),
+        ({"study": key["study"], "votes": []}, "not a vote file of this study"),
+        (good | {"votes": [good["votes"][0] | {"choice": "both"}]}, "not a vote file of this study"),
+        (good | {"votes": [good["votes"][0] | {"left": "?"}]}, "not a vote file of this study"),
+        (good | {"votes": [good["votes"][0]] * 2}, "not a vote file of this study"),
+        (good | {"votes": 3}, "not a vote file of this study"),
     ]
     for result, words in bad:
         with pytest.raises(DataError, match=words):
-            tally([result], key)
+            count_votes([result], key)
     with pytest.raises(DataError, match="two files of one rater"):
-        tally([good, good], key)
+        count_votes([good, good], key)
 
 
 def test_strengths_are_those_that_made_the_votes() -> None:
@@ -279,8 +279,8 @@ def test_alpha_is_the_published_one() -> None:
 
 
 def test_three_arms_are_put_in_order_and_on_a_page() -> None:
-    _, key = make(arms("a", "b", "c"))
-    found = tally([voted(key, name, careful(key, ["c", "a", "b"])) for name in ("ann", "bea")], key)
+    _, key = make_study(arms("a", "b", "c"))
+    found = count_votes([voted(key, name, careful(key, ["c", "a", "b"])) for name in ("ann", "bea")], key)
     assert max(found.strengths, key=lambda arm: found.strengths[arm].value) == "c"
     page = report(found)
     assert "Bradley-Terry" in page.html() and json.loads(json.dumps(page.data))["strengths"]["c"]["log_odds"] > 0

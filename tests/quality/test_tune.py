@@ -20,13 +20,13 @@ from qrlora.method.adapter import load_adapter
 from qrlora.method.basis import Basis
 from qrlora.method.composition import Composition, project_out
 from qrlora.models.families import load_pipeline
-from qrlora.models.generation import generate
+from qrlora.models.generation import generate, weight_sampler
 from qrlora.pico import world
-from qrlora.pico.judge.objective import by_judge
-from qrlora.quality.images.read import Exhibit
-from qrlora.quality.metrics.table import MEASURES, References
-from qrlora.quality.search.dials import Album, by_blocks, by_measures, painting
-from qrlora.quality.search.search import Found, Scores, Tried, Weights, frontier, ranked, search
+from qrlora.pico.judge.objective import judge_objective
+from qrlora.quality.images.read import MeasuredPicture
+from qrlora.quality.metrics.table import METRICS, References
+from qrlora.quality.search.pictures import PictureCache, metric_objective, split_by_blocks
+from qrlora.quality.search.search import Candidate, Scores, SearchResult, Weights, frontier, ranked, search
 from samples import SHAPES, make_adapter, make_basis, make_lora
 
 # the search
@@ -61,12 +61,12 @@ def test_the_budget_is_kept_and_nearly_used(budget: int) -> None:
     scores = World()
     found = search(scores, 2, budget)
     assert 0.75 * budget <= scores.asked <= budget
-    assert sum(len(one.first) + len(one.again) for one in found.tried) == scores.asked
+    assert sum(len(one.search_scores) + len(one.confirmation_scores) for one in found.candidates) == scores.asked
 
 
 def test_what_everyone_tries_first_is_tried_and_nothing_twice() -> None:
     found = search(World(), 2, 120)
-    weights = [one.weights for one in found.tried]
+    weights = [one.weights for one in found.candidates]
     assert (1.0, 1.0) in weights and len(set(weights)) == len(weights)
     assert all(0 <= weight <= 1.5 for one in weights for weight in one)
 
@@ -87,7 +87,7 @@ def test_the_search_and_the_second_look_use_other_pictures() -> None:
     scores = World(noise=0.3)
     found = search(scores, 2, 120)
     numbers = scores.numbers
-    assert set(numbers[: 2 * len(found.tried)]) == {0, 1} and 0 not in numbers[2 * len(found.tried) :]
+    assert set(numbers[: 2 * len(found.candidates)]) == {0, 1} and 0 not in numbers[2 * len(found.candidates) :]
 
 
 def test_reported_scores_are_not_those_that_were_chosen_by() -> None:
@@ -95,15 +95,15 @@ def test_reported_scores_are_not_those_that_were_chosen_by() -> None:
     flat = World(noise=1.0)
     flat.true = lambda _: (0.0, 0.0)  # type: ignore[method-assign]
     found = [search(flat, 2, 240, seed=seed) for seed in range(5)]
-    guesses = [np.mean([one.guess for one in each.confirmed]) for each in found]
+    guesses = [np.mean([one.search_mean for one in each.confirmed]) for each in found]
     means = [np.mean([one.mean for one in each.confirmed]) for each in found]
     assert np.mean(guesses) > 0.3 > 0.2 > abs(np.mean(means))
 
 
 def test_a_seed_is_a_search() -> None:
     first, again, other = (search(World(), 2, 60, seed=seed) for seed in (1, 1, 2))
-    assert [one.weights for one in first.tried] == [one.weights for one in again.tried]
-    assert [one.weights for one in first.tried] != [one.weights for one in other.tried]
+    assert [one.weights for one in first.candidates] == [one.weights for one in again.candidates]
+    assert [one.weights for one in first.candidates] != [one.weights for one in other.candidates]
 
 
 def test_a_budget_that_tells_nothing_is_refused() -> None:
@@ -120,10 +120,10 @@ def test_frontier_and_rank_by_hand() -> None:
 
 
 def test_the_balanced_point_gives_up_least_of_either() -> None:
-    made = [Tried((weight,), [mean], [mean]) for weight, mean in enumerate([(1.0, 0.0), (0.8, 0.8), (0.0, 1.0)])]
-    found = Found(tuple(made), tuple(made))
+    made = [Candidate((weight,), [mean], [mean]) for weight, mean in enumerate([(1.0, 0.0), (0.8, 0.8), (0.0, 1.0)])]
+    found = SearchResult(tuple(made), tuple(made))
     assert found.balanced is made[1] and math.isnan(made[0].error[0])
-    spread = Tried((1.0,), again=[(0.0, 1.0), (2.0, 1.0)])
+    spread = Candidate((1.0,), confirmation_scores=[(0.0, 1.0), (2.0, 1.0)])
     assert spread.mean == (1, 1) and spread.error == pytest.approx((1.0, 0.0))
 
 
@@ -140,7 +140,7 @@ TWO_BLOCKS = {name: shape for name, shape in SHAPES.items() if name != "proj_out
 
 def test_the_parts_of_an_adapter_are_the_adapter(basis: Basis) -> None:
     whole = make_adapter(basis, shapes=TWO_BLOCKS)
-    parts = by_blocks(whole, 2, ["conv", "blocks.0.attn.to_q", "blocks.0.ff"])
+    parts = split_by_blocks(whole, 2, ["conv", "blocks.0.attn.to_q", "blocks.0.ff"])
     assert [list(part.deltas) for part in parts] == [["conv"], ["blocks.0.attn.to_q", "blocks.0.ff"]]
     together = Composition([(part, 1.0) for part in parts]).adapter()
     scaled = Composition([(parts[0], 0.5), (parts[1], 1.0)]).adapter()
@@ -151,9 +151,9 @@ def test_the_parts_of_an_adapter_are_the_adapter(basis: Basis) -> None:
 
 def test_more_parts_than_blocks_and_adapters_without_a_basis_are_refused(basis: Basis) -> None:
     with pytest.raises(MismatchError, match="at most 2 parts"):
-        by_blocks(make_adapter(basis, shapes=TWO_BLOCKS), 3, [])
-    with pytest.raises(MismatchError, match="stands on no basis"):
-        by_blocks(make_lora(), 1, [])
+        split_by_blocks(make_adapter(basis, shapes=TWO_BLOCKS), 3, [])
+    with pytest.raises(MismatchError, match="is not on a basis"):
+        split_by_blocks(make_lora(), 1, [])
 
 
 class Painter:
@@ -169,39 +169,41 @@ class Painter:
 
 def test_an_album_makes_every_picture_once_and_finds_it_again(tmp_path: Path) -> None:
     paint = Painter()
-    album = Album(paint, tmp_path / "kept", {"model": "tiny"}, ["one", "two"], 5, batch_size=2)
-    found = album.pictures([((1.0,), 0), ((0.5,), 1), ((1.0,), 2), ((1.0,), 0)])
-    assert paint.painted == [((1.0,), "one", 5), ((0.5,), "two", 5), ((1.0,), "one", 6)] and album.made == 3
+    cache = PictureCache(paint, tmp_path / "kept", {"model": "tiny"}, ["one", "two"], 5, batch_size=2)
+    found = cache.pictures([((1.0,), 0), ((0.5,), 1), ((1.0,), 2), ((1.0,), 0)])
+    assert paint.painted == [((1.0,), "one", 5), ((0.5,), "two", 5), ((1.0,), "one", 6)] and cache.made == 3
     assert [one.pixels[0, 0].tolist() for one in found] == [[100, 5, 0], [50, 5, 0], [100, 6, 0], [100, 5, 0]]
-    again = Album(paint, tmp_path / "kept", {"model": "tiny"}, ["one", "two"], 5, batch_size=2)
+    again = PictureCache(paint, tmp_path / "kept", {"model": "tiny"}, ["one", "two"], 5, batch_size=2)
     assert len(again.pictures([((1.0,), 0), ((0.5,), 1)])) == 2 and again.made == 0
-    other = Album(paint, tmp_path / "kept", {"model": "another"}, ["one", "two"], 5, batch_size=2)
+    other = PictureCache(paint, tmp_path / "kept", {"model": "another"}, ["one", "two"], 5, batch_size=2)
     other.pictures([((1.0,), 0)])
     assert other.made == 1
 
 
-def drawn(*subjects: str) -> list[Exhibit]:
+def drawn(*subjects: str) -> list[MeasuredPicture]:
     scenes = [world.sample_scene(1, subject=name, style="flat") for name in subjects]
-    return [Exhibit("", world.render(scene)[0]) for scene in scenes]
+    return [MeasuredPicture("", world.render(scene)[0]) for scene in scenes]
 
 
 def test_measures_score_by_their_range_and_direction() -> None:
     mug, car = (
-        Exhibit("", world.render(world.sample_scene(seed, subject=s))[0]) for seed, s in ((1, "mug"), (2, "car"))
+        MeasuredPicture("", world.render(world.sample_scene(seed, subject=s))[0])
+        for seed, s in ((1, "mug"), (2, "car"))
     )
-    rows = [MEASURES["edges"], MEASURES["structure"]]
-    same, other = by_measures(rows, References(subject=[mug]))([mug, car])
+    rows = [METRICS["edges"], METRICS["structure"]]
+    same, other = metric_objective(rows, References(subject=[mug]))([mug, car])
     assert same == pytest.approx(1) and other < 0.8
-    assert by_measures([MEASURES["texture"]], References(style=[mug]))([mug])[0] == pytest.approx(1)
+    assert metric_objective([METRICS["texture"]], References(style=[mug]))([mug])[0] == pytest.approx(1)
 
 
 def test_the_judge_scores_each_picture() -> None:
     pictures = [
-        Exhibit("", world.render(world.sample_scene(1, subject=name, style="flat"))[0]) for name in ("mug", "car")
+        MeasuredPicture("", world.render(world.sample_scene(1, subject=name, style="flat"))[0])
+        for name in ("mug", "car")
     ]
-    right, wrong = by_judge("subject", "mug")(pictures)
+    right, wrong = judge_objective("subject", "mug")(pictures)
     assert right > 0.9 and wrong < 0.1
-    assert min(by_judge("style", "flat")(pictures)) > 0.9
+    assert min(judge_objective("style", "flat")(pictures)) > 0.9
 
 
 def test_the_prompt_is_read_off_the_adapters(basis: Basis) -> None:
@@ -245,14 +247,14 @@ def test_tuning_ends_in_a_frontier_with_commands(
     said = capsys.readouterr()
     assert "(balanced)" in said.out and "picture 24/24" in said.err
     data = json.loads((tmp_path / "report.json").read_text())
-    assert data["settings"]["prompts"] == ["a <c> mug in <s> style"] and data["dials"] == ["subject", "style"]
+    assert data["settings"]["prompts"] == ["a <c> mug in <s> style"] and data["parameters"] == ["subject", "style"]
     assert data["frontier"] and data["frontier"][0]["command"].startswith("qrlora generate --adapter")
     page = (tmp_path / "report.html").read_text()
     assert "<script" not in page and "--adapter" in page
     # Started again it makes nothing again, and finds the same.
     assert main([*arguments, "--json"]) == 0
     again = json.loads(capsys.readouterr().out)
-    assert again["made"] == 0 and again["frontier"] == data["frontier"]
+    assert again["sampled"] == 0 and again["frontier"] == data["frontier"]
 
 
 def test_tuning_with_null_space_projection(taught: Path, tiny_sd3: Path, tmp_path: Path) -> None:
@@ -263,7 +265,7 @@ def test_tuning_with_null_space_projection(taught: Path, tiny_sd3: Path, tmp_pat
     arguments = asked(taught, tiny_sd3, tmp_path, "--null-space", "0.7")
     assert main(arguments) == 0
     data = json.loads((tmp_path / "report.json").read_text())
-    assert data["made"] == 24 and data["settings"]["null_space"] == 0.7
+    assert data["sampled"] == 24 and data["settings"]["null_space"] == 0.7
     assert all(" --null-space 0.7 --prompt" in point["command"] for point in data["frontier"])
     assert main([*arguments, "--per-block", "2"]) == 0
     point = load_adapter(tmp_path / "point-1.safetensors")
@@ -273,7 +275,7 @@ def test_tuning_with_null_space_projection(taught: Path, tiny_sd3: Path, tmp_pat
 def test_weights_by_blocks_are_written_as_compositions(taught: Path, tiny_sd3: Path, tmp_path: Path) -> None:
     assert main(asked(taught, tiny_sd3, tmp_path, "--per-block", "2")) == 0
     data = json.loads((tmp_path / "report.json").read_text())
-    assert data["dials"] == ["subject 1/2", "subject 2/2", "style 1/2", "style 2/2"]
+    assert data["parameters"] == ["subject 1/2", "subject 2/2", "style 1/2", "style 2/2"]
     for i, point in enumerate(data["frontier"]):
         file = tmp_path / f"point-{i + 1}.safetensors"
         assert str(file) in point["command"] and load_adapter(file).metadata.role == "composition"
@@ -288,8 +290,8 @@ def test_what_is_painted_is_what_generate_makes(
     pipe, family = load_pipeline(tiny_sd3)
     adapters = {name: load_adapter(taught / f"{name}.safetensors") for name in names}
     jobs = [((100.0, 50.0), "a mug", 1), ((100.0, 50.0), "a cup", 1), ((0.0, 30.0), "a mug", 1)]
-    with painting(pipe, family, adapters, 2, {"steps": 2}, strength) as paint:
-        painted = [np.asarray(image).astype(int) for image in paint(jobs)]
+    with weight_sampler(pipe, family, adapters, null_space=strength, batch_size=2, steps=2) as sampler:
+        painted = [np.asarray(image).astype(int) for image in sampler(jobs)]
     for (weights, prompt, seed), found in zip(jobs, painted, strict=True):
         weighted = project_out(list(zip(adapters.values(), weights, strict=True)), strength)
         alone = generate(pipe, family, [prompt], [seed], adapters=weighted, steps=2)[0]
@@ -304,9 +306,9 @@ def test_what_is_painted_is_what_generate_makes(
         (["--budget", "10"], "24 pictures"),
         (["--subject", "mugg"], "did you mean mug?"),
         (["--highest", "-1"], "--highest above 0"),
-        (["--subject-measures", "texture"], "texture cannot be measured"),
-        (["--subject-measures", "dino"], "DINOv2 is not on this machine"),
-        (["--per-block", "99"], "cannot be divided so"),
+        (["--subject-metrics", "texture"], "texture lacks an input"),
+        (["--subject-metrics", "dino"], "DINOv2 is not on this machine"),
+        (["--per-block", "99"], "cannot be split by blocks"),
     ],
 )
 def test_what_cannot_be_tuned_is_said(

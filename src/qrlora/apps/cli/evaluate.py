@@ -32,15 +32,15 @@ from qrlora.errors import QrloraError
 
 if TYPE_CHECKING:
     from qrlora.method.adapter import Adapter
-    from qrlora.quality.assessment import Assessment
-    from qrlora.quality.images.read import Exhibit
+    from qrlora.quality.evaluation import Evaluation
+    from qrlora.quality.images.read import MeasuredPicture
     from qrlora.quality.metrics.table import References
 
 DEFAULT_OUTPUT = "evaluation"
 NETWORKS = ("dino", "clip", "csd", "lpips")
-MEASURE_HELP = (
+METRIC_HELP = (
     "without weights: palette, palette_subject, colours, texture, grain, edges, structure, copied; with: dino, clip_i, "
-    "clip_style, clip_t, csd, lpips (docs/evaluate.md says what each tells)"
+    "clip_style, clip_t, csd, lpips (docs/evaluate.md describes them)"
 )
 
 
@@ -64,21 +64,21 @@ weights_options = together(
         metavar="NAME=WHERE",
         help=f"weights of {', '.join(NETWORKS)}: a folder or file, or an id in the Hugging Face cache",
     ),
-    click.option("--device", help="where these run: cpu, cuda, ... (default: a GPU if there is one)"),
+    click.option("--device", help="device of the networks: cpu, cuda, ... (default: a GPU if there is one)"),
 )
 
 
 def _schema() -> str:
-    from qrlora.quality.brand import Sheet
+    from qrlora.quality.brand import BrandSheet
 
-    return json.dumps(Sheet.file_schema(), indent=2, ensure_ascii=False)
+    return json.dumps(BrandSheet.file_schema(), indent=2, ensure_ascii=False)
 
 
 @command(
     "evaluate",
-    "Measure pictures against a subject, a style, a palette, a brand sheet",
-    f"Measures {MEASURE_HELP}. A report, the numbers and the pictures that were made go into the folder named by "
-    "-o. The exit code is 0 once all was measured; with --strict it is 1 if a brand sheet is not met.",
+    "Evaluate pictures against a subject, a style, a palette, a brand sheet",
+    f"Metrics {METRIC_HELP}. Report, numbers and samples are written to the folder named by -o. The exit "
+    "code is 0 after a complete evaluation; with --strict it is 1 if a group fails the brand sheet.",
 )
 @click.argument(
     "what",
@@ -87,17 +87,19 @@ def _schema() -> str:
     help="pictures and folders of them (each folder is a group), or adapters, FILE[:WEIGHT], which are composed and "
     "sampled with --prompt",
 )
-@pictures_option("--subject", "what the subject should be like")
-@pictures_option("--style", "what the style should be like")
-@pictures_option("--training", "what the adapters were trained on: no copy is wanted")
-@click.option("--palette", metavar="HEX,...", help="colours to stay near, such as '#d7263d,#f7b538'")
+@pictures_option("--subject", "reference picture of the subject")
+@pictures_option("--style", "reference picture of the style")
+@pictures_option("--training", "training pictures, to detect copies of")
+@click.option("--palette", metavar="HEX,...", help="reference colours, such as '#d7263d,#f7b538'")
 @click.option("--brand", type=PATH, metavar="TOML", help="brand sheet (docs/evaluate.md)")
-@click.option("--strict", is_flag=True, help="exit code 1 if the brand sheet is not met")
+@click.option("--strict", is_flag=True, help="exit code 1 if a group fails the brand sheet")
 @click.option(
+    "--metrics",
     "--measures",
+    "metrics",
     type=Names(),
     metavar="NAME,...",
-    help="some of these, or all (default: those without weights that have what they need)",
+    help="names, or all (default: those without a network whose inputs are given)",
 )
 @weights_options
 @click.option("--prompt", multiple=True, help="with adapters, several times; with pictures, their prompt")
@@ -108,36 +110,38 @@ def _schema() -> str:
 @print_and_exit("--brand-schema", "print the JSON Schema of brand sheets, and end", _schema)
 @click.option("-o", "--output", type=PATH, default=Path(DEFAULT_OUTPUT), help="folder (default: evaluation/)")
 def run_evaluate(options: Options) -> int:
-    """Measure, print and write; returns the exit code."""
+    """Evaluate, print and write; returns the exit code."""
     if options.output == Path(DEFAULT_OUTPUT):
         refuse_to_replace(options.output / "report.html")
     claim(options.output, folder=True)
-    from qrlora.quality.assessment import assess, report
-    from qrlora.quality.brand import Sheet
-    from qrlora.quality.metrics.learned import Eyes
-    from qrlora.quality.metrics.table import chosen
+    from qrlora.quality.brand import BrandSheet
+    from qrlora.quality.evaluation import evaluate, report
+    from qrlora.quality.metrics.learned import FeatureNetworks
+    from qrlora.quality.metrics.table import select_metrics
 
-    sheet = Sheet.load(options.brand) if options.brand else None
+    sheet = BrandSheet.load(options.brand) if options.brand else None
     if options.strict and sheet is None:
-        raise QrloraError("--strict asks for a brand sheet", expected="--brand TOML", got="none")
+        raise QrloraError("--strict needs a brand sheet", expected="--brand TOML", got="none")
     references = references_of(options, sheet)
     adapters = _adapters(options.what)
     check_null_space(options.null_space, len(adapters))
-    # Checked before pictures are made; made ones have a prompt and no mask.
+    # Metrics are checked before sampling; samples have a prompt and no mask.
     groups = {"made": _prompts_alone(options)} if adapters else _groups(options)
     everything = [picture for pictures in groups.values() for picture in pictures]
-    names = options.measures
+    names = options.metrics
     if names is None and sheet and not _anything(references):
-        names = []  # the sheet alone is reason enough
-    measures = chosen(names, everything, references)
+        names = []  # the metrics of the sheet suffice
+    metrics = select_metrics(names, everything, references)
     if sheet:
-        measures += chosen([n for n in sheet.scores if n not in [m.name for m in measures]], everything, references)
+        metrics += select_metrics(
+            [n for n in sheet.scores if n not in [m.name for m in metrics]], everything, references
+        )
     if adapters:
         loaded = load_weighted(adapters, options.model)
         strength = null_space_of(options.null_space, [adapter for adapter, _ in loaded])
         groups = {_title(adapters, strength): _made(options, adapters, loaded, strength)}
-    eyes = Eyes(dict(options.weights), options.device)
-    found = assess(groups, references, measures, sheet, eyes, Bar("picture"))
+    networks = FeatureNetworks(dict(options.weights), options.device)
+    found = evaluate(groups, references, metrics, sheet, networks, Bar("picture"))
     page = report(found).write(options.output, {"pictures.csv": found.csv().encode()})
     print(json.dumps(found.data(), indent=2, ensure_ascii=False) if options.json else table(found))
     if not options.json:
@@ -146,8 +150,8 @@ def run_evaluate(options: Options) -> int:
 
 
 def references_of(options: Options, sheet: Any = None) -> References:
-    """What the options and the brand sheet hold pictures against."""
-    from qrlora.quality.images.read import gather, hex_colour
+    """The references from the options and the brand sheet."""
+    from qrlora.quality.images.read import hex_colour, load_pictures
     from qrlora.quality.metrics.table import References
 
     try:
@@ -156,17 +160,17 @@ def references_of(options: Options, sheet: Any = None) -> References:
         raise QrloraError("unreadable palette", got=error, remedy="--palette '#d7263d,#f7b538'") from error
     if not palette and sheet and sheet.palette:
         palette = list(sheet.palette.colours)
-    kinds = {name: gather(getattr(options, name)) for name in ("subject", "style", "training")}
+    kinds = {name: load_pictures(getattr(options, name)) for name in ("subject", "style", "training")}
     return References(palette=palette, **kinds)
 
 
 def _anything(references: References) -> bool:
-    """Whether there is anything to hold pictures against."""
+    """True if there is any reference."""
     return bool(references.subject or references.style or references.training or references.palette)
 
 
 def _adapters(what: Sequence[str]) -> list[tuple[Path, float]]:
-    """The arguments as weighted adapters, if that is what they are; none if they are pictures."""
+    """The arguments as weighted adapters; empty if they are pictures."""
     if not what:
         raise QrloraError("nothing to evaluate", expected="pictures, folders of pictures, or adapters")
     try:
@@ -180,9 +184,9 @@ def _adapters(what: Sequence[str]) -> list[tuple[Path, float]]:
     return parts if all(are) else []
 
 
-def _groups(options: Options) -> dict[str, list[Exhibit]]:
-    """Each folder is a group by its name, single pictures are one together."""
-    from qrlora.quality.images.read import gather
+def _groups(options: Options) -> dict[str, list[MeasuredPicture]]:
+    """Groups of pictures: one for each folder, and one for all single pictures."""
+    from qrlora.quality.images.read import load_pictures
 
     paths = [Path(text) for text in options.what]
     if len(options.prompt or []) > 1:
@@ -193,24 +197,24 @@ def _groups(options: Options) -> dict[str, list[Exhibit]]:
             remedy="write mug.txt beside mug.png for each",
         )
     loose = [path for path in paths if not path.is_dir()]
-    groups = {"pictures": gather(loose)} if loose else {}
+    groups = {"pictures": load_pictures(loose)} if loose else {}
     for path in paths:
         if path.is_dir():
-            groups[path.resolve().name if path.resolve().name not in groups else str(path)] = gather([path])
+            groups[path.resolve().name if path.resolve().name not in groups else str(path)] = load_pictures([path])
     if not options.prompt:
         return groups
     return {name: [replace(one, prompt=options.prompt[0]) for one in group] for name, group in groups.items()}
 
 
-def _prompts_alone(options: Options) -> list[Exhibit]:
-    """What is known of pictures before they are made."""
+def _prompts_alone(options: Options) -> list[MeasuredPicture]:
+    """Placeholders with the prompts, for pictures that are not sampled yet."""
     import numpy as np
 
-    from qrlora.quality.images.read import Exhibit
+    from qrlora.quality.images.read import MeasuredPicture
 
     if not options.prompt:
-        raise QrloraError("no prompt to ask the adapters for", expected="--prompt TEXT, once or several times")
-    return [Exhibit("", np.zeros((16, 16, 3), np.uint8), None, prompt) for prompt in options.prompt]
+        raise QrloraError("no prompt to sample with", expected="--prompt TEXT, once or several times")
+    return [MeasuredPicture("", np.zeros((16, 16, 3), np.uint8), None, prompt) for prompt in options.prompt]
 
 
 def _title(adapters: Sequence[tuple[Path, float]], strength: float) -> str:
@@ -223,8 +227,8 @@ def _made(
     parts: Sequence[tuple[Path, float]],
     loaded: Sequence[tuple[Adapter, float]],
     strength: float,
-) -> list[Exhibit]:
-    """The pictures of a composition, kept in the output folder."""
+) -> list[MeasuredPicture]:
+    """Samples of a composition, stored in the output folder."""
     import torch
 
     from qrlora._files import write_all
@@ -232,7 +236,7 @@ def _made(
     from qrlora.method.composition import project_out
     from qrlora.models.families import load_pipeline
     from qrlora.models.generation import generate
-    from qrlora.quality.images.read import read
+    from qrlora.quality.images.read import load_picture
 
     adapters, seeds = project_out(loaded, strength), seeds_of(options)
     pipe, family = load_pipeline(options.model, dtype=getattr(torch, options.dtype))
@@ -250,17 +254,17 @@ def _made(
             made |= {"model": options.model, **sampling}
             pictures[path] = described_png(next(images), made)
     write_all(pictures, make_folder=True)
-    return [read(path) for path in pictures]
+    return [load_picture(path) for path in pictures]
 
 
-def table(found: Assessment) -> str:
-    """The numbers for people: a column a group; then what the brand sheet found, picture by picture."""
+def table(found: Evaluation) -> str:
+    """The numbers for a terminal: a column for each group; then the failures of the brand sheet by picture."""
     names = list(found.groups)
     head = ["", "better", *names]
-    rows = [head, *([_titled(one), one.better, *(_cell(found, n, one.name) for n in names)] for one in found.measures)]
+    rows = [head, *([_titled(one), one.better, *(_cell(found, n, one.name) for n in names)] for one in found.metrics)]
     widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
     lines = ["  ".join(f"{cell:<{w}}" for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
-    lines = lines if found.measures else []
+    lines = lines if found.metrics else []
     for name in names:
         copies = found.copies(name)
         lines += [f"{name}: copies of a training picture: {', '.join(copies)}"] if copies else []
@@ -281,8 +285,8 @@ def _titled(one: Any) -> str:
     return f"{one.name} ({one.unit})" if one.unit else str(one.name)
 
 
-def _cell(found: Assessment, group: str, name: str) -> str:
-    spread = found.spread(group, name)
-    if spread is None:
+def _cell(found: Evaluation, group: str, name: str) -> str:
+    summary = found.summary(group, name)
+    if summary is None:
         return "-"
-    return f"{spread.mean:.3f} ({spread.lowest:.3f} to {spread.highest:.3f})"
+    return f"{summary.mean:.3f} ({summary.lowest:.3f} to {summary.highest:.3f})"

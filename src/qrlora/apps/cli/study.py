@@ -59,8 +59,8 @@ def run_study(options: Options) -> None:
         refuse_to_replace(folder / KEY)
     claim(folder, folder=True)
     from qrlora._files import write_all
-    from qrlora.quality.images.read import gather
-    from qrlora.quality.study.ballot import QUESTION, make
+    from qrlora.quality.images.read import load_pictures
+    from qrlora.quality.study.trials import QUESTION, make_study
 
     names = [str(path.resolve().name) for path in options.folders]
     unique = names if len(set(names)) == len(names) else [str(path) for path in options.folders]
@@ -69,10 +69,10 @@ def run_study(options: Options) -> None:
     for path in options.folders:
         if not path.is_dir():
             raise QrloraError(f"no folder: {path}", remedy="name folders of pictures")
-    page, key = make(
-        {name: gather([path]) for name, path in zip(unique, options.folders, strict=True)},
+    page, key = make_study(
+        {name: load_pictures([path]) for name, path in zip(unique, options.folders, strict=True)},
         options.question or QUESTION,
-        references=gather(options.reference),
+        references=load_pictures(options.reference),
         trials=options.trials,
         catch=options.catch,
         seed=options.seed,
@@ -89,14 +89,14 @@ def _tally(options: Options) -> None:
     """Print the count, and write a report if an output is named."""
     if options.output:
         claim(options.output, folder=True)
-    from qrlora.quality.study.tally import checked_key, lines, report, tally
+    from qrlora.quality.study.votes import checked_key, count_votes, lines, report
 
     if options.folders:
         raise QrloraError("--tally counts votes of a study that was made", got=[str(path) for path in options.folders])
     key_file = options.key or Path(DEFAULT_OUTPUT) / KEY
     key = checked_key(read_json(key_file, "the key of a study", DataError), str(key_file))
     votes = [read_json(path, "the votes", DataError) for path in options.tally]
-    found = tally(votes, key, options.misses, [str(path) for path in options.tally])
+    found = count_votes(votes, key, options.misses, [str(path) for path in options.tally])
     print(json.dumps(found.to_dict(), indent=2, ensure_ascii=False) if options.json else "\n".join(lines(found)))
     if options.output:
         page = report(found).write(options.output)

@@ -41,18 +41,18 @@ def _aim_options(side: str) -> tuple[Decorator, Decorator]:
     aim = (
         f"what the {side} should be like: a picture or folder, or given again; or a name of pico's world, for its judge"
     )
-    measures = f"by which measures of qrlora evaluate, against pictures (default: {DEFAULTS[side]})"
+    metrics = f"metrics of qrlora evaluate that score against pictures (default: {DEFAULTS[side]})"
     return (
         click.option(f"--{side}", multiple=True, required=True, metavar="WHAT", help=aim),
-        click.option(f"--{side}-measures", metavar="NAME,...", help=measures),
+        click.option(f"--{side}-metrics", f"--{side}-measures", f"{side}_metrics", metavar="NAME,...", help=metrics),
     )
 
 
 @command(
     "tune",
-    "Search the weights of a composition by looking at pictures, and report the trade-off between them",
-    "Every picture is kept in the folder named by -o and found there by the same command, so a search that was "
-    "interrupted continues. docs/evaluate.md describes the search.",
+    "Search the weights of a composition for the best trade-offs between subject and style",
+    "Every picture is cached in the folder named by -o, so the same command resumes an interrupted search. "
+    "docs/evaluate.md describes the search.",
 )
 @click.argument(
     "adapters", nargs=-1, required=True, type=PATH, metavar="ADAPTER...", help="adapter files, subject and style first"
@@ -86,14 +86,14 @@ def run_tune(options: Options) -> None:
     adapters = load_adapters(options.adapters, options.model)
     options.null_space = null_space_of(options.null_space, adapters)
     if options.null_space:
-        _say(say_null_space(options.null_space))
+        _print_to_stderr(say_null_space(options.null_space))
     prompts = options.prompt or [default_prompt(adapters)]
-    tuning = _tuned(options, adapters, prompts, aims)
-    page = report(tuning).write(options.output)
+    tuned = _tuned(options, adapters, prompts, aims)
+    page = report(tuned).write(options.output)
     if options.json:
-        print(json.dumps(tuning.data(), indent=2, ensure_ascii=False))
+        print(json.dumps(tuned.data(), indent=2, ensure_ascii=False))
     else:
-        print("\n".join([*lines(tuning), str(page)]))
+        print("\n".join([*lines(tuned), str(page)]))
 
 
 def default_prompt(adapters: Sequence[Adapter]) -> str:
@@ -110,69 +110,75 @@ def default_prompt(adapters: Sequence[Adapter]) -> str:
 
 
 def _aim(options: Options, side: str) -> tuple[str, Any]:
-    """What a score is, in words, and what counts it; checked before a model is loaded."""
-    from qrlora.pico.judge.objective import by_judge
+    """The description of a score and its objective; checked before a model is loaded."""
+    from qrlora.pico.judge.objective import judge_objective
     from qrlora.pico.world import STYLES, SUBJECTS
-    from qrlora.quality.images.read import gather
-    from qrlora.quality.metrics.learned import Eyes
-    from qrlora.quality.metrics.table import MEASURES, References, chosen
-    from qrlora.quality.search.dials import by_measures
+    from qrlora.quality.images.read import load_pictures
+    from qrlora.quality.metrics.learned import FeatureNetworks
+    from qrlora.quality.metrics.table import METRICS, References, select_metrics
+    from qrlora.quality.search.pictures import metric_objective
 
     wanted, names = getattr(options, side), SUBJECTS if side == "subject" else STYLES
-    listed = getattr(options, f"{side}_measures")
+    listed = getattr(options, f"{side}_metrics")
     if len(wanted) == 1 and wanted[0] in names and not Path(wanted[0]).exists():
         if listed:
-            raise QrloraError(f"{wanted[0]} is for pico's judge", expected=f"no --{side}-measures", got=listed)
-        return f"pico's judge, asked for {wanted[0]}", by_judge(side, wanted[0])
+            raise QrloraError(f"{wanted[0]} is for pico's judge", expected=f"no --{side}-metrics", got=listed)
+        return f"pico's judge, asked for {wanted[0]}", judge_objective(side, wanted[0])
     strange = [text for text in wanted if not Path(text).exists()]
     if strange:
         near = difflib.get_close_matches(strange[0], names, 1)
         expected = f"a picture, a folder of pictures, or one of {', '.join(names)}"
         remedy = f"did you mean {near[0]}?" if near else "check the path or the spelling"
         raise QrloraError(f"no such {side}", expected=expected, got=", ".join(strange), remedy=remedy)
-    pictures = gather(Path(path) for path in wanted)
+    pictures = load_pictures(Path(path) for path in wanted)
     given = References(subject=pictures) if side == "subject" else References(style=pictures)
-    measures = chosen([part.strip() for part in (listed or DEFAULTS[side]).split(",")], pictures, given)
-    if any(need != side for one in measures for need in one.needs):
-        fitting = ", ".join(name for name, row in MEASURES.items() if row.needs == (side,))
-        raise QrloraError(f"no measure of the {side} alone", expected=f"some of {fitting}", got=listed)
-    eyes = Eyes(dict(options.weights), options.device)
-    for one in measures:
-        if one.model:
-            eyes.load(one.model)
-    return " and ".join(one.name for one in measures), by_measures(measures, given, eyes)
+    metrics = select_metrics([part.strip() for part in (listed or DEFAULTS[side]).split(",")], pictures, given)
+    if any(need != side for one in metrics for need in one.needs):
+        fitting = ", ".join(name for name, row in METRICS.items() if row.needs == (side,))
+        raise QrloraError(f"no metric of the {side} alone", expected=f"some of {fitting}", got=listed)
+    networks = FeatureNetworks(dict(options.weights), options.device)
+    for one in metrics:
+        if one.network:
+            networks.load(one.network)
+    return " and ".join(one.name for one in metrics), metric_objective(metrics, given, networks)
 
 
 def _tuned(options: Options, adapters: list[Adapter], prompts: list[str], aims: dict[str, Any]) -> Any:
-    """Everything between the arguments and the page."""
+    """The search with everything its report needs."""
     import torch
 
     from qrlora.models.families import load_pipeline
-    from qrlora.quality.search.dials import Album, painting, scored
-    from qrlora.quality.search.page import Tuning
-    from qrlora.quality.search.search import FIRST, search
+    from qrlora.models.generation import weight_sampler
+    from qrlora.quality.search.page import TuningResult
+    from qrlora.quality.search.pictures import PictureCache, cached_scores
+    from qrlora.quality.search.search import SEARCH_SAMPLES, search
 
     pipe, family = load_pipeline(options.model, dtype=getattr(torch, options.dtype))
-    dials, parts = _dials(options, adapters, [name for name, _ in family.denoiser_of(pipe).named_modules()])
+    names, parts = _parts(options, adapters, [name for name, _ in family.denoiser_of(pipe).named_modules()])
     sampling = {name: getattr(options, name) for name in ("steps", "guidance", "resolution")}
-    of = {"adapters": [one.digest for one in parts], "model": options.model, "dtype": options.dtype, **sampling}
-    of["null_space"] = options.null_space
-    turned = dict(zip(dials, parts, strict=True))
-    with painting(pipe, family, turned, options.batch_size, sampling, options.null_space) as paint:
-        album = Album(paint, options.output / "pictures", of, prompts, options.seed, options.batch_size)
-        album.progress = _Told(options.budget)
-        score = scored(album, aims["subject"][1], aims["style"][1])
-        tell = _say if not options.json else lambda _: None
-        found = search(score, len(parts), options.budget, highest=options.highest, seed=options.seed, tell=tell)
-        numbers = range(FIRST, FIRST + len(found.confirmed[0].again))
-        pictures = [album.pictures([(one.weights, n) for n in numbers]) for one in found.frontier]
-    commands = [_command(options, parts, one.weights, i + 1, prompts[0]) for i, one in enumerate(found.frontier)]
-    settings = {"prompts": prompts, "budget": options.budget, "seed": options.seed, "highest": options.highest, **of}
-    return Tuning(found, dials, (aims["subject"][0], aims["style"][0]), pictures, commands, album.made, settings)
+    settings = {"adapters": [one.digest for one in parts], "model": options.model, "dtype": options.dtype, **sampling}
+    settings["null_space"] = options.null_space
+    named = dict(zip(names, parts, strict=True))
+    with weight_sampler(
+        pipe, family, named, null_space=options.null_space, batch_size=options.batch_size, **sampling
+    ) as sampler:
+        folder = options.output / "pictures"
+        cache = PictureCache(sampler, folder, settings, prompts, options.seed, options.batch_size)
+        cache.progress = _BudgetBar(options.budget)
+        score = cached_scores(cache, aims["subject"][1], aims["style"][1])
+        notify = (lambda _: None) if options.json else _print_to_stderr
+        limits = {"max_weight": options.highest, "seed": options.seed, "notify": notify}
+        result = search(score, len(parts), options.budget, **limits)
+        numbers = range(SEARCH_SAMPLES, SEARCH_SAMPLES + len(result.confirmed[0].confirmation_scores))
+        pictures = [cache.pictures([(one.weights, n) for n in numbers]) for one in result.frontier]
+    commands = [_command(options, parts, one.weights, i + 1, prompts[0]) for i, one in enumerate(result.frontier)]
+    settings |= {"prompts": prompts, "budget": options.budget, "seed": options.seed, "highest": options.highest}
+    descriptions = (aims["subject"][0], aims["style"][0])
+    return TuningResult(result, names, descriptions, pictures, commands, cache.made, settings)
 
 
-class _Told:
-    """Counts what `Album` says has been done of the budget."""
+class _BudgetBar:
+    """Progress over the budget, from what `PictureCache` reports."""
 
     def __init__(self, budget: int) -> None:
         self.bar, self.done, self.budget = Bar("picture"), 0, budget
@@ -183,29 +189,29 @@ class _Told:
             self.bar(self.done, self.budget)
 
 
-def _say(text: str) -> None:
+def _print_to_stderr(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def _dials(options: Options, adapters: list[Adapter], order: list[str]) -> tuple[list[str], list[Adapter]]:
-    """What each weight turns, and the adapter it is of: the whole, or some of its blocks."""
-    from qrlora.quality.search.dials import by_blocks
+def _parts(options: Options, adapters: list[Adapter], order: list[str]) -> tuple[list[str], list[Adapter]]:
+    """The adapters that get a weight each, with their names: whole ones, or parts by blocks."""
+    from qrlora.quality.search.pictures import split_by_blocks
 
     names = [path.stem for path in options.adapters]
     if len(set(names)) < len(names):
         names = [f"{name} ({i + 1})" for i, name in enumerate(names)]
     if not options.per_block:
         return names, adapters
-    dials, parts = [], []
+    labels, parts = [], []
     for name, adapter in zip(names, adapters, strict=True):
-        for i, part in enumerate(by_blocks(adapter, options.per_block, order)):
-            dials.append(f"{name} {i + 1}/{options.per_block}")
+        for i, part in enumerate(split_by_blocks(adapter, options.per_block, order)):
+            labels.append(f"{name} {i + 1}/{options.per_block}")
             parts.append(part)
-    return dials, parts
+    return labels, parts
 
 
 def _command(options: Options, parts: list[Adapter], weights: Sequence[float], place: int, prompt: str) -> str:
-    """What makes pictures at a point; for weights by blocks, of a composition that is written for it."""
+    """The command that samples at a point; with weights by blocks, from a composition that is written to a file."""
     from qrlora.method.adapter import save_adapter
     from qrlora.method.composition import Composition
     from qrlora.quality.search.page import command

@@ -28,9 +28,9 @@ from qrlora.apps.demo.plan import (
 )
 from qrlora.lab.tasks import task
 from qrlora.method.adapter import Adapter, basis_of, save_adapter
-from qrlora.method.composition import Composition, Live, project_out, similarity
+from qrlora.method.composition import Composition, project_out, similarity
 from qrlora.models.families import ModelFamily, load_pipeline
-from qrlora.models.generation import Request, generate_jobs, generate_mixed
+from qrlora.models.generation import generate_jobs, weight_sampler
 from qrlora.models.training.loop import train
 from qrlora.models.training.recipe import Recipe
 from qrlora.pico import world
@@ -221,14 +221,14 @@ def _grid(setting: Setting, tasks: Sequence[Task], pair: tuple[Adapter, Adapter]
     weights, budget = setting.budget.weights, setting.budget
     first = questions(tasks[0], tasks[1], budget, setting.seed)["composed"][0]
     adapters = dict(zip(("subject", "style"), pair, strict=True))
-    composed = [{"subject": subject, "style": style} for subject in weights for style in weights]
+    samples = [((subject, style), first.prompt, first.seed) for subject in weights for style in weights]
+    options: dict[str, Any] = {"steps": budget.denoising_steps, "guidance": budget.guidance}
     strength = null_space_of(DEFAULT, pair)
-    requests = [Request(first.prompt, first.seed, composition, strength) for composition in composed]
-    options = {"steps": budget.denoising_steps, "guidance": budget.guidance}
-    with setting.stage("generate", f"{len(weights)} x {len(weights)} weights"):
-        denoiser = setting.family.denoiser_of(setting.pipe)
-        with Live(denoiser, adapters) as live:
-            images = generate_mixed(setting.pipe, setting.family, requests, live, **options)  # type: ignore[arg-type]
+    with (
+        setting.stage("generate", f"{len(weights)} x {len(weights)} weights"),
+        weight_sampler(setting.pipe, setting.family, adapters, null_space=strength, **options) as sampler,
+    ):
+        images = sampler(samples)
     answers = [Answer([first], np.asarray(image)[None]) for image in images]
     return [answers[start : start + len(weights)] for start in range(0, len(answers), len(weights))]
 

@@ -17,6 +17,7 @@ import torch
 from diffusers import FluxTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn.functional import cosine_similarity
 
 from qrlora.lab.baselines.adapters import is_target, orthonormal
 from qrlora.lab.baselines.context import Context
@@ -185,8 +186,8 @@ def alike_trained(adapters: Sequence[Adapter]) -> dict[str, float]:
     for side in "qr":
         start, moves = parts[0][side], [part[f"delta_{side}"] for part in parts]
         pairs = list(itertools.combinations(moves, 2))
-        found[side] = fmean(_cosine(start + x, start + y) for x, y in pairs)
-        found[f"delta_{side}"] = fmean(_cosine(x, y) for x, y in pairs)
+        found[side] = fmean(float(cosine_similarity(start + x, start + y, 0)) for x, y in pairs)
+        found[f"delta_{side}"] = fmean(float(cosine_similarity(x, y, 0)) for x, y in pairs)
         energies = [float(start.square().sum() + move.square().sum()) for move in moves]
         alone = float(start.square().sum())
         found[f"{side}_by_start"] = fmean(alone / math.sqrt(x * y) for x, y in itertools.combinations(energies, 2))
@@ -206,10 +207,6 @@ def _trained_parts(adapter: Adapter) -> dict[str, Float[Tensor, " entries"]]:
         "delta_r": [down[:rank] for down in downs],
     }
     return {name: torch.cat([piece.double().flatten() for piece in values]) for name, values in pieces.items()}
-
-
-def _cosine(a: Float[Tensor, " entries"], b: Float[Tensor, " entries"]) -> float:
-    return float(a @ b / (a.norm() * b.norm()))
 
 
 @torch.no_grad()

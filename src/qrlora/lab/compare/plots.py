@@ -19,6 +19,7 @@ from matplotlib.figure import Figure
 from qrlora.lab.compare.cells import Record
 from qrlora.lab.compare.plan import BASELINE, COMPOSED, DEFAULT
 from qrlora.lab.compare.tables import Estimate, alone, distance
+from qrlora.quality.search.search import frontier
 
 COLOURS = {COMPOSED: "#15803d", DEFAULT: "#c2410c", BASELINE: "#1d4ed8"}
 OTHER = "#6b7280"
@@ -106,8 +107,9 @@ def across_weights(records: Sequence[Record]) -> Plot | None:
     figure, axes = _figure(5.4)
     for row, each in points.items():
         means = {w: (fmean(p[0] for p in found), fmean(p[1] for p in found)) for w, found in each.items()}
-        edge = frontier(list(means.values()))
-        across, up = zip(*means.values(), strict=True)
+        reached = list(means.values())
+        edge = [reached[i] for i in reversed(frontier(reached))]
+        across, up = zip(*reached, strict=True)
         axes.scatter(across, up, s=12, alpha=0.5, color=COLOURS.get(row, OTHER))
         across, up = zip(*edge, strict=True)
         axes.step(across, up, where="pre", color=COLOURS.get(row, OTHER), label=row)
@@ -116,15 +118,6 @@ def across_weights(records: Sequence[Record]) -> Plot | None:
     count = len({(r["subject"], r["style"]) for r in records if r["kind"] == "grid"})
     said = f"Every point is one choice of both weights, in the mean over {count} pairs; the line joins what none beats."
     return Plot("frontier", "The frontier over weights", said, _pixels(figure))
-
-
-def frontier(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """The points that no other beats in both coordinates, by the first, rising."""
-    kept: list[tuple[float, float]] = []
-    for x, y in sorted(points, reverse=True):
-        if not kept or y > kept[-1][1]:
-            kept.append((x, y))
-    return kept[::-1]
 
 
 def with_many(records: Sequence[Record]) -> Plot | None:

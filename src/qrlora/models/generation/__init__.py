@@ -9,6 +9,7 @@ A picture depends on its prompt, its seed, the steps, the guidance and the adapt
 from __future__ import annotations
 
 import contextlib
+import itertools
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,6 +28,9 @@ from qrlora.models.families import ModelFamily, size_unit
 
 WeightedAdapter = tuple[Adapter, float]
 OnStep = Callable[[int, int], None]
+Sample = tuple[tuple[float, ...], str, int]
+"""Weights, prompt, seed."""
+Sampler = Callable[[Sequence[Sample]], list[Image.Image]]
 SMALLEST_CELL = 96
 """Side in pixels under which a grid's pictures are enlarged, so that labels have room."""
 
@@ -109,21 +113,14 @@ def weight_grid(
     """
     for adapter, weights in ((rows, row_weights), (columns, column_weights)):
         check_weights([(adapter, weight) for weight in weights])
-    denoiser: Any = family.denoiser_of(pipe)
+    options: dict[str, Any] = {"steps": steps, "guidance": guidance, "resolution": resolution}
     cells: list[list[Image.Image]] = []
-    pair = [(rows, 1.0), (columns, 1.0)]
-    projected = project_out(pair, null_space) if null_space else []
-    with attached(pipe, family, pair + projected) as names:
+    adapters = {"rows": rows, "columns": columns}
+    with weight_sampler(pipe, family, adapters, null_space=null_space, **options) as sampler:
         for row_weight in row_weights:
-            cells.append([])
-            for column_weight in column_weights:
-                weights, off = [row_weight, column_weight], [0.0, 0.0]
-                if projected:
-                    weights = off + weights if row_weight and column_weight else weights + off
-                denoiser.set_adapters(names, weights)
-                cells[-1] += one_batch(pipe, family, [(prompt, seed)], steps, guidance, resolution)
-                if progress:
-                    progress(sum(map(len, cells)), len(row_weights) * len(column_weights))
+            cells.append(sampler([((row_weight, weight), prompt, seed) for weight in column_weights]))
+            if progress:
+                progress(len(cells) * len(column_weights), len(row_weights) * len(column_weights))
     row_name, column_name = _labels(rows, columns)
     return labelled_grid(
         cells,
@@ -182,6 +179,45 @@ def generate_mixed(
         live.compose(compositions, strengths)
         images += _batch(pipe, family, jobs[start : start + batch_size], steps, guidance, resolution, on_step)
     return _whole(images, jobs)
+
+
+@contextlib.contextmanager
+def weight_sampler(
+    pipe: Any,
+    family: ModelFamily,
+    adapters: Mapping[str, Adapter],
+    *,
+    null_space: float = 0.0,
+    batch_size: int = 8,
+    **sampling: Any,
+) -> Iterator[Sampler]:
+    """A function that samples at any weights of these adapters, given in their order; valid inside the context.
+
+    On one basis a batch mixes weights, and changing them is free (composition.Live); other adapters are attached again
+    for each change of weights. null_space: strength of the projection. sampling: steps, guidance, resolution, as for
+    `generate`.
+    """
+    if on_one_basis(list(adapters.values())):
+        with Live(family.denoiser_of(pipe), adapters) as live:
+
+            def mixed(samples: Sequence[Sample]) -> list[Image.Image]:
+                requests = [
+                    Request(p, s, dict(zip(adapters, weights, strict=True)), null_space) for weights, p, s in samples
+                ]
+                return generate_mixed(pipe, family, requests, live, batch_size=batch_size, **sampling)
+
+            yield mixed
+        return
+
+    def one_by_one(samples: Sequence[Sample]) -> list[Image.Image]:
+        images: list[Image.Image] = []
+        for weights, same in itertools.groupby(samples, key=lambda sample: sample[0]):
+            projected = project_out(list(zip(adapters.values(), weights, strict=True)), null_space)
+            jobs = [(prompt, seed) for _, prompt, seed in same]
+            images += generate_jobs(pipe, family, jobs, adapters=projected, batch_size=batch_size, **sampling)
+        return images
+
+    yield one_by_one
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""A score for `quality.search` where the truth is known: pico's judge, asked for a name of its world."""
+"""An objective of the weight search for subjects and styles of pico's world, where the truth is known."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ import numpy as np
 
 from qrlora.pico.judge import Judge
 from qrlora.pico.world import STYLES, SUBJECTS
-from qrlora.quality.images.read import Exhibit
-from qrlora.quality.search.dials import Objective
+from qrlora.quality.images.read import MeasuredPicture
+from qrlora.quality.search.pictures import Objective
 
 
-def by_judge(part: str, name: str) -> Objective:
-    """Pico's judge asked for a name of its world: half for being right, half for the probability of the name.
+def judge_objective(part: str, name: str) -> Objective:
+    """Mean of the judge's decision for this name and its probability.
 
     Raises:
         DataError: pictures of another size than pico's.
@@ -21,7 +21,7 @@ def by_judge(part: str, name: str) -> Objective:
     judge = Judge.load()
     asked = {"subject": next(iter(SUBJECTS)), "style": next(iter(STYLES)), part: name}
 
-    def score(pictures: Sequence[Exhibit]) -> list[float]:
+    def score(pictures: Sequence[MeasuredPicture]) -> list[float]:
         verdict = judge.verdict(np.stack([picture.pixels for picture in pictures]), **asked)
         return ((getattr(verdict, part) + getattr(verdict, f"p_{part}")) / 2).tolist()
 

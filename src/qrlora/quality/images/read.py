@@ -1,8 +1,8 @@
-"""Pictures as they are measured: pixels in sRGB, a mask if there is one, the words they were asked for with.
+"""Pictures to be measured: pixels in sRGB, an optional mask, and the prompt.
 
-    gather([Path("pictures/")])        # every picture in it: mug.png, with mug.mask.png and mug.txt beside it
+    load_pictures([Path("pictures/")])        # mug.png with mug.mask.png and mug.txt, and so on
 
-Read as the trainer reads them (docs/data.md): upright, in sRGB, on white where transparent.
+They are read as for training (docs/data.md): upright, in sRGB, on white where transparent.
 """
 
 from __future__ import annotations
@@ -23,15 +23,17 @@ from qrlora.models.training.dataset import MASK, SUFFIXES, caption_beside
 from qrlora.models.training.pictures import open_picture
 
 SMALLEST = 16
-"""Least side in pixels of a picture that is measured."""
+"""Least side in pixels."""
 
 
 @dataclass(frozen=True, eq=False)
-class Exhibit:
+class MeasuredPicture:
     """One picture to measure.
 
-    pixels: (h, w, 3) uint8 in sRGB. mask: (h, w) in [0, 1], 1 where the subject is; None if that is not known.
-    prompt: what it was asked for with; empty if that is not known.
+    Attributes:
+        pixels: in sRGB.
+        mask: 1 inside the subject; None if unknown.
+        prompt: empty if unknown.
     """
 
     name: str
@@ -41,44 +43,44 @@ class Exhibit:
 
     @property
     def image(self) -> Image.Image:
-        """The pixels as Pillow has them."""
+        """The pixels as a Pillow image."""
         return Image.fromarray(self.pixels)
 
     def fitted(self, width: int, height: int) -> UInt8[np.ndarray, "height width 3"]:
-        """The middle of the picture in another size, cut as the trainer cuts."""
+        """The centre crop at another size, as for training."""
         return np.asarray(ImageOps.fit(self.image, (width, height), Image.Resampling.LANCZOS))
 
     def fitted_mask(self, width: int, height: int) -> Float[np.ndarray, "height width"] | None:
-        """The mask, cut alike."""
+        """The mask, cropped in the same way."""
         if self.mask is None:
             return None
         whole = Image.fromarray((255 * self.mask + 0.5).astype(np.uint8))
         mask = np.asarray(ImageOps.fit(whole, (width, height), Image.Resampling.BOX)).astype(np.float32) / 255
         if mask.max() < 0.5:
             raise DataError(
-                f"nothing left of the subject of {self.name}",
-                expected=f"white in the middle {width}:{height} of its mask, which is what is compared",
+                f"the subject of {self.name} is outside the crop",
+                expected=f"white in the central {width}:{height} of its mask, the part that is compared",
                 remedy="crop the picture and its mask around the subject",
             )
         return mask
 
     @cached_property
     def colours(self) -> Colours:
-        """Its different colours, and how much of the picture and of the subject each covers."""
+        """The distinct colours, with the share of the picture and of the subject that each covers."""
         return Colours.of(self.pixels, self.mask)
 
 
 @dataclass(frozen=True, eq=False)
 class Colours:
-    """The different colours of a picture. subject: their shares under the mask; None without one."""
+    """The distinct colours of a picture with their shares of the pixels. subject_shares: inside the mask, or None."""
 
     rgb: UInt8[np.ndarray, "k 3"]
-    picture: Float[np.ndarray, " k"]
-    subject: Float[np.ndarray, " k"] | None
+    picture_shares: Float[np.ndarray, " k"]
+    subject_shares: Float[np.ndarray, " k"] | None
 
     @classmethod
     def of(cls, pixels: UInt8[np.ndarray, "h w 3"], mask: Float[np.ndarray, "h w"] | None) -> Colours:
-        """Count colours one by one: few even in photographs, and so each is converted to Lab but once."""
+        """Count distinct colours, so that each is converted to Lab only once."""
         packed = pixels.reshape(-1, 3).astype(np.int64) @ np.array([65536, 256, 1], np.int64)
         codes, place, counts = np.unique(packed, return_inverse=True, return_counts=True)
         rgb = np.stack([codes >> 16, codes >> 8 & 255, codes & 255], axis=1).astype(np.uint8)
@@ -94,8 +96,8 @@ class Colours:
 
         return rgb2lab(self.rgb[None].astype(np.float64) / 255)[0]
 
-    def away(self, hexes: Sequence[str]) -> Float[np.ndarray, "k targets"]:
-        """CIEDE2000 colour difference (CIE 142-2001; Sharma et al. 2005) of each colour to each of these (#rrggbb)."""
+    def differences(self, hexes: Sequence[str]) -> Float[np.ndarray, "k targets"]:
+        """CIEDE2000 differences (CIE 142-2001; Sharma et al. 2005) between these colours and `hexes` (#rrggbb)."""
         from skimage.color import deltaE_ciede2000, rgb2lab
 
         targets = rgb2lab(np.array([[_rgb(code) for code in hexes]]) / 255)[0]
@@ -117,22 +119,22 @@ def hex_colour(text: str) -> str:
     return f"#{digits}"
 
 
-def gather(paths: Iterable[Path]) -> list[Exhibit]:
-    """The pictures of these files and folders; folders in the order of their files' names.
+def load_pictures(paths: Iterable[Path]) -> list[MeasuredPicture]:
+    """The pictures in these files and folders; those of a folder in the order of their names.
 
     Raises:
-        DataError: a path that is neither, a folder without pictures, or a picture or mask that cannot be used.
+        DataError: a path that is neither, a folder without pictures, or an unusable picture or mask.
     """
-    return [read(path) for path in picture_files(paths)]
+    return [load_picture(path) for path in picture_files(paths)]
 
 
 def picture_files(paths: Iterable[Path]) -> list[Path]:
-    """The files that `gather` reads, in its order; masks and grids of several pictures are none of them."""
+    """The files that `load_pictures` reads, in order; masks are left out."""
     files: list[Path] = []
     for path in paths:
         if not path.is_dir():
             if path.suffix.lower() not in SUFFIXES:
-                what = "no picture" if path.exists() else "no such picture or folder"
+                what = "not a picture" if path.exists() else "no such picture or folder"
                 remedy = "name a picture or a folder of pictures"
                 raise DataError(f"{what}: {path}", expected=sorted(SUFFIXES), got=path.suffix or None, remedy=remedy)
             files.append(path)
@@ -144,10 +146,11 @@ def picture_files(paths: Iterable[Path]) -> list[Path]:
     return files
 
 
-def read(path: Path) -> Exhibit:
-    """One picture file with its mask, from a file beside it or else its own transparency, and its prompt.
+def load_picture(path: Path) -> MeasuredPicture:
+    """A picture with its mask and prompt.
 
-    The prompt is that of `mug.txt` beside `mug.png`, else the one that `qrlora generate` wrote into the file.
+    The mask is `mug.mask.png` beside `mug.png`, or else the transparency. The prompt is the content of `mug.txt`, or
+    else the one that `qrlora generate` stored in the file.
     """
     picture = open_picture(path)
     if min(picture.image.size) < SMALLEST:
@@ -159,7 +162,7 @@ def read(path: Path) -> Exhibit:
     if beside or transparent:
         beside = beside and inside(beside, path.parent, DataError)
         mask = np.asarray(picture.mask(beside, picture.image.size)).astype(np.float32) / 255
-    return Exhibit(path.name, np.asarray(picture.image), mask, _prompt(path, picture.record))
+    return MeasuredPicture(path.name, np.asarray(picture.image), mask, _prompt(path, picture.record))
 
 
 def _prompt(path: Path, record: str) -> str:
@@ -169,7 +172,7 @@ def _prompt(path: Path, record: str) -> str:
     prompts = _prompts(path, record) if record else []
     if len(prompts) == 1:
         return prompts[0]
-    # The record is of the whole run; the file's number says which of its prompts the picture is of.
+    # The metadata hold all prompts of the run; the number in the file name is the index of the prompt.
     number = re.match(r"([0-9]+)-.*-seed[0-9]+$", path.stem)
     return prompts[int(number[1])] if number and int(number[1]) < len(prompts) else ""
 

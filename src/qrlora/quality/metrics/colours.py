@@ -1,4 +1,4 @@
-"""How far apart the colours of two pictures are, whatever the pictures show."""
+"""Distance between the colour distributions of two pictures."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ DIRECTIONS = np.array(
 )
 """Unit directions in CIE Lab: the axes and the diagonals between them."""
 BINS = 16
-"""Equal shares of the pixels, from the lowest to the highest, in each direction."""
+"""Quantile bins of the pixels in each direction."""
 
 VISIBLE = 2.3 / 2
 """The distance of two palettes below which nobody sees a difference: a CIE 1976 colour difference of 2.3 is just

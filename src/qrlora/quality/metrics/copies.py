@@ -1,4 +1,4 @@
-"""Is a picture one of those that were learned from? Copies survive shifts, crops, mirrors, recompression and tone."""
+"""Detection of copied training pictures, robust to shifts, crops, mirroring, recompression and changes of tone."""
 
 from __future__ import annotations
 
@@ -10,27 +10,27 @@ import numpy as np
 from jaxtyping import Bool, Float, UInt8
 
 SIDE = 128
-"""Short side in pixels at which pictures are compared: fine enough for a subject's proportions."""
+"""Short side in pixels at which pictures are compared; it resolves a subject's proportions."""
 TOLERANCE = 1.0
-"""Pixels by which edges may lie apart and still be the same edge."""
-LIMIT = 0.9
-"""From here on a picture counts as a copy. In tests/test_measures.py copies of pico's pictures, turned, cut, mirrored
-and recompressed, lie above it, and other scenes of the same subject below."""
+"""Largest distance in pixels between matching edges."""
+COPY_THRESHOLD = 0.9
+"""Least score of a copy. In tests/test_measures.py rotated, cropped, mirrored and recompressed copies score above it,
+other scenes of the same subject below."""
 SCALES = (0.7, 1.4)
-"""Copies are enlarged or reduced by at most this, on either axis."""
+"""Least and largest scale of a copy, on either axis."""
 LEAST_OVERLAP = 0.6
-LEAST_EDGE = 20  # pixels of edge; a picture without edges is like every other one
+LEAST_EDGE = 20  # pixels; a picture without edges would match every other one
 
 Grey = UInt8[np.ndarray, "_ _"]
 Warp = Float[np.ndarray, "2 3"]
 
 
-def likeness(picture: UInt8[np.ndarray, "h w 3"], other: UInt8[np.ndarray, "h2 w2 3"]) -> float:
-    """How far the edges of two pictures coincide once laid over each other, in [0, 1]; colours are not looked at.
+def copy_score(picture: UInt8[np.ndarray, "h w 3"], other: UInt8[np.ndarray, "h2 w2 3"]) -> float:
+    """Edge agreement of two pictures after registration, in [0, 1]; colours are ignored.
 
-    The other picture and its mirror image are brought onto the first, by matched keypoints (SIFT, Lowe 2004, with
-    RANSAC) and by maximising the correlation (ECC, Evangelidis and Psarakis 2008). Then: F-measure of Canny's edges
-    within TOLERANCE pixels, where both pictures are. 0 if no way of laying them over each other is found.
+    The other picture and its mirror image are registered to the first by matched keypoints (SIFT, Lowe 2004, with
+    RANSAC) and by maximising the correlation (ECC, Evangelidis and Psarakis 2008). The score is the F-measure of
+    Canny's edges within TOLERANCE pixels where the pictures overlap; 0 if no registration is found.
     """
     ours, theirs = _grey(picture), _grey(other)
     best = 0.0
@@ -49,14 +49,14 @@ def _grey(pixels: UInt8[np.ndarray, "h0 w0 3"]) -> Grey:
 
 
 def _placements(ours: Grey, theirs: Grey) -> Iterator[Warp]:
-    """Ways of laying one picture over the other: maps from our places to theirs."""
+    """Candidate registrations: maps from our coordinates to theirs."""
     middle = [(theirs.shape[1] - ours.shape[1]) / 2, (theirs.shape[0] - ours.shape[0]) / 2]
     starts = [np.array([[1, 0, middle[0]], [0, 1, middle[1]]], np.float32)]
     by_points = _by_keypoints(ours, theirs)
     starts += [] if by_points is None else [by_points]
     for start in starts:
         warp = start
-        with contextlib.suppress(cv2.error):  # it did not converge: the start may do
+        with contextlib.suppress(cv2.error):  # not converged: use the start
             steps = (cv2.TERM_CRITERIA_COUNT | cv2.TERM_CRITERIA_EPS, 80, 1e-4)
             everywhere, blur = np.full_like(ours, 255), 5
             _, found = cv2.findTransformECC(ours, theirs, start.copy(), cv2.MOTION_AFFINE, steps, everywhere, blur)
@@ -72,7 +72,7 @@ def _by_keypoints(ours: Grey, theirs: Grey) -> Warp | None:
     pairs = cv2.BFMatcher(crossCheck=True).match(features, other_features)
     if len(pairs) < 4:
         return None
-    cv2.setRNGSeed(0)  # RANSAC draws
+    cv2.setRNGSeed(0)  # RANSAC is random
     here = np.array([points[pair.queryIdx].pt for pair in pairs], np.float32)
     there = np.array([others[pair.trainIdx].pt for pair in pairs], np.float32)
     warp, _ = cv2.estimateAffinePartial2D(here, there, ransacReprojThreshold=2)
@@ -89,7 +89,7 @@ def _agreement(ours: Grey, theirs: Grey, warp: Warp) -> float:
     laid = cv2.warpAffine(theirs, warp, size, flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP)
     inside = np.ones_like(theirs)
     there = cv2.warpAffine(inside, warp, size, flags=cv2.INTER_NEAREST | cv2.WARP_INVERSE_MAP)
-    inner = cv2.erode(there, np.ones((7, 7), np.uint8), borderValue=1) > 0  # its border is no edge
+    inner = cv2.erode(there, np.ones((7, 7), np.uint8), borderValue=1) > 0  # its border is not an edge
     if inner.mean() < LEAST_OVERLAP:
         return 0.0
     return edge_agreement(edges_of(ours) & inner, edges_of(laid) & inner, TOLERANCE)
@@ -103,7 +103,7 @@ def edges_of(grey: Grey) -> Bool[np.ndarray, "h w"]:
 def edge_agreement(ours: Bool[np.ndarray, "h w"], theirs: Bool[np.ndarray, "h w"], tolerance: float) -> float:
     """F-measure of edges that have an edge of the other within `tolerance` pixels (Martin, Fowlkes and Malik 2004).
 
-    0 if either has fewer than LEAST_EDGE pixels of edge: there is nothing that could agree.
+    0 if either has fewer than LEAST_EDGE pixels of edge.
     """
     if min(ours.sum(), theirs.sum()) < LEAST_EDGE:
         return 0.0

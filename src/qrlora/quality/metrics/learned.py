@@ -1,9 +1,9 @@
-"""What trained networks see in pictures: DINOv2, CLIP, CSD, LPIPS. Their weights come from the user's own disk.
+"""Metrics by pretrained networks: DINOv2, CLIP, CSD, LPIPS, with weights from the local disk.
 
-    eyes = Eyes({"dino": "models/dinov2-base"})     # a folder, or what the Hugging Face cache has under that name
-    eyes.likeness("dino", picture, reference)
+    networks = FeatureNetworks({"dino": "models/dinov2-base"})     # a folder, or an id in the Hugging Face cache
+    networks.similarity("dino", picture, reference)
 
-Nothing is downloaded: what is missing is said, with the command that gets it.
+Nothing is downloaded: an error names missing weights and the command that downloads them.
 """
 
 from __future__ import annotations
@@ -21,61 +21,61 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from qrlora.errors import ModelError
-from qrlora.quality.images.read import Exhibit
+from qrlora.quality.images.read import MeasuredPicture
 
-LEAVE_OUT = "or choose measures that do without it"
+LEAVE_OUT = "or choose metrics that do without it"
 HEAD_WIDTH = 64
-"""Numbers of one attention head in all of OpenAI's CLIP models; a checkpoint's tensors do not tell it."""
+"""Width of an attention head in all of OpenAI's CLIP models; it cannot be read from a checkpoint's tensors."""
 
 
-class Eyes:
-    """Networks that are loaded when first asked, and what they saw, kept for the next question.
+class FeatureNetworks:
+    """Networks loaded on first use, with a cache of the features of pictures and prompts.
 
     Args:
-        weights: by the names of MODELS, where theirs are: a folder, a file, or an id in the Hugging Face cache.
-        device: "cuda", "cpu", ...; None for a GPU if there is one.
+        weights: name in NETWORKS -> a folder, a file, or an id in the Hugging Face cache.
+        device: "cuda", "cpu", ...; None: a GPU if there is one.
 
     Raises (all methods):
-        ModelError: weights that are missing, or of another network.
+        ModelError: weights are missing, or belong to another network.
     """
 
     def __init__(self, weights: Mapping[str, str] | None = None, device: str | None = None) -> None:
-        self.weights = {name: model.default for name, model in MODELS.items()} | dict(weights or {})
+        self.weights = {name: source.default for name, source in NETWORKS.items()} | dict(weights or {})
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self._networks: dict[str, Any] = {}
-        self._seen: dict[tuple[str, Exhibit], Tensor] = {}
-        self._read: dict[str, Tensor] = {}
+        self._features: dict[tuple[str, MeasuredPicture], Tensor] = {}
+        self._texts: dict[str, Tensor] = {}
 
     def load(self, name: str) -> Any:
-        """The network of this name in MODELS."""
+        """The network with this name in NETWORKS."""
         if name not in self._networks:
-            self._networks[name] = MODELS[name].load(self.weights[name], self.device)
+            self._networks[name] = NETWORKS[name].load(self.weights[name], self.device)
         return self._networks[name]
 
-    def likeness(self, name: str, picture: Exhibit, reference: Exhibit) -> float:
-        """Cosine of what the network makes of two pictures."""
+    def similarity(self, name: str, picture: MeasuredPicture, reference: MeasuredPicture) -> float:
+        """Cosine of the features of two pictures."""
         return float(self.features(name, picture) @ self.features(name, reference))
 
-    def fit(self, picture: Exhibit, words: str) -> float:
-        """Cosine of what CLIP makes of a picture and of a text; text longer than it reads is cut."""
-        if words not in self._read:
-            self._read[words] = normalize(self.load("clip").words(words), dim=-1)
-        return float(self.features("clip", picture) @ self._read[words])
+    def text_similarity(self, picture: MeasuredPicture, text: str) -> float:
+        """Cosine of the CLIP features of a picture and a text; the text is truncated to CLIP's length."""
+        if text not in self._texts:
+            self._texts[text] = normalize(self.load("clip").text_features(text), dim=-1)
+        return float(self.features("clip", picture) @ self._texts[text])
 
-    def distance(self, picture: Exhibit, reference: Exhibit) -> float:
-        """LPIPS of a picture and a reference that is cut to its size."""
+    def distance(self, picture: MeasuredPicture, reference: MeasuredPicture) -> float:
+        """LPIPS of a picture and a reference cropped to its size."""
         return self.load("lpips")(picture, reference)
 
-    def features(self, name: str, picture: Exhibit) -> Float[Tensor, " features"]:
-        """What the network makes of a picture, at length 1, float32 on the CPU."""
-        if (name, picture) not in self._seen:
-            self._seen[name, picture] = normalize(self.load(name)(picture), dim=-1)
-        return self._seen[name, picture]
+    def features(self, name: str, picture: MeasuredPicture) -> Float[Tensor, " features"]:
+        """The normalised features of a picture, float32 on the CPU."""
+        if (name, picture) not in self._features:
+            self._features[name, picture] = normalize(self.load(name)(picture), dim=-1)
+        return self._features[name, picture]
 
 
 @dataclass(frozen=True)
 class Network:
-    """A picture, and for CLIP a text, to a vector on the CPU."""
+    """A network that maps a picture, and for CLIP a text, to features on the CPU."""
 
     module: Any
     processor: Any
@@ -84,20 +84,20 @@ class Network:
     tokenizer: Any = None
 
     @torch.inference_mode()
-    def __call__(self, picture: Exhibit) -> Float[Tensor, " features"]:
-        """Prepared as the network's own files say, by Pillow wherever this runs: so numbers can be compared."""
+    def __call__(self, picture: MeasuredPicture) -> Float[Tensor, " features"]:
+        """Features of a picture, preprocessed as the network's configuration says, by Pillow on every machine."""
         pixels = self.processor(images=picture.image, return_tensors="pt")["pixel_values"].to(self.device)
         return self.vector(self.module, pixels)[0].float().cpu()
 
     @torch.inference_mode()
-    def words(self, text: str) -> Float[Tensor, " features"]:
-        """A text in the space of the pictures."""
+    def text_features(self, text: str) -> Float[Tensor, " features"]:
+        """Features of a text, in the space of the pictures."""
         tokens = self.tokenizer([text], padding=True, truncation=True, return_tensors="pt").to(self.device)
         return _projected(self.module.get_text_features(**tokens))[0].float().cpu()
 
 
 def _projected(found: Any) -> Tensor:
-    """transformers gives the projection alone, or since 5.2 in the place of the pooled output."""
+    """transformers returns the projection itself, or since 5.2 an output with the projection as its pooler_output."""
     return found if isinstance(found, Tensor) else found.pooler_output
 
 
@@ -124,20 +124,20 @@ def _clip(source: str, device: torch.device) -> Network:
 
 
 def _pretrained(name: str, kind: Any, source: str, **options: Any) -> Any:
-    """What transformers has under that name on this machine, or ModelError."""
+    """A local pretrained object of transformers, or ModelError."""
     from huggingface_hub import snapshot_download
 
     try:
-        # The folder, because AutoModel asks the hub for adapters of a name in spite of local_files_only.
+        # The folder, because AutoModel asks the hub for adapters of an id in spite of local_files_only.
         folder = source if Path(source).is_dir() else snapshot_download(source, local_files_only=True)
         return kind.from_pretrained(folder, local_files_only=True, **options)
     except (OSError, ValueError) as error:
         where = f"--weights {name}=FOLDER"
         raise ModelError(
-            f"{MODELS[name].title} is not on this machine",
+            f"{NETWORKS[name].title} is not on this machine",
             expected=f"a folder as transformers saves it, or {source!r} in the Hugging Face cache",
             got=str(error).strip().splitlines()[0],
-            remedy=f"get it once with `hf download {MODELS[name].default}`, or name a folder: {where}; {LEAVE_OUT}",
+            remedy=f"get it once with `hf download {NETWORKS[name].default}`, or name a folder: {where}; {LEAVE_OUT}",
         ) from error
 
 
@@ -163,7 +163,7 @@ def _csd(source: str, device: torch.device) -> Network:
 
 
 def _checkpoint(source: str) -> dict[str, Tensor]:
-    """The tensors of a CSD checkpoint; a pickle is read for tensors alone, so that it can run nothing."""
+    """The tensors of a CSD checkpoint; a pickle is read with weights_only, so it cannot run code."""
     expected = "the checkpoint of github.com/learn2phoenix/CSD (ViT-L), as .safetensors or .pth"
     remedy = f"download it, and name it: --weights csd=FILE; {LEAVE_OUT}"
     if not source or not Path(source).is_file():
@@ -173,9 +173,9 @@ def _checkpoint(source: str) -> dict[str, Tensor]:
             from safetensors.torch import load_file
 
             return load_file(source)
-        with torch.serialization.safe_globals([argparse.Namespace]):  # training options lie beside the tensors
+        with torch.serialization.safe_globals([argparse.Namespace]):  # the checkpoint holds training options, too
             found = torch.load(source, map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever a broken or foreign file makes the readers raise
+    except Exception as error:  # the readers raise many types on a broken file
         got = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         raise ModelError(f"unreadable weights: {source}", expected=expected, got=got, remedy=remedy) from error
     return found.get("model_state_dict", found)
@@ -192,14 +192,14 @@ TOWER = {
     r"transformer\.resblocks\.(\d+)\.mlp\.c_fc\.(weight|bias)": r"encoder.layers.\1.mlp.fc1.\2",
     r"transformer\.resblocks\.(\d+)\.mlp\.c_proj\.(weight|bias)": r"encoder.layers.\1.mlp.fc2.\2",
 }
-"""Names in OpenAI's CLIP -> names in transformers'; queries, keys and values lie in one tensor there."""
+"""Names in OpenAI's CLIP -> names in transformers. Queries, keys and values are one tensor in OpenAI's."""
 
 
 def style_network(checkpoint: Mapping[str, Any]) -> tuple[Any, Float[Tensor, "width features"]]:
     """The tower (transformers' CLIPVisionModel) and the style head of a CSD checkpoint.
 
     Raises:
-        ModelError: tensors that are missing or more than there should be, all of them named.
+        ModelError: missing or unexpected tensors; the error lists all of them.
     """
     from transformers import CLIPVisionConfig, CLIPVisionModel
 
@@ -208,7 +208,7 @@ def style_network(checkpoint: Mapping[str, Any]) -> tuple[Any, Float[Tensor, "wi
     needed = ("last_layer_style", "backbone.conv1.weight", "backbone.positional_embedding")
     missing = [name for name in needed if name not in tensors]
     if missing:
-        raise ModelError("no CSD checkpoint", expected=f"tensors {list(needed)}", got=f"without {missing}")
+        raise ModelError("not a CSD checkpoint", expected=f"tensors {list(needed)}", got=f"without {missing}")
     width, _, patch, _ = tower["conv1.weight"].shape
     layers = {int(found[1]) for name in tower if (found := re.match(r"transformer\.resblocks\.(\d+)\.", name))}
     network = CLIPVisionModel(
@@ -227,7 +227,7 @@ def style_network(checkpoint: Mapping[str, Any]) -> tuple[Any, Float[Tensor, "wi
 
 
 def _renamed(tower: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """OpenAI's names and joined projections as transformers has them, float32."""
+    """The tensors under transformers' names, with the joint projections split, float32."""
     renamed: dict[str, Tensor] = {}
     for name, value in tower.items():
         joined = re.fullmatch(r"transformer\.resblocks\.(\d+)\.attn\.in_proj_(weight|bias)", name)
@@ -249,17 +249,17 @@ def _fill(network: Any, tensors: dict[str, Tensor]) -> None:
     )
     if wrong:
         raise ModelError(
-            "no CSD checkpoint", expected=f"the {len(own)} tensors of its tower", got=f"differing: {wrong}"
+            "not a CSD checkpoint", expected=f"the {len(own)} tensors of its tower", got=f"differing: {wrong}"
         )
     network.load_state_dict(tensors)
 
 
-def _lpips(source: str, device: torch.device) -> Callable[[Exhibit, Exhibit], float]:
+def _lpips(source: str, device: torch.device) -> Callable[[MeasuredPicture, MeasuredPicture], float]:
     """LPIPS (Zhang et al. 2018) on AlexNet, by torchmetrics; `source` is a folder of torch's hub, "" for its own."""
     try:
         from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
         from torchvision.models import AlexNet_Weights
-    except (ImportError, RuntimeError) as error:  # torchvision raises the latter beside a torch it was not built for
+    except (ImportError, RuntimeError) as error:  # torchvision raises RuntimeError with a torch it was not built for
         remedy = f"pip install 'qrlora[lpips]' (torchvision of the same source as torch); {LEAVE_OUT}"
         raise ModelError("LPIPS needs torchmetrics and torchvision", got=error, remedy=remedy) from error
     folder = Path(source or torch.hub.get_dir())
@@ -281,7 +281,7 @@ def _lpips(source: str, device: torch.device) -> Callable[[Exhibit, Exhibit], fl
         torch.hub.set_dir(before)
 
     @torch.inference_mode()
-    def distance(picture: Exhibit, reference: Exhibit) -> float:
+    def distance(picture: MeasuredPicture, reference: MeasuredPicture) -> float:
         height, width = picture.pixels.shape[:2]
         both = (picture.pixels, reference.fitted(width, height))
         first, second = (torch.tensor(p).permute(2, 0, 1)[None].float().to(device) / 255 for p in both)
@@ -291,17 +291,17 @@ def _lpips(source: str, device: torch.device) -> Callable[[Exhibit, Exhibit], fl
 
 
 @dataclass(frozen=True)
-class Model:
-    """A network that measures need: what it is called, where its weights are unless said, and what loads it."""
+class NetworkSource:
+    """The title of a network, the default place of its weights, and its loader."""
 
     title: str
     default: str
     load: Callable[[str, torch.device], Any]
 
 
-MODELS = {
-    "dino": Model("DINOv2", "facebook/dinov2-base", _dino),
-    "clip": Model("CLIP", "openai/clip-vit-base-patch32", _clip),
-    "csd": Model("CSD", "", _csd),
-    "lpips": Model("LPIPS", "", _lpips),
+NETWORKS = {
+    "dino": NetworkSource("DINOv2", "facebook/dinov2-base", _dino),
+    "clip": NetworkSource("CLIP", "openai/clip-vit-base-patch32", _clip),
+    "csd": NetworkSource("CSD", "", _csd),
+    "lpips": NetworkSource("LPIPS", "", _lpips),
 }

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from jaxtyping import UInt8
+from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from PIL import Image
 
@@ -166,7 +166,7 @@ class Report:
         return page("report.html", report=self)
 
     def write(self, folder: Path, beside: Mapping[str, bytes] | None = None) -> Path:
-        """Write report.json, report.html and the files ``beside`` them into ``folder``: all of them, or none.
+        """Write report.json, report.html and the files ``beside`` them into ``folder``, each whole or not at all.
 
         The folder is created. Returns the page's path.
 
@@ -188,7 +188,9 @@ def page(template: str, **values: Any) -> str:
 def render(block: Any) -> Markup:
     """The HTML of one block. Raises TypeError for anything else."""
     if not isinstance(block, get_args(Block)):
-        raise TypeError(f"expected a block of a report ({', '.join(t.__name__ for t in get_args(Block))}), got {block!r}")
+        raise TypeError(
+            f"expected a block of a report ({', '.join(t.__name__ for t in get_args(Block))}), got {block!r}"
+        )
     macros: Any = _environment().get_template("blocks.html").module
     return getattr(macros, type(block).__name__.lower())(block)
 

@@ -1,11 +1,11 @@
-"""Weights of a composition, found by looking at pictures: the frontier of subject against style, under a budget.
+"""Search over the weights of a composition for the Pareto frontier of subject and style scores, under a picture budget.
 
-    found = search(score, dials=2, budget=120)
-    for tried in found.frontier: print(tried.weights, tried.mean)
+    result = search(score, dimensions=2, budget=120)
+    for candidate in result.frontier: print(candidate.weights, candidate.mean)
 
-Three parts of the budget, a third each: points spread over all weights; points between neighbours of the frontier so
-far, and around it; and the best of both looked at again, with seeds that the search has not seen. Only those last
-scores are reported: the best of many noisy ones would look better than it is.
+The budget is spent in thirds: on points of a Halton sequence over all weights; on points near the frontier so far; and
+on confirming the best candidates with prompts and seeds that the search has not used. Only the confirmed scores are
+reported: the best of many noisy scores is an overestimate.
 """
 
 from __future__ import annotations
@@ -22,59 +22,60 @@ from qrlora.errors import DataError
 
 Weights = tuple[float, ...]
 Scores = tuple[float, float]
-"""Subject, style; more is better."""
+"""(subject, style); higher is better."""
 Score = Callable[[Sequence[tuple[Weights, int]]], Sequence[Scores]]
-"""Scores of pictures, each asked for by weights and the number of its prompt and seed."""
+"""Scores of samples, each given by its weights and the number of its prompt and seed."""
 
-FIRST = 2
-"""Pictures of a point before it is looked at again."""
-AGAIN = 8
-"""And then, if the budget lets five points have as many."""
-LEAST_BUDGET = 24
+SEARCH_SAMPLES = 2
+"""Pictures per candidate during the search."""
+CONFIRMATION_SAMPLES = 8
+"""Pictures per confirmed candidate, if the budget allows that for five candidates."""
+MIN_BUDGET = 24
 STEP = 0.1
-"""Spread of the points around the frontier, in parts of the largest weight."""
+"""Standard deviation of the points around the frontier, relative to the largest weight."""
 
 
 @dataclass(eq=False)
-class Tried:
-    """Weights, and the scores of their pictures: of the search, and of the second look (empty if there was none)."""
+class Candidate:
+    """Weights with the scores of their samples; confirmation_scores is empty unless the candidate was confirmed."""
 
     weights: Weights
-    first: list[Scores] = field(default_factory=list)
-    again: list[Scores] = field(default_factory=list)
+    search_scores: list[Scores] = field(default_factory=list)
+    confirmation_scores: list[Scores] = field(default_factory=list)
 
     @property
-    def guess(self) -> Scores:
-        """Mean over the search's pictures."""
-        return _mean(self.first)
+    def search_mean(self) -> Scores:
+        """Mean over the samples of the search."""
+        return _mean(self.search_scores)
 
     @property
     def mean(self) -> Scores:
-        """Mean over the second look."""
-        return _mean(self.again)
+        """Mean over the samples of the confirmation."""
+        return _mean(self.confirmation_scores)
 
     @property
     def error(self) -> Scores:
-        """Standard error of that mean."""
-        spread = np.std(self.again, axis=0, ddof=1) if len(self.again) > 1 else np.full(2, math.nan)
-        return tuple((spread / math.sqrt(max(len(self.again), 1))).tolist())
+        """Standard error of `mean`; NaN for fewer than two samples."""
+        scores = self.confirmation_scores
+        spread = np.std(scores, axis=0, ddof=1) if len(scores) > 1 else np.full(2, math.nan)
+        return tuple((spread / math.sqrt(max(len(scores), 1))).tolist())
 
 
 @dataclass(frozen=True)
-class Found:
-    """All that was tried, and what of it was looked at again."""
+class SearchResult:
+    """All candidates, and those that were confirmed."""
 
-    tried: tuple[Tried, ...]
-    confirmed: tuple[Tried, ...]
+    candidates: tuple[Candidate, ...]
+    confirmed: tuple[Candidate, ...]
 
     @property
-    def frontier(self) -> list[Tried]:
-        """Of the confirmed those that none beats in both scores; the best subject first."""
+    def frontier(self) -> list[Candidate]:
+        """The confirmed candidates that no other dominates, by descending subject score."""
         return [self.confirmed[i] for i in frontier([one.mean for one in self.confirmed])]
 
     @property
-    def balanced(self) -> Tried:
-        """The one of the frontier whose worse score is best, each score in parts of its range over all confirmed."""
+    def balanced(self) -> Candidate:
+        """The maximin point of the frontier, with each score scaled to its range over all confirmed candidates."""
         means = np.array([one.mean for one in self.confirmed])
         least, span = means.min(0), np.maximum(np.ptp(means, axis=0), 1e-12)
         return max(self.frontier, key=lambda one: float(((one.mean - least) / span).min()))
@@ -82,67 +83,68 @@ class Found:
 
 def search(
     score: Score,
-    dials: int,
+    dimensions: int,
     budget: int,
     *,
-    highest: float = 1.5,
+    max_weight: float = 1.5,
     seed: int = 0,
-    tell: Callable[[str], None] = lambda _: None,
-) -> Found:
-    """Look for the frontier with `budget` pictures.
+    notify: Callable[[str], None] = lambda _: None,
+) -> SearchResult:
+    """Search for the frontier with at most `budget` pictures.
 
     Args:
-        score: of pictures; more is better.
-        dials: how many weights there are, each from 0 to `highest`.
-        tell: told in words what is begun.
+        score: called once per stage with all samples of that stage.
+        dimensions: number of weights; each is searched from 0 to `max_weight`.
+        notify: receives one line of text at the start of each stage.
 
     Raises:
-        DataError: a budget too small to tell anything.
+        DataError: fewer than MIN_BUDGET pictures, or no weights.
     """
-    if budget < LEAST_BUDGET or dials < 1:
-        expected = f"{LEAST_BUDGET} pictures and one weight, or more"
-        raise DataError("nothing can be found so", expected=expected, got=f"{budget} pictures, {dials} weights")
+    if budget < MIN_BUDGET or dimensions < 1:
+        expected = f"at least {MIN_BUDGET} pictures and one weight"
+        raise DataError("too little to search", expected=expected, got=f"{budget} pictures, {dimensions} weights")
     rng = np.random.default_rng(seed)
-    points = budget // 3 // FIRST
-    tell(f"{points} points over all weights")
-    tried = _look([*_spread(points, dials, highest, seed)], score)
+    points = budget // 3 // SEARCH_SAMPLES
+    notify(f"{points} points over all weights")
+    candidates = _evaluated(_initial_points(points, dimensions, max_weight, seed), score)
     for part in (points // 2, points - points // 2):
-        tell(f"{part} points around the frontier so far")
-        tried += _look(_near(tried, part, highest, rng), score)
-    left = budget - FIRST * len(tried)
-    again = max(FIRST, min(AGAIN, left // 5))
-    order = ranked([one.guess for one in tried])
-    confirmed = [tried[i] for i in order[: max(1, left // again)]]
-    tell(f"{len(confirmed)} points again, {again} pictures each")
-    jobs = [(one.weights, number) for one in confirmed for number in range(FIRST, FIRST + again)]
-    scores = iter(score(jobs))
+        notify(f"{part} points near the frontier so far")
+        candidates += _evaluated(_points_near_frontier(candidates, part, max_weight, rng), score)
+    left = budget - SEARCH_SAMPLES * len(candidates)
+    samples = max(SEARCH_SAMPLES, min(CONFIRMATION_SAMPLES, left // 5))
+    order = ranked([one.search_mean for one in candidates])
+    confirmed = [candidates[i] for i in order[: max(1, left // samples)]]
+    notify(f"confirming {len(confirmed)} points, {samples} pictures each")
+    numbers = range(SEARCH_SAMPLES, SEARCH_SAMPLES + samples)
+    scores = iter(score([(one.weights, number) for one in confirmed for number in numbers]))
     for one in confirmed:
-        one.again = [next(scores) for _ in range(again)]
-    return Found(tuple(tried), tuple(confirmed))
+        one.confirmation_scores = [next(scores) for _ in numbers]
+    return SearchResult(tuple(candidates), tuple(confirmed))
 
 
-def _look(points: Sequence[Weights], score: Score) -> list[Tried]:
-    jobs = [(weights, number) for weights in points for number in range(FIRST)]
-    scores = iter(score(jobs))
-    return [Tried(weights, [next(scores) for _ in range(FIRST)]) for weights in points]
+def _evaluated(points: Sequence[Weights], score: Score) -> list[Candidate]:
+    scores = iter(score([(weights, number) for weights in points for number in range(SEARCH_SAMPLES)]))
+    return [Candidate(weights, [next(scores) for _ in range(SEARCH_SAMPLES)]) for weights in points]
 
 
-def _spread(count: int, dials: int, highest: float, seed: int) -> list[Weights]:
-    """What everyone tries first, all weights 1; the rest evenly (Halton's sequence)."""
+def _initial_points(count: int, dimensions: int, max_weight: float, seed: int) -> list[Weights]:
+    """All weights 1, which is the usual default, and then a Halton sequence."""
     from scipy.stats import qmc
 
-    points = qmc.Halton(dials, scramble=True, seed=seed).random(count - 1) * highest
-    return [(min(1.0, highest),) * dials, *(_rounded(point, highest) for point in points)]
+    points = qmc.Halton(dimensions, scramble=True, seed=seed).random(count - 1) * max_weight
+    return [(min(1.0, max_weight),) * dimensions, *(_rounded(point, max_weight) for point in points)]
 
 
-def _near(tried: Sequence[Tried], count: int, highest: float, rng: np.random.Generator) -> list[Weights]:
-    """Midpoints between neighbours on the frontier, then steps by chance from its points; none that was tried."""
-    best = [tried[i].weights for i in frontier([one.guess for one in tried])]
-    known, found = {one.weights for one in tried}, []
+def _points_near_frontier(
+    candidates: Sequence[Candidate], count: int, max_weight: float, rng: np.random.Generator
+) -> list[Weights]:
+    """New points: midpoints between neighbours on the frontier, then Gaussian steps from its points in turn."""
+    best = [candidates[i].weights for i in frontier([one.search_mean for one in candidates])]
+    known, found = {one.weights for one in candidates}, []
     middles = (np.mean(pair, axis=0) for pair in itertools.pairwise(best))
-    steps = (rng.normal(best[i % len(best)], STEP * highest) for i in itertools.count())
+    steps = (rng.normal(best[i % len(best)], STEP * max_weight) for i in itertools.count())
     for point in itertools.chain(middles, steps):
-        weights = _rounded(point, highest)
+        weights = _rounded(point, max_weight)
         if weights not in known:
             known.add(weights)
             found.append(weights)
@@ -151,17 +153,17 @@ def _near(tried: Sequence[Tried], count: int, highest: float, rng: np.random.Gen
     return found
 
 
-def _rounded(point: Float[np.ndarray, " dials"], highest: float) -> Weights:
-    """To what a command line is typed with."""
-    return tuple(float(round(value, 3)) for value in np.clip(point, 0, highest))
+def _rounded(point: Float[np.ndarray, " dimensions"], max_weight: float) -> Weights:
+    """Clipped, and rounded so that the weights can be typed on a command line."""
+    return tuple(float(round(value, 3)) for value in np.clip(point, 0, max_weight))
 
 
 def _mean(scores: Sequence[Scores]) -> Scores:
     return tuple(np.mean(scores, axis=0).tolist())
 
 
-def frontier(points: Sequence[Scores]) -> list[int]:
-    """Positions of the points that no other beats or equals in both and beats in one; the best first score first."""
+def frontier(points: Sequence[tuple[float, float]]) -> list[int]:
+    """Indices of the points that no other dominates (Pareto), by descending first score; of equal points one."""
     best: list[int] = []
     for i in sorted(range(len(points)), key=lambda i: points[i], reverse=True):
         if not best or points[i][1] > points[best[-1]][1]:
@@ -170,17 +172,17 @@ def frontier(points: Sequence[Scores]) -> list[int]:
 
 
 def ranked(points: Sequence[Scores]) -> list[int]:
-    """All positions, frontier by frontier; of one frontier its ends and what stands alone first (NSGA-II, Deb 2002)."""
+    """All indices by non-dominated sorting, and within one frontier by crowding distance (NSGA-II, Deb et al. 2002)."""
     left, order = list(range(len(points))), []
     while left:
         layer = [left[i] for i in frontier([points[i] for i in left])]
-        order += sorted(layer, key=lambda i: -_room(layer, i, points))
+        order += sorted(layer, key=lambda i: -_crowding_distance(layer, i, points))
         left = [i for i in left if i not in set(layer)]
     return order
 
 
-def _room(layer: Sequence[int], one: int, points: Sequence[Scores]) -> float:
-    """Distance between the neighbours of a point on its frontier, in parts of the frontier; infinite at the ends."""
+def _crowding_distance(layer: Sequence[int], one: int, points: Sequence[Scores]) -> float:
+    """Distance between the two neighbours of a point, relative to the extent of its frontier; infinite at the ends."""
     place = layer.index(one)
     if place in (0, len(layer) - 1):
         return math.inf

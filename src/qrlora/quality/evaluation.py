@@ -1,6 +1,6 @@
-"""Groups of pictures measured and judged: the numbers, as JSON, as CSV, and as a page.
+"""Evaluation of groups of pictures by metrics and a brand sheet, with its report, JSON and CSV.
 
-found = assess({"pictures": pictures}, references, chosen(None, pictures, references), sheet)
+found = evaluate({"pictures": pictures}, references, select_metrics(None, pictures, references), sheet)
 report(found).write(Path("evaluation"))
 """
 
@@ -15,25 +15,25 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-from qrlora.quality.images.read import Exhibit
-from qrlora.quality.metrics.copies import LIMIT
+from qrlora.quality.images.read import MeasuredPicture
+from qrlora.quality.metrics.copies import COPY_THRESHOLD
 from qrlora.quality.metrics.shares import Share
-from qrlora.quality.metrics.table import MEASURES, Measure, References, measure
+from qrlora.quality.metrics.table import METRICS, Metric, References, compute_metrics
 from qrlora.quality.report import Block, Figure, Figures, Gallery, Picture, Prose, Report, Section, Table
 
 if TYPE_CHECKING:
-    from qrlora.quality.brand import Sheet, Verdict
-    from qrlora.quality.metrics.learned import Eyes
+    from qrlora.quality.brand import BrandSheet, Verdict
+    from qrlora.quality.metrics.learned import FeatureNetworks
 
 THUMBNAIL = 256
-"""Longest side in pixels of a picture on the page."""
+"""Longest side in pixels of a picture in the report."""
 
 Row = Mapping[str, float | None]
 
 
 @dataclass(frozen=True)
-class Spread:
-    """Mean, lowest and highest of a measure over a group, and over how many of its pictures."""
+class Summary:
+    """Mean, minimum and maximum of a metric over the n pictures of a group that have it."""
 
     mean: float
     lowest: float
@@ -42,53 +42,53 @@ class Spread:
 
 
 @dataclass(frozen=True, eq=False)
-class Assessment:
-    """What was found. rows and verdicts: by group, a picture an entry, in the order of its pictures."""
+class Evaluation:
+    """The results. rows, verdicts: for each group, one entry for each of its pictures."""
 
-    groups: Mapping[str, Sequence[Exhibit]]
+    groups: Mapping[str, Sequence[MeasuredPicture]]
     references: References
-    measures: Sequence[Measure]
+    metrics: Sequence[Metric]
     rows: Mapping[str, Sequence[Row]]
-    sheet: Sheet | None = None
+    sheet: BrandSheet | None = None
     verdicts: Mapping[str, Sequence[Verdict]] | None = None
 
-    def spread(self, group: str, name: str) -> Spread | None:
-        """Of one measure; None if no picture of the group has it."""
+    def summary(self, group: str, name: str) -> Summary | None:
+        """Summary of a metric over a group; None if no picture has it."""
         values = [value for row in self.rows[group] if (value := row[name]) is not None]
-        return Spread(float(np.mean(values)), min(values), max(values), len(values)) if values else None
+        return Summary(float(np.mean(values)), min(values), max(values), len(values)) if values else None
 
     def passing(self, group: str) -> tuple[Share, bool] | None:
-        """The share of the group's pictures that the sheet passes, and whether that is enough; None without a sheet."""
+        """The share of the group that passes the sheet, and whether the group passes; None without a sheet."""
         if self.sheet is None or self.verdicts is None:
             return None
-        return self.sheet.together(self.verdicts[group])
+        return self.sheet.passing(self.verdicts[group])
 
     @property
     def passes(self) -> bool:
-        """Every group passes, or nothing was asked."""
+        """True if every group passes, or there is no sheet."""
         return all(found is None or found[1] for found in map(self.passing, self.groups))
 
     def copies(self, group: str) -> list[str]:
-        """Names of the pictures that count as copies of a training picture."""
+        """Names of the pictures that score as copies of a training picture."""
         pairs = zip(self.groups[group], self.rows[group], strict=True)
-        return [picture.name for picture, row in pairs if (row.get("copied") or 0.0) >= LIMIT]
+        return [picture.name for picture, row in pairs if (row.get("copied") or 0.0) >= COPY_THRESHOLD]
 
     def data(self) -> dict[str, Any]:
-        """All of it, as JSON values."""
+        """The results as JSON values."""
         return {
-            "measures": {one.name: _facts(one) for one in self.measures},
+            "metrics": {one.name: _facts(one) for one in self.metrics},
             "groups": {name: self._group(name) for name in self.groups},
             "brand": self.sheet.model_dump(mode="json", exclude={"logo"}) if self.sheet else None,
             "passes": self.passes if self.sheet else None,
         }
 
     def _group(self, group: str) -> dict[str, Any]:
-        spreads = {one.name: self.spread(group, one.name) for one in self.measures}
+        spreads = {one.name: self.summary(group, one.name) for one in self.metrics}
         found: dict[str, Any] = {
             "summary": {name: vars(spread) if spread else None for name, spread in spreads.items()},
             "copies": self.copies(group),
             "pictures": [
-                {"name": picture.name, "prompt": picture.prompt, "measures": dict(row)}
+                {"name": picture.name, "prompt": picture.prompt, "metrics": dict(row)}
                 for picture, row in zip(self.groups[group], self.rows[group], strict=True)
             ],
         }
@@ -102,10 +102,10 @@ class Assessment:
         return found
 
     def csv(self) -> str:
-        """A line a picture: group, name, prompt, the measures, and with a sheet the verdict and its reasons."""
+        """One row for each picture: group, name, prompt, metrics, and with a sheet the verdict and its reasons."""
         stream = io.StringIO()
         writer = csv.writer(stream)
-        names = [one.name for one in self.measures]
+        names = [one.name for one in self.metrics]
         writer.writerow(["group", "picture", "prompt", *names, *(["passes", "reasons"] if self.verdicts else [])])
         for group, pictures in self.groups.items():
             for i, picture in enumerate(pictures):
@@ -118,66 +118,65 @@ class Assessment:
         return stream.getvalue()
 
 
-def assess(
-    groups: Mapping[str, Sequence[Exhibit]],
+def evaluate(
+    groups: Mapping[str, Sequence[MeasuredPicture]],
     references: References,
-    measures: Sequence[Measure],
-    sheet: Sheet | None = None,
-    eyes: Eyes | None = None,
+    metrics: Sequence[Metric],
+    sheet: BrandSheet | None = None,
+    networks: FeatureNetworks | None = None,
     progress: Callable[[int, int], None] | None = None,
-) -> Assessment:
-    """Measure every picture of every group, and judge it by the sheet if there is one.
+) -> Evaluation:
+    """Compute the metrics of every picture, and apply the brand sheet if given.
 
     Raises:
         ModelError: a network's weights are missing.
     """
     everything = [picture for pictures in groups.values() for picture in pictures]
-    rows = iter(measure(everything, references, measures, eyes, progress))
+    rows = iter(compute_metrics(everything, references, metrics, networks, progress))
     by_group = {name: [next(rows) for _ in pictures] for name, pictures in groups.items()}
     verdicts = None
     if sheet:
         verdicts = {
-            name: [sheet.judge(picture, row) for picture, row in zip(pictures, by_group[name], strict=True)]
+            name: [sheet.check(picture, row) for picture, row in zip(pictures, by_group[name], strict=True)]
             for name, pictures in groups.items()
         }
-    return Assessment(groups, references, measures, by_group, sheet, verdicts)
+    return Evaluation(groups, references, metrics, by_group, sheet, verdicts)
 
 
-def _facts(one: Measure) -> dict[str, Any]:
-    needs = {"about": one.about, "needs": list(one.needs), "better": one.better, "unit": one.unit}
-    return needs | {"range": list(one.bounds), "source": one.source, "network": one.model or None}
+def _facts(one: Metric) -> dict[str, Any]:
+    needs = {"description": one.description, "needs": list(one.needs), "better": one.better, "unit": one.unit}
+    return needs | {"range": list(one.bounds), "source": one.source, "network": one.network or None}
 
 
-def thumbnail(picture: Exhibit, caption: str = "", marks: Sequence[tuple[str, bool]] = ()) -> Picture:
-    """For a page: no larger than it is shown."""
+def thumbnail(picture: MeasuredPicture, caption: str = "", marks: Sequence[tuple[str, bool]] = ()) -> Picture:
+    """The picture as a block of a report, reduced to THUMBNAIL pixels."""
     image = picture.image
     image.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
     return Picture(np.asarray(image), picture.prompt or picture.name, caption, marks)
 
 
-def report(found: Assessment) -> Report:
-    """The page and its data."""
+def report(found: Evaluation) -> Report:
+    """The report of an evaluation."""
     count = sum(map(len, found.groups.values()))
     subtitle = f"{count} pictures" + (f" in {len(found.groups)} groups" if len(found.groups) > 1 else "")
-    subtitle += f", {len(found.measures)} measures" + (f", and the sheet of {_brand(found)}" if found.sheet else "")
+    subtitle += f", {len(found.metrics)} metrics" + (f", and the sheet of {_brand(found)}" if found.sheet else "")
     sections = [_opening(found), _numbers(found)]
     sections += [_reasons(found)] if found.sheet else []
     sections += [_pictures(found, name) for name in found.groups]
     return Report(
-        title="What the pictures show",
+        title="Evaluation of pictures",
         subtitle=subtitle + ".",
-        sections=[*sections, _meaning(found)],
+        sections=[*sections, _descriptions(found)],
         data=found.data(),
-        footer="Written by qrlora evaluate. Beside this page: all numbers in report.json, a line a picture in "
-        "pictures.csv.",
+        footer="Written by qrlora evaluate. All numbers are in report.json, a row for each picture in pictures.csv.",
     )
 
 
-def _brand(found: Assessment) -> str:
+def _brand(found: Evaluation) -> str:
     return (found.sheet.name if found.sheet else "") or "the brand"
 
 
-def _opening(found: Assessment) -> Section:
+def _opening(found: Evaluation) -> Section:
     figures = []
     for name in found.groups:
         together = found.passing(name)
@@ -186,10 +185,10 @@ def _opening(found: Assessment) -> Section:
             low, high = share.interval
             note = f"{share.right} of {share.n}, 95% interval {100 * low:.0f} to {100 * high:.0f}%"
             tone = "good" if enough else "bad"
-            figures.append(Figure(f"{100 * share.value:.0f}%", f"{name}: keeps to the brand sheet", note, tone))
+            figures.append(Figure(f"{100 * share.value:.0f}%", f"{name}: passes the brand sheet", note, tone))
         if found.references.training:
             copies = len(found.copies(name))
-            note = f"edges coincide with a training picture's by {LIMIT:g} and more"
+            note = f"edge agreement with a training picture of at least {COPY_THRESHOLD:g}"
             figures.append(Figure(str(copies), f"{name}: copies", note, "bad" if copies else "good"))
     blocks: list[Block] = [Figures(figures)] if figures else []
     given = [
@@ -197,26 +196,26 @@ def _opening(found: Assessment) -> Section:
         for kind in ("subject", "style", "training")
         for one in getattr(found.references, kind)[:8]
     ]
-    blocks += [Prose(["Held against:"]), Gallery(given)] if given else []
+    blocks += [Prose(["References:"]), Gallery(given)] if given else []
     return Section("", blocks)
 
 
-def _numbers(found: Assessment) -> Section:
-    header = ["measure", "better", *(f"{name}: mean (lowest to highest)" for name in found.groups)]
+def _numbers(found: Evaluation) -> Section:
+    header = ["metric", "better", *(f"{name}: mean (lowest to highest)" for name in found.groups)]
     rows = []
-    for one in found.measures:
-        cells = [_cell(found.spread(name, one.name)) for name in found.groups]
+    for one in found.metrics:
+        cells = [_cell(found.summary(name, one.name)) for name in found.groups]
         rows.append([one.name + (f", {one.unit}" if one.unit else ""), one.better, *cells])
     return Section("Numbers", [Table(header, rows)])
 
 
-def _cell(spread: Spread | None) -> str | None:
+def _cell(spread: Summary | None) -> str | None:
     if spread is None:
         return None
     return f"{spread.mean:.3f} ({spread.lowest:.3f} to {spread.highest:.3f}), n = {spread.n}"
 
 
-def _reasons(found: Assessment) -> Section:
+def _reasons(found: Evaluation) -> Section:
     assert found.sheet is not None and found.verdicts is not None
     rows: list[list[str | Share | None]] = []
     for name in found.groups:
@@ -224,7 +223,7 @@ def _reasons(found: Assessment) -> Section:
         assert together is not None
         share, enough = together
         rows.append([name, share, "passes" if enough else "fails"])
-    asked = f"asked: {100 * found.sheet.composition.passing:.3g}% of the pictures"
+    asked = f"required: {100 * found.sheet.composition.passing:.3g}% of the pictures"
     blocks: list[Block] = [Table(["group", "pictures that pass", asked], rows)]
     listed = [
         f"{name}, {picture.name}: {'; '.join(verdict.reasons)}"
@@ -236,25 +235,23 @@ def _reasons(found: Assessment) -> Section:
     return Section(f"The sheet of {_brand(found)}", blocks)
 
 
-def _pictures(found: Assessment, group: str) -> Section:
+def _pictures(found: Evaluation, group: str) -> Section:
     copies, shown = set(found.copies(group)), []
     for i, picture in enumerate(found.groups[group]):
         marks: list[tuple[str, bool]] = []
         if found.verdicts:
             verdict = found.verdicts[group][i]
-            marks = [(check.what, False) for check in verdict.checks if not check.holds] or [("brand", True)]
+            marks = [(check.rule, False) for check in verdict.checks if not check.passes] or [("brand", True)]
         marks += [("a copy", False)] if picture.name in copies else []
         shown.append(thumbnail(picture, picture.name, marks))
     return Section(group, [Gallery(shown)])
 
 
-def _meaning(found: Assessment) -> Section:
-    rows = [[name, m.about, m.better, f"{m.bounds[0]:g} to {m.bounds[1]:g} {m.unit}".strip(), m.source]
-            for name, m in MEASURES.items() if m in found.measures]  # fmt: skip
+def _descriptions(found: Evaluation) -> Section:
+    rows = [[name, m.description, m.better, f"{m.bounds[0]:g} to {m.bounds[1]:g} {m.unit}".strip(), m.source]
+            for name, m in METRICS.items() if m in found.metrics]  # fmt: skip
     note = (
-        "Measures of place (edges, structure, lpips) fall when a subject is moved, though it is the same; likeness by "
-        "networks is blind to small print and logos. None replaces a look at the pictures."
+        "Metrics that compare place by place (edges, structure, lpips) fall when a subject moves; networks are blind "
+        "to small print and logos. None replaces looking at the pictures."
     )
-    return Section(
-        "What the measures say", [Table(["measure", "what it says", "better", "range", "source"], rows, note)]
-    )
+    return Section("Metrics", [Table(["metric", "description", "better", "range", "source"], rows, note)])

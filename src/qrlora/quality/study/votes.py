@@ -1,10 +1,10 @@
-"""The votes of a study, decoded and counted.
+"""Count of the votes of a preference study.
 
-    found = tally([json.loads(file.read_text()) for file in files], key)
-    found.pairs["ours", "theirs"].share      # of the votes that chose one of the two, those for ours
+    count = count_votes([json.loads(file.read_text()) for file in files], key)
+    count.pairs["ours", "theirs"].share      # share of ours among the votes that are not ties
 
-Raters who fell for more than a few catch trials are left out, and listed. Votes of one rater depend on each other, so
-beside the interval over votes stands the count of raters by whom they mostly chose.
+Raters who miss more than `misses` catch trials are excluded and listed. Votes of one rater are not independent, so the
+share of raters who prefer each side is reported beside the share of votes.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from qrlora.quality.metrics.shares import Share, Z
 from qrlora.quality.report import Block, Prose, Report, Section, Table
 
 MISSES = 1
-"""Catch trials that a rater may miss: anyone's finger slips once."""
+"""Catch trials that a rater may miss; one can be a slip."""
 
 
 @dataclass(frozen=True)
 class Pair:
-    """Votes between two arms: for the first, for the second, for neither; and raters by whom they mostly chose."""
+    """Votes between two arms, and the numbers of raters with a majority of votes for either."""
 
     wins: int
     losses: int
@@ -41,28 +41,34 @@ class Pair:
 
     @property
     def share(self) -> Share | None:
-        """Of the votes that chose, those for the first; None if none chose."""
+        """Share of the first arm among the votes without ties; None if there are none."""
         return Share(self.wins, self.wins + self.losses) if self.wins + self.losses else None
 
     @property
     def raters(self) -> Share | None:
-        """Of the raters who leaned to one side, those to the first; None if none did."""
+        """Share of raters who prefer the first arm among those with a preference; None if there are none."""
         n = self.raters_for + self.raters_against
         return Share(self.raters_for, n) if n else None
 
 
 @dataclass(frozen=True)
 class Strength:
-    """Bradley-Terry strength of an arm: log of the odds against an average arm, and its 95 % interval."""
+    """Bradley-Terry strength of an arm: log odds against an average arm, with its 95 % interval."""
 
     value: float
     interval: tuple[float, float]
 
 
 @dataclass(frozen=True)
-class Tally:
-    """A study's outcome. raters: votes by name. excluded: why, by name. agreement: by rater, with the others' votes on
-    the same trials. alpha: Krippendorff's, of all counted raters; None if no trial has two votes or all are alike."""
+class VoteCount:
+    """The outcome of a study.
+
+    Attributes:
+        raters: name -> number of votes.
+        excluded: name -> reason.
+        agreement: name -> share of the other raters' votes on the same trials that agree.
+        alpha: Krippendorff's alpha; None if no trial has two votes or all votes are equal.
+    """
 
     arms: tuple[str, ...]
     pairs: Mapping[tuple[str, str], Pair]
@@ -100,7 +106,7 @@ def _share(share: Share | None) -> dict[str, Any] | None:
 
 @dataclass(frozen=True)
 class Vote:
-    """One answer: what was chosen is "a", "b" or "tie" of the key's trial."""
+    """One answer. choice: "a", "b" or "tie", as in the key's trial."""
 
     rater: str
     trial: str
@@ -123,7 +129,7 @@ class _Trial(_Part):
 
 
 class _Key(_Part):
-    """What the count needs of a key."""
+    """The fields of a key that counting reads."""
 
     study: str
     question: str
@@ -151,7 +157,7 @@ class _Answer(_Part):
 
 
 class _Result(_Part):
-    """What the count needs of a rater's file."""
+    """The fields of a rater's file that counting reads."""
 
     study: str
     rater: str
@@ -159,28 +165,33 @@ class _Result(_Part):
 
 
 def checked_key(found: object, what: str = "this") -> dict[str, Any]:
-    """The key of a study out of JSON. what: its file. DataError if it is none."""
+    """Validate the key of a study, given as JSON values. what: its file. Raises DataError."""
     with parsing(f"{what} is no key of a study", DataError, expected="key.json as qrlora study wrote it"):
         return _Key.model_validate(found).model_dump()
 
 
-def tally(
+def count_votes(
     results: Sequence[object], key: Mapping[str, Any], misses: int = MISSES, names: Sequence[str] | None = None
-) -> Tally:
-    """Count the results of a study by its key, both as JSON values. names: of the results' files, for errors.
+) -> VoteCount:
+    """Count the votes of a study, all as JSON values.
+
+    Args:
+        results: the files of the raters.
+        key: the file written with the page.
+        names: paths of the results' files, for errors.
 
     Raises:
-        DataError: results of another study, of one rater twice, or that are no results, or no key.
+        DataError: results of another study, two of one rater, or malformed results, or a malformed key.
     """
     key = checked_key(key)
     named = zip(names or [f"file {i + 1}" for i in range(len(results))], results, strict=True)
     each = [_votes(result, key, name) for name, result in named]
     votes = [vote for _, listed in each for vote in listed]
-    _refuse_twice([rater for rater, _ in each])
+    _check_unique([rater for rater, _ in each])
     excluded = {
         rater: reason
         for rater in dict.fromkeys(v.rater for v in votes)
-        if (reason := _careless(rater, votes, key, misses))
+        if (reason := _reason_to_exclude(rater, votes, key, misses))
     }
     counted = [v for v in votes if v.rater not in excluded and key["trials"][v.trial]["kind"] == "pair"]
     if not counted:
@@ -188,7 +199,7 @@ def tally(
         raise DataError("no votes are left to count", got=got, remedy="ask more people, or allow more --misses")
     arms = tuple(key["arms"])
     pairs = {pair: _pair(pair, counted, key) for pair in itertools.combinations(arms, 2)}
-    return Tally(
+    return VoteCount(
         arms,
         pairs,
         bradley_terry(arms, pairs) if len(arms) > 2 else {},
@@ -201,9 +212,9 @@ def tally(
 
 
 def _votes(found: object, key: Mapping[str, Any], name: str) -> tuple[str, list[Vote]]:
-    """The rater and the votes of one file, checked against the key and turned to its sides."""
+    """The rater and the votes of one file, validated against the key and mapped to its sides."""
     expected = "the file that the study's page saved, unchanged"
-    with parsing(f"{name}: these are no votes of this study", DataError, expected=expected):
+    with parsing(f"{name}: not a vote file of this study", DataError, expected=expected):
         result = _Result.model_validate(found)
         if result.study != key["study"]:
             remedy = "name the key.json that was written with the page"
@@ -218,15 +229,15 @@ def _votes(found: object, key: Mapping[str, Any], name: str) -> tuple[str, list[
     return result.rater, list(votes.values())
 
 
-def _refuse_twice(raters: Sequence[str]) -> None:
+def _check_unique(raters: Sequence[str]) -> None:
     twice = [rater for rater, count in Counter(raters).items() if count > 1]
     if twice:
         remedy = 'leave one out, or, if they are two people, change "rater" in one of the files'
         raise DataError("two files of one rater", expected="one of each", got=", ".join(twice), remedy=remedy)
 
 
-def _careless(rater: str, votes: Sequence[Vote], key: Mapping[str, Any], misses: int) -> str:
-    """Why this rater's votes are not counted; "" if they are."""
+def _reason_to_exclude(rater: str, votes: Sequence[Vote], key: Mapping[str, Any], misses: int) -> str:
+    """Why the votes of this rater are excluded; "" if they are counted."""
     asked = missed = 0
     for vote in votes:
         trial = key["trials"][vote.trial]
@@ -237,7 +248,7 @@ def _careless(rater: str, votes: Sequence[Vote], key: Mapping[str, Any], misses:
 
 
 def _arm(vote: Vote, key: Mapping[str, Any]) -> tuple[str | None, frozenset[str]]:
-    """The arm that a vote chose (None: neither), and the two it chose between."""
+    """The arm that a vote chose (None for a tie), and the two arms of the trial."""
     trial = key["trials"][vote.trial]
     arms = {side: key["pictures"][trial[side]]["arm"] for side in "ab"}
     return arms.get(vote.choice), frozenset(arms.values())
@@ -257,10 +268,10 @@ def _pair(pair: tuple[str, str], votes: Sequence[Vote], key: Mapping[str, Any]) 
 def bradley_terry(
     arms: Sequence[str], pairs: Mapping[tuple[str, str], Pair], rounds: int = 2000
 ) -> dict[str, Strength]:
-    """Strengths that explain all votes together, with mean zero; a tie is half a vote for each (Hunter 2004, MM).
+    """Bradley-Terry strengths with mean zero by the MM algorithm (Hunter 2004); a tie is half a vote for each side.
 
-    One tie is added to every pair, so that an arm that won or lost every vote stays finite. The intervals are of
-    independent votes, from the information matrix.
+    One tie is added to every pair, so that an arm which wins or loses every vote stays finite. The intervals come from
+    the information matrix and take votes as independent.
     """
     place = {arm: i for i, arm in enumerate(arms)}
     wins = np.full((len(arms), len(arms)), 0.5)
@@ -290,7 +301,7 @@ def _by_trial(votes: Sequence[Vote]) -> dict[str, list[Vote]]:
 
 
 def _agreement(votes: Sequence[Vote]) -> dict[str, Share]:
-    """Of each rater the share of other people's votes on the same trials that say the same."""
+    """For each rater, the share of other raters' votes on the same trials that agree."""
     same: dict[str, list[bool]] = {}
     for together in _by_trial(votes).values():
         for one, other in itertools.permutations(together, 2):
@@ -299,8 +310,8 @@ def _agreement(votes: Sequence[Vote]) -> dict[str, Share]:
 
 
 def krippendorff(votes: Sequence[Vote]) -> float | None:
-    """Krippendorff's alpha of nominal values (2011, "Computing Krippendorff's alpha-reliability"): 1 if all agree, 0 if
-    no more than by chance. None if no trial has two votes, or every vote is the same."""
+    """Krippendorff's alpha of nominal values (2011, "Computing Krippendorff's alpha-reliability"): 1 is perfect
+    agreement, 0 is chance. None if no trial has two votes, or all votes are equal."""
     units = [Counter(v.choice for v in together) for together in _by_trial(votes).values() if len(together) > 1]
     total: Counter[str] = sum(units, Counter())
     n = total.total()
@@ -311,40 +322,42 @@ def krippendorff(votes: Sequence[Vote]) -> float | None:
     return 1 - observed / expected
 
 
-def lines(found: Tally) -> list[str]:
-    """The outcome for people, line by line."""
+def lines(found: VoteCount) -> list[str]:
+    """The outcome as lines of text for a terminal."""
     said = [found.question, f"{len(found.raters)} raters, {sum(found.raters.values())} votes"]
     for (a, b), pair in found.pairs.items():
-        said.append(f"{a} against {b}: {_words(pair.share)} of the votes that chose; {pair.ties} ties")
-        said.append(f"  raters leaning to {a}: {_words(pair.raters)}")
+        said.append(f"{a} against {b}: {_share_text(pair.share)} of the votes without ties; {pair.ties} ties")
+        said.append(f"  raters who prefer {a}: {_share_text(pair.raters)}")
     for arm, one in sorted(found.strengths.items(), key=lambda item: -item[1].value):
         odds = 1 / (1 + math.exp(-one.value))
         low, high = one.interval
-        said.append(f"{arm}: strength {one.value:+.2f} ({low:+.2f} to {high:+.2f}), beats an average one {odds:.0%}")
-    said += [f"left out: {rater}: {reason}" for rater, reason in found.excluded.items()]
-    said += [f"agreement of {rater} with others: {_words(share)}" for rater, share in found.agreement.items()]
+        said.append(
+            f"{arm}: strength {one.value:+.2f} ({low:+.2f} to {high:+.2f}), preferred to an average arm by {odds:.0%}"
+        )
+    said += [f"excluded: {rater}: {reason}" for rater, reason in found.excluded.items()]
+    said += [f"agreement of {rater} with others: {_share_text(share)}" for rater, share in found.agreement.items()]
     if found.alpha is not None:
-        said.append(f"Krippendorff's alpha: {found.alpha:.2f} (1: all agree, 0: as by chance)")
+        said.append(f"Krippendorff's alpha: {found.alpha:.2f} (1: perfect agreement, 0: chance)")
     return said
 
 
-def _words(share: Share | None) -> str:
+def _share_text(share: Share | None) -> str:
     if share is None:
         return "none"
     low, high = (100 * bound for bound in share.interval)
     return f"{share.value:.0%} ({share.right} of {share.n}, 95% interval {low:.0f} to {high:.0f}%)"
 
 
-def report(found: Tally) -> Report:
-    """The outcome as a page."""
+def report(found: VoteCount) -> Report:
+    """The report of a study."""
     rows: list[list[str | Share | None]] = [
         [f"{a} against {b}", pair.share, str(pair.ties), pair.raters] for (a, b), pair in found.pairs.items()
     ]
     note = (
-        "Shares are of the votes that chose; ties stand beside. The first interval takes votes as independent, which "
-        "votes of one rater are not: it is too narrow, the more so the fewer raters. The last column counts raters."
+        "Shares are of the votes without ties. The first interval takes votes as independent, but votes of one rater "
+        "are not: it is too narrow, the more so the fewer the raters. The last column counts raters."
     )
-    blocks: list[Block] = [Table(["", "votes for the first", "ties", "raters who lean to the first"], rows, note)]
+    blocks: list[Block] = [Table(["", "votes for the first", "ties", "raters who prefer the first"], rows, note)]
     if found.strengths:
         order = sorted(found.strengths.items(), key=lambda item: -item[1].value)
         cells = [[arm, f"{s.value:+.2f}", f"{s.interval[0]:+.2f} to {s.interval[1]:+.2f}"] for arm, s in order]
@@ -352,17 +365,15 @@ def report(found: Tally) -> Report:
     rows = [[rater, str(count), found.agreement.get(rater)] for rater, count in found.raters.items()]
     people: list[Block] = [Table(["rater", "votes", "agreement with others on the same pairs"], rows)]
     if found.alpha is not None:
-        people.append(
-            Prose([f"Krippendorff's alpha is {found.alpha:.2f}: 1 if all agree, 0 if no more than by chance."])
-        )
+        people.append(Prose([f"Krippendorff's alpha is {found.alpha:.2f}: 1 is perfect agreement, 0 is chance."]))
     if found.excluded:
         listed = [f"{rater}: {reason}" for rater, reason in found.excluded.items()]
-        people += [Prose(["Not counted:"]), Prose(listed, "bad", listed=True)]
+        people += [Prose(["Excluded:"]), Prose(listed, "bad", listed=True)]
     return Report(
         title=found.question,
-        subtitle=f"A blind vote: {len(found.raters)} raters, {sum(found.raters.values())} votes between "
+        subtitle=f"A blind study: {len(found.raters)} raters, {sum(found.raters.values())} votes between "
         f"{len(found.arms)} sets of pictures.",
-        sections=[Section("What people chose", blocks), Section("Who chose", people)],
+        sections=[Section("Preferences", blocks), Section("Raters", people)],
         data=found.to_dict(),
         footer="Written by qrlora study --tally.",
     )
