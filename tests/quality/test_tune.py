@@ -127,7 +127,7 @@ def test_the_balanced_point_gives_up_least_of_either() -> None:
     assert spread.mean == (1, 1) and spread.error == pytest.approx((1.0, 0.0))
 
 
-# dials
+# parts of adapters, and the cache
 
 
 @pytest.fixture(scope="module")

@@ -40,6 +40,9 @@ class Summary:
     highest: float
     n: int
 
+    def __str__(self) -> str:
+        return f"{self.mean:.3f} ({self.lowest:.3f} to {self.highest:.3f})"
+
 
 @dataclass(frozen=True, eq=False)
 class Evaluation:
@@ -182,10 +185,8 @@ def _opening(found: Evaluation) -> Section:
         together = found.passing(name)
         if together:
             share, enough = together
-            low, high = share.interval
-            note = f"{share.right} of {share.n}, 95% interval {100 * low:.0f} to {100 * high:.0f}%"
             tone = "good" if enough else "bad"
-            figures.append(Figure(f"{100 * share.value:.0f}%", f"{name}: passes the brand sheet", note, tone))
+            figures.append(Figure(f"{100 * share.value:.0f}%", f"{name}: passes the brand sheet", str(share), tone))
         if found.references.training:
             copies = len(found.copies(name))
             note = f"edge agreement with a training picture of at least {COPY_THRESHOLD:g}"
@@ -204,15 +205,10 @@ def _numbers(found: Evaluation) -> Section:
     header = ["metric", "better", *(f"{name}: mean (lowest to highest)" for name in found.groups)]
     rows = []
     for one in found.metrics:
-        cells = [_cell(found.summary(name, one.name)) for name in found.groups]
+        summaries = [found.summary(name, one.name) for name in found.groups]
+        cells = [f"{summary}, n = {summary.n}" if summary else None for summary in summaries]
         rows.append([one.name + (f", {one.unit}" if one.unit else ""), one.better, *cells])
     return Section("Numbers", [Table(header, rows)])
-
-
-def _cell(spread: Summary | None) -> str | None:
-    if spread is None:
-        return None
-    return f"{spread.mean:.3f} ({spread.lowest:.3f} to {spread.highest:.3f}), n = {spread.n}"
 
 
 def _reasons(found: Evaluation) -> Section:

@@ -261,7 +261,13 @@ def table(found: Evaluation) -> str:
     """The numbers for a terminal: a column for each group; then the failures of the brand sheet by picture."""
     names = list(found.groups)
     head = ["", "better", *names]
-    rows = [head, *([_titled(one), one.better, *(_cell(found, n, one.name) for n in names)] for one in found.metrics)]
+    rows = [
+        head,
+        *(
+            [_titled(one), one.better, *(str(found.summary(name, one.name) or "-") for name in names)]
+            for one in found.metrics
+        ),
+    ]
     widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
     lines = ["  ".join(f"{cell:<{w}}" for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
     lines = lines if found.metrics else []
@@ -271,11 +277,7 @@ def table(found: Evaluation) -> str:
         together = found.passing(name)
         if together and found.verdicts:
             share, enough = together
-            low, high = (100 * bound for bound in share.interval)
-            lines.append(
-                f"{name}: {share.right} of {share.n} pass the brand sheet (95% interval {low:.0f} to {high:.0f}%): "
-                + ("enough" if enough else "not enough")
-            )
+            lines.append(f"{name}: {share}: {'enough' if enough else 'not enough'} pass the brand sheet")
             for picture, verdict in zip(found.groups[name], found.verdicts[name], strict=True):
                 lines += [f"  {picture.name}: {reason}" for reason in verdict.reasons]
     return "\n".join(lines)
@@ -283,10 +285,3 @@ def table(found: Evaluation) -> str:
 
 def _titled(one: Any) -> str:
     return f"{one.name} ({one.unit})" if one.unit else str(one.name)
-
-
-def _cell(found: Evaluation, group: str, name: str) -> str:
-    summary = found.summary(group, name)
-    if summary is None:
-        return "-"
-    return f"{summary.mean:.3f} ({summary.lowest:.3f} to {summary.highest:.3f})"

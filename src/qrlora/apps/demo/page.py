@@ -111,10 +111,8 @@ def _aim_figures(outcome: Outcome) -> list[Figure]:
     for name, meaning in AIMS.items():
         share = outcome.share(DEFAULT, name, "both")
         if share is not None:
-            low, high = share.interval
-            counted = f"{share.right} of {share.n}, 95% interval {100 * low:.0f} to {_percent(high)}"
             reached = share.value >= AIM
-            note = f"{counted}. Aim {_percent(AIM)}: {'reached' if reached else 'missed'}"
+            note = f"{share}. Aim {_percent(AIM)}: {'reached' if reached else 'missed'}"
             figures.append(Figure(_percent(share.value), meaning, note, "good" if reached else "bad"))
     return figures
 

@@ -28,6 +28,10 @@ class Share:
         listed = [bool(verdict) for verdict in verdicts]
         return cls(sum(listed), len(listed))
 
+    def __str__(self) -> str:
+        low, high = (100 * bound for bound in self.interval)
+        return f"{self.right} of {self.n}, 95% interval {low:.0f} to {high:.0f}%"
+
     @property
     def value(self) -> float:
         """In [0, 1]."""

@@ -19,7 +19,6 @@ from typing import Any, get_args
 import numpy as np
 from jaxtyping import UInt8
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
 from PIL import Image
 
 from qrlora._files import make_folder, write_all
@@ -185,8 +184,8 @@ def page(template: str, **values: Any) -> str:
     return _environment().get_template(template).render(values)
 
 
-def render(block: Any) -> Markup:
-    """The HTML of one block. Raises TypeError for anything else."""
+def render(block: Any) -> str:
+    """The HTML of one block, marked as safe. Raises TypeError for anything else."""
     if not isinstance(block, get_args(Block)):
         raise TypeError(
             f"expected a block of a report ({', '.join(t.__name__ for t in get_args(Block))}), got {block!r}"

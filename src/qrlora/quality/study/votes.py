@@ -342,10 +342,7 @@ def lines(found: VoteCount) -> list[str]:
 
 
 def _share_text(share: Share | None) -> str:
-    if share is None:
-        return "none"
-    low, high = (100 * bound for bound in share.interval)
-    return f"{share.value:.0%} ({share.right} of {share.n}, 95% interval {low:.0f} to {high:.0f}%)"
+    return f"{share.value:.0%} ({share})" if share else "none"
 
 
 def report(found: VoteCount) -> Report:
