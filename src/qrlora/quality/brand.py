@@ -226,10 +226,10 @@ class BrandSheet(_Part):
     @classmethod
     def file_schema(cls) -> dict[str, Any]:
         """JSON Schema of the file, for completion and validation in editors."""
-        said = {"title": "qrlora brand sheet", "description": "Rules of a brand for pictures; see docs/evaluate.md."}
+        header = {"title": "qrlora brand sheet", "description": "Rules of a brand for pictures; see docs/evaluate.md."}
         schema = cls.model_json_schema()
         schema["properties"]["scores"]["propertyNames"] = {"enum": list(METRICS)}
-        return {"$schema": "http://json-schema.org/draft-07/schema#", **schema, **said}
+        return {"$schema": "http://json-schema.org/draft-07/schema#", **schema, **header}
 
     def check(self, picture: MeasuredPicture, measured: Mapping[str, float | None]) -> Verdict:
         """Apply all rules to a picture. measured: values by name of the metrics that `scores` limits."""
@@ -334,5 +334,5 @@ def _explain(item: Any) -> str:
     if item["type"] == "missing":
         field = SECTIONS[place[0]].model_fields.get(place[-1])  # None of one in a list
         return f"{name!r} is required" + (f": {field.description}" if field else "")
-    said = item["msg"].removeprefix("Value error, ")
-    return f"{name} = {item['input']!r}: {said}" if name and name != "scores" else said
+    message = item["msg"].removeprefix("Value error, ")
+    return f"{name} = {item['input']!r}: {message}" if name and name != "scores" else message

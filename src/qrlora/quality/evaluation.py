@@ -219,8 +219,8 @@ def _reasons(found: Evaluation) -> Section:
         assert together is not None
         share, enough = together
         rows.append([name, share, "passes" if enough else "fails"])
-    asked = f"required: {100 * found.sheet.composition.passing:.3g}% of the pictures"
-    blocks: list[Block] = [Table(["group", "pictures that pass", asked], rows)]
+    required = f"required: {100 * found.sheet.composition.passing:.3g}% of the pictures"
+    blocks: list[Block] = [Table(["group", "pictures that pass", required], rows)]
     listed = [
         f"{name}, {picture.name}: {'; '.join(verdict.reasons)}"
         for name in found.groups

@@ -16,7 +16,7 @@ BINS = 16
 """Quantile bins of the pixels in each direction."""
 
 VISIBLE = 2.3 / 2
-"""The distance of two palettes below which nobody sees a difference: a CIE 1976 colour difference of 2.3 is just
+"""The distance of two palettes below which no difference is visible: a CIE 1976 colour difference of 2.3 is just
 noticeable (Mahy et al. 1994, "Evaluation of uniform color differences"), and on average half of a shift in whatever
 direction falls along a given one."""
 

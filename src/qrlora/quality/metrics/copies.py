@@ -34,9 +34,9 @@ def copy_score(picture: UInt8[np.ndarray, "h w 3"], other: UInt8[np.ndarray, "h2
     """
     ours, theirs = _grey(picture), _grey(other)
     best = 0.0
-    for turned in (theirs, np.ascontiguousarray(theirs[:, ::-1])):
-        for warp in _placements(ours, turned):
-            best = max(best, _agreement(ours, turned, warp))
+    for oriented in (theirs, np.ascontiguousarray(theirs[:, ::-1])):
+        for warp in _registrations(ours, oriented):
+            best = max(best, _agreement(ours, oriented, warp))
     return best
 
 
@@ -48,7 +48,7 @@ def _grey(pixels: UInt8[np.ndarray, "h0 w0 3"]) -> Grey:
     return cv2.cvtColor(small, cv2.COLOR_RGB2GRAY)
 
 
-def _placements(ours: Grey, theirs: Grey) -> Iterator[Warp]:
+def _registrations(ours: Grey, theirs: Grey) -> Iterator[Warp]:
     """Candidate registrations: maps from our coordinates to theirs."""
     middle = [(theirs.shape[1] - ours.shape[1]) / 2, (theirs.shape[0] - ours.shape[0]) / 2]
     starts = [np.array([[1, 0, middle[0]], [0, 1, middle[1]]], np.float32)]

@@ -128,7 +128,7 @@ def _pretrained(name: str, kind: Any, source: str, **options: Any) -> Any:
     from huggingface_hub import snapshot_download
 
     try:
-        # The folder, because AutoModel asks the hub for adapters of an id in spite of local_files_only.
+        # The folder, because AutoModel queries the hub for adapters of an id in spite of local_files_only.
         folder = source if Path(source).is_dir() else snapshot_download(source, local_files_only=True)
         return kind.from_pretrained(folder, local_files_only=True, **options)
     except (OSError, ValueError) as error:

@@ -1,4 +1,4 @@
-"""What tuned found, as a page: the frontier as a plot, as pictures, and as commands."""
+"""The report of `qrlora tune`: the frontier as a plot, as pictures, and as commands."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def report(tuned: TuningResult) -> Report:
     explained = (
         f"Subject score: {tuned.objectives[0]}. Style score: {tuned.objectives[1]}. Higher is better in both. A point "
         "is on the frontier if no other is better in one score and at least as good in the other; choosing among them "
-        "is up to you. ± is one standard error over the pictures: closer points cannot be told apart."
+        "is up to you. ± is one standard error over the pictures: points closer than that are not distinguishable."
     )
     shown = min(COLUMNS, len(result.confirmed[0].confirmation_scores))
     cells = [[thumbnail(one) for one in row[:shown]] for row in tuned.pictures]

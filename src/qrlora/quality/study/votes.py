@@ -238,13 +238,13 @@ def _check_unique(raters: Sequence[str]) -> None:
 
 def _reason_to_exclude(rater: str, votes: Sequence[Vote], key: Mapping[str, Any], misses: int) -> str:
     """Why the votes of this rater are excluded; "" if they are counted."""
-    asked = missed = 0
+    shown = missed = 0
     for vote in votes:
         trial = key["trials"][vote.trial]
         if vote.rater == rater and trial["kind"] != "pair":
-            asked += 1
+            shown += 1
             missed += (vote.choice if vote.choice == "tie" else trial[vote.choice]) != trial["right"]
-    return f"missed {missed} of {asked} catch trials" if missed > misses else ""
+    return f"missed {missed} of {shown} catch trials" if missed > misses else ""
 
 
 def _arm(vote: Vote, key: Mapping[str, Any]) -> tuple[str | None, frozenset[str]]:
@@ -324,21 +324,21 @@ def krippendorff(votes: Sequence[Vote]) -> float | None:
 
 def lines(found: VoteCount) -> list[str]:
     """The outcome as lines of text for a terminal."""
-    said = [found.question, f"{len(found.raters)} raters, {sum(found.raters.values())} votes"]
+    text = [found.question, f"{len(found.raters)} raters, {sum(found.raters.values())} votes"]
     for (a, b), pair in found.pairs.items():
-        said.append(f"{a} against {b}: {_share_text(pair.share)} of the votes without ties; {pair.ties} ties")
-        said.append(f"  raters who prefer {a}: {_share_text(pair.raters)}")
+        text.append(f"{a} against {b}: {_share_text(pair.share)} of the votes without ties; {pair.ties} ties")
+        text.append(f"  raters who prefer {a}: {_share_text(pair.raters)}")
     for arm, one in sorted(found.strengths.items(), key=lambda item: -item[1].value):
         odds = 1 / (1 + math.exp(-one.value))
         low, high = one.interval
-        said.append(
+        text.append(
             f"{arm}: strength {one.value:+.2f} ({low:+.2f} to {high:+.2f}), preferred to an average arm by {odds:.0%}"
         )
-    said += [f"excluded: {rater}: {reason}" for rater, reason in found.excluded.items()]
-    said += [f"agreement of {rater} with others: {_share_text(share)}" for rater, share in found.agreement.items()]
+    text += [f"excluded: {rater}: {reason}" for rater, reason in found.excluded.items()]
+    text += [f"agreement of {rater} with others: {_share_text(share)}" for rater, share in found.agreement.items()]
     if found.alpha is not None:
-        said.append(f"Krippendorff's alpha: {found.alpha:.2f} (1: perfect agreement, 0: chance)")
-    return said
+        text.append(f"Krippendorff's alpha: {found.alpha:.2f} (1: perfect agreement, 0: chance)")
+    return text
 
 
 def _share_text(share: Share | None) -> str:
