@@ -14,8 +14,8 @@ SIDE = 128
 TOLERANCE = 1.0
 """Largest distance in pixels between matching edges."""
 COPY_THRESHOLD = 0.9
-"""Least score of a copy. In tests/test_measures.py rotated, cropped, mirrored and recompressed copies score above it,
-other scenes of the same subject below."""
+"""Least score of a copy. In tests/quality/test_measures.py rotated, cropped, mirrored and recompressed copies score
+above it, other scenes of the same subject below."""
 SCALES = (0.7, 1.4)
 """Least and largest scale of a copy, on either axis."""
 LEAST_OVERLAP = 0.6
