@@ -103,7 +103,7 @@ def test_train_help_lists_every_recipe_field(capsys: pytest.CaptureFixture[str])
 
 def test_a_misspelt_command_or_option_is_named_with_the_one_that_was_meant(capsys: pytest.CaptureFixture[str]) -> None:
     for arguments, hint in (
-        (["train", "--subject", "a.png", "--lerning-rate", "1"], "--learning-rate"),
+        (["train", "--subject", "a.png", "--wieght-decay", "1"], "--weight-decay"),
         (["inspect", "--jsn", "a.safetensors"], "--json"),
         (["inspct", "a.safetensors"], "inspect"),
     ):
@@ -339,7 +339,8 @@ def test_interrupt_says_what_was_saved(
         (lambda data: b"", "0 bytes"),
         (lambda data: (1 << 40).to_bytes(8, "little") + data[8:], "oversized header"),
         (lambda data: pickle.dumps({"a": 1}), "pickle"),
-        (lambda data: data[:-4] + b"\xff\xff\xff\x7f", "NaN"),
+        (lambda data: data[:-4] + b"\xff\xff\xff\x7f", "damaged"),
+        (lambda data: data.replace(b"qrlora.digest", b"other.digests")[:-4] + b"\xff\xff\xff\x7f", "NaN"),
         (lambda data: data.replace(b'"F32"', b'"I32"'), "wrong dtype"),
         (lambda data: data.replace(b'qrlora.rank":"2"', b'qrlora.rank":"3"'), "rank and columns disagree"),
         (lambda data: data.replace(b"qrlora.trigger", b"qrlora.tregger"), "'qrlora.tregger'"),
@@ -562,10 +563,10 @@ def test_options_that_exclude_each_other(capsys: pytest.CaptureFixture[str]) -> 
 
 
 def test_a_shell_is_told_what_completes_a_word() -> None:
-    typed = {"COMP_WORDS": "qrlora train --lear", "COMP_CWORD": "2", "_QRLORA_COMPLETE": "bash_complete"}
+    typed = {"COMP_WORDS": "qrlora train --weight", "COMP_CWORD": "2", "_QRLORA_COMPLETE": "bash_complete"}
     asked = [sys.executable, "-m", "qrlora"]
     done = subprocess.run(asked, env={**os.environ, **typed}, capture_output=True, text=True)
-    assert done.stdout == "plain,--learning-rate\n"
+    assert done.stdout == "plain,--weight-decay\n"
 
 
 def test_long_preparations_show_progress_and_short_ones_do_not(
