@@ -22,7 +22,7 @@ from qrlora.models.training.recipe import Recipe
 ROOT = Path(__file__).parents[2]
 SOURCE = ROOT / "src"
 FLAG = re.compile(r"(?<![\w-])(--[a-z][a-z-]*|-[a-z])(?![\w-])")
-OURS = re.compile(r"qrlora ((?:space )?[a-z]+)((?: (?:--?[a-z][a-z-]*|\{\}|[A-Z]+|'[^']*'))*)")
+OURS = re.compile(r"qrlora ((?:(?:space|lab) )?[a-z]+)((?: (?:--?[a-z][a-z-]*|\{\}|[A-Z]+|'[^']*'))*)")
 OTHERS = re.compile(r"`(?:hf|serve|ulimit)[^`]*`|(?:ray start|pip install|python -[cm]|ulimit)[^;,`]*")
 """Commands of other programs, with their flags."""
 
@@ -110,6 +110,14 @@ def commands() -> dict[str, tuple[str, str]]:
     return found
 
 
+def source_of(module: str, part: str) -> str:
+    """The module that `from module import part` comes from: a package may hand it on."""
+    if f"{module}.{part}" in trees():
+        return f"{module}.{part}"
+    handed_on = {name: one for one, name in imports_in(trees()[module])} if module in trees() else {}
+    return source_of(handed_on[part], part) if part in handed_on else module
+
+
 @functools.cache
 def reached(command: str) -> set[tuple[str, str]]:
     """Functions of the command line (by module and name), and whole other modules (by name), that it may run."""
@@ -121,15 +129,14 @@ def reached(command: str) -> set[tuple[str, str]]:
             continue
         seen.add((module, name))
         if not module.startswith("qrlora.apps.cli"):
-            inside = {(one, "") for one, _ in imports_in(trees()[module])}
-            inside |= {(f"{one}.{part}", "") for one, part in imports_in(trees()[module])}
+            inside = {(source_of(one, part), "") for one, part in imports_in(trees()[module])}
         elif name in functions(module):
             function = functions(module)[name]
             everywhere = {part: one for one, part in imports_in(trees()[module]) if part in names_in(function)}
             inside = {(module, local) for local in functions(module) if local in names_in(function)}
             here = [*imports_in(function), *((one, part) for part, one in everywhere.items())]
             for one, part in here:
-                inside |= {(one, part)} if one.startswith("qrlora.apps.cli") else {(one, ""), (f"{one}.{part}", "")}
+                inside |= {(one, part) if one.startswith("qrlora.apps.cli") else (source_of(one, part), "")}
         queue += inside
     return seen
 
@@ -139,12 +146,18 @@ def who_prints(remedy: Remedy) -> list[str]:
     return [command for command in commands() if (remedy.module, name) in reached(command)]
 
 
+def found(command: str) -> click.Command | None:
+    one: click.Command | None = cli
+    for name in command.split():
+        one = one.commands.get(name) if isinstance(one, click.Group) else None
+    return one
+
+
 @functools.cache
 def flags_of(command: str) -> set[str]:
-    found: click.Command = cli
-    for name in command.split():
-        found = found.commands[name]  # type: ignore[attr-defined]
-    return {flag for one in found.get_params(click.Context(found)) for flag in (*one.opts, *one.secondary_opts)}
+    one = found(command)
+    assert one
+    return {flag for option in one.get_params(click.Context(one)) for flag in (*option.opts, *option.secondary_opts)}
 
 
 def faults_of(remedy: Remedy) -> list[str]:
@@ -152,9 +165,9 @@ def faults_of(remedy: Remedy) -> list[str]:
     faults = []
     text = OTHERS.sub("", remedy.text)
     for command, rest in OURS.findall(text):
-        if command not in commands() and f"`qrlora {command}" not in text:
+        if not found(command) and f"`qrlora {command}" not in text:
             continue  # prose about qrlora
-        if command not in commands() or not set(FLAG.findall(rest)) <= flags_of(command):
+        if not found(command) or not set(FLAG.findall(rest)) <= flags_of(command):
             faults.append(f"no `qrlora {command}{rest}`")
     for command in who_prints(remedy):
         lacking = set(FLAG.findall(OURS.sub("", text))) - flags_of(command)

@@ -34,7 +34,7 @@ def converted_by_diffusers(tensors: Mapping[str, Tensor], family: ModelFamily, d
             "diffusers refuses these keys",
             expected=f"what {family.pipeline_class} reads",
             got=f"{type(error).__name__}: {error}; keys: {sorted(tensors)}",
-            remedy="use the diffusers form (--for diffusers)",
+            remedy="export the adapter in the diffusers form: `qrlora export FILE --for diffusers`",
         ) from error
 
 

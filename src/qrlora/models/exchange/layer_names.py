@@ -157,7 +157,7 @@ def _refuse(sizes: Sizes, tables: list[LayerNames], found: list[Found]) -> None:
         + (f"no layers of this {family.name} model" if modules else "of no known model family"),
         expected="names and shapes of " + (family.name if len(tables) == 1 else _families(tables)),
         got={name: f"({sizes[name][0]}, {sizes[name][1]})" for name in unknown[least]},
-        remedy="name the base model that it was trained on (--model)" if modules else no_model,
+        remedy="give the base model that it was trained on" if modules else no_model,
     )
 
 
