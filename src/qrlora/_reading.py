@@ -86,12 +86,19 @@ def read_json(path: Path, what: str, kind: type[QrloraError]) -> Any:
 
 
 def parse_json(
-    text: str | bytes, what: str, kind: type[QrloraError], *, expected: str = "JSON", remedy: str = "export it again"
+    text: str | bytes,
+    what: str,
+    kind: type[QrloraError],
+    *,
+    expected: str = "JSON",
+    remedy: str = "export it again",
+    finite: bool = True,
 ) -> Any:
     """Any JSON value. Refused is also what other programs cannot read or write again: keys named twice, NaN and
-    infinite numbers, halves of surrogate pairs."""
+    infinite numbers (unless `finite` is False: what Python alone reads), halves of surrogate pairs."""
     with parsing(f"{what} is no JSON", kind, expected=expected, remedy=remedy):
-        value = json.loads(text, object_pairs_hook=_each_once, parse_constant=_no_constant, parse_float=_finite)
+        numbers: dict[str, Any] = {"parse_constant": _no_constant, "parse_float": _finite} if finite else {}
+        value = json.loads(text, object_pairs_hook=_each_once, **numbers)
         if (b"\\u" if isinstance(text, bytes) else "\\u") in text:  # type: ignore[operator]  # both are of one type
             json.dumps(value, ensure_ascii=False).encode()
         return value

@@ -245,9 +245,9 @@ def check_digest(header: Header, body_digest: str) -> None:
     )
 
 
-def parse_json(text: str | bytes, what: str) -> Any:
+def parse_json(text: str | bytes, what: str, *, finite: bool = True) -> Any:
     """Any JSON value, as `_reading.parse_json`."""
-    return any_json(text, what, TensorFileError)
+    return any_json(text, what, TensorFileError, finite=finite)
 
 
 def is_whole(value: Any) -> bool:

@@ -283,7 +283,9 @@ def test_similarity_plots_a_panel_of_every_quantity(work: Path, monkeypatch: pyt
     assert all(len(axes.lines[0].get_ydata()) == layers for axes in panels)
 
 
-def test_demo_hands_its_options_on(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_demo_hands_its_options_on(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     calls = []
     stand_in = types.ModuleType("qrlora.apps.demo")
     stand_in.run = lambda **options: calls.append(options) or "report.html"  # type: ignore[attr-defined]

@@ -145,8 +145,9 @@ LISTED = {
     "qrlora lab speed basis --shapes sd3.5-medium --peft --rounds 3": "minutes",
     "qrlora lab speed training --dtypes float32": "minutes: test_benchmarks.py runs a smaller table",
     "qrlora lab speed training --width 640 --seconds 90": "minutes: test_benchmarks.py runs a smaller table",
+    "qrlora space build style.safetensors style-2.safetensors -o styles.space.safetensors": "docs/space.md trains them",
     "qrlora study --tally votes-ann.json votes-bea.json": "needs people: test_study.py makes votes up",
-    "qrlora tune mug.safetensors chalk.safetensors --subject mug.png --style chalk.png --style-measures csd "
+    "qrlora tune mug.safetensors chalk.safetensors --subject mug.png --style chalk.png --style-metrics csd "
     "--weights csd=csd.pth": "needs weights to download: test_learned.py makes some up",
     "qrlora serve --adapters /shared/adapters --address HEAD:6379 --engines 2 --threads 8 --host 0.0.0.0": "machines",
     "qrlora serve --adapters adapters --address 127.0.0.1:6379 --engines 2 --threads 1": "a cluster: test_serve.py",

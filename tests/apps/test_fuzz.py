@@ -85,7 +85,7 @@ def loras(work: Path) -> list[bytes]:
     config = json.dumps({"transformer.lora_alpha": 4, "transformer.r": 2, "transformer.alpha_pattern": {"to_q": 2}})
     (work / "mutants").mkdir()
     (work / "mutants/adapter_config.json").write_text('{"lora_alpha": 4, "use_rslora": true}')
-    plain = {f"transformer.blocks.0.{layer}.lora_{side}.weight": t
+    plain = {f"transformer.transformer_blocks.0.attn.{layer}.lora_{side}.weight": t
              for layer in ("to_q", "to_k") for side, t in (("A", down), ("B", up))}  # fmt: skip
     kohya = {"lora_unet_down_blocks_1_attentions_0_transformer_blocks_0_attn1_to_q.lora_down.weight": down,
              "lora_unet_down_blocks_1_attentions_0_transformer_blocks_0_attn1_to_q.lora_up.weight": up,
@@ -96,7 +96,10 @@ def loras(work: Path) -> list[bytes]:
     peft = {f"base_model.model.{key.removeprefix('transformer.')}": tensor for key, tensor in plain.items()}
     q, r = torch.eye(4)[:, :2].contiguous(), torch.ones(2, 4).triu()
     published = {"a.lora.q.weight": q, "a.lora.base_r.weight": r, "a.lora.delta_r.weight": r.clone()}
-    old = {"a.processor.to_q_lora.down.weight": down, "a.processor.to_q_lora.up.weight": up}
+    old = {
+        "transformer_blocks.0.attn.processor.to_q_lora.down.weight": down,
+        "transformer_blocks.0.attn.processor.to_q_lora.up.weight": up,
+    }
     flux = {key: tensor.bfloat16() for key, tensor in flux.items()}
     files = [plain, kohya, peft, published, old, flux]
     notes: list[dict[str, str] | None] = [{"lora_adapter_metadata": config, "modelspec.title": "a"}, *[None] * 5]
@@ -108,7 +111,7 @@ def loras(work: Path) -> list[bytes]:
 
 def configurations(work: Path) -> list[bytes]:
     """adapter_config.json, beside the file it is of."""
-    tensors = {f"base_model.model.to_q.lora_{side}.weight": torch.ones(2, 2) for side in "AB"}
+    tensors = {f"base_model.model.transformer_blocks.0.attn.to_q.lora_{side}.weight": torch.ones(2, 2) for side in "AB"}
     (work / "mutants").mkdir()
     safetensors.torch.save_file(tensors, work / "mutants/a.safetensors")
     return [b'{"lora_alpha": 4, "use_rslora": true, "use_dora": false, "alpha_pattern": {"to_q": 2, ".*to_k": 1.5}}']

@@ -31,7 +31,7 @@ from PIL import Image
 
 from qrlora.apps.cli import main
 from qrlora.apps.serving import openapi
-from qrlora.apps.serving.app import ImageRequest, Kept, Limits, Service, create_app, side_of
+from qrlora.apps.serving.app import CLIENT_GONE, ImageRequest, Kept, Limits, Service, create_app, side_of
 from qrlora.apps.serving.connections import Server
 from qrlora.apps.serving.dispatch import Dispatcher
 from qrlora.apps.serving.engine import Engine
@@ -131,12 +131,13 @@ def _recording(app: Any, answered: set[tuple[str, str, int]]) -> Any:
 
 
 def _documented(document: dict[str, Any], answered: set[tuple[str, str, int]]) -> Iterator[tuple[str, str, int]]:
-    """Those of the answers that the OpenAPI document lists, and those to paths and methods that it does not have."""
+    """Those of the answers that the OpenAPI document lists, and those to paths and methods that it does
+    not have, or that nobody read."""
     for method, path, status in answered:
         fits = {known: re.fullmatch(re.sub(r"{\w+}", ".+", known), path) for known in document["paths"]}
         operations = [document["paths"][known] for known, match in fits.items() if match]
         asked = [found[method.lower()] for found in operations if method.lower() in found]
-        if not asked or any(str(status) in operation["responses"] for operation in asked):
+        if not asked or status == CLIENT_GONE or any(str(status) in operation["responses"] for operation in asked):
             yield method, path, status
 
 

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from torch import nn
 
+from qrlora._tensor_file import DIGEST
 from qrlora.errors import RecipeError
 from qrlora.models.training import checkpoint, outputs
 from qrlora.models.training.loop import train
@@ -48,7 +49,7 @@ def content(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """Tensors and metadata of a checkpoint, to be compared; metadata has no order."""
     with safetensors.safe_open(path, framework="pt") as stream:
         tensors = {key: (stream.get_tensor(key).dtype, stream.get_tensor(key).tolist()) for key in stream.keys()}  # noqa: SIM118
-        return tensors, {key: json.loads(value) for key, value in stream.metadata().items()}
+        return tensors, {key: json.loads(value) for key, value in stream.metadata().items() if key != DIGEST}
 
 
 def test_resuming_restores_the_whole_state(recipe: Recipe) -> None:

@@ -192,7 +192,10 @@ def load_learned(path: Path | str) -> Learned:
             for key in file.keys():  # noqa: SIM118 (not a dict)
                 name, _, part = key.rpartition(".")
                 parts.setdefault(name, {})[part] = file.get_tensor(key)
-        return {name: Delta(**tensors) for name, tensors in parts.items()}
+        try:
+            return {name: Delta(**tensors) for name, tensors in parts.items()}
+        except MismatchError as error:  # which names no file
+            raise ValueError(error.what) from error
 
 
 def metadata_of(path: Path | str) -> dict[str, str]:

@@ -120,7 +120,7 @@ def _read(path: Path, size: int) -> tuple[dict[str, torch.Tensor], dict[str, Any
             raise _damaged(path, f"unknown metadata {unknown}")
         if DIGEST not in words:
             note(f"{path}: written by an older version, without a digest: damage to it cannot be found")
-        return tensors, {key: parse_json(words[key], key) for key in _METADATA}
+        return tensors, {key: parse_json(words[key], key, finite=False) for key in _METADATA}  # Prodigy's growth is inf
     except (OSError, TensorFileError, KeyError) as error:
         raise _damaged(path, getattr(error, "what", error)) from error
 

@@ -325,7 +325,10 @@ class Recipe(BaseModel):
         }
 
     def replace(self, **changes: Any) -> Recipe:
-        """A copy with some fields changed, validated again."""
+        """A copy with some fields changed, validated again. A learning rate that is given holds for any number of
+        pictures, as in a recipe file."""
+        if "learning_rate" in changes:
+            changes.setdefault("learning_rate_several", changes["learning_rate"])
         return Recipe.of(self.model_dump() | changes)
 
     @property
@@ -345,7 +348,8 @@ class Recipe(BaseModel):
     def of_pictures(self, count: int) -> Recipe:
         """The recipe with the learning rate of so many pictures."""
         rate = self.learning_rate if count < 2 else self.learning_rate_several
-        return self if rate == self.learning_rate else self.replace(learning_rate=rate)
+        several = self.learning_rate_several
+        return self if rate == self.learning_rate else self.replace(learning_rate=rate, learning_rate_several=several)
 
     def run_record(self) -> dict[str, Any]:
         """The fields that make two runs the same run: what a checkpoint must agree on to be continued."""
