@@ -290,7 +290,7 @@ def test_demo_hands_its_options_on(
     stand_in = types.ModuleType("qrlora.apps.demo")
     stand_in.run = lambda **options: calls.append(options) or "report.html"  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "qrlora.apps.demo", stand_in)
-    monkeypatch.setattr(qrlora, "demo", stand_in, raising=False)
+    monkeypatch.setattr(qrlora.apps, "demo", stand_in, raising=False)
     assert main(["demo", "--subject", "mine.jpg", "--seed", "3"]) == 0
     assert calls == [{"out": Path("out/demo"), "seed": 3, "subject": "mine.jpg"}]
     assert "report.html" in capsys.readouterr().out
