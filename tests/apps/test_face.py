@@ -167,11 +167,11 @@ def test_an_installed_wheel_shows_its_help_and_makes_a_picture(wheel: Path, tmp_
     """In an environment that has the dependencies of this one, by their path, and nothing of this checkout."""
     run(sys.executable, "-m", "venv", "--without-pip", tmp_path / "bare")
     python = tmp_path / "bare/bin/python"
-    run(sys.executable, "-m", "pip", "-q", "--python", python, "install", "--no-deps", "--no-index", wheel)
+    settings: dict[str, Any] = {"cwd": tmp_path, "env": {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}}
+    run(sys.executable, "-m", "pip", "-q", "--python", python, "install", "--no-deps", "--no-index", wheel, **settings)
     where = "import sysconfig; print(sysconfig.get_path('purelib'))"
     here, there = (run(interpreter, "-c", where).stdout.strip() for interpreter in (sys.executable, python))
     Path(there, "dependencies.pth").write_text(here)
-    settings: dict[str, Any] = {"cwd": tmp_path, "env": {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}}
     found = run(python, "-c", "import qrlora; print(qrlora.__file__)", **settings).stdout
     assert Path(found.strip()).is_relative_to(there)
     command = python.with_name("qrlora")
