@@ -125,11 +125,11 @@ def test_threads_exclude_one_another_and_a_claim_within_a_claim_is_free() -> Non
 
 def test_a_forked_child_does_not_hold_what_its_parent_claimed(child: Callable[..., subprocess.Popen[str]]) -> None:
     script = HOLD.replace(
-        "    time.sleep", "    import os\n    pid = os.fork()\n    if pid: print(pid, flush=True)\n    time.sleep"
+        "    time.sleep", "    import os\n    pid = os.fork()\n    print(pid, flush=True)\n    time.sleep"
     )
     parent = child(script, "a.safetensors")
     assert parent.stdout
-    orphan = int(parent.stdout.readline())
+    orphan = max(int(parent.stdout.readline()) for _ in range(2))  # the child's own 0 says that it runs
     parent.kill()
     parent.wait()
     try:

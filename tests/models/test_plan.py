@@ -186,14 +186,16 @@ def test_pictures_count(tiny_sd3: Path, tmp_path: Path) -> None:
 
 
 def test_pace_foretells_the_time_of_matrix_products() -> None:
-    """Paired with the thing itself, and with room for a busy machine."""
-    pace = Pace(torch.device("cpu"))
+    """Paired with the thing itself; other programs may slow one half of a pair, hardly of all five."""
     model, inputs = nn.Sequential(*(nn.Linear(512, 512) for _ in range(6))), torch.randn(256, 512)
     with Rehearsal() as rehearsal:
         model(inputs).sum().backward()
-    foretold = pace.seconds(rehearsal)
-    measured = pace.time(lambda: model(inputs).sum().backward())
-    assert measured / 4 < foretold < measured * 4
+
+    def ratio() -> float:
+        pace = Pace(torch.device("cpu"))
+        return pace.seconds(rehearsal) / pace.time(lambda: model(inputs).sum().backward())
+
+    assert any(1 / 4 < ratio() < 4 for _ in range(5))
 
 
 def test_command_line(tiny_sd3: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
