@@ -16,7 +16,6 @@ from qrlora.apps.cli.shared import (
     OVERWRITE_HELP,
     PATH,
     SEED,
-    Bar,
     check_png,
     claim,
     json_option,
@@ -30,7 +29,7 @@ if TYPE_CHECKING:
     from qrlora.method.space import Projection, Space
 
 DEFAULT = "adapters.space.safetensors"
-STEPS = (-2, -1, 0, 1, 2)
+STEPS = (-2.0, -1.0, 0.0, 1.0, 2.0)
 """Standard deviations of a walk's pictures."""
 SHOWN = 5
 
@@ -167,28 +166,25 @@ def _walk(space: Space, options: Options) -> None:
     import torch
     from PIL import Image
 
+    from qrlora.apps.cli.generate import described_png
     from qrlora.models.families import load_pipeline
-    from qrlora.models.generation import generate_jobs
+    from qrlora.models.generation import weight_sampler
     from qrlora.models.training.recipe import TRIGGER, TRIGGERS, default_caption
-    from qrlora.quality.images.png import png_bytes
 
     meta = space.mean.metadata
     role = meta.role if meta.role in TRIGGERS else "style"
     said = default_caption(role, "").replace(TRIGGER, meta.trigger or TRIGGERS[role])
     pipe, family = load_pipeline(options.model, dtype=getattr(torch, options.dtype))
-    names = ("steps", "guidance", "resolution")
-    common: dict[str, Any] = {name: getattr(options, name) for name in names}
-    images, bar = [], Bar("picture")
-    for number, deviations in enumerate(STEPS, 1):
-        adapter = space.adapter([0.0] * (options.walk - 1) + [float(deviations)])
-        images += generate_jobs(
-            pipe, family, [(options.prompt or said, options.seed)], adapters=[(adapter, 1.0)], **common
-        )
-        bar(number, len(STEPS))
+    component = space.adapter([0.0] * (options.walk - 1) + [1.0], mean=0.0)
+    adapters = {"mean": space.mean, "component": component}
+    names = ("steps", "guidance", "resolution", "batch_size")
+    with weight_sampler(pipe, family, adapters, **{name: getattr(options, name) for name in names}) as sampler:
+        images = sampler([((1.0, deviations), options.prompt or said, options.seed) for deviations in STEPS])
     strip = Image.new("RGB", (sum(image.width for image in images), images[0].height))
     for number, image in enumerate(images):
         strip.paste(image, (number * image.width, 0))
-    write_atomically(options.output, png_bytes(strip))
+    made = {key: value for key, value in vars(options).items() if key != "output"}
+    write_atomically(options.output, described_png(strip, made))
 
 
 space.add_command(run_build)

@@ -80,12 +80,6 @@ class Delta:
             return Delta(matrix=self.whole * weight)
         return Delta(self.factors[0], self.factors[1] * weight)
 
-    def seen_through(self, transform: Float[Tensor, "in inner"]) -> Delta:
-        """ΔW · transform: what it does to inputs that are `transform` times something."""
-        if self.factors is None:
-            return Delta(matrix=self.whole @ transform)
-        return Delta(self.factors[0], self.factors[1] @ transform)
-
     @property
     def rows(self) -> Float[Tensor, "rank in"]:
         """The factor on the input side: down, or the matrix."""
