@@ -82,7 +82,7 @@ def _temporary_cache_dir() -> Path:
 
 
 def disk_error(error: OSError, path: Path | None = None, saved: Path | None = None) -> OutputError:
-    """What the operating system said about a file, with a remedy.
+    """Turn an OSError about a file into an OutputError with a remedy.
 
     Args:
         path: the file, if `error` does not name it as the user knows it.
@@ -244,7 +244,7 @@ if hasattr(os, "register_at_fork"):
 
 @contextlib.contextmanager
 def claimed(path: Path, size: int = 0, *, folder: bool = False) -> Iterator[None]:
-    """Hold an output for this process, after it has been tried; a claim inside a claim of the same thread is free.
+    """Lock an output for this process after testing that it can be written; nested locks of one thread are allowed.
 
     Args:
         path: file to be written, in a folder that is there; or a folder of outputs, which is made.

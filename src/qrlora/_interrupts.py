@@ -1,4 +1,4 @@
-"""How a command ends: by an error in words, or by Ctrl-C, SIGTERM and SIGHUP, which are all treated alike."""
+"""Print a command's errors without a traceback, and treat Ctrl-C, SIGTERM and SIGHUP alike."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def deferred() -> Iterator[Callable[[], bool]]:
 
 
 def _others() -> list[signal.Signals]:
-    """Those that are not ignored: nohup ignores SIGHUP, and means it."""
+    """Return the signals that are not ignored; nohup ignores SIGHUP on purpose."""
     there = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]  # Windows has no SIGHUP
     return [one for one in there if signal.getsignal(one) is not signal.SIG_IGN]
 

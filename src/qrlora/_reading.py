@@ -179,5 +179,5 @@ def inside(path: Path, folder: Path, kind: type[QrloraError]) -> Path:
 
 
 def visible(folder: Path) -> list[Path]:
-    """What lies in a folder, in order, without hidden files and macOS's `._*`."""
+    """List a folder in sorted order, without hidden files and macOS's `._*`."""
     return sorted(path for path in folder.iterdir() if not path.name.startswith("."))

@@ -130,7 +130,7 @@ def packed_entry(tensors: Mapping[str, Tensor], identity: str) -> Callable[[Bina
 
 @functools.cache
 def note(text: str) -> None:
-    """Tell the user, once, what is no error."""
+    """Print a note to the user once; it is not an error."""
     log.warning(text)
 
 
@@ -251,5 +251,5 @@ def parse_json(text: str | bytes, what: str, *, finite: bool = True) -> Any:
 
 
 def is_whole(value: Any) -> bool:
-    """True for an integer that is no bool."""
+    """Return True for an int that is not a bool."""
     return type(value) is int

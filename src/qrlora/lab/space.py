@@ -72,7 +72,7 @@ class Study:
 
     @property
     def folder(self) -> Path:
-        """Of adapters and records of this base model; adapters depend on few of the numbers."""
+        """Return the folder of adapters and records of this base model; adapters depend on few of the numbers."""
         return self.bench.folder / f"{weights_digest()}-{self.pictures}x{self.library_steps}"
 
 
@@ -109,7 +109,7 @@ def adapter_of(study: Study, way: str, style: int) -> Adapter:
 
 
 def rows_of(way: str, adapter: Adapter) -> Rows:
-    """What of an adapter spans the space: ΔR, both factors, or ΔW."""
+    """Return the tensors that span the space: ΔR, both factors, or ΔW."""
     if way == "delta_w":
         return {layer: adapter.delta_weight(layer) for layer in adapter.deltas}
     downs = {f"{layer}.lora_A": delta for layer, delta in adapter.deltas.items()}

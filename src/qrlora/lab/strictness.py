@@ -1,4 +1,4 @@
-"""How severe pico's judge is: `qrlora lab judge`.
+"""Measure the strictness of pico's judge: `qrlora lab judge`.
 
 True renders of every reserved pair, made worse step by step: what share is still right, how probably it is named, and
 what share is recognised. Nothing is wrong in any of these pictures but how well they are drawn, so a measure that falls

@@ -1,4 +1,4 @@
-"""Where in pico subject and style are: ``qrlora lab where``.
+"""Locate subject and style in pico's blocks: ``qrlora lab where``.
 
 The default adapter of each task is trained as `compare` trains it. Then it is used in part, and the judge says how
 probable the right subject and the right style are, among all that the world has, in what the bench asks of an adapter

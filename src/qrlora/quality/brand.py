@@ -156,7 +156,7 @@ class Verdict:
 
     @property
     def passes(self) -> bool:
-        """True if every rule passes."""
+        """Return True if every rule passes."""
         return all(check.passes for check in self.checks)
 
     @property

@@ -68,7 +68,7 @@ class Evaluation:
 
     @property
     def passes(self) -> bool:
-        """True if every group passes, or there is no sheet."""
+        """Return True if every group passes, or there is no brand sheet."""
         return all(found is None or found[1] for found in map(self.passing, self.groups))
 
     def copies(self, group: str) -> list[str]:

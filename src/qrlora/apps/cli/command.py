@@ -1,4 +1,4 @@
-"""How a command is declared, reads its arguments, runs and ends."""
+"""Declare, parse, run and end a command of the command line."""
 
 from __future__ import annotations
 
@@ -133,7 +133,7 @@ def _flush() -> None:
 
 
 def less_memory(flags: Collection[str]) -> str:
-    """What takes less memory, for a command that has these flags."""
+    """Return the remedy for running out of memory, naming only flags that the command has."""
     lower = " or ".join(flag for flag in ("--batch-size", "--resolution") if flag in flags)
     ways = [f"lower {lower}"] * bool(lower) + ["load the model with --dtype bfloat16"] * ("--dtype" in flags)
     return ", ".join([*ways, "or use a smaller model" if ways else "use a smaller model, or end other programs"])

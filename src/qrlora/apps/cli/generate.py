@@ -124,7 +124,7 @@ def _check_grid(options: Options, seeds: Sequence[int]) -> None:
 
 
 def _picture_paths(options: Options, seeds: Sequence[int]) -> list[Path]:
-    """Where each picture goes, checked before any is made."""
+    """Return the path of each picture, checked before any is sampled."""
     ending = options.output.suffix.lower() if options.output and not options.output.is_dir() else ""
     one_file = ending in (".png", ".jpg", ".jpeg", ".webp")  # a folder may be called v1.5
     if one_file and not options.grid and len(options.prompt) * len(seeds) > 1:
@@ -159,7 +159,7 @@ def _claim(options: Options, paths: Sequence[Path]) -> None:
 
 
 def picture_file(folder: Path, index: int, prompt: str, seed: int) -> Path:
-    """Where the picture of the prompt of this number goes."""
+    """Return the path of the picture of prompt number `number`."""
     return folder / f"{index:02d}-{re.sub(r'[^a-z0-9]+', '-', prompt.lower()).strip('-')[:60]}-seed{seed}.png"
 
 

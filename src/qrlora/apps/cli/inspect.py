@@ -47,7 +47,7 @@ def run_inspect(options: Options) -> None:
 
 
 def _in_space(where: Any) -> str:
-    """Where the adapter was trained to, by its provenance, which any program may have written."""
+    """Describe the adapter's point in its space from its provenance, which any program may have written."""
     if not isinstance(where, dict) or not isinstance(where.get("coordinates"), list):
         return "not readable"
     return (

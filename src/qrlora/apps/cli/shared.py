@@ -1,4 +1,4 @@
-"""What the commands share: their options, the reading of values, progress, refusals."""
+"""Options, value types, progress bars and checks that several commands share."""
 
 from __future__ import annotations
 
@@ -149,7 +149,7 @@ def null_space_of(strength: float | None, adapters: Sequence[Adapter]) -> float:
 
 
 def say_null_space(strength: float, kept: float | None = None) -> str:
-    """What was done, for people; kept: the share of the sum's energy that is left, where it is known."""
+    """Describe the projection for the user; kept: the share of the sum's energy that is left, where it is known."""
     return f"null-space projection {strength:g}" + ("" if kept is None else f": {kept:.3f} of the sum's energy is kept")
 
 

@@ -155,7 +155,7 @@ def _shown_if_long() -> Callable[[str, int, int], None]:
 
 
 def _judge(name: str, model: str) -> Callable[[Any], float]:
-    """What scores sample pictures on the command line: pico's judge, which knows pico's world alone."""
+    """Return the score of sample sheets: pico's judge, which knows pico's world alone."""
     if model != "pico":
         raise QrloraError(
             "--judge is for pico, whose world it knows",

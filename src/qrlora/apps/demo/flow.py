@@ -67,7 +67,7 @@ class Answer:
 
 @dataclass
 class Setting:
-    """What all steps share. ``seconds``: stage -> time spent in it so far."""
+    """State that all steps share. ``seconds``: stage -> time spent in it so far."""
 
     pipe: Any
     family: ModelFamily
@@ -211,7 +211,7 @@ def _generate_all(
 
 
 def _parts(method: str, pair: tuple[Adapter, Adapter], tasks: Sequence[Task]) -> list[tuple[Adapter, float]]:
-    """What a method of METHODS composes: both adapters at its weights, after its null-space projection."""
+    """Return the parts that a method of METHODS composes: both adapters at its weights, after null-space projection."""
     weights = weights_of(method, tasks[0], tasks[1])
     return project_out(list(zip(pair, weights, strict=True)), null_space_of(method, pair))
 

@@ -1,4 +1,4 @@
-"""What the demo found, as JSON values: report.json."""
+"""Write the demo's results as JSON values: report.json."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def data(outcome: Outcome) -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """Of Python and of what decides the numbers."""
+    """Return the versions of Python and of the packages that decide the numbers."""
     return {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
 
 

@@ -1,4 +1,4 @@
-"""What the demo found, as a page. Every sentence that judges is chosen by the numbers it speaks of."""
+"""Write the demo's results as a page. Every sentence that judges is chosen by the numbers it speaks of."""
 
 from __future__ import annotations
 
@@ -131,7 +131,7 @@ def _size_figures(outcome: Outcome) -> list[Figure]:
 
 
 def _findings(outcome: Outcome) -> list[Block]:
-    """What can be concluded, and what cannot: the aims, the comparison, what was not judged."""
+    """State the conclusions: which aims are met, how the methods compare, what was not judged."""
     shares = {name: outcome.share(DEFAULT, name, "both") for name in AIMS}
     counted = {name: share.value >= AIM for name, share in shares.items() if share is not None}
     missed = [AIMS[name] for name, reached in counted.items() if not reached]
@@ -151,7 +151,7 @@ def _findings(outcome: Outcome) -> list[Block]:
 
 
 def _against(outcome: Outcome, baseline: str) -> tuple[str, str]:
-    """How the default compares with a baseline on composed pictures, and the tone; empty if that cannot be judged."""
+    """Compare the default with a baseline on composed pictures; return sentence and tone, empty if unjudged."""
     shares = {part: [outcome.share(method, "composed", part) for method in (DEFAULT, baseline)] for part in PARTS}
     part = next((part for part in ("both", "style", "subject") if None not in shares[part]), None)
     if part is None:
@@ -173,7 +173,7 @@ def _against(outcome: Outcome, baseline: str) -> tuple[str, str]:
 
 
 def _unjudged(outcome: Outcome) -> str:
-    """Why scores are missing, if some are."""
+    """Explain missing scores, if any."""
     own = [task.role for task in (outcome.subject, outcome.style) if task.name is None]
     if not own:
         return ""

@@ -29,7 +29,7 @@ AIM = 0.8
 
 @dataclass(frozen=True)
 class Budget:
-    """How much of everything: chosen so that all of it takes less than four minutes on two cores."""
+    """Steps, pictures and settings, chosen so that the demo takes less than four minutes on two cores."""
 
     rank: int = 16
     steps: int = 240
@@ -42,7 +42,7 @@ class Budget:
 
 
 def questions(subject: Task, style: Task, budget: Budget, seed: int) -> dict[str, list[LabelledPrompt]]:
-    """What every method is asked: "subject_alone", "style_alone", "composed"; and the base model alone: "base"."""
+    """Return prompts by question: "subject_alone", "style_alone", "composed", and "base" for the base model alone."""
     styles = [name for name in world.SEEN_STYLES if name not in (TRAINING_STYLE, style.name)]
     others = [name for name in world.SEEN_SUBJECTS if name not in (TRAINING_SUBJECT, subject.name)]
     others = others[:: max(1, round(2 * len(others) / budget.pictures))]

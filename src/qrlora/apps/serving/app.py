@@ -107,7 +107,7 @@ class Kept:
 
 
 class Service:
-    """What the application keeps between requests."""
+    """State of the application between requests."""
 
     def __init__(self, engines: Engines, limits: Limits):
         self.engines, self.limits, self.metrics = engines, limits, Metrics()
@@ -123,11 +123,11 @@ class Service:
         self._looking: asyncio.Task[Facts] | None = None
 
     async def facts(self) -> Facts:
-        """What is served, as far as known."""
+        """Return the served models and adapters, as last reported."""
         return self._facts or await self.look_again()
 
     async def look_again(self, seconds: float | None = None) -> Facts:
-        """What is served now. Engines answer between two batches: what was known before, if that takes too long."""
+        """Ask the engines for the served adapters; return the last report if they do not answer in time."""
         if self._looking is None or self._looking.done():
             self._looking = asyncio.create_task(self.engines.facts())
         looking = self._looking  # others may look again before this goes on

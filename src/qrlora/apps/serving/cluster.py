@@ -86,7 +86,7 @@ class Front:
 
 @dataclass(frozen=True)
 class Place:
-    """Where the server runs.
+    """Address, engines and threads of a server on Ray.
 
     Attributes:
         host, port: that it listens on; on a cluster, every node that runs a part of it does.
@@ -190,7 +190,7 @@ def _listen(place: Place) -> None:
 
 
 def _not_started(error: RuntimeError) -> ModelError:
-    """What the engine said, of all that Serve says about it."""
+    """Extract the engine's own error from the text of Ray Serve."""
     deployments = serve.status().applications[NAME].deployments.values()
     said = "\n".join(deployment.message for deployment in deployments)
     ours = re.findall(r"qrlora\.errors\.\w+: (.+)", said, re.DOTALL)

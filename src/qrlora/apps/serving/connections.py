@@ -131,7 +131,7 @@ def _full(most: int) -> bytes:
 
 
 def connections_for(wanted: int) -> int:
-    """As many connections as wanted, or as the limit of open files of this process leaves room for.
+    """Return the connection limit: the number wanted, or what the process's limit of open files leaves room for.
 
     Raises:
         QrloraError: it leaves no room for any.

@@ -67,7 +67,7 @@ class Shelf:
                     self.left_out[name] = self.reason(name, error)
 
     def reason(self, name: str, error: Exception) -> str:
-        """Why this one is not served, for requests and for the log."""
+        """Return the reason why an adapter is not served, for responses and for the log."""
         known = isinstance(error, (QrloraError, OSError))
         said = printable(str(error))
         if len(said) > REASON_CHARACTERS:  # the remedy stands last
@@ -83,7 +83,7 @@ class Shelf:
 
 
 def _stamp(path: Path) -> tuple[int, int] | None:
-    """What changes when the file does; None while it cannot be looked at."""
+    """Return a value that changes when the file does; None while the file cannot be read."""
     try:
         found = path.stat()
     except OSError:
@@ -134,7 +134,7 @@ class Engine:
         self.live.__exit__(None, None, None)
 
     async def facts(self) -> Facts:
-        """What is served, new files included, whatever is being made meanwhile."""
+        """Return the served adapters, new files included, while a batch may be running."""
         await asyncio.get_running_loop().run_in_executor(None, self.shelf.scan)
         steps, guidance = self.family.sampling(self.pipe)
         read, left_out = dict(self.shelf.adapters), self._left_out()

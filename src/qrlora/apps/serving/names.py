@@ -1,4 +1,4 @@
-"""Which composition a request names: `pico+teapot:0.9+chalk`, or {"teapot": 0.9, "chalk": 1}."""
+"""Parse the composition that a request names: `pico+teapot:0.9+chalk`, or {"teapot": 0.9, "chalk": 1}."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What front and engine say to each other: plain values, which travel between machines and need no torch."""
+"""Messages between HTTP front and engine: plain values that travel between machines and need no torch."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from qrlora.errors import QrloraError
 
 
 class Settings(NamedTuple):
-    """What the pictures of one batch have in common: denoising steps, guidance scale, side in pixels."""
+    """Settings that the pictures of one batch share: denoising steps, guidance scale, side in pixels."""
 
     steps: int
     guidance: float
@@ -57,7 +57,7 @@ Event = Step | Made | Refused
 
 @dataclass(frozen=True)
 class Facts:
-    """What an engine serves.
+    """Base model and adapters that an engine serves.
 
     Attributes:
         model: what requests call the base model.
@@ -85,12 +85,12 @@ class Engines(Protocol):
         """Make a batch; `Step`s only if `progress`. Closing the iterator, or cancelling who waits for it, ends it."""
 
     async def facts(self) -> Facts:
-        """What is served now, with adapters that came or went since."""
+        """Return the served adapters, including files added or removed since."""
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What the front refuses, and what it keeps.
+    """Limits and keys of the HTTP front.
 
     Attributes:
         api_keys: of which every request under /v1 has to bear one; none: all are served.

@@ -68,7 +68,7 @@ class AdapterMethod:
 
 @dataclass(frozen=True)
 class TrainingResult:
-    """What one run gave: ΔW, how many numbers trained (zeros of a triangle not counted), the loss of every step."""
+    """Result of one run: ΔW, number of trained parameters (zeros of a triangle not counted), loss of every step."""
 
     learned: Learned
     trained: int

@@ -1,4 +1,4 @@
-"""What some merges need besides ΔW: the base model, what each adapter was trained on, and inputs drawn from it."""
+"""Inputs of merges that need more than ΔW: base model, training data of each adapter, activations."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ class Context:
         return latents, noise, timesteps.to(latents.device), conditions
 
     def run(self, call: Call) -> Tensor:
-        """What the denoiser predicts for these inputs, as it stands."""
+        """Run the denoiser on these inputs, with whatever is attached to it."""
         found: list[Tensor] = []
         hook = self.denoiser.register_forward_hook(lambda *seen: found.append(seen[2][0]))
         try:

@@ -1,4 +1,4 @@
-"""What an adapter of any kind does to a model: ΔW of every layer, on disk, in a denoiser, and in pieces.
+"""ΔW of every layer of an adapter of any kind: on disk, in a denoiser, and in factors.
 
 Methods differ in what they train, and agree in what comes out: another weight. So everything that is compared here
 (merges, measures of files, pictures) speaks of ΔW alone, and no method needs a layer of its own at generation.
@@ -178,7 +178,7 @@ def save_learned(path: Path | str, learned: Learned, metadata: Mapping[str, str]
 
 
 def load_learned(path: Path | str) -> Learned:
-    """What `save_learned` wrote. Raises AdapterFileError for any other file."""
+    """Read a file of `save_learned`. Raises AdapterFileError for any other file."""
     parts: dict[str, dict[str, Tensor]] = {}
     expected = "a file that save_learned wrote"
     with parsing(f"{path} holds no ΔW", AdapterFileError, expected=expected, remedy="train it again"):

@@ -28,7 +28,7 @@ class _Layer:
 
 
 def between(a: Learned, b: Learned) -> dict[str, float]:
-    """How two ΔW lie to each other. Factors are never multiplied out: QR of each, and small cores.
+    """Compare two ΔW. Factors are never multiplied out: QR of each, and small cores.
 
     cosine               ⟨a, b⟩ / (‖a‖ ‖b‖) over all layers
     cosine_by_chance     root mean square of that cosine if every layer's singular vectors were random: the root of

@@ -16,7 +16,7 @@ __all__ = ["Row", "about"]
 
 
 def about(row: Row) -> str:
-    """What a row of the table is, and where it comes from."""
+    """Describe a row of the table, with its source."""
     from qrlora.lab.baselines.adapters import ADAPTERS
     from qrlora.lab.baselines.merges import MERGES
 

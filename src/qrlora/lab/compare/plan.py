@@ -1,4 +1,4 @@
-"""What is compared, on what, and how much of it: every number of the bench."""
+"""Rows, tasks and sizes of the comparison: every number it depends on."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Row:
 
     @property
     def joint(self) -> bool:
-        """Whether subject and style are trained together, and nothing is merged."""
+        """Return True if subject and style are trained together and nothing is merged."""
         return self.merge == "joint"
 
     @property

@@ -78,7 +78,7 @@ def _around(estimate: Estimate) -> list[list[float]]:
 
 
 def crosstalk_bars(found: Mapping[str, Mapping[str, Any]]) -> Plot | None:
-    """What each row loses by composing."""
+    """Plot the crosstalk of each row."""
     rows = sorted((r for r in found if found[r]["crosstalk"]), key=lambda r: -found[r]["crosstalk"].value)
     if not rows:
         return None

@@ -1,4 +1,4 @@
-"""How much faster the `fast` basis is than other ways to a weight's leading columns, and what energy each keeps.
+"""Time the `fast` basis against other ways to a weight's leading columns, with the energy each keeps.
 
 qrlora lab speed basis                                 one random 3072x3072 weight, against full SVD + QR
 qrlora lab speed basis --shapes flux.1 --peft          the shapes of a model, against PEFT's initialisations too

@@ -1,4 +1,4 @@
-"""What benchmarks share: a denoiser of a real one's shapes, turns that are fair, and which machine it was."""
+"""Parts that benchmarks share: a denoiser of real shapes, interleaved timing, a description of the machine."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ Times = dict[str, list[tuple[float, float]]]
 
 
 def machine(device: str) -> dict[str, Any]:
-    """What the figures are of."""
+    """Describe the machine that the figures are of."""
     names = [line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="minutes"),

@@ -1,4 +1,4 @@
-"""What composed adapters cost at inference beside the alternatives: ``qrlora lab speed inference``.
+"""Measure the cost of composed adapters at inference beside the alternatives: ``qrlora lab speed inference``.
 
 One FLUX denoiser of random weights, 1024 wide, is given adapters, and a matrix is merged:
 

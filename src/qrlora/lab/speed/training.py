@@ -1,4 +1,4 @@
-"""What a training step costs beside the alternatives, in time and memory: ``qrlora lab speed training``.
+"""Measure time and memory of a training step beside the alternatives: ``qrlora lab speed training``.
 
 One FLUX denoiser of random weights, 1024 wide, carries each method in turn: ours (all columns of the basis, and a
 subject's share of a basis twice as wide), PEFT's LoRA, PiSSA, OLoRA and MiCA, and the published QR-LoRA layer written

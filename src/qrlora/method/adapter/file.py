@@ -252,12 +252,12 @@ class _Plan:
 
 
 def is_ours(raw: Mapping[str, str]) -> bool:
-    """True for the metadata of a file that `save_adapter` wrote."""
+    """Return True for the metadata of a file that `save_adapter` wrote."""
     return any(key.startswith("qrlora.") for key in raw)
 
 
 def plan_ours(raw: Mapping[str, str]) -> _Plan:
-    """What the metadata of a file of ours calls for. Raises AdapterFileError for metadata of another form."""
+    """Return the tensors that a file's metadata calls for. Raises AdapterFileError for metadata of another form."""
     raw = own(raw)
     remedy = "`qrlora space show FILE` describes it, `qrlora train --space FILE` trains in it"
     require("qrlora.space" not in raw, "a space of adapters, no adapter", expected="an adapter", remedy=remedy)

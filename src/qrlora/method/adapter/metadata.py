@@ -19,7 +19,7 @@ from qrlora.method.tuner.config import resolve_columns
 
 
 def is_number(value: Any) -> bool:
-    """True for a finite JSON number that a float can hold."""
+    """Return True for a finite JSON number that a float can hold."""
     return type(value) in (int, float) and abs(value) <= 1e300
 
 

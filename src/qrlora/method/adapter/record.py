@@ -95,11 +95,11 @@ class AdapterMetadata:
 
     @property
     def on_basis(self) -> bool:
-        """True if the adapter is ΔR alone and its Q is found by fingerprint; False if it carries its own ups."""
+        """Return True if the adapter is ΔR alone and its Q is found by fingerprint; False if it has own up matrices."""
         return self.method == "qrlora"
 
     def columns_in(self, shape: Sequence[int]) -> tuple[int, ...]:
-        """Those of the columns that a layer of this weight has."""
+        """Return the columns that a layer of this shape has."""
         held = clipped_rank(shape, self.basis_rank)
         return tuple(column for column in self.columns if column < held)
 

@@ -340,5 +340,5 @@ class Live:
 
 
 def _within(part: Adapter, whole: Adapter) -> bool:
-    """True if an adapter's layers and columns are all in another's, so that its base weights are known to fit."""
+    """Return True if an adapter's layers and columns are all in another's, so that its base weights fit."""
     return part.digests.items() <= whole.digests.items() and set(part.metadata.columns) <= set(whole.metadata.columns)

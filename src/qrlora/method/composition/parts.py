@@ -66,7 +66,7 @@ def basis_difference(first: Adapter, second: Adapter) -> tuple[dict[str, Any], d
 
 
 def on_one_basis(adapters: Sequence[Adapter]) -> bool:
-    """True if all are ΔR on one basis, so that their weighted sum is exact."""
+    """Return True if all are ΔR on one basis, so that their weighted sum is exact."""
     return all(one.metadata.on_basis and basis_difference(adapters[0], one) == ({}, {}) for one in adapters)
 
 

@@ -52,8 +52,8 @@ def place_adapter(
 
 
 def coefficients_on(model: nn.Module) -> dict[str, Any]:
-    """Where the adapter on a model is in its space, as JSON values: name and digest of the space, m, z, and the share
-    of ‖ΔR‖² that is the remainder's. Empty if there is no space."""
+    """Return the point of a model's adapter in its space, as JSON values: name and digest of the space, m, z, and the
+    share of ‖ΔR‖² that is the remainder's. Empty if there is no space."""
     placed = _placed(model)
     if not placed:
         return {}

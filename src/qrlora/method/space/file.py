@@ -97,7 +97,7 @@ def _said(text: str) -> tuple[tuple[tuple[str, str], ...], tuple[float, ...]]:
 
 
 def _mask(space: Space, layer: str) -> Tensor | None:
-    """Where a triangular ΔR may be non-zero; None for a dense one."""
+    """Return the mask of entries of a triangular ΔR that may be non-zero; None for a dense one."""
     width = space.mean.deltas[layer].shape[1]
     return triangular_mask(space.mean.columns(layer), width) if space.mean.metadata.triangular else None
 

@@ -31,7 +31,7 @@ OF_ONE_SPACE = "a space takes adapters of one role, rank and columns, trained on
 
 @dataclass(frozen=True)
 class Projection:
-    """Where an adapter is: its coefficients, and the share of ‖ΔR‖² that they leave unexplained.
+    """Least-squares projection of an adapter: its coefficients, and the share of ‖ΔR‖² that they leave unexplained.
 
     mean          m, the coefficient of the mean
     coordinates   z, in standard deviations of the members

@@ -1,4 +1,4 @@
-"""Weights as points of a span: what trains is the coefficients of a mean and of components, and perhaps a remainder."""
+"""Parametrise weights as points of a span: the coefficients of mean and components train, optionally a remainder."""
 
 from __future__ import annotations
 

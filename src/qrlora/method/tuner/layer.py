@@ -342,7 +342,7 @@ def columns_held(layer: nn.Module, config: QRLoraConfig, r: int) -> tuple[int, .
 
 
 def is_quantised(layer: nn.Module) -> bool:
-    """True if a layer's weight is stored other than as plain floating-point numbers of 16 bits or more."""
+    """Return True if a layer's weight is not stored as plain floating-point numbers of 16 bits or more."""
     weight = getattr(layer, "weight", None)
     if type(weight) is not nn.Parameter and type(weight) is not Tensor:
         return True

@@ -28,7 +28,7 @@ from qrlora.models.families import ModelFamily
 
 @dataclass(frozen=True)
 class Export:
-    """What was written: layers in the file, and how many of them each program will match (all, or it is an error)."""
+    """Result of an export: layers in the file, and how many of them each program matches (all, or it is an error)."""
 
     layers: int
     matched: dict[str, int]

@@ -33,7 +33,7 @@ class Changes:
 
 @torch.no_grad()
 def changed_layers(base: nn.Module, tuned: nn.Module, targets: Sequence[str] | None = None) -> Changes:
-    """What differs between two models; with `targets` only layers whose names end in one of them count as layers.
+    """Return the layers that differ between two models; with `targets`, only layers whose names end in one of them.
 
     Raises MismatchError if they are not of one architecture, AdapterFileError if a weight is not finite.
     """

@@ -43,7 +43,7 @@ def target_of(program: str, family: str) -> str:
 
 
 def is_adapter_file(target: str, family: str) -> bool:
-    """True if the form has a pair for each layer of the adapter under names that its file can record."""
+    """Return True if the form has a pair for each layer of the adapter under names that its file can record."""
     return target == "diffusers" or (target == "kohya" and family not in _FUSED)
 
 

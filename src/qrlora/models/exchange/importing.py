@@ -39,7 +39,7 @@ class Onto:
 
     @classmethod
     def like(cls, adapter: Adapter) -> Onto:
-        """Where `adapter` stands, so that the two compose."""
+        """Return basis and columns of `adapter`, so that the imported adapter composes with it."""
         meta = adapter.metadata
         return cls(meta.basis_rank, meta.columns, meta.algorithm, meta.basis_seed)
 

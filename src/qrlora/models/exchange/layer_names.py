@@ -1,4 +1,4 @@
-"""Which layers of which denoiser the names in a LoRA file mean.
+"""Resolve the names in a LoRA file to layers of a denoiser.
 
 With a model at hand its modules decide, without one the names and shapes of the known families, all of which are tried.
 """

@@ -92,12 +92,12 @@ def load_any(
 
 
 def is_ours(path: str | Path) -> bool:
-    """True for an adapter file of this package, in any spelling; AdapterFileError as `load_any` for what is no file."""
+    """Return True for an adapter file of this package, in any spelling; errors as `load_any`."""
     return says_ours(read_shapes(Path(path))[1])
 
 
 def left_out_of(adapter: Adapter) -> list[str]:
-    """What was in the adapter's file besides the denoiser's layers, by name, and is not in the adapter."""
+    """Return the names in the adapter's file that were left out because they are no layers of the denoiser."""
     imported = adapter.metadata.provenance.get("imported")
     names = imported.get("left_out") if isinstance(imported, Mapping) else None
     return [str(name) for name in names] if isinstance(names, list) else []

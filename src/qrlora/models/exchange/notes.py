@@ -1,4 +1,4 @@
-"""What other programs look for in a LoRA's header: Stability's ModelSpec (version 1.0.0) and kohya's ss_* fields."""
+"""Header fields that other programs read from a LoRA: Stability's ModelSpec (version 1.0.0) and kohya's ss_* fields."""
 
 from __future__ import annotations
 

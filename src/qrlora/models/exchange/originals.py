@@ -56,7 +56,7 @@ class Original:
         return None
 
     def pieces(self, number: str, height: int, width: int, modules: Shapes) -> tuple[Piece, ...]:
-        """How `height` rows are divided, by the model's own sizes if it is at hand; empty if they cannot be."""
+        """Divide `height` rows among layers, by the model's own sizes if it is given; empty if that is impossible."""
         layers = [layer.replace("#", number) for layer in self.layers]
         if modules:
             sizes = [modules[layer][0] for layer in layers if layer in modules]

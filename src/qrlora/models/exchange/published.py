@@ -54,7 +54,7 @@ class Published:
 
 
 def is_published(tensors: Iterable[str]) -> bool:
-    """True if any key is one that only the published code writes for ΔR."""
+    """Return True if any key is one that only the published code writes for ΔR."""
     return any(key.endswith((".lora.q.weight", ".lora.base_r.weight", ".lora.delta_r.weight")) for key in tensors)
 
 
@@ -64,7 +64,7 @@ def may_be_whole(keys: Iterable[str]) -> bool:
 
 
 def is_whole(tensors: Mapping[str, Tensor]) -> bool:
-    """True if these are Q and R of the mode that trains both, which read as a LoRA would add the base's core again."""
+    """Return True if Q and R were both trained; read as a LoRA, such a file would add the base's core again."""
     ups = [up.flatten(1).float() for key, up in tensors.items() if key.endswith(".lora.up.weight")]
     return any(_TWICE in key for key in tensors) or (
         bool(ups) and all(_distance_from_identity(up.T @ up) <= NEAR_ORTHONORMAL for up in ups)

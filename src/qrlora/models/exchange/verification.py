@@ -1,4 +1,4 @@
-"""What another program would make of a LoRA file: its keys, taken through that program's own rules.
+"""Predict how another program reads a LoRA file, by that program's own key rules.
 
 A loader that does not know a key says so in a log line at best, and the user finds out from the picture.
 """
@@ -31,7 +31,7 @@ Layers = dict[str, dict[str, Tensor]]
 
 
 def count_matches(path: str | Path, target: str, family: ModelFamily, denoiser: nn.Module) -> int:
-    """How many layers of `denoiser` a program of that kind changes when it loads the file: all that the file has.
+    """Count the layers of `denoiser` that a program of that kind changes when it loads the file: all that the file has.
 
     target "diffusers": by the state-dict conversion of the pipeline's own `load_lora_weights`. "kohya": by the names
     that ComfyUI, Forge and A1111 hold: for SDXL the original UNet's, counted off its blocks; for SD diffusers'.
@@ -91,7 +91,7 @@ def _layers_by(path: Path, target: str, family: ModelFamily, denoiser: nn.Module
 
 
 def _fault(parts: Mapping[str, Tensor], denoiser: nn.Module, name: str) -> str:
-    """Why a layer would not load, or would load at another strength; empty if it does."""
+    """Return the reason why a layer would not load, or would load at another strength; empty if it loads."""
     if not {"down", "up"} <= set(parts):
         return f"only {sorted(parts)}"
     down, up = parts["down"], parts["up"]

@@ -152,7 +152,7 @@ def _assemble(model: str, source: str, family: ModelFamily, index: dict[str, Any
 
 @contextlib.contextmanager
 def _unloadable(model: str, family: ModelFamily) -> Iterator[None]:
-    """What the libraries raise about a model that is not whole, as one error."""
+    """Turn what the libraries raise about an incomplete model into one ModelError."""
     try:
         yield
     except MemoryError:
@@ -167,7 +167,7 @@ def _unloadable(model: str, family: ModelFamily) -> Iterator[None]:
 
 
 def weight_bytes(folder: Path, dtype: torch.dtype) -> int:
-    """What the weights of one component take when loaded as `dtype`, by the headers of its safetensors files.
+    """Return the bytes of one component's weights as `dtype`, from the headers of its safetensors files.
 
     Variants (`model.fp16.safetensors`) do not count, nor does what is not there to be read.
     """
@@ -205,7 +205,7 @@ def refuse_if_larger(size: int, device: torch.device, model: str) -> None:
 
 
 def find_model(model: str) -> tuple[str, Path, dict[str, Any], ModelFamily]:
-    """Where a base model is (a folder or a hub id), its index's file and content, and its family; nothing is loaded.
+    """Find a base model: its folder or hub id, its index's file and content, and its family; nothing is loaded.
 
     Raises:
         ModelError: as `load_pipeline`.

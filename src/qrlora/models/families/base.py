@@ -1,4 +1,4 @@
-"""What one row of the family table says about an architecture.
+"""Facts and functions of one architecture: a row of the family table.
 
 A family is facts and small functions, never a loop: the trainer and the generator are written once and ask the row.
 """
@@ -70,7 +70,7 @@ class ModelFamily:
 
     @property
     def export_prefix(self) -> str:
-        """What diffusers puts before the denoiser's module names in a LoRA file."""
+        """Return the prefix that diffusers puts before the denoiser's module names in a LoRA file."""
         return f"{self.denoiser}."
 
     def denoiser_of(self, pipe: Any) -> nn.Module:
@@ -88,7 +88,7 @@ class ModelFamily:
 
 
 def size_unit(pipe: Any) -> int:
-    """What every side of a picture is a multiple of, in pixels: the autoencoder's reduction times 2, the side of the
+    """Return the unit of a picture's sides in pixels: the autoencoder's reduction times 2, the side of the
     transformers' patches. The UNets could do with half of it."""
     return 2 * pipe.vae_scale_factor
 

@@ -29,7 +29,7 @@ def resolution(pipe: Any) -> int:
 
 
 def prompt_options(pipe: Any, prompts: list[str]) -> dict[str, Any]:
-    """How much T5 reads, for `pipe(...)` and `pipe.encode_prompt(...)` alike.
+    """Return the options that set T5's length, for `pipe(...)` and `pipe.encode_prompt(...)` alike.
 
     Raises:
         DataError: a prompt is longer than that. CLIP reads its beginning only, which is how the model was trained.

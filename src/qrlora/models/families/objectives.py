@@ -63,7 +63,7 @@ def weighted_mean(error: Latents, mask: Mask | None) -> Float[Tensor, " n"]:
 
 
 def noise_timesteps(scheduler: Any, n: int, generator: Generator) -> Float[Tensor, " n"]:
-    """Whole timesteps, each as likely."""
+    """Sample integer timesteps uniformly."""
     return torch.randint(scheduler.config.num_train_timesteps, (n,), generator=generator).float()
 
 

@@ -30,7 +30,7 @@ def largest_side(pipe: Any) -> int:
 
 
 def prompt_options(pipe: Any, prompts: list[str]) -> dict[str, Any]:
-    """How much T5 reads, for `pipe(...)` and `pipe.encode_prompt(...)` alike.
+    """Return the options that set T5's length, for `pipe(...)` and `pipe.encode_prompt(...)` alike.
 
     A pipeline without T5 stands zero tokens in its place, `max_sequence_length` of them. They carry nothing, but the
     denoiser attends to every one: a single one is kept, at training and at generation alike.

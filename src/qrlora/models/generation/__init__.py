@@ -309,7 +309,7 @@ def _batch(
 
 
 class _Watch:
-    """What diffusers calls after a step: it changes nothing, and looks whether each picture's latents are finite."""
+    """Callback of diffusers after each step: it records whether each picture's latents are finite."""
 
     def __init__(self, on_step: OnStep | None):
         self._on_step = on_step
@@ -355,7 +355,7 @@ def _whole(images: Sequence[Image.Image | None], jobs: Sequence[tuple[str, int]]
 
 
 def _labels(rows: Adapter, columns: Adapter) -> tuple[str, str]:
-    """What tells two adapters apart: their roles, else their names."""
+    """Return labels that tell two adapters apart: their roles, else their names."""
     if rows.metadata.role != columns.metadata.role:
         return rows.metadata.role or rows.name or "rows", columns.metadata.role or columns.name or "columns"
     return (rows.name, columns.name) if rows.name != columns.name else ("rows", "columns")

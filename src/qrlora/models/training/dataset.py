@@ -97,7 +97,7 @@ class Example:
 
     @property
     def mask(self) -> Float[Tensor, "1 height width"] | None:
-        """Where the picture counts, float32 from 0 (background) to 1; None if everywhere."""
+        """Loss weight of each pixel, float32 from 0 (background) to 1; None if all are 1."""
         if not self.mask_digest:
             return None
         mask = open_picture(self.source.picture).mask(self.source.mask, self.size, self.view)
@@ -250,7 +250,7 @@ def metadata_of(folder: Path) -> Path | None:
 
 
 def _table(path: Path) -> dict[str, Source]:
-    """What each row of a CSV file says of the picture it names."""
+    """Read the caption and mask of each row of a CSV file."""
     rows: dict[str, Source] = {}
     table = csv.DictReader(io.StringIO(_text(path), newline=""), strict=True)
     try:
@@ -286,7 +286,7 @@ def _refuse_twice(name: str, rows: Mapping[str, Source], path: Path) -> None:
 
 
 def _metadata(path: Path) -> dict[str, Source]:
-    """What each line says of the picture it names."""
+    """Read the caption and mask of each line of a metadata.jsonl file."""
     rows: dict[str, Source] = {}
     # Not splitlines: JSON may hold what that takes for the end of a line.
     for number, line in enumerate(_text(path).split("\n"), 1):
@@ -316,7 +316,7 @@ def _is_mask(path: Path) -> bool:
 
 
 def _masks(files: Iterable[Path]) -> dict[str, list[Path]]:
-    """Those of the files that are masks, by the name of their picture without its suffix."""
+    """Return the mask files, by the name of their picture without its suffix."""
     masks: dict[str, list[Path]] = {}
     for path in files:
         if _is_mask(path):
@@ -353,7 +353,7 @@ def caption_beside(picture: Path) -> str | None:
 
 
 def _captions(files: Iterable[Path]) -> dict[str, list[Path]]:
-    """Those of the files that are captions, by the name of their picture without its suffix."""
+    """Return the caption files, by the name of their picture without its suffix."""
     captions: dict[str, list[Path]] = {}
     for path in sorted(files):
         if path.suffix.lower() in CAPTIONS and path.is_file():
@@ -528,7 +528,7 @@ def _data_digest(examples: Sequence[Example]) -> str:
 
 
 def _encoders_digest(pipe: Any, family: ModelFamily) -> str:
-    """What distinguishes the encoders of one model from those of another: a strided sample of every weight.
+    """Digest the encoders of a model by a strided sample of every weight.
 
     All of them would be surer, but reading a T5-XXL through SHA-256 takes longer than encoding the captions.
     """

@@ -61,7 +61,7 @@ LOSS_SCALE = 2.0**16
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a run is: steps done of all steps, loss of the last step, seconds left at the pace so far."""
+    """Progress of a run: steps done of all steps, loss of the last step, seconds left at the pace so far."""
 
     step: int
     steps: int
@@ -97,12 +97,12 @@ class Run:
 
     @property
     def record(self) -> dict[str, Any]:
-        """What a checkpoint must agree on to be continued: the recipe's fields and the data."""
+        """Return the recipe's fields and the digest of the data that a checkpoint must share to be resumed."""
         known = coefficients_on(self.denoiser).get("digest")
         return self.recipe.run_record() | {"data": self.data.digest, "space": known}
 
     def adapter(self, provenance: dict[str, Any]) -> Adapter:
-        """What has been trained so far, with all that is known about it."""
+        """Return the adapter as trained so far, with its metadata."""
         with evaluated(self.optimizer):
             where = coefficients_on(self.denoiser)
             return adapter_from_model(
@@ -178,7 +178,7 @@ def train(
 
 
 def _trained(run: Run, examples: list[Example], progress: Callable[[Progress], None] | None, started: float) -> Adapter:
-    """What the run's remaining steps lead to, written."""
+    """Train the remaining steps and write the adapter."""
     with run.watch.watching(run), deferred() as interrupted:  # a whole adapter is written whole
         loss = _run_steps(run, interrupted, progress)
         adapter = run.watch.chosen(run, _provenance(examples, loss, time.perf_counter() - started))
@@ -195,7 +195,7 @@ at every call the same."""
 
 @dataclass(frozen=True)
 class Attached(Generic[T]):
-    """What trains on a denoiser, in float32, by name; and what reads off it what it has become."""
+    """Trainable parameters on a denoiser, in float32, by name; and the function that reads the result."""
 
     parameters: dict[str, nn.Parameter]
     read: Callable[[], T]
@@ -234,7 +234,7 @@ def train_attached(
 
 @dataclass
 class Prepared:
-    """What training needs of pipeline and pictures, once everything is encoded. `pipe` is None if its work is done."""
+    """Encoded pictures and prompts, and the parts of the pipeline still needed. `pipe` is None if its work is done."""
 
     pipe: Any
     family: ModelFamily
@@ -313,7 +313,7 @@ def _run(
 
 
 def _base_predictions(recipe: Recipe, pipe: Any, family: ModelFamily, device: torch.device) -> Preservation:
-    """What the denoiser as it stands, its adapter still zero, should go on to predict."""
+    """Compute the base model's predictions for the preserved prompts, while the adapter is still zero."""
     pipe.to(device)
     return record(pipe, family, recipe.preserve, recipe.seed, recipe.batch_size)
 
@@ -530,7 +530,7 @@ def draw(
 
 
 def order(seed: int, buckets: Sequence[Hashable], size: int, number: int) -> Int[Tensor, " size"]:
-    """Which entries make up batch ``number`` (from 0), all of one bucket. A function of its arguments alone.
+    """Return the entries of batch ``number`` (from 0), all of one bucket. A function of its arguments alone.
 
     Every epoch goes through all entries once, in an order of its own. A batch is made when a bucket has ``size`` of
     them waiting; those that wait at the end of an epoch are the first of their bucket's next batch. So no batch is
@@ -601,13 +601,13 @@ def _write_checkpoint(run: Run, rescue: bool) -> Path | None:
 
 
 def _kept(run: Run) -> str:
-    """What is left after a breakdown, for the error message."""
+    """Describe what was saved before a failure, for the error message."""
     newest = outputs.newest(run.recipe)
     return f"; the last good checkpoint is {newest}" if newest else ""
 
 
 def _provenance(examples: list[Example], loss: float, seconds: float) -> dict[str, Any]:
-    """Where an adapter comes from, beyond its recipe."""
+    """Return the provenance of an adapter beyond its recipe."""
     return {
         "pictures": [
             {"name": e.name, "pixels_sha256": e.digest, "caption": e.caption}

@@ -1,4 +1,4 @@
-"""What watches a run: sample sheets, trackers, and the choice of a step by its pictures.
+"""Sample sheets, trackers, and selection of a step by its pictures.
 
 Nothing here touches the run: ΔR is the same, bit for bit, whether it is watched or not. Sheets lie beside the output,
 `<output>.samples/step-000100.png`, and so do TensorBoard's event files, `<output>.logs`.
@@ -222,7 +222,7 @@ class _Unready:
 
 @dataclass
 class Selection:
-    """Which step's pictures are best so far.
+    """Selection of the step whose pictures score best so far.
 
     Attributes:
         patience: scores without a better one after which it is enough; 0 for never.
@@ -263,7 +263,7 @@ class Monitor:
 
     @property
     def satisfied(self) -> bool:
-        """Whether more training would be of no use."""
+        """Return True if more training would be of no use."""
         return bool(self.selection and self.selection.exhausted)
 
     @contextlib.contextmanager

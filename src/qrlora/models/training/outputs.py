@@ -12,7 +12,7 @@ from qrlora.models.training.recipe import Recipe
 
 
 def folder(recipe: Recipe) -> Path:
-    """Where the checkpoints of a run with an output lie."""
+    """Return the folder of a run's checkpoints."""
     assert recipe.output is not None
     return recipe.output.with_suffix(".checkpoints")
 

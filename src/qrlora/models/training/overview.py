@@ -48,7 +48,7 @@ def _used(sources: Sequence[Source]) -> set[Path]:
 
 
 def _unread(folder: Path, used: set[Path], top: Path) -> Iterator[str]:
-    """What lies in a folder and is not used; hidden files are nobody's pictures. A folder of none is named itself."""
+    """List the files of a folder that are not used, hidden ones excepted. A folder without pictures is named itself."""
     for path in sorted(folder.iterdir()):
         if path.name.startswith(".") or path in used:
             continue

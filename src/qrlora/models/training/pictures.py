@@ -45,7 +45,7 @@ Size = tuple[int, int]
 
 @dataclass(frozen=True)
 class View:
-    """How a picture is turned before it is shown. mirrored: left and right exchanged; then moved by so many pixels to
+    """Augmentation of a picture. mirrored: left and right exchanged; then moved by so many pixels to
     the right and down, the edge repeated where nothing is left of it."""
 
     mirrored: bool = False
@@ -81,7 +81,7 @@ def bucket_sizes(resolution: int, unit: int, largest: int | None = None) -> list
 
 
 def nearest_size(size: Size, sizes: Sequence[Size]) -> Size:
-    """Of these the one whose aspect ratio is nearest to that of ``size``."""
+    """Return the size whose aspect ratio is nearest to that of ``size``."""
     ratio = math.log(size[0] / size[1])
     return min(sizes, key=lambda other: (abs(math.log(other[0] / other[1]) - ratio), other))
 
@@ -200,7 +200,7 @@ def _cut(picture: Image.Image, size: Size, resampling: Image.Resampling, view: V
 
 @contextlib.contextmanager
 def _reading(path: Path) -> Iterator[None]:
-    """What Pillow raises over a file, in words."""
+    """Turn what Pillow raises about a file into a DataError."""
     with parsing(
         f"unreadable picture: {path}",
         DataError,

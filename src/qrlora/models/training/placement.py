@@ -1,4 +1,4 @@
-"""Where the parts of a base model lie in training, and in what form.
+"""Place the parts of a base model for training: device, dtype, quantisation.
 
 The encoders are on the device first, alone, and leave; then comes the denoiser: whole, quantised, or divided among the
 processes. The adapter is attached before that, so its basis is that of the weights as they were read.
@@ -55,7 +55,7 @@ def check_disk(recipe: Recipe, shapes: Iterable[tuple[int, ...]]) -> None:
 
 
 def module_bytes(module: nn.Module) -> int:
-    """What a module's parameters and buffers take."""
+    """Return the bytes of a module's parameters and buffers."""
     return sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
 
 

@@ -1,4 +1,4 @@
-"""What a run will take, known before anything heavy is loaded.
+"""Estimate memory, files and time of a run before anything heavy is loaded.
 
 The base model is made from its configs on torch's meta device, the adapter is put on it as training does, and one step
 is rehearsed there.
@@ -43,7 +43,7 @@ FLOAT = 4
 
 @dataclass(frozen=True)
 class Estimate:
-    """What training one adapter takes.
+    """Estimated cost of training one adapter.
 
     Attributes:
         layers, parameters: adapted layers, and numbers trained in all of them.
@@ -210,7 +210,7 @@ def _batch(recipe: Recipe, pipe: Any, family: ModelFamily, rows: int, side: int 
 
 
 def _metadata(recipe: Recipe, config: Any) -> AdapterMetadata:
-    """What the adapter's file will say about itself, as far as its size depends on it."""
+    """Estimate the size of the adapter's metadata in bytes."""
     if not isinstance(config, QRLoraConfig):
         return AdapterMetadata("lora", recipe.rank, recipe.rank)
     columns = resolve_columns(config.columns, config.r, config.rank_of_basis)

@@ -77,7 +77,7 @@ def share(recipe: Recipe, micro: int, process: int, processes: int) -> slice:
 
 
 def anywhere(accelerator: Accelerator, holds: bool) -> bool:
-    """Whether something holds in any process: all have to stop after the same step, or one waits for the others."""
+    """Return True if the flag is set in any process: all must stop after the same step, or one waits for the others."""
     return bool(summed(accelerator, torch.tensor(float(holds), device=accelerator.device)))
 
 

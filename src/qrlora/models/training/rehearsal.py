@@ -42,7 +42,7 @@ _FLOPS: dict[Any, Callable[..., int]] = {
 
 @dataclass(frozen=True)
 class _Sizes:
-    """What is remembered of a tensor."""
+    """Shape and dtype that are recorded of a tensor."""
 
     shape: tuple[int, ...]
     stride: tuple[int, ...]
@@ -195,7 +195,7 @@ def _flash_attention(
 
 
 class Pace:
-    """How fast a device does operations, found by doing them."""
+    """Measured speed of a device's operations."""
 
     def __init__(self, device: torch.device):
         self.device = device
@@ -210,7 +210,7 @@ class Pace:
         self.overhead = max(0.0, whole - self.seconds(rehearsal)) / rehearsal.calls
 
     def seconds(self, rehearsal: Rehearsal) -> float:
-        """How long the rehearsed computation takes there, on an otherwise idle device.
+        """Estimate the seconds of the recorded computation on an otherwise idle device.
 
         A GPU does its work while Python prepares what comes next; a CPU does one after the other.
         """

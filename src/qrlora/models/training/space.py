@@ -1,4 +1,4 @@
-"""Training in a space of adapters, as far as the loop does not see it: what trains is put on, and newness is said."""
+"""Place a fresh adapter in the recipe's space before the loop, and print how new its pictures are for that space."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def place(denoiser: Any, recipe: Recipe, adapter_name: str) -> None:
 
 
 def say_novelty(recipe: Recipe, denoiser: Any, losses: Callable[[int], Iterator[Tensor]]) -> None:
-    """How much of what the pictures ask for the recipe's space reaches, by a few passes before training."""
+    """Print the share of the pictures' first gradient that lies in the recipe's space, from a few passes."""
     reached = 1 - unexplained(denoiser, lambda: losses(PASSES))
     note(
         f"{recipe.space}: its coefficients reach {reached:.2%} of the pictures' first gradient; the less, the newer is "

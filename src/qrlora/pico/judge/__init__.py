@@ -69,7 +69,7 @@ class Verdict:
 
     @property
     def excess(self) -> Float[np.ndarray, " n"]:
-        """How far beyond its limits each picture lies: mean of ln max(1, distance). 0 where every one is kept.
+        """Return the distance of each picture beyond its limits: mean of ln max(1, distance). 0 where all are kept.
 
         It orders what is wrong, where shares of what is right are too coarse to choose by.
         """
@@ -85,7 +85,7 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Evidence:
-    """What the judge measures about n pictures held against n pairs, before any limit is applied."""
+    """Measurements of n pictures against n pairs, before any limit is applied."""
 
     right: dict[str, Bool[np.ndarray, " n"]]  # "subject" and "style": is the most probable name the one asked for
     probability: dict[str, Float[np.ndarray, " n"]]  # of the name asked for

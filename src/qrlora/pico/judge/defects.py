@@ -1,4 +1,4 @@
-"""What may happen to a picture before the judge sees it: little things it must forgive, and defects it must not.
+"""Alterations of pictures for training the judge: mild ones it must accept, and defects it must reject.
 
 All functions take and return float32 pictures (h, w, 3) in [0, 1]; ``rng`` decides how strong.
 """
@@ -30,7 +30,7 @@ def _jpeg(picture: Picture, quality: int) -> Picture:
 
 
 def mild(picture: Picture, rng: Random) -> Picture:
-    """What an autoencoder or a slightly unsure denoiser does: to be forgiven."""
+    """Alter pictures as an autoencoder or a slightly unsure denoiser does: the judge accepts them."""
     shift = np.array([[1, 0, rng.integers(-4, 5)], [0, 1, rng.integers(-4, 5)]], np.float32)
     picture = cv2.warpAffine(picture, shift, picture.shape[1::-1], borderMode=cv2.BORDER_REFLECT)
     if rng.random() < 0.3:

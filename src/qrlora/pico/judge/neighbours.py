@@ -1,4 +1,4 @@
-"""How near nameless styles come to reserved ones: ``python -m qrlora.pico.judge.neighbours``.
+"""Measure the distance of nameless styles from reserved ones: ``python -m qrlora.pico.judge.neighbours``.
 
 A style that is kept from the base model must not be among the nameless ones that it is trained on. By the judge's own
 style features: for each reserved style the nearest nameless one, in units of the limit within which a true render of

@@ -1,4 +1,4 @@
-"""How strict the judge is: ``python -m qrlora.pico.judge.strictness``.
+"""Measure the judge's strictness: ``python -m qrlora.pico.judge.strictness``.
 
 The judge's shares for true renders of held-back pairs, as they are and after small changes of which a person would say
 that the picture is still right, and larger ones of which nobody would.

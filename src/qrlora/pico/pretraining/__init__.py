@@ -1,1 +1,1 @@
-"""How pico is trained: see ``__main__`` for the command, ``plan`` for what decides the result."""
+"""Pretraining of pico: see ``__main__`` for the command, ``plan`` for what decides the result."""

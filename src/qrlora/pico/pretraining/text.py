@@ -36,7 +36,7 @@ def words(work: Path, plan: Plan) -> CLIPTokenizer:
 
 
 def embed(pipe: Any, captions: list[str], null_tokens: int) -> tuple[Tensor, Tensor]:
-    """What ``encode_prompt`` computes, with gradients: (b, 24 + null_tokens, 256) and (b, 256)."""
+    """Encode prompts as ``encode_prompt`` does, with gradients: (b, 24 + null_tokens, 256) and (b, 256)."""
     ids = pipe.tokenizer(
         captions, padding="max_length", max_length=pipe.tokenizer.model_max_length, truncation=True, return_tensors="pt"
     ).input_ids.to(pipe.transformer.device)

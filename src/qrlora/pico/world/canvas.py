@@ -27,7 +27,7 @@ _BITS = 4  # fractional bits of cv2's fixed-point coordinates
 
 @dataclass(frozen=True)
 class Pose:
-    """Where a subject stands: rotation in degrees, shift in pixels, scale as a factor."""
+    """Pose of a subject: rotation in degrees, shift in pixels, scale as a factor."""
 
     angle: float = 0.0
     dx: float = 0.0

@@ -125,7 +125,7 @@ def _drawn(rng: np.random.Generator) -> Recipe:
 
 
 def _reserved(r: Recipe) -> bool:
-    """Whether a recipe has what makes one of the reserved styles."""
+    """Return True if a recipe has what makes one of the reserved styles."""
     slanted = r.fill == "patterned" and r.pattern in (
         "hatched",
         "diamond",
@@ -146,7 +146,7 @@ def _luma(name: str) -> float:
 
 
 def _unseen(r: Recipe) -> bool:
-    """Whether a subject could be lost on its ground."""
+    """Return True if a subject could be invisible on its ground."""
     ground = 0.92 if r.level == "own" else _luma(r.ground)
     lines = r.outline not in ("none", "offset") and r.outline_colour != "same"
     lines = lines and abs(_luma(r.outline_colour) - ground) > 0.3
@@ -167,7 +167,7 @@ def recipe(number: int) -> Recipe:
 
 
 def description(number: int) -> list[str]:
-    """What can be said of a nameless style, the most telling first."""
+    """Describe a nameless style, the most telling features first."""
     r = recipe(number)
     said = []
     if r.level != "own":

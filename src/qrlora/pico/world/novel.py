@@ -1,4 +1,4 @@
-"""What pico has no name for: shapes and styles put together at random, of which no two are alike.
+"""Nameless shapes and styles, composed at random.
 
 A base model whose whole world is 22 things in 12 styles has no room between them: a thirteenth style is then no place
 that an adapter could move it to. Real base models have seen millions of things that no caption names. So a share of

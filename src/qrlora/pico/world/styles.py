@@ -60,7 +60,7 @@ def _ground(c: Canvas, strength: float = 0.16) -> np.ndarray:
 
 
 def _darkness(c: Canvas, p: Palette) -> np.ndarray:
-    """How dark each sample's tone is, in [0, 1], with a light from the upper left."""
+    """Compute the darkness of each sample's tone, in [0, 1], with a light from the upper left."""
     luma = _colours(c, p) @ np.array([0.299, 0.587, 0.114], np.float32)
     x, _ = grid()
     return np.clip((1 - luma) * 0.75 + 0.30 * (x / SIZE - 0.35), 0, 1) * c.mask

@@ -51,7 +51,7 @@ DESCRIPTIONS = {
 
 
 def held_back(subject: str, style: str) -> bool:
-    """Whether pretraining never shows a pair: those of the small world, and a ninth of drawings in named styles."""
+    """Return True for pairs that are held back: those of the small world, and a ninth of drawings in named styles."""
     if (subject, style) in _HELD:
         return True
     drawn = subject not in world.SUBJECTS and style in world.SEEN_STYLES
@@ -176,12 +176,12 @@ def word(key: str) -> str:
 
 
 def spoken(key: str) -> str:
-    """What a caption calls a subject or a style."""
+    """Return the words by which a caption names a subject or a style."""
     return word(key) if key.startswith(("style ", "thing ")) else key
 
 
 def place(pose: Pose) -> list[str]:
-    """What can be said of where a subject stands and how large it is."""
+    """Describe position and size of a subject."""
     said = ["small"] if pose.scale < 0.7 else []
     if pose.dx <= -8 or pose.dx >= 8:
         said.append("on the left" if pose.dx < 0 else "on the right")
@@ -191,7 +191,7 @@ def place(pose: Pose) -> list[str]:
 
 
 def facts(scene: Scene) -> list[str]:
-    """What a style looks like, in words."""
+    """Describe the look of a style."""
     if scene.style.startswith("style "):
         return nameless.description(int(scene.style[6:]))
     return list(DESCRIPTIONS.get(scene.style, ()))

@@ -237,7 +237,7 @@ def _check_unique(raters: Sequence[str]) -> None:
 
 
 def _reason_to_exclude(rater: str, votes: Sequence[Vote], key: Mapping[str, Any], misses: int) -> str:
-    """Why the votes of this rater are excluded; "" if they are counted."""
+    """Return the reason why a rater's votes are excluded; "" if they are counted."""
     shown = missed = 0
     for vote in votes:
         trial = key["trials"][vote.trial]

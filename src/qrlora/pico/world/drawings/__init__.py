@@ -149,7 +149,7 @@ def variants(name: str, *, trained: bool = True) -> list[Drawing]:
 
 
 def designers(name: str) -> set[str]:
-    """Who has drawn a thing."""
+    """Return the designer sets that have drawn a thing."""
     return {SETS[_arrays()["set"][i]].name for i in _index()[1].get(name, [])}
 
 

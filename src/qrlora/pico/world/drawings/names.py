@@ -1,4 +1,4 @@
-"""Which icons are things, and what they are called: one name for the same thing in every set.
+"""Select the icons that are things, and give the same thing one name in every set.
 
 No faces, people, flags, letters, numbers or symbols. A name is what a caption says: plain words, singular.
 """
