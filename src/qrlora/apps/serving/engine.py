@@ -196,13 +196,7 @@ class Engine:
             return
         self.shelf.scan()
         self._serve_scanned()
-        makable: list[int] = []
-        for index, picture in enumerate(pictures):
-            try:
-                self._check(picture)
-                makable.append(index)
-            except QrloraError as error:
-                tell(Refused(index, error))
+        makable = self._makable(pictures, tell)
         made = [pictures[i] for i in makable]
         requests = [Request(one.prompt, one.seed, one.composition, self._strength(one)) for one in made]
         options: dict[str, Any] = {"steps": settings.steps, "guidance": settings.guidance, "resolution": settings.side}
@@ -224,6 +218,17 @@ class Engine:
             stream = io.BytesIO()
             image.save(stream, "PNG")
             tell(Made(index, stream.getvalue()))
+
+    def _makable(self, pictures: Sequence[Picture], tell: Callable[[Event], None]) -> list[int]:
+        """Return the indices of the pictures whose prompt and adapters are in order; the others are told refused."""
+        makable: list[int] = []
+        for index, picture in enumerate(pictures):
+            try:
+                self._check(picture)
+                makable.append(index)
+            except QrloraError as error:
+                tell(Refused(index, error))
+        return makable
 
     def _check(self, picture: Picture) -> None:
         """One request's prompt and adapters, so that what is wrong with them is not the whole batch's fault."""
