@@ -696,6 +696,22 @@ def test_a_client_that_goes_is_forgotten_before_and_during_its_batch(stream: boo
         assert ask(url).status_code == 200 and len(slow.batches) == 2
 
 
+def test_a_batch_whose_pictures_were_all_sent_is_counted() -> None:
+    """Its requests are over before the engine is: that is no reason to cancel it."""
+
+    class Lingering(Slow):
+        async def run(self, settings: Settings, pictures: Sequence[Picture], progress: bool) -> AsyncIterator[Event]:
+            async for event in super().run(settings, pictures, progress):
+                yield event
+            await asyncio.sleep(0.3)
+
+    lingering = Lingering()
+    lingering.gate.set()
+    with serving(lingering) as (url, service):
+        assert ask(url).status_code == 200
+        until(lambda: value(service.metrics.text().decode(), "qrlora_batch_compositions_sum") == 1)
+
+
 def test_a_client_that_goes_before_its_stream_begins_is_forgotten_too() -> None:
     """Then nothing of the answer is ever begun, so nothing in it can say that it ended."""
     slow = Slow()

@@ -76,7 +76,7 @@ class Dispatcher:
         self.at_once, self.batch_size, self.queue_length, self.linger = at_once, batch_size, queue_length, linger
         self.draining = False
         self._waiting: deque[Place] = deque()
-        self._running: dict[asyncio.Task[None], list[Place]] = {}
+        self._running: dict[asyncio.Task[None], dict[int, Place]] = {}
         self._arrived = asyncio.Event()
         self._workers: list[asyncio.Task[None]] = []
         self._pace = 0.0  # seconds that a picture took of late, all engines taken together
@@ -112,8 +112,8 @@ class Dispatcher:
         """Forget a request: what waits is not made, and a batch that nobody else waits for ends at its next step."""
         job.withdrawn = True
         self._waiting = deque(place for place in self._waiting if place[0] is not job)
-        for batch, places in self._running.items():
-            if all(other.withdrawn for other, _ in places):
+        for batch, owed in self._running.items():
+            if owed and all(other.withdrawn for other, _ in owed.values()):  # one that owes nothing ends by itself
                 batch.cancel()
 
     def refuse_if_draining(self) -> None:
@@ -131,7 +131,7 @@ class Dispatcher:
         while (self._waiting or self._running) and time.monotonic() < until:
             await asyncio.sleep(0.02)
         batches = list(self._running)
-        self._fail([*self._waiting, *(place for places in self._running.values() for place in places)], 503)
+        self._fail([*self._waiting, *(place for owed in self._running.values() for place in owed.values())], 503)
         self._waiting.clear()
         for task in [*self._workers, *batches]:
             task.cancel()
@@ -145,8 +145,9 @@ class Dispatcher:
             if len(self._waiting) < self.batch_size:
                 await asyncio.sleep(self.linger)
             if places := self._take():
-                batch = asyncio.create_task(self._make(places))
-                self._running[batch] = places
+                owed = dict(enumerate(places))
+                batch = asyncio.create_task(self._make(places, owed))
+                self._running[batch] = owed
                 await asyncio.wait({batch})
                 del self._running[batch]
 
@@ -161,8 +162,9 @@ class Dispatcher:
         self._waiting = deque(place for place in self._waiting if place not in taken)
         return taken
 
-    async def _make(self, places: list[Place]) -> None:
-        started, owed = time.perf_counter(), dict(enumerate(places))
+    async def _make(self, places: list[Place], owed: dict[int, Place]) -> None:
+        """Sample the pictures of a batch; each is removed from `owed` once its request has been sent the outcome."""
+        started = time.perf_counter()
         pictures = [job.pictures[index] for job, index in places]
         try:
             run = self.engines.run(places[0][0].settings, pictures, any(job.progress for job, _ in places))
