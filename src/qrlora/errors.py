@@ -13,6 +13,9 @@
     ├── TrainingError       a training run that broke down
     ├── OutputError         a file or folder that cannot be written, or that another run is writing
     ├── PictureError        pictures that came out as numbers that are not finite
+    ├── RegistryError       an artifact, name, alias or registry that is missing, damaged or not as it was registered
+    ├── PolicyError         what a policy, a licence or a missing approval does not permit
+    ├── SignatureError      a signature, certificate or log that is forged, revoked, expired or broken
     └── RequestError        an HTTP request that the server does not fulfil
 
 Each message says what was expected, what was got, and what to do about it. It is bounded, however long a list the
@@ -121,6 +124,18 @@ class PictureError(QrloraError):
     def __init__(self, what: str, *, images: Sequence[Any] = (), **said: Any):
         super().__init__(what, **said)
         self.images = list(images)
+
+
+class RegistryError(QrloraError):
+    """An artifact, name, alias or registry is missing, damaged, or not as it was registered."""
+
+
+class PolicyError(QrloraError):
+    """What a policy, a licence or a missing approval does not permit."""
+
+
+class SignatureError(QrloraError):
+    """A signature, certificate or log is forged, revoked, expired or broken."""
 
 
 class RequestError(QrloraError):

@@ -1,0 +1,40 @@
+"""One form of JSON and one form of digest for all that is signed or named by its content."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from qrlora.errors import RegistryError
+
+DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
+
+
+def canonical_json(value: Any) -> bytes:
+    """Return JSON with sorted keys, no spaces, UTF-8, finite numbers: equal values give equal bytes.
+
+    Raises:
+        RegistryError: a value that JSON has no form for, such as NaN.
+    """
+    try:
+        text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+        return text.encode()
+    except (TypeError, ValueError) as error:
+        raise RegistryError("no canonical JSON", expected="finite numbers, texts, lists, objects", got=error) from error
+
+
+def digest_of(content: bytes) -> str:
+    """Return `sha256:` and the hexadecimal SHA-256 of these bytes."""
+    return f"sha256:{hashlib.sha256(content).hexdigest()}"
+
+
+def file_digest(path: Path) -> str:
+    """Return the digest of a file, read in blocks."""
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return f"sha256:{digest.hexdigest()}"

@@ -1,0 +1,443 @@
+"""The registry: add artifacts and find them again.
+
+registry = Registry.open("company", actor="ada")
+chalk = registry.add(Path("chalk.safetensors"), "adapter", name="chalk", links=[Link("trained_on", picture.digest)])
+registry.set_alias("chalk", "production", chalk.digest, reason="passed the brand sheet")
+path = registry.path(registry.get("registry:chalk@production"))
+"""
+
+from __future__ import annotations
+
+import getpass
+import os
+import tempfile
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import Engine, or_, select
+from sqlalchemy.orm import Session
+
+from qrlora._files import make_folder
+from qrlora.errors import RegistryError
+from qrlora.operations.provenance.audit import GENESIS, Entry, entry_hash
+from qrlora.operations.provenance.canonical import canonical_json, file_digest
+from qrlora.operations.registry.database import connect, reading, writing
+from qrlora.operations.registry.records import KINDS, RELATIONS, Artifact, Edge, Link, Move
+from qrlora.operations.registry.references import check_alias, check_name, parse_reference
+from qrlora.operations.registry.schema import AliasMoveRow, AliasRow, ArtifactRow, AuditRow, EdgeRow, TagRow, VersionRow
+from qrlora.operations.registry.store import Store, store_at
+
+PLACE, ACTOR = "QRLORA_REGISTRY", "QRLORA_ACTOR"
+
+
+def default_place() -> str:
+    """Return where the registry is: $QRLORA_REGISTRY, else `~/.local/share/qrlora/registry`."""
+    named = os.environ.get(PLACE)
+    return named or str(Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share", "qrlora", "registry"))
+
+
+def default_actor() -> str:
+    """Return who acts: $QRLORA_ACTOR, else the user's login name."""
+    if named := os.environ.get(ACTOR):
+        return named
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):
+        return f"uid-{os.getuid()}"
+
+
+class Registry:
+    """Artifacts by digest with their edges, names, aliases, tags and the audit log. Safe for many processes at once.
+
+    Every method that changes something is one transaction, and writes one entry of the audit log in it.
+
+    Raises (all methods): RegistryError.
+    """
+
+    def __init__(self, engine: Engine, store: Store, folder: Path, actor: str) -> None:
+        self.engine, self.store, self.folder, self.actor = engine, store, folder, actor
+
+    @classmethod
+    def open(
+        cls, where: str | Path | None = None, *, actor: str | None = None, create: bool = True, store: str | None = None
+    ) -> Registry:
+        """Open the registry in a folder, or at a database URL with its bytes in `store`.
+
+        Args:
+            where: a folder, or `postgresql+psycopg://…`; `default_place()` if None.
+            actor: who acts, for the audit log; `default_actor()` if None.
+            create: False refuses a folder without a registry.
+            store: folder or fsspec URL of the bytes; $QRLORA_REGISTRY_STORE, else `objects` in the folder.
+        """
+        place, actor = str(where or default_place()), actor or default_actor()
+        store = store or os.environ.get("QRLORA_REGISTRY_STORE")
+        if "://" in place:
+            if not store:
+                remedy = "set QRLORA_REGISTRY_STORE to a folder or an fsspec URL"
+                raise RegistryError("a registry in a database needs a place for the bytes", remedy=remedy)
+            folder = Path(store) if "://" not in store else Path(default_place_of_trust())
+            return cls(connect(place), store_at(store), folder, actor)
+        folder = Path(place)
+        if not create and not (folder / "registry.db").is_file():
+            raise RegistryError(
+                f"no registry in {folder}",
+                expected="a folder that `qrlora registry add` made",
+                remedy=f"name it with --registry or {PLACE}",
+            )
+        make_folder(folder)
+        return cls(connect(f"sqlite:///{folder / 'registry.db'}"), store_at(store or folder / "objects"), folder, actor)
+
+    # Adding
+
+    def add(
+        self,
+        source: Path | bytes,
+        kind: str,
+        *,
+        name: str | None = None,
+        filename: str | None = None,
+        role: str = "",
+        owner: str = "",
+        licence: str = "",
+        facts: Mapping[str, Any] | None = None,
+        links: Sequence[Link] = (),
+        tags: Iterable[str] = (),
+        keep: bool = True,
+    ) -> Artifact:
+        """Add an object, once: what is there already gets the new name, tags and edges, and nothing else of it changes.
+
+        Args:
+            source: a file, or its bytes.
+            name: of which it becomes the newest version (unless it is that already).
+            facts: what was read from it; JSON.
+            links: edges from it to artifacts that are in the registry.
+            keep: False holds digest and facts alone.
+        """
+        if kind not in KINDS:
+            raise RegistryError(f"no such kind: {kind!r}", expected=" or ".join(KINDS))
+        if name:
+            check_name(name)
+        with tempfile.TemporaryDirectory() as scratch:
+            path = source if isinstance(source, Path) else Path(scratch, "bytes")
+            if isinstance(source, bytes):
+                path.write_bytes(source)
+            digest, size = file_digest(path), path.stat().st_size
+            if keep:
+                self.store.put(digest, path)
+        row = ArtifactRow(
+            digest=digest,
+            kind=kind,
+            size=size,
+            filename=(filename or (source.name if isinstance(source, Path) else ""))[:255],
+            stored=keep,
+            role=role,
+            owner=owner,
+            licence=licence,
+            facts=dict(facts or {}),
+            created_at=_now(),
+            created_by=self.actor,
+        )
+        with writing(self.engine) as session:
+            self._insert(session, row, name, links, tags)
+        return self.get(digest)
+
+    def add_record(self, record: Mapping[str, Any], kind: str, **options: Any) -> Artifact:
+        """Add an object that is its canonical JSON: a composition, a report, an approval. Options: as `add`."""
+        return self.add(canonical_json(record), kind, facts=options.pop("facts", record), **options)
+
+    def _insert(
+        self, session: Session, row: ArtifactRow, name: str | None, links: Sequence[Link], tags: Iterable[str]
+    ) -> None:
+        there = session.get(ArtifactRow, row.digest)
+        if there is None:
+            session.add(row)
+            session.flush()
+        elif there.kind != row.kind:
+            raise RegistryError(f"{row.digest[:19]} is registered as another kind", expected=there.kind, got=row.kind)
+        elif row.stored and not there.stored:
+            there.stored = True
+        for position, link in enumerate(links):
+            self._link(session, row.digest, link, position)
+        for tag in tags:
+            session.merge(TagRow(digest=row.digest, tag=check_alias(tag)))
+        version = self._version(session, name, row.digest) if name else None
+        details = {"kind": row.kind, "name": name, "version": version, "links": len(links)}
+        self._audit(session, "add", row.digest, details)
+
+    def _link(self, session: Session, source: str, link: Link, position: int) -> None:
+        if link.relation not in RELATIONS:
+            raise RegistryError(f"no such relation: {link.relation!r}", expected=" or ".join(RELATIONS))
+        if session.get(ArtifactRow, link.target) is None:
+            raise RegistryError(f"{link.target[:80]!r} is not in the registry", remedy="add it first")
+        position = position if link.relation == "composed_of" else 0
+        session.merge(
+            EdgeRow(
+                source=source,
+                relation=link.relation,
+                target=link.target,
+                position=position,
+                weight=link.weight,
+                null_space=link.null_space,
+            )
+        )
+
+    def _version(self, session: Session, name: str, digest: str) -> int:
+        newest = session.scalars(select(VersionRow).where(VersionRow.name == name).order_by(VersionRow.number.desc()))
+        last = newest.first()
+        if last and last.digest == digest:
+            return last.number
+        number = last.number + 1 if last else 1
+        session.add(VersionRow(name=name, number=number, digest=digest))
+        return number
+
+    def link(self, source: str, *links: Link) -> None:
+        """Add edges between artifacts that are there: a report or an approval that came later."""
+        with writing(self.engine) as session:
+            digest = self._digest(session, source)
+            for position, link in enumerate(links):
+                self._link(session, digest, link, position)
+            self._audit(session, "link", digest, {"links": [[link.relation, link.target] for link in links]})
+
+    # Finding
+
+    def get(self, reference: str) -> Artifact:
+        """Return the artifact of a reference (`qrlora.operations.registry.references`)."""
+        with reading(self.engine) as session:
+            return self._artifacts(session, [self._digest(session, reference)])[0]
+
+    def path(self, artifact: Artifact | str) -> Path:
+        """Return a local file with its bytes, hashed again."""
+        found = self.get(artifact) if isinstance(artifact, str) else artifact
+        if not found.stored:
+            remedy = "use the file it was registered from"
+            raise RegistryError(f"the registry holds no bytes of {found.title}", got=found.kind, remedy=remedy)
+        return self.store.path(found.digest)
+
+    def read(self, artifact: Artifact | str) -> bytes:
+        """Return its bytes, hashed again."""
+        return self.path(artifact).read_bytes()
+
+    def edges(self, digest: str, *, into: bool = False, relation: str | None = None) -> list[Edge]:
+        """Return the edges from an artifact, or those that lead to it, in their order."""
+        side = EdgeRow.target if into else EdgeRow.source
+        wanted = select(EdgeRow).where(side == digest).order_by(EdgeRow.relation, EdgeRow.position, EdgeRow.source)
+        if relation:
+            wanted = wanted.where(EdgeRow.relation == relation)
+        with reading(self.engine) as session:
+            return [
+                Edge(row.source, row.relation, row.target, row.weight, row.null_space, row.position)
+                for row in session.scalars(wanted)
+            ]
+
+    def search(
+        self,
+        text: str = "",
+        *,
+        kind: str | None = None,
+        role: str | None = None,
+        owner: str | None = None,
+        licence: str | None = None,
+        tag: str | None = None,
+        deprecated: bool = False,
+        limit: int = 1000,
+    ) -> list[Artifact]:
+        """Return the artifacts that match everything given, newest first; `text` is looked for in names and files."""
+        wanted = select(ArtifactRow.digest).order_by(ArtifactRow.created_at.desc(), ArtifactRow.digest).limit(limit)
+        exact = {"kind": kind, "role": role, "owner": owner, "licence": licence}
+        for column, value in exact.items():
+            wanted = wanted.where(getattr(ArtifactRow, column) == value) if value else wanted
+        if tag:
+            wanted = wanted.where(ArtifactRow.digest.in_(select(TagRow.digest).where(TagRow.tag == tag)))
+        if not deprecated:
+            wanted = wanted.where(ArtifactRow.deprecated == "")
+        if text:
+            named = select(VersionRow.digest).where(VersionRow.name.contains(text, autoescape=True))
+            matches = ArtifactRow.filename.contains(text, autoescape=True), ArtifactRow.digest.in_(named)
+            wanted = wanted.where(or_(*matches))
+        with reading(self.engine) as session:
+            return self._artifacts(session, list(session.scalars(wanted)))
+
+    def _digest(self, session: Session, text: str) -> str:
+        reference = parse_reference(text)
+        if reference.digest:
+            found = list(
+                session.scalars(
+                    select(ArtifactRow.digest).where(ArtifactRow.digest.startswith(reference.digest)).limit(2)
+                )
+            )
+        elif reference.alias:
+            row = session.get(AliasRow, (reference.name, reference.alias))
+            found = [row.digest] if row else []
+        else:
+            versions = select(VersionRow.digest).where(VersionRow.name == reference.name)
+            if reference.version:
+                versions = versions.where(VersionRow.number == reference.version)
+            found = list(session.scalars(versions.order_by(VersionRow.number.desc()).limit(1)))
+        if len(found) != 1:
+            got = "several that begin so" if found else "none"
+            remedy = "`qrlora registry search` lists what there is"
+            raise RegistryError(f"no {text[:200]!r} in the registry", expected="one artifact", got=got, remedy=remedy)
+        return found[0]
+
+    def _artifacts(self, session: Session, digests: Sequence[str]) -> list[Artifact]:
+        rows = {row.digest: row for row in _in(session, ArtifactRow, digests)}
+        names, aliases, tags = (_grouped(_in(session, kind, digests)) for kind in (VersionRow, AliasRow, TagRow))
+        return [_artifact(rows[digest], names, aliases, tags) for digest in digests]
+
+    # Changing what may change
+
+    def set_alias(
+        self,
+        name: str,
+        alias: str,
+        reference: str,
+        *,
+        reason: str = "",
+        protect: bool | None = None,
+        force: bool = False,
+    ) -> None:
+        """Point NAME@alias at an artifact.
+
+        Args:
+            protect: set or clear its protection; as it was if None.
+            force: move it although it is protected.
+        """
+        check_name(name), check_alias(alias)
+        with writing(self.engine) as session:
+            digest = self._digest(session, reference)
+            row = session.get(AliasRow, (name, alias))
+            self._check_protected(row, digest, protect, force)
+            moved = row is None or row.digest != digest
+            row = row or AliasRow(name=name, alias=alias)
+            row.digest = digest
+            row.protected = bool(row.protected) if protect is None else protect
+            session.add(row)
+            if moved:
+                self._moved(session, name, alias, digest, reason)
+            details = {"digest": digest, "protected": row.protected, "reason": reason}
+            self._audit(session, "alias", f"{name}@{alias}", details)
+
+    def remove_alias(self, name: str, alias: str, *, reason: str = "", force: bool = False) -> None:
+        """Remove an alias; its history stays."""
+        with writing(self.engine) as session:
+            row = session.get(AliasRow, (check_name(name), check_alias(alias)))
+            if row is None:
+                raise RegistryError(f"no alias {name}@{alias}", remedy="`qrlora registry search` lists what there is")
+            self._check_protected(row, "", None, force)
+            session.delete(row)
+            self._moved(session, name, alias, "", reason)
+            self._audit(session, "remove_alias", f"{name}@{alias}", {"reason": reason})
+
+    @staticmethod
+    def _check_protected(row: AliasRow | None, digest: str, protect: bool | None, force: bool) -> None:
+        if row and row.protected and not force and (row.digest != digest or protect is False):
+            raise RegistryError(
+                f"{row.name}@{row.alias} is protected",
+                got=f"it points at {row.digest[:19]}",
+                remedy="move it with --force if you may",
+            )
+
+    def _moved(self, session: Session, name: str, alias: str, digest: str, reason: str) -> None:
+        session.add(AliasMoveRow(name=name, alias=alias, digest=digest, at=_now(), by=self.actor, reason=reason))
+
+    def moves(self, name: str) -> list[Move]:
+        """Return the history of a name's aliases, oldest first."""
+        with reading(self.engine) as session:
+            rows = session.scalars(select(AliasMoveRow).where(AliasMoveRow.name == name).order_by(AliasMoveRow.id))
+            return [Move(row.name, row.alias, row.digest, _utc(row.at), row.by, row.reason) for row in rows]
+
+    def tag(self, reference: str, *tags: str) -> None:
+        """Add tags to an artifact."""
+        with writing(self.engine) as session:
+            digest = self._digest(session, reference)
+            for tag in tags:
+                session.merge(TagRow(digest=digest, tag=check_alias(tag)))
+            self._audit(session, "tag", digest, {"tags": list(tags)})
+
+    def deprecate(self, reference: str, reason: str) -> None:
+        """Say why an artifact should no longer be used; an empty reason takes that back."""
+        with writing(self.engine) as session:
+            digest = self._digest(session, reference)
+            session.get_one(ArtifactRow, digest).deprecated = reason
+            self._audit(session, "deprecate", digest, {"reason": reason})
+
+    # The audit log
+
+    def audit(self, action: str, subject: str, details: Mapping[str, Any]) -> None:
+        """Write an entry of its own: an approval that was given, a check that refused."""
+        with writing(self.engine) as session:
+            self._audit(session, action, subject, details)
+
+    def log(self) -> list[Entry]:
+        """Return the audit log from its first entry."""
+        with reading(self.engine) as session:
+            rows = session.scalars(select(AuditRow).order_by(AuditRow.seq))
+            return [
+                Entry(row.seq, row.at, row.actor, row.action, row.subject, row.details, row.previous, row.hash)
+                for row in rows
+            ]
+
+    def _audit(self, session: Session, action: str, subject: str, details: Mapping[str, Any]) -> None:
+        session.flush()
+        tip = session.execute(select(AuditRow.seq, AuditRow.hash).order_by(AuditRow.seq.desc()).limit(1)).first()
+        seq, previous = (tip.seq + 1, tip.hash) if tip else (1, GENESIS)
+        text = canonical_json(dict(details)).decode()
+        fields = (seq, _now().isoformat(), self.actor, action, subject, text, previous)
+        names = ("seq", "at", "actor", "action", "subject", "details", "previous")
+        session.add(AuditRow(**dict(zip(names, fields, strict=True)), hash=entry_hash(*fields)))
+
+    def close(self) -> None:
+        """Let go of the database."""
+        self.engine.dispose()
+
+
+def default_place_of_trust() -> str:
+    """Return the folder of keys and trust for a registry whose bytes are in no folder."""
+    return str(Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share", "qrlora", "registry"))
+
+
+def _now() -> datetime:
+    return datetime.now(timezone.utc)
+
+
+def _utc(at: datetime) -> datetime:
+    """SQLite forgets the zone; all times are written in UTC."""
+    return at if at.tzinfo else at.replace(tzinfo=timezone.utc)
+
+
+def _in(session: Session, kind: type[Any], digests: Collection[str]) -> list[Any]:
+    if not digests:
+        return []
+    order = [column for column in kind.__table__.primary_key.columns]
+    return list(session.scalars(select(kind).where(kind.digest.in_(digests)).order_by(*order)))
+
+
+def _grouped(rows: Sequence[Any]) -> dict[str, list[Any]]:
+    found: dict[str, list[Any]] = {}
+    for row in rows:
+        found.setdefault(row.digest, []).append(row)
+    return found
+
+
+def _artifact(
+    row: ArtifactRow, names: Mapping[str, list[Any]], aliases: Mapping[str, list[Any]], tags: Mapping[str, list[Any]]
+) -> Artifact:
+    return Artifact(
+        digest=row.digest,
+        kind=row.kind,
+        size=row.size,
+        filename=row.filename,
+        stored=row.stored,
+        role=row.role,
+        owner=row.owner,
+        licence=row.licence,
+        created_at=_utc(row.created_at),
+        created_by=row.created_by,
+        deprecated=row.deprecated,
+        names=tuple(f"{one.name}@v{one.number}" for one in names.get(row.digest, ())),
+        aliases=tuple(f"{one.name}@{one.alias}" for one in aliases.get(row.digest, ())),
+        tags=tuple(one.tag for one in tags.get(row.digest, ())),
+        facts=row.facts,
+    )
