@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from qrlora.errors import RecipeError
-from qrlora.lab.baselines.adapters import ADAPTERS, is_target, orthonormal, train_delta, train_joint, train_method
+from qrlora.lab.baselines.adapters import ADAPTERS, is_target, orthonormal, train_method
 from qrlora.lab.baselines.deltas import Delta, Learned, applied, inner
 from qrlora.lab.baselines.directions import PASSES
 from qrlora.method.basis import cached_layer_basis, weight_digest
@@ -49,6 +49,10 @@ def unchanged(pipe: Any, before: dict[str, Tensor]) -> bool:
     after = pipe[0].transformer.state_dict()
     alone = list(after) == list(before) and all(torch.equal(after[name], before[name]) for name in before)
     return alone and not any(p.requires_grad or p.grad is not None for p in pipe[0].transformer.parameters())
+
+
+def train_delta(method: str, recipe: Recipe, **base: Any) -> Learned:
+    return train_method(method, recipe, **base).learned
 
 
 def energy(learned: Learned) -> float:
@@ -222,17 +226,10 @@ def test_joint_training_sees_both_pictures(pipe: Any, recipe: Recipe, tmp_path: 
 
     train_attached(attach, recipe, pipe=pipe[0], family=pipe[1], beside=[style])
     assert len(seen) == recipe.steps and all(len(captions) == 2 for captions in seen)  # one row of each in every batch
-    joint, alone = (f(pipe, recipe, style) for f in (_joint, _alone))
+    joint = train_method("lora", recipe, pipe=pipe[0], family=pipe[1], beside=[style]).learned
+    alone = train_delta("lora", recipe, pipe=pipe[0], family=pipe[1])
     name = next(iter(joint))
     assert not torch.allclose(joint[name].dense(), alone[name].dense())
-
-
-def _joint(pipe: Any, recipe: Recipe, style: Recipe) -> Learned:
-    return train_joint("lora", [recipe, style], pipe=pipe[0], family=pipe[1])
-
-
-def _alone(pipe: Any, recipe: Recipe, style: Recipe) -> Learned:
-    return train_delta("lora", recipe, pipe=pipe[0], family=pipe[1])
 
 
 def test_turned_columns_stay_orthonormal_and_leave_their_span(pipe: Any, recipe: Recipe) -> None:
@@ -250,10 +247,6 @@ def test_turned_columns_stay_orthonormal_and_leave_their_span(pipe: Any, recipe:
 def _basis(pipe: Any, name: str, rank: int) -> Any:
     weight = pipe[0].transformer.get_submodule(name).weight.detach()
     return cached_layer_basis(weight, weight_digest(weight), rank, name=name)
-
-
-def _outside(matrix: Tensor, q: Tensor) -> Tensor:
-    return matrix - q @ (q.T @ matrix)
 
 
 @pytest.mark.parametrize("method", ["pissa", "full"])

@@ -11,9 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from qrlora.lab.baselines.adapters import orthonormal
+from qrlora.lab.baselines.adapters import orthonormal, train_method
 from qrlora.lab.baselines.context import Context
-from qrlora.lab.baselines.deltas import of_adapter
 from qrlora.lab.claims.measures import (
     Spread,
     alike,
@@ -103,7 +102,8 @@ def test_trained_bases_and_losses_of_a_real_run(tiny_sd3: Path, tmp_path: Path) 
     ups = adapters[0].ups
     assert ups is not None and torch.equal(ups[name][:, :2], basis[name].q)
 
-    context, learned = Context(pipe, family, [recipe]), of_adapter(adapters[0])
+    context = Context(pipe, family, [recipe])
+    learned = train_method("qrlora_trained", recipe, pipe=pipe, family=family).learned
     before = held_out_loss(context, 0, {}, draws=8)
     assert held_out_loss(context, 0, learned, draws=8) < before == held_out_loss(context, 0, {}, draws=8)
 

@@ -171,10 +171,10 @@ def space(**given: Any) -> None:
 
 
 @lab.command()
-@click.option("--each", type=COUNT, default=10, show_default=True, help="Renders of every reserved pair.")
+@click.option("--each", type=COUNT, default=10, show_default=True, help="Renders of every pair.")
 @click.option("--json", type=PATH, default=Path("out/judge.json"), show_default=True)
 def judge(**given: Any) -> None:
-    """Measure how strict pico's judge is: true renders made worse step by step."""
+    """Measure the strictness of pico's judge: true renders, reserved and held back, changed step by step."""
     from qrlora.lab import strictness
 
     _measured(strictness.main, given)

@@ -75,24 +75,6 @@ class TrainingResult:
     losses: tuple[float, ...]
 
 
-def train_delta(method: str, recipe: Recipe, *, pipe: Any, family: ModelFamily) -> Learned:
-    """ΔW of every layer after the recipe's steps by a method of ADAPTERS; `pipe` comes back bit for bit as it was.
-
-    The recipe's own method, and fields that the method decides (columns where all own the first, triangular,
-    train_basis), have no effect; its output is not written. Raises RecipeError for an unknown method; else as `train`.
-    """
-    return train_method(method, recipe, pipe=pipe, family=family).learned
-
-
-def train_joint(method: str, recipes: Sequence[Recipe], *, pipe: Any, family: ModelFamily) -> Learned:
-    """One adapter trained on all recipes' pictures and captions at once: the ceiling of what merging could reach.
-
-    All but pictures, captions and triggers is taken from the first recipe. Half of each batch is of either of two
-    pictures, so that each is seen as often as alone only in twice the steps. Errors: as `train_delta`.
-    """
-    return train_method(method, recipes[0], pipe=pipe, family=family, beside=recipes[1:]).learned
-
-
 def train_method(
     method: str,
     recipe: Recipe,
@@ -102,7 +84,14 @@ def train_method(
     beside: Sequence[Recipe] = (),
     progress: Callable[[Progress], None] | None = None,
 ) -> TrainingResult:
-    """As `train_delta`, with what was measured on the way. beside: recipes whose pictures are learned from too."""
+    """Train a method of ADAPTERS for the recipe's steps; `pipe` comes back bit for bit as it was.
+
+    The recipe's own method, and fields that the method decides (columns where all own the first, triangular,
+    train_basis), have no effect; its output is not written. Raises RecipeError for an unknown method; else as `train`.
+
+    beside: recipes whose pictures and captions are trained on too, all else being the first recipe's. With one of them
+    half of each batch is of either picture, so each is seen as often as alone only in twice the steps.
+    """
     if method not in ADAPTERS:
         raise RecipeError(f"no adapter method {method!r}", expected=", ".join(ADAPTERS), got=method)
     losses: list[float] = []

@@ -1,19 +1,17 @@
-"""Inputs of merges that need more than ΔW: base model, training data of each adapter, activations."""
+"""Inputs of merges that need more than ΔW: the base model and the training data of each adapter."""
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 
 from qrlora.errors import MismatchError
-from qrlora.lab.baselines.deltas import Delta, Learned, applied, base_weights
+from qrlora.lab.baselines.deltas import Delta, Learned, base_weights
 from qrlora.models.families import ModelFamily
 from qrlora.models.training.dataset import EncodedDataset, encode
 from qrlora.models.training.loop import examples_of, family_options
@@ -21,8 +19,6 @@ from qrlora.models.training.recipe import Recipe
 
 Call = tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]
 """Latents, noise, timesteps and conditions of one forward pass."""
-Moments = dict[str, Float[Tensor, "in in"]]
-"""Layer -> mean of x xᵀ over the inputs x that it gets, float64."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +30,6 @@ class Context:
         recipes: their pictures, captions and noise levels are what inputs are drawn from.
         seed: of everything drawn.
         batch_size: rows of a forward pass.
-        passes: forward passes for each part, for those that look at activations.
     """
 
     pipe: Any = None
@@ -42,7 +37,6 @@ class Context:
     recipes: Sequence[Recipe] = ()
     seed: int = 0
     batch_size: int = 4
-    passes: int = 4
 
     @property
     def denoiser(self) -> Any:
@@ -102,35 +96,6 @@ class Context:
     def loss(self, call: Call) -> float:
         """The training loss of the denoiser on these inputs, as it stands."""
         return float(self._family.loss(self.denoiser, self._scheduler, *call))
-
-    @torch.no_grad()
-    def moments(self, part: int, learned: Learned) -> Moments:
-        """E x xᵀ of the inputs of every layer of `learned`, while it is applied, on what this part was trained on."""
-        sums: Moments = {}
-        count = dict.fromkeys(learned, 0)
-
-        def note(name: str, inputs: Tensor) -> None:
-            x = inputs.detach().reshape(-1, inputs.shape[-1]).double()
-            sums[name] = sums.get(name, 0) + x.T @ x
-            count[name] += len(x)
-
-        with applied(self.denoiser, learned), _listening(self.denoiser, learned, note):
-            for number in range(self.passes):
-                self.run(self.call(part, number))
-        return {name: total.cpu() / count[name] for name, total in sums.items()}
-
-
-@contextlib.contextmanager
-def _listening(denoiser: nn.Module, learned: Learned, note: Any) -> Iterator[None]:
-    """Call note(layer, its input) whenever one of these layers is called."""
-    hooks = []
-    try:
-        for name, module in linear_layers(denoiser, learned).items():
-            hooks.append(module.register_forward_pre_hook(lambda _, args, name=name: note(name, args[0])))
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def linear_layers(denoiser: nn.Module, learned: dict[str, Delta]) -> dict[str, nn.Linear]:

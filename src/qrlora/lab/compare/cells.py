@@ -323,7 +323,7 @@ def merged_of(
     if merge.once:
         parts = once(bench, cell, functools.partial(merge.once, parts, context, **options), len(parts))
         merge, options = MERGES["sum"], {}
-    return merge.of([scaled(part, weight) for part, weight in zip(parts, weights, strict=True)], context, **options)
+    return merge([scaled(part, weight) for part, weight in zip(parts, weights, strict=True)], context, **options)
 
 
 def once(bench: Bench, cell: Cell, make: Callable[[], list[Learned]], count: int) -> list[Learned]:
