@@ -101,11 +101,6 @@ def test_merges_of_two_refuse_three(name: str) -> None:
         MERGES[name]([drawn(0), drawn(1), drawn(2)])
 
 
-def test_a_merge_that_runs_the_model_needs_one() -> None:
-    with pytest.raises(MismatchError, match="a context with pipe, family and one recipe"):
-        MERGES["ziplora"]([drawn(0), drawn(1)])
-
-
 def test_sum_is_exact_and_keeps_layers_of_one_alone() -> None:
     parts = [drawn(seed) for seed in range(3)]
     last = parts[2].pop(NAMES[-1])

@@ -472,18 +472,7 @@ def test_parts_make_up_the_whole():
 
 
 def test_where_scores_every_part(tmp_path, capsys):
-    asked = [
-        "--tasks",
-        "chalk",
-        "--pictures",
-        "1",
-        "--steps",
-        "2",
-        "--denoising-steps",
-        "3",
-        "--only",
-        "groups,steps",
-    ]
+    asked = ["--tasks", "chalk", "--pictures", "1", "--steps", "2", "--denoising-steps", "3", "--only", "groups,steps"]
     assert main(["lab", "where", *asked, "--out", str(tmp_path)]) == 0
     data = json.loads((tmp_path / "where.json").read_text())
     (found,) = data["found"]

@@ -14,7 +14,6 @@ from PIL import Image
 from qrlora.lab.baselines.adapters import orthonormal, train_method
 from qrlora.lab.baselines.context import Context
 from qrlora.lab.claims.measures import (
-    Spread,
     alike,
     alike_trained,
     core_before_qr,
@@ -106,7 +105,3 @@ def test_trained_bases_and_losses_of_a_real_run(tiny_sd3: Path, tmp_path: Path) 
     learned = train_method("qrlora_trained", recipe, pipe=pipe, family=family).learned
     before = held_out_loss(context, 0, {}, draws=8)
     assert held_out_loss(context, 0, learned, draws=8) < before == held_out_loss(context, 0, {}, draws=8)
-
-
-def test_spread() -> None:
-    assert Spread.of([1.0, 3.0]) == Spread(2.0, math.sqrt(2), 2) and Spread.of([5.0]) == Spread(5.0, 0.0, 1)

@@ -22,24 +22,15 @@ OUT = Path("out/speed")
 SPEED_MODELS = ("flux.1", "sd3.5-medium", "sdxl")
 
 
-class Seeds(Names):
-    """Seeds separated by commas."""
+class Each(Names):
+    """Values of one type separated by commas."""
 
-    name = "seeds"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[Any, ...]:
-        given: tuple[Any, ...] = super().convert(value, param, ctx)
-        return tuple(dict.fromkeys(SEED.convert(part, param, ctx) for part in given))
-
-
-class Numbers(Names):
-    """Numbers separated by commas."""
-
-    name = "numbers"
+    def __init__(self, kind: click.ParamType) -> None:
+        self.kind, self.name = kind, f"{kind.name}s"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[Any, ...]:
         given: tuple[Any, ...] = super().convert(value, param, ctx)
-        return tuple(dict.fromkeys(NUMBER.convert(part, param, ctx) for part in given))
+        return tuple(dict.fromkeys(self.kind.convert(part, param, ctx) for part in given))
 
 
 def say(text: str) -> None:
@@ -82,7 +73,9 @@ def lab() -> None:
 @click.option("--rows", type=Names(), help="Rows of the table, separated by commas (default: all; see --list).")
 @click.option("--subjects", type=Names(), help="Reserved subjects, separated by commas (default: all).")
 @click.option("--styles", type=Names(), help="Reserved styles, separated by commas (default: all).")
-@click.option("--seeds", type=Seeds(), help="Of picture, training and sampling, separated by commas (default: 0,1,2).")
+@click.option(
+    "--seeds", type=Each(SEED), help="Of picture, training and sampling, separated by commas (default: 0,1,2)."
+)
 @click.option("--steps", type=COUNT, help="Training steps of each adapter (default: 240).")
 @click.option("--pictures", type=COUNT, help="Pictures of each composed pair (default: 8).")
 @click.option("--workers", type=COUNT, default=os.cpu_count() or 1, help="Processes (default: one a core).")
@@ -118,7 +111,7 @@ def compare(**given: Any) -> None:
 @click.option("--tasks", type=Names(), default="teapot,rocket,chalk,mosaic", show_default=True, help="Of pico's world.")
 @click.option("--steps", type=COUNT, default=100, show_default=True, help="Training steps of each adapter.")
 @click.option("--rank", type=COUNT, default=16, show_default=True)
-@click.option("--rates", type=Names(), default="3e-4,1e-3,3e-3", show_default=True, help="Of `convergence`.")
+@click.option("--rates", type=Each(NUMBER), default="3e-4,1e-3,3e-3", show_default=True, help="Of `convergence`.")
 @click.option("--seeds", type=COUNT, default=3, show_default=True, help="Of `stability`.")
 @click.option("--json", type=PATH, default=Path("out/claims.json"), show_default=True)
 def claims(**given: Any) -> None:
@@ -153,7 +146,7 @@ def where(**given: Any) -> None:
 @click.option("--ways", type=Names(), default="alone,qrlora,lora_one_start,lora_own_start,delta_w", show_default=True)
 @click.option("--styles", type=Names(), default="chalk,candy,mosaic", show_default=True, help="Trained from a picture.")
 @click.option(
-    "--remainders", type=Numbers(), default="0", show_default=True, help="Free parts beside the coefficients."
+    "--remainders", type=Each(NUMBER), default="0", show_default=True, help="Free parts beside the coefficients."
 )
 @click.option("--rate", type=click.FloatRange(min=0, min_open=True), default=0.03, show_default=True)
 @click.option("--decay", type=NOT_NEGATIVE, default=0.1, show_default=True, help="Of the coefficients.")

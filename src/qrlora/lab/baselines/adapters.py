@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from qrlora.errors import RecipeError
 from qrlora.lab.baselines.deltas import Delta, Learned
-from qrlora.lab.baselines.directions import Directions, activation, base_of
+from qrlora.lab.baselines.directions import Directions, activation, base_of, positive_qr
 from qrlora.lab.tasks import RECIPES
 from qrlora.method.basis import clipping
 from qrlora.method.tuner import QRLoraConfig, QRLoraLayer
@@ -54,7 +54,7 @@ Prepare = Callable[[Mapping[str, Any], Recipe], None]
 
 @dataclass(frozen=True)
 class AdapterMethod:
-    """One row of the comparison: what it is called, what it does, where it comes from, how it goes on a denoiser.
+    """A training method of the comparison: its name, a description, its source, and how it is attached to a denoiser.
 
     version: raised whenever the same recipe would train another ΔW than before, so that old results are not reused.
     """
@@ -238,7 +238,7 @@ def _full(denoiser: Any, family: ModelFamily, recipe: Recipe, _: Losses) -> Iter
 
 
 def is_target(name: str, targets: str | Sequence[str]) -> bool:
-    """Whether PEFT would adapt the layer of this name: a pattern matches names whole, a list their ends."""
+    """Return True if PEFT would adapt the layer of this name: a pattern matches whole names, a list their ends."""
     if isinstance(targets, str):
         return re.fullmatch(targets, name) is not None
     return any(name == target or name.endswith(f".{target}") for target in targets)
@@ -254,7 +254,7 @@ def _restore(denoiser: nn.Module, before: Mapping[str, Tensor]) -> None:
 
 
 def _begins_in_the_base(layer: Any) -> bool:
-    """Whether an adapter that has not trained yet is not zero, because as much was taken out of the base weight."""
+    """Return True if an untrained adapter is not zero, because as much was taken out of the base weight."""
     stock = isinstance(layer, LoraLayer) and not isinstance(layer, QRLoraLayer)
     return stock and all(bool(part[ADAPTER_NAME].weight.any()) for part in (layer.lora_A, layer.lora_B))
 
@@ -304,8 +304,7 @@ def _random(layers: Mapping[str, Any], recipe: Recipe) -> None:
 def orthonormal(size: int, count: int, seed: str) -> Float[Tensor, "size count"]:
     """Random orthonormal columns (uniformly distributed ones, by QR with positive pivots), a function of the seed."""
     generator = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(seed.encode()).digest()[:7], "big"))
-    q, r = torch.linalg.qr(torch.randn(size, count, generator=generator, dtype=torch.float64))
-    return (q * torch.where(r.diagonal() < 0, -1.0, 1.0).double()).float()
+    return positive_qr(torch.randn(size, count, generator=generator, dtype=torch.float64)).float()
 
 
 class RotatedColumns(BasisColumns):
@@ -368,10 +367,7 @@ _ROWS = (
         _by_recipe("qrlora_published"),
     ),
     AdapterMethod(
-        "qrlora_dense",
-        "the same with a dense ΔR",
-        "arXiv 2507.04599, without the triangle",
-        _by_recipe("qrlora_dense"),
+        "qrlora_dense", "the same with a dense ΔR", "arXiv 2507.04599, without the triangle", _by_recipe("qrlora_dense")
     ),
     AdapterMethod(
         "qrlora_trained",

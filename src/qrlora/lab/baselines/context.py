@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from qrlora.errors import MismatchError
-from qrlora.lab.baselines.deltas import Delta, Learned, base_weights
+from qrlora.lab.baselines.deltas import Delta, base_weights
 from qrlora.models.families import ModelFamily
 from qrlora.models.training.dataset import EncodedDataset, encode
 from qrlora.models.training.loop import examples_of, family_options
@@ -32,45 +32,25 @@ class Context:
         batch_size: rows of a forward pass.
     """
 
-    pipe: Any = None
-    family: ModelFamily | None = None
-    recipes: Sequence[Recipe] = ()
+    pipe: Any
+    family: ModelFamily
+    recipes: Sequence[Recipe]
     seed: int = 0
     batch_size: int = 4
 
     @property
     def denoiser(self) -> Any:
         """The denoiser of the base model."""
-        return self._family.denoiser_of(self.pipe)
-
-    @property
-    def _family(self) -> ModelFamily:
-        if self.family is None or self.pipe is None or not self.recipes:
-            got = "no base model" if self.pipe is None else f"{len(self.recipes)} recipes"
-            raise MismatchError(
-                "this merge runs the base model on what the adapters were trained on",
-                expected="a context with pipe, family and one recipe for each part",
-                got=got,
-                remedy="Context(pipe, family, recipes)",
-            )
-        return self.family
+        return self.family.denoiser_of(self.pipe)
 
     @cached_property
     def _tasks(self) -> tuple[EncodedDataset, ...]:
-        family = self._family
-        return tuple(encode(examples_of(r, self.pipe, family), self.pipe, family) for r in self.recipes)
+        pipe, family = self.pipe, self.family
+        return tuple(encode(examples_of(recipe, pipe, family), pipe, family) for recipe in self.recipes)
 
     @cached_property
     def _scheduler(self) -> Any:
-        return self._family.training_scheduler(self.pipe)
-
-    def check(self, parts: Sequence[Learned]) -> None:
-        """Raise MismatchError unless there is a base model, and a recipe for each part."""
-        self._family  # noqa: B018  raises the error that says what is missing
-        if len(self.recipes) != len(parts):
-            raise MismatchError(
-                "parts and recipes differ in number", expected=f"{len(parts)} recipes", got=len(self.recipes)
-            )
+        return self.family.training_scheduler(self.pipe)
 
     def call(self, part: int, number: int) -> Call:
         """Inputs drawn from what a part was trained on; another number, another draw."""
@@ -79,8 +59,8 @@ class Context:
         rows = torch.randint(len(task), (self.batch_size,), generator=generator)
         latents, conditions = task.batch(rows)
         noise = torch.randn(latents.shape, generator=generator).to(latents)
-        options = family_options(recipe, self._family)[1]
-        timesteps = self._family.sample_timesteps(self._scheduler, len(latents), generator, **options)
+        options = family_options(recipe, self.family)[1]
+        timesteps = self.family.sample_timesteps(self._scheduler, len(latents), generator, **options)
         return latents, noise, timesteps.to(latents.device), conditions
 
     def run(self, call: Call) -> Tensor:
@@ -88,14 +68,14 @@ class Context:
         found: list[Tensor] = []
         hook = self.denoiser.register_forward_hook(lambda *seen: found.append(seen[2][0]))
         try:
-            self._family.loss(self.denoiser, self._scheduler, *call)
+            self.family.loss(self.denoiser, self._scheduler, *call)
         finally:
             hook.remove()
         return found[-1]
 
     def loss(self, call: Call) -> float:
         """The training loss of the denoiser on these inputs, as it stands."""
-        return float(self._family.loss(self.denoiser, self._scheduler, *call))
+        return float(self.family.loss(self.denoiser, self._scheduler, *call))
 
 
 def linear_layers(denoiser: nn.Module, learned: dict[str, Delta]) -> dict[str, nn.Linear]:

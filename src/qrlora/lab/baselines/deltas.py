@@ -85,7 +85,7 @@ class Delta:
 
     @property
     def reads(self) -> Float[Tensor, "rank in"]:
-        """As many rows, with the row space of ΔW: R · down where up = Q R; float64."""
+        """Rows that span the row space of ΔW: R · down where up = Q R; float64."""
         if self.factors is None:
             return self.whole.double()
         return torch.linalg.qr(self.factors[0].double()).R @ self.factors[1].double()
@@ -136,7 +136,7 @@ def total(parts: Sequence[Delta]) -> Delta:
 
 
 def scaled(learned: Learned, weight: float) -> Learned:
-    """All of it at another strength."""
+    """Scale every ΔW."""
     return {name: delta.scaled(weight) for name, delta in learned.items()}
 
 

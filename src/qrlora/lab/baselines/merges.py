@@ -1,4 +1,4 @@
-"""Every way to put several ΔW together that the bench compares, and how the result is drawn with.
+"""The ways to merge several ΔW that the bench compares, and sampling with the result.
 
     merged = MERGES["null_space"]([subject, style], context, strength=1.0)
     with drawing(denoiser, merged) as on_step:
@@ -38,7 +38,7 @@ class Schedule(Protocol):
     """ΔW that changes while a picture is made."""
 
     def at(self, progress: float) -> Learned:
-        """What is used when this share of the denoising steps is done: from 0 (noise alone) to 1."""
+        """Return the ΔW to use when this share of the denoising steps is done: from 0 (noise alone) to 1."""
 
 
 Combine = Callable[..., "Learned | Schedule"]
@@ -47,11 +47,11 @@ Combine = Callable[..., "Learned | Schedule"]
 
 @dataclass(frozen=True)
 class Merge:
-    """One row of the comparison.
+    """A merge of the comparison.
 
     Attributes:
         several: takes any number of parts; otherwise two, subject and style.
-        once: what becomes of each part, if that holds for all weights: the parts are then summed, at any.
+        once: transforms each part, if the same for all weights: the parts are then summed at any weights.
         version: raised whenever the same parts would be merged otherwise than before, as a method's.
     """
 
@@ -68,7 +68,7 @@ class Merge:
         if len(parts) != 2 and not (self.several and parts):
             expected = "one part or more" if self.several else "two parts, subject and style"
             raise MismatchError(f"{self.name} cannot merge these", expected=expected, got=len(parts))
-        return self.combine(parts, context or Context(), **options)
+        return self.combine(parts, context, **options)
 
 
 def direct_sum(parts: Sequence[Learned], context: Context | None = None) -> Learned:
@@ -195,12 +195,7 @@ _ROWS = (
         version=2,
     ),
     Merge("klora", "one of the two, by layer and step", "arXiv 2502.18461", klora),
-    Merge(
-        "blora",
-        "the subject in some blocks, the style in the others",
-        "arXiv 2403.14572, arXiv 2511.15258",
-        blora,
-    ),
+    Merge("blora", "the subject in some blocks, the style in the others", "arXiv 2403.14572, arXiv 2511.15258", blora),
 )
 MERGES: dict[str, Merge] = {row.name: row for row in _ROWS}
 """Name -> merge. Joint training, the ceiling, is `compare.cells.joint`."""

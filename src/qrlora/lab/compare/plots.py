@@ -51,7 +51,7 @@ def _pixels(figure: Figure) -> UInt8[np.ndarray, "h w 3"]:
 
 
 def subject_against_style(found: Mapping[str, Mapping[str, Any]]) -> Plot:
-    """Every row at its means, with its intervals, by a number that stands for it beside the plot."""
+    """Plot every row at its means, with its intervals, by a number explained beside the plot."""
     figure, axes = _figure(max(6, 0.16 * len(found)))
     order = sorted(found, key=lambda row: -found[row]["among_subject"].value - found[row]["among_style"].value)
     for number, row in enumerate(order, 1):
@@ -121,7 +121,7 @@ def across_weights(records: Sequence[Record]) -> Plot | None:
 
 
 def with_many(records: Sequence[Record]) -> Plot | None:
-    """Both recognised, and drift, against how many adapters are composed."""
+    """Plot both recognised, and drift, against the number of composed adapters."""
     found: dict[str, dict[int, list[tuple[float, float]]]] = defaultdict(lambda: defaultdict(list))
     for record in records:
         if record["kind"] == "many":
@@ -146,7 +146,7 @@ def with_many(records: Sequence[Record]) -> Plot | None:
 
 
 def freedom(records: Sequence[Record]) -> Plot | None:
-    """How well each part is learned alone, against how far it is from what the base has seen, by how much of Q trains.
+    """Plot the score of each part alone against its distance from seen parts, by how much of Q trains.
 
     None unless two methods of FREEDOM were measured.
     """

@@ -105,7 +105,7 @@ def run(folder: Path, scope: Scope, workers: int, say: Say, given: Sequence[Reco
 
 
 def missing(folder: Path, scope: Scope, cells: Sequence[Cell], given: Sequence[Record] = ()) -> list[Cell]:
-    """Those that have no record yet."""
+    """The cells without a record."""
     known = known_records(folder, scope, cells, given)
     return [cell for cell in cells if digest_of(cell, scope) not in known]
 
@@ -158,7 +158,7 @@ def _do(cell: Cell) -> float:
 
 
 def write_records(file: Path, records: Sequence[Record]) -> None:
-    """One record a line, numbers rounded to what they can bear."""
+    """Write one record a line, floats rounded to five digits."""
     lines = "".join(json.dumps(rounded(record)) + "\n" for record in records)
     write_atomically(file, lines.encode())
 

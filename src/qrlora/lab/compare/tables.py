@@ -26,23 +26,10 @@ SCENES = 6
 Pairs = dict[tuple[str, str], float]
 """(subject, style) -> a value, in the mean over seeds."""
 PER_PAIR: tuple[str, ...] = (
-    *(
-        "both",
-        "subject",
-        "style",
-        "recognised",
-        "among_subject",
-        "among_style",
-        "named",
-        "p_subject",
-        "p_style",
-        "obedience",
-        "leaked_subject",
-        "leaked_style",
-    ),
-    *("diversity", "energy", "excess", "merge_seconds"),
-    *("cosine", "rows_shared"),
-)
+    "both", "subject", "style", "recognised", "among_subject", "among_style", "named", "p_subject", "p_style",
+    "obedience", "leaked_subject", "leaked_style", "diversity", "energy", "excess", "merge_seconds", "cosine",
+    "rows_shared",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -148,7 +135,7 @@ def table(records: Sequence[Record], rows: Sequence[str]) -> dict[str, dict[str,
 
 @functools.cache
 def distance(role: str, name: str) -> float:
-    """How far a part is from what pico has seen: the same scenes with it and with the nearest seen part in its place,
+    """Distance of a part from what pico has seen: the same scenes with it and with the nearest seen part in its place,
     root mean square difference of the renders in levels of 255. It asks no model. Subjects are compared in the flat
     style, each stretched to the whole picture, so that it is their form that counts and not where they stand."""
     fixed = {} if role == "style" else {"style": "flat"}

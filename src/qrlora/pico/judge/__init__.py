@@ -209,20 +209,27 @@ class Judge:
             distance=beyond,
         )
 
-    def scorer(self, name: str) -> Callable[[Sequence[Image.Image]], float]:
-        """A score of pictures that should show this subject, or be in this style, whatever else they are: the mean of
-        the probability of its name and of being right, each a half. 1 is perfect.
+    def objective(self, part: str, name: str) -> Callable[[UInt8[np.ndarray, "n h w 3"]], Float[np.ndarray, " n"]]:
+        """A score of each picture that should show this subject, or be in this style, whatever else it is: the mean of
+        the probability of its name and of being right. 1 is perfect.
 
         Raises DataError if pico's world has no such subject or style.
         """
-        part = "style" if name in STYLES else "subject"
         _positions(part, name, list(STYLES if part == "style" else SUBJECTS), 1)
         asked = {"subject": next(iter(SUBJECTS)), "style": next(iter(STYLES)), part: name}
 
+        def score(pictures: UInt8[np.ndarray, "n h w 3"]) -> Float[np.ndarray, " n"]:
+            verdict = self.verdict(pictures, **asked)
+            return (getattr(verdict, part) + getattr(verdict, f"p_{part}")) / 2
+
+        return score
+
+    def scorer(self, name: str) -> Callable[[Sequence[Image.Image]], float]:
+        """The mean of `objective` over pictures."""
+        of = self.objective("style" if name in STYLES else "subject", name)
+
         def score(pictures: Sequence[Image.Image]) -> float:
-            verdict = self.verdict(np.stack([np.asarray(picture.convert("RGB")) for picture in pictures]), **asked)
-            right, probability = getattr(verdict, part), getattr(verdict, f"p_{part}")
-            return float(right.mean() + probability.mean()) / 2
+            return float(of(np.stack([np.asarray(picture.convert("RGB")) for picture in pictures])).mean())
 
         score.__name__ = f"pico's judge, asked for {name}"
         return score
@@ -236,7 +243,7 @@ def _counters(network: Network) -> dict[str, Tensor]:
 def _positions(
     noun: str, asked: str | Sequence[str | None] | None, names: list[str], n: int
 ) -> Int64[np.ndarray, " n"]:
-    """Where each name asked for stands in ``names``; -1 for a colour left open."""
+    """Positions in ``names`` of the names asked for; -1 for a colour left open."""
     each = [asked] * n if asked is None or isinstance(asked, str) else list(asked)
     if len(each) != n:
         raise DataError(f"a {noun} for every picture is needed", expected=n, got=len(each))

@@ -215,7 +215,7 @@ def measure(judge: Judge, pictures: UInt8[np.ndarray, "n h w 3"], colour: int) -
 
 
 def limits_of(judge: Judge, turns: list[np.ndarray], first: int, plan: Plan) -> dict[str, np.ndarray]:
-    """For each subject, or style, the distance that the share ``plan.accepted`` of its renders keeps.
+    """Limits by subject, or style: the distance that the share ``plan.accepted`` of its renders keeps.
 
     The renders are looked at as pico's autoencoder gives them back: what is judged is the picture, not the last
     sharpness of its pixels, which no picture that pico makes can have. Subjects in wrong colours count as subjects.

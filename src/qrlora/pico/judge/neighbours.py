@@ -30,7 +30,7 @@ def pictures(style: str) -> np.ndarray:
 
 
 def distances(judge: Judge, shown: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """To each reserved style, in units of its limit: the mean over pictures, and the share called right."""
+    """Distances to each reserved style, in units of its limit, mean over pictures; and the shares called right."""
     away, right = [], []
     for style in world.RESERVED_STYLES:
         verdict = judge.verdict(shown, _SUBJECTS, style)

@@ -111,7 +111,7 @@ def _colour(rng: Rng, light: tuple[float, float]) -> np.ndarray:
 
 
 def _tones(rng: Rng, p: Palette) -> np.ndarray:
-    """What becomes of the palette's tones: themselves, paler, deeper, or steps between two colours by lightness."""
+    """The palette's tones changed at random: themselves, paler, deeper, or steps between two colours by lightness."""
     kind = rng.integers(5)
     if kind < 2:
         return p.tones
