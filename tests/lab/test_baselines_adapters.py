@@ -257,7 +257,7 @@ def test_a_run_that_fails_leaves_the_model(pipe: Any, recipe: Recipe, method: st
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        train_method(method, recipe, pipe=pipe[0], family=pipe[1], progress=stop)
+        train_attached(ADAPTERS[method].attach, recipe, pipe=pipe[0], family=pipe[1], progress=stop)
     assert unchanged(pipe, before)
 
 

@@ -39,7 +39,6 @@ from qrlora.models.training.loop import (
     ADAPTER_NAME,
     Attached,
     Losses,
-    Progress,
     adapter_on,
     peft_config,
     train_attached,
@@ -76,13 +75,7 @@ class TrainingResult:
 
 
 def train_method(
-    method: str,
-    recipe: Recipe,
-    *,
-    pipe: Any,
-    family: ModelFamily,
-    beside: Sequence[Recipe] = (),
-    progress: Callable[[Progress], None] | None = None,
+    method: str, recipe: Recipe, *, pipe: Any, family: ModelFamily, beside: Sequence[Recipe] = ()
 ) -> TrainingResult:
     """Train a method of ADAPTERS for the recipe's steps; `pipe` comes back bit for bit as it was.
 
@@ -103,13 +96,10 @@ def train_method(
             counted.append(_trained(denoiser, attached.parameters))
             yield attached
 
-    def note(done: Progress) -> None:
-        losses.append(done.loss)
-        if progress:
-            progress(done)
-
     recipe = recipe.replace(output=None, sample_every=0, checkpoint_every=0, log_with="none")
-    learned = train_attached(attach, recipe, pipe=pipe, family=family, beside=beside, progress=note)
+    learned = train_attached(
+        attach, recipe, pipe=pipe, family=family, beside=beside, progress=lambda done: losses.append(done.loss)
+    )
     return TrainingResult(learned, counted[0], tuple(losses))
 
 

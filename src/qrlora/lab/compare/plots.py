@@ -180,25 +180,26 @@ def freedom(records: Sequence[Record]) -> Plot | None:
     return Plot("freedom", "How much of Q to free, against how far the part is from the base", said, _pixels(figure))
 
 
-def foretelling(told: Mapping[str, Mapping[str, Any]], measure: str = "cosine") -> Plot | None:
+def foretelling(told: Mapping[str, Mapping[str, Any]]) -> Plot | None:
     """Crosstalk of every pair against the cosine of its two ΔW."""
-    if measure not in told or not told[measure]["points"]:
+    if "cosine" not in told or not told["cosine"]["points"]:
         return None
+    cosine = told["cosine"]
     figure, axes = _figure()
-    rows = list(dict.fromkeys(point[0] for point in told[measure]["points"]))
+    rows = list(dict.fromkeys(point[0] for point in cosine["points"]))
     other = itertools.cycle(colormaps["tab20"].colors[1:])  # type: ignore[attr-defined]  # the first is like lora's
     for row in rows:
-        points = [(p[1], p[2]) for p in told[measure]["points"] if p[0] == row]
-        correlation = told[measure].get(row)
+        points = [(p[1], p[2]) for p in cosine["points"] if p[0] == row]
+        correlation = cosine.get(row)
         colour = COLOURS.get(row) or (OTHER if correlation is None else next(other))
         label = row if correlation is None else f"{row}: {correlation:+.2f}"
         across, up = zip(*points, strict=True)
         axes.scatter(across, up, s=12, label=label, color=colour)
-    axes.set(xlabel=f"{measure} of the two ΔW, from the files", ylabel="crosstalk, from the pictures")
+    axes.set(xlabel="cosine of the two ΔW, from the files", ylabel="crosstalk, from the pictures")
     figure.legend(loc="outside right upper", fontsize=7, title="rank correlation within", title_fontsize=7)
-    whole = told[measure]["all"]
+    whole = cosine["all"]
     said = "" if whole is None else f"Rank correlation over all pairs of all methods: {whole:+.2f}. "
-    others = ", ".join(f"{n} {e['all']:+.2f}" for n, e in told.items() if n != measure and e["all"] is not None)
+    others = ", ".join(f"{n} {e['all']:+.2f}" for n, e in told.items() if n != "cosine" and e["all"] is not None)
     return Plot(
         "foretold", "What the files foretell", f"{said}Of other measures of the files: {others}.", _pixels(figure)
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import multiprocessing
 import os
@@ -163,25 +162,13 @@ def write_records(file: Path, records: Sequence[Record]) -> None:
     write_atomically(file, lines.encode())
 
 
-@functools.singledispatch
 def rounded(value: Any) -> Any:
     """JSON values with five digits of every float."""
-    return value
-
-
-@rounded.register
-def _(value: float) -> Any:
-    return float(f"{value:.5g}")
-
-
-@rounded.register
-def _(value: dict) -> Any:
-    return {key: rounded(part) for key, part in value.items()}
-
-
-@rounded.register
-def _(value: list) -> Any:
-    return [rounded(part) for part in value]
+    if isinstance(value, float):
+        return float(f"{value:.5g}")
+    if isinstance(value, dict):
+        return {key: rounded(part) for key, part in value.items()}
+    return [rounded(part) for part in value] if isinstance(value, list) else value
 
 
 def facts(scope: Scope) -> Record:

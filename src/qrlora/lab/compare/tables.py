@@ -122,8 +122,7 @@ def table(records: Sequence[Record], rows: Sequence[str]) -> dict[str, dict[str,
     """Row -> measure -> Estimate (None where nothing was measured); "trained": numbers trained for both adapters."""
     found: dict[str, dict[str, Any]] = {}
     for row in rows:
-        values = {name: by_pair(records, row, name) for name in PER_PAIR}
-        values |= {"crosstalk": crosstalk(records, row), "crosstalk_named": crosstalk(records, row, "p")}
+        values = _measures(records, row, PER_PAIR)
         found[row] = {name: estimate(list(pairs.values())) if pairs else None for name, pairs in values.items()}
         found[row]["trained"] = trained(records, ROWS[row].adapter)
         for role in ("subject", "style"):
@@ -175,19 +174,19 @@ def trained(records: Iterable[Record], adapter: str) -> float | None:
 def against(records: Sequence[Record], row: str, baseline: str) -> dict[str, Estimate | None]:
     """The row beside the baseline on the pairs that both have: differences (row less baseline) and ratios of means."""
     found: dict[str, Estimate | None] = {}
-    measures: dict[str, Callable[[str], Pairs]] = {
-        name: lambda who, name=name: by_pair(records, who, name)  # type: ignore[misc]
-        for name in ("both", "recognised", "named")
-    }
-    measures["crosstalk"] = lambda who: crosstalk(records, who)
-    measures["crosstalk_named"] = lambda who: crosstalk(records, who, "p")
-    for name, of in measures.items():
-        mine, others = of(row), of(baseline)
-        pairs = sorted(mine.keys() & others.keys())
-        a, b = [mine[pair] for pair in pairs], [others[pair] for pair in pairs]
+    own, other = (_measures(records, who, ("both", "recognised", "named")) for who in (row, baseline))
+    for name in own:
+        pairs = sorted(own[name].keys() & other[name].keys())
+        a, b = [own[name][pair] for pair in pairs], [other[name][pair] for pair in pairs]
         found[f"{name}_difference"] = estimate([x - y for x, y in zip(a, b, strict=True)]) if pairs else None
         found[f"{name}_ratio"] = ratio(a, b) if pairs else None
     return found
+
+
+def _measures(records: Sequence[Record], row: str, names: Sequence[str]) -> dict[str, Pairs]:
+    """These measures of a row by pair, and its crosstalk by either score."""
+    found = {name: by_pair(records, row, name) for name in names}
+    return found | {"crosstalk": crosstalk(records, row), "crosstalk_named": crosstalk(records, row, "p")}
 
 
 ROUNDED = 7

@@ -130,10 +130,10 @@ class Judge:
         return cls(network, tables, {k: np.array(v) for k, v in facts["limits"].items()})
 
     @torch.inference_mode()
-    def look(self, pictures: UInt8[np.ndarray, "n h w 3"], batch: int = 64) -> dict[str, tuple[Tensor, Tensor]]:
+    def look(self, pictures: UInt8[np.ndarray, "n h w 3"]) -> dict[str, tuple[Tensor, Tensor]]:
         """{"subject" | "style": (features (n, 48), probabilities (n, names + 1))}, in float32."""
         parts = []
-        for chunk in torch.from_numpy(pictures).split(batch):
+        for chunk in torch.from_numpy(pictures).split(64):
             parts.append(self.network(chunk.permute(0, 3, 1, 2).float() / 127.5 - 1))
         return {
             f: (torch.cat([p[f][0] for p in parts]), torch.cat([p[f][1] for p in parts]).softmax(1)) for f in parts[0]

@@ -63,10 +63,10 @@ class Plan:
 # ---------------------------------------------------------------- pictures
 
 
-def rendered(work: Path, plan: Plan, workers: int = 2) -> list[np.ndarray]:
+def rendered(work: Path, plan: Plan) -> list[np.ndarray]:
     """Every turn: pictures (448, 128, 128, 4) uint8 of all pairs, the subject's mask as fourth channel."""
     paths = [work / f"turn-{i:02d}.npy" for i in range(plan.train_turns + plan.limit_turns + plan.fresh_turns)]
-    with ProcessPoolExecutor(workers) as pool:
+    with ProcessPoolExecutor(2) as pool:
         list(pool.map(_render_turn, paths, repeat(plan), range(len(paths))))
     return [np.load(path, mmap_mode="r") for path in paths]
 

@@ -42,13 +42,13 @@ def chunks(work: Path, plan: Plan, kind: str) -> list[Path]:
     return known + [work / f"novel-{kind}-{i:04d}.npy" for i in range(plan.novelties // CHUNK)]
 
 
-def render_stage(work: Path, plan: Plan, workers: int = 2) -> None:
+def render_stage(work: Path, plan: Plan) -> None:
     """Render picture i from scene seed i, in files of ``CHUNK`` pictures; those with something nameless after them."""
     scenes = scenes_of(plan)
     files = [(p, scenes[i * CHUNK : (i + 1) * CHUNK]) for i, p in enumerate(chunks(work, plan, "pictures"))]
     todo = [(path, part) for path, part in files if not path.exists()]
     check_room(work, len(todo) * CHUNK * world.SIZE**2 * 3, folder=True)
-    with ProcessPoolExecutor(workers) as pool:
+    with ProcessPoolExecutor(2) as pool:
         for done, _ in enumerate(pool.map(_render_chunk, *zip(*todo, strict=True)) if todo else []):
             log(work, "render", step=done + 1, of=len(todo))
 
