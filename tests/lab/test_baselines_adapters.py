@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from denoisers import same, state
 from qrlora.errors import RecipeError
 from qrlora.lab.baselines.adapters import ADAPTERS, is_target, orthonormal, train_method
 from qrlora.lab.baselines.deltas import Delta, Learned, applied, inner
@@ -41,14 +42,9 @@ def recipe(tmp_path: Path, tiny_sd3: Path) -> Recipe:
     )  # fmt: skip
 
 
-def state(pipe: Any) -> dict[str, Tensor]:
-    return {name: tensor.clone() for name, tensor in pipe[0].transformer.state_dict().items()}
-
-
 def unchanged(pipe: Any, before: dict[str, Tensor]) -> bool:
-    after = pipe[0].transformer.state_dict()
-    alone = list(after) == list(before) and all(torch.equal(after[name], before[name]) for name in before)
-    return alone and not any(p.requires_grad or p.grad is not None for p in pipe[0].transformer.parameters())
+    model = pipe[0].transformer
+    return same(model, before) and not any(p.requires_grad or p.grad is not None for p in model.parameters())
 
 
 def train_delta(method: str, recipe: Recipe, **base: Any) -> Learned:
@@ -74,7 +70,7 @@ def predicted(denoiser: Any) -> Tensor:
 
 @pytest.mark.parametrize("method", ADAPTERS)
 def test_delta_weights_are_zero_before_the_first_step(pipe: Any, recipe: Recipe, method: str) -> None:
-    before = state(pipe)
+    before = state(pipe[0].transformer)
     base, begun = predicted(pipe[0].transformer), list[Learned]()
 
     @contextmanager
@@ -96,7 +92,7 @@ def test_delta_weights_are_zero_before_the_first_step(pipe: Any, recipe: Recipe,
 @pytest.mark.parametrize("method", ADAPTERS)
 def test_delta_weights_do_what_the_attached_layers_did(pipe: Any, recipe: Recipe, method: str) -> None:
     """Also: the loss falls, what was learned is not nothing, and the model is left as it was."""
-    before, seen = state(pipe), []
+    before, seen = state(pipe[0].transformer), []
 
     @contextmanager
     def attach(denoiser: Any, *run: Any) -> Iterator[Attached[Learned]]:
@@ -251,7 +247,7 @@ def _basis(pipe: Any, name: str, rank: int) -> Any:
 
 @pytest.mark.parametrize("method", ["pissa", "full"])
 def test_a_run_that_fails_leaves_the_model(pipe: Any, recipe: Recipe, method: str) -> None:
-    before = state(pipe)
+    before = state(pipe[0].transformer)
 
     def stop(*_: Any) -> None:
         raise KeyboardInterrupt

@@ -12,7 +12,7 @@ from peft.utils import merge_utils
 from PIL import Image
 from torch import Tensor, nn
 
-from denoisers import build, predict
+from denoisers import build, predict, same, state
 from qrlora.errors import MismatchError
 from qrlora.lab.baselines.adapters import is_target
 from qrlora.lab.baselines.context import Context
@@ -77,14 +77,14 @@ def test_every_merge_covers_every_layer_and_leaves_the_model(
     name: str, model: tuple[Context, Learned, Learned]
 ) -> None:
     context, subject, style = model
-    before = {n: t.clone() for n, t in context.denoiser.state_dict().items()}
+    before = state(context.denoiser)
     options = {"steps": 2} if name == "ziplora" else {}
     merged = MERGES[name]([subject, style], context, **options)
     assert isinstance(merged, Schedule) == (name == "klora")
     shown = merged.at(0.3) if isinstance(merged, Schedule) else merged
     assert list(shown) == list(subject) or set(shown) == set(subject)
     assert all(shown[n].shape == subject[n].shape and bool(shown[n].dense().isfinite().all()) for n in subject)
-    assert all(torch.equal(before[n], t) for n, t in context.denoiser.state_dict().items())
+    assert same(context.denoiser, before)
 
 
 @pytest.mark.parametrize("name", [name for name, merge in MERGES.items() if merge.several])
@@ -225,13 +225,13 @@ class Halves:
 def test_a_schedule_changes_weights_between_steps(model: tuple[Context, Learned, Learned]) -> None:
     context, subject, style = model
     assert context.family is not None
-    before = {n: t.clone() for n, t in context.denoiser.state_dict().items()}
+    before = state(context.denoiser)
     jobs, halves = [("a mug", 0), ("a car", 1)], Halves(subject, style)
 
     def pictures(merged: Learned | Schedule) -> np.ndarray:
         with drawing(context.denoiser, merged) as on_step:
             made = [one_batch(context.pipe, context.family, jobs, 4, 2.0, on_step=on_step) for _ in range(2)]
-        assert all(torch.equal(before[n], t) for n, t in context.denoiser.state_dict().items())
+        assert same(context.denoiser, before)
         first, second = (np.stack([np.asarray(image) for image in images]) for images in made)
         assert (first == second).all()  # the next batch begins with the first ΔW again
         return first
