@@ -24,8 +24,9 @@ import torch
 import mutations
 from qrlora._reading import read_json
 from qrlora.apps.cli.serve import _api_keys
-from qrlora.apps.serving.app import Limits, Service, create_app
-from qrlora.apps.serving.protocol import Event, Facts, Made, Picture, Settings
+from qrlora.apps.serving.app import create_app
+from qrlora.apps.serving.protocol import Event, Facts, Limits, Made, Picture, Settings
+from qrlora.apps.serving.service import Service
 from qrlora.errors import AdapterFileError, BasisError, BrandError, DataError, ModelError, QrloraError, RecipeError
 from qrlora.lab.baselines.deltas import Delta, load_learned, save_learned
 from qrlora.method.adapter import load_adapter, save_adapter
@@ -33,8 +34,8 @@ from qrlora.method.basis import Basis
 from qrlora.models.exchange import load_any
 from qrlora.models.families import find_model
 from qrlora.models.training import checkpoint, dataset
-from qrlora.models.training.dataset import find_pictures
 from qrlora.models.training.recipe import Recipe
+from qrlora.models.training.sources import find_pictures
 from qrlora.quality.brand import BrandSheet
 from qrlora.quality.images.read import load_picture
 from qrlora.quality.study.votes import checked_key, count_votes, lines, report

@@ -31,20 +31,22 @@ from PIL import Image
 
 from qrlora.apps.cli import main
 from qrlora.apps.serving import openapi
-from qrlora.apps.serving.app import CLIENT_GONE, ImageRequest, Kept, Limits, Service, create_app, side_of
+from qrlora.apps.serving.app import CLIENT_GONE, create_app
 from qrlora.apps.serving.connections import Server
 from qrlora.apps.serving.dispatch import Dispatcher
 from qrlora.apps.serving.engine import Engine
 from qrlora.apps.serving.metrics import Metrics
 from qrlora.apps.serving.names import composition_of
-from qrlora.apps.serving.protocol import Event, Facts, Made, Picture, Refused, Settings, Step
+from qrlora.apps.serving.protocol import Event, Facts, Limits, Made, Picture, Refused, Settings, Step
+from qrlora.apps.serving.request import ImageRequest, side_of
+from qrlora.apps.serving.service import Kept, Service
 from qrlora.errors import DataError, QrloraError, RequestError
 from qrlora.method.adapter import Adapter, adapter_from_model, load_adapter, remove_adapters, save_adapter
 from qrlora.method.composition import Composition, default_strength, project_out
 from qrlora.models.exchange import load_any
 from qrlora.models.families import load_pipeline
 from qrlora.models.generation import generate
-from qrlora.models.training.loop import peft_config
+from qrlora.models.training.attach import peft_config
 from qrlora.models.training.recipe import Recipe
 
 BASE = "tiny-sd3"

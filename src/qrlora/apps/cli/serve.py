@@ -19,8 +19,7 @@ from qrlora.apps.cli.shared import COUNT, PATH, model_options, null_space_option
 from qrlora.errors import QrloraError
 
 if TYPE_CHECKING:
-    from qrlora.apps.serving.app import Limits
-    from qrlora.apps.serving.protocol import Facts
+    from qrlora.apps.serving.protocol import Facts, Limits
 
 KEY_VARIABLE = "QRLORA_API_KEY"
 RAY_SETTINGS = {
@@ -69,7 +68,8 @@ def run_serve(options: Options) -> None:
         _check_there(options.address)
     on_ray = options.address or options.engines > 1
     try:
-        from qrlora.apps.serving.app import Limits
+        import qrlora.apps.serving.app  # noqa: F401
+        from qrlora.apps.serving.protocol import Limits
 
         if on_ray:
             os.environ.update({**RAY_SETTINGS, **os.environ})

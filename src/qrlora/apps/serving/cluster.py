@@ -22,8 +22,9 @@ from ray.serve.config import ProxyLocation
 from ray.serve.schema import LoggingConfig
 
 from qrlora.apps.quiet import hush
-from qrlora.apps.serving.app import Limits, Service, create_app
-from qrlora.apps.serving.protocol import Event, Facts, Picture, Settings
+from qrlora.apps.serving.app import create_app
+from qrlora.apps.serving.protocol import Event, Facts, Limits, Picture, Settings
+from qrlora.apps.serving.service import Service
 from qrlora.errors import ModelError, QrloraError
 
 NAME = "qrlora"

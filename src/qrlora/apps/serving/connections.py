@@ -19,7 +19,9 @@ from typing import Any
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from qrlora.apps.serving.app import Service, create_app, error_response
+from qrlora.apps.serving.answer import error_response
+from qrlora.apps.serving.app import create_app
+from qrlora.apps.serving.service import Service
 from qrlora.errors import QrloraError, RequestError
 
 log = logging.getLogger(__name__)

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from qrlora.errors import printable
-from qrlora.models.training.dataset import CAPTIONS, Source, find_pictures, metadata_of
+from qrlora.models.training.sources import CAPTIONS, Source, find_pictures, metadata_of
 
 NAMED = 5
 """Files that are named; of more the number is said."""

@@ -28,13 +28,14 @@ from qrlora.method.basis import clipped_rank, layer_basis, weight_digest
 from qrlora.method.tuner import QRLoraConfig, QRLoraLayer, resolve_columns
 from qrlora.method.tuner.factors import TrainedColumns
 from qrlora.models.families import ModelFamily, default_device, free_memory, load_structure
-from qrlora.models.training.dataset import find_pictures
-from qrlora.models.training.loop import ADAPTER_NAME, adapter_on, family_options
+from qrlora.models.training.attach import ADAPTER_NAME, adapter_on
+from qrlora.models.training.batches import family_options
 from qrlora.models.training.optimizers import STATE_BYTES
 from qrlora.models.training.pictures import views
 from qrlora.models.training.placement import module_bytes, stored_bytes
 from qrlora.models.training.recipe import Recipe
 from qrlora.models.training.rehearsal import Pace, Rehearsal
+from qrlora.models.training.sources import find_pictures
 
 PLAIN_LORA: dict[str, Any] = {"method": "lora", "train_basis": False, "space": None, "space_remainder": 0.0}
 FLOAT = 4
@@ -205,7 +206,7 @@ def _batch(recipe: Recipe, pipe: Any, family: ModelFamily, rows: int, side: int 
     latents = family.encode_images(pipe, torch.zeros(rows, 3, side, side, device=pipe.device)).float()
     encode = family.blank_conditions if pipe.device.type == "meta" else None
     conditions = (encode or family.encode_prompts)(pipe, [recipe.text] * rows)
-    timesteps = family.sample_timesteps(family.training_scheduler(pipe), rows, torch.Generator())
+    timesteps = family.objective.timesteps(family.training_scheduler(pipe), rows, torch.Generator())
     return latents, torch.zeros_like(latents), timesteps.to(pipe.device), dict(conditions)
 
 

@@ -19,8 +19,8 @@ from PIL import Image, ImageOps
 
 from qrlora._reading import inside, parse_json, visible
 from qrlora.errors import DataError
-from qrlora.models.training.dataset import MASK, SUFFIXES, caption_beside
 from qrlora.models.training.pictures import open_picture
+from qrlora.models.training.sources import MASK, SUFFIXES, caption_beside
 
 SMALLEST = 16
 """Least side in pixels."""
