@@ -57,7 +57,7 @@ def _in_space(where: Any) -> str:
 
 
 def describe(path: Path, adapter: Adapter) -> dict[str, Any]:
-    """Everything `inspect` knows about one file, as JSON values."""
+    """Return everything that `inspect` prints of one file, as JSON values."""
     from dataclasses import asdict
 
     from qrlora.method.basis import VERSIONS, clipping

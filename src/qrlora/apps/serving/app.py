@@ -116,7 +116,7 @@ async def _refused(_: Request, error: RequestError) -> JSONResponse:
 
 
 async def _fault(_: Request, error: Exception) -> JSONResponse:
-    """Starlette raises the error again after this, so that it is logged."""
+    """Answer 500; Starlette raises the error again after this, so that it is logged."""
     return error_response(RequestError("a fault of the server", status=500, code="server_error"))
 
 

@@ -51,7 +51,7 @@ class EngineReplica:
 
 
 class RemoteEngines:
-    """All engine replicas, of which Serve picks a free one for each batch."""
+    """All engine replicas; Serve picks a free one for each batch."""
 
     def __init__(self, handle: Any):
         self.handle = handle
@@ -70,7 +70,7 @@ class RemoteEngines:
 
 @serve.ingress()
 class Front:
-    """The HTTP application, its queue and its batches: one process, which the pictures' makers outnumber."""
+    """The HTTP application, its queue and its batches, in one process in front of all engines."""
 
     def __init__(self, engines: Any, limits: Limits):
         self.service = Service(RemoteEngines(engines), limits)
@@ -104,7 +104,7 @@ class Place:
 
 
 def start(model: str, folder: Path, dtype: str, place: Place, limits: Limits) -> Any:
-    """Start all of it, and wait until it serves; returns a handle of `Front`.
+    """Start front and engines, and wait until they serve; return a handle of `Front`.
 
     Raises:
         QrloraError: no such cluster, no room on it, or it serves already, elsewhere or the same.
@@ -169,7 +169,7 @@ def _join(place: Place) -> int:
 
 
 def _listen(place: Place) -> None:
-    """Serve on that port of every node that needs it."""
+    """Listen on the port on every node that needs it."""
     where = ProxyLocation.HeadOnly if place.address == "local" else ProxyLocation.EveryNode
     # What this process is told of Serve, its controller has to know, wherever it runs.
     told = {name: value for name, value in os.environ.items() if name.startswith("RAY_SERVE_")}

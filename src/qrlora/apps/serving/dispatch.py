@@ -1,4 +1,4 @@
-"""Pictures wait here, and go to the engines in batches of different compositions."""
+"""Queue pictures, and send them to the engines in batches of different compositions."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(eq=False)
 class Job:
-    """The pictures of one request, and what has happened to them that it has not been told yet."""
+    """The pictures of one request, and the events that it has not been sent yet."""
 
     settings: Settings
     pictures: Sequence[Picture]
@@ -29,7 +29,7 @@ class Job:
     ended: bool = False
 
     async def follow(self) -> AsyncIterator[tuple[int, Step | Made]]:
-        """Steps (if `progress`) and pictures as they are made, each with the picture's index in the request.
+        """Yield steps (if `progress`) and pictures as they are made, each with the picture's index in the request.
 
         Raises:
             RequestError: a picture cannot be made.
@@ -49,7 +49,7 @@ Place = tuple[Job, int]
 
 
 class Dispatcher:
-    """The queue, and who empties it. Everything here happens in one event loop.
+    """The queue, and the tasks that empty it. Everything here happens in one event loop.
 
     A batch is what waits with the settings of the picture that waits longest. Of engines that are free at the same
     time, each takes its share.
@@ -125,7 +125,7 @@ class Dispatcher:
             )
 
     async def drain(self, seconds: float) -> None:
-        """Take no more requests, and finish those there are; what takes longer than this is told so and ended."""
+        """Refuse new requests and finish those there are; end, with an error, those that take longer than this."""
         self.draining = True
         until = time.monotonic() + seconds
         while (self._waiting or self._running) and time.monotonic() < until:
@@ -152,7 +152,7 @@ class Dispatcher:
                 del self._running[batch]
 
     def _take(self) -> list[Place]:
-        """This engine's share of what waits with the settings of the first."""
+        """Take this engine's share of the waiting pictures that have the settings of the first."""
         if not self._waiting:
             return []
         settings = self._waiting[0][0].settings

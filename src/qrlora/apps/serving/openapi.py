@@ -1,4 +1,4 @@
-"""The OpenAPI document: what a request may hold on the model that is served, and every status with its answer."""
+"""The OpenAPI document: the fields of a request for the served model, and every status with its answer."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ ANSWERS: dict[str, dict[str, Any]] = {
 
 
 def document(app: FastAPI, request: Mapping[str, Any], facts: Facts, limits: Limits) -> dict[str, Any]:
-    """The document of this application, with the bounds of these facts and limits.
+    """Return the OpenAPI document of this application, with the bounds of these facts and limits.
 
     request: the JSON schema of a request for pictures.
     """
@@ -97,7 +97,7 @@ def _responses(path: str, refused: Iterable[int]) -> dict[str, Any]:
 
 
 def bounded(request: Mapping[str, Any], facts: Facts, limits: Limits) -> dict[str, Any]:
-    """The request's schema with what this model and these limits allow."""
+    """Return the request's schema with what this model and these limits allow."""
     properties = dict(request["properties"])
     largest = largest_side(facts, limits.side)
     sizes = [f"{side}x{side}" for side in range(facts.unit, largest + 1, facts.unit)]

@@ -19,7 +19,7 @@ class Settings(NamedTuple):
 
 @dataclass(frozen=True)
 class Picture:
-    """What makes one picture, besides its settings: prompt, seed, adapters' weights by name, and the strength of their
+    """A picture to make, besides its settings: prompt, seed, adapters' weights by name, and the strength of their
     null-space projection (None: `default_strength` of these adapters)."""
 
     prompt: str
@@ -46,7 +46,7 @@ class Made:
 
 @dataclass(frozen=True)
 class Refused:
-    """Picture `index` of the batch cannot be made, which its request is to blame for."""
+    """Picture `index` of the batch cannot be made, by a fault of its request."""
 
     index: int
     error: QrloraError

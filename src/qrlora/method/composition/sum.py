@@ -70,11 +70,11 @@ class Composition:
                 )
 
     def adapter(self) -> Adapter:
-        """The weighted sum of the projected parts as one adapter: float32, alpha = rank, role "composition"."""
+        """Return the weighted sum of the projected parts as one adapter: float32, alpha = rank, role "composition"."""
         return self._filled_by(partial(self._sum, project_out(self.parts, self.null_space)))
 
     def blank(self) -> Adapter:
-        """Zeros on all layers and columns of the parts."""
+        """Return zeros on all layers and columns of the parts."""
         return self._filled_by(lambda _, columns, width: torch.zeros(len(columns), width))
 
     def _filled_by(self, delta: Callable[[str, tuple[int, ...], int], Tensor]) -> Adapter:
@@ -115,13 +115,13 @@ class Composition:
         return check_sum(total.float(), parts, layer)
 
     def energy_kept(self) -> float:
-        """‖Σ λᵢ ΔWᵢ‖² after null-space projection, as a share of the plain sum's; 1 at strength 0."""
+        """Return ‖Σ λᵢ ΔWᵢ‖² after null-space projection, as a share of the plain sum's; 1 at strength 0."""
         sums = [composition.adapter() for composition in (self, Composition(self.parts))]
         kept, whole = (sum(float(d.double().square().sum()) for d in one.deltas.values()) for one in sums)
         return kept / whole if whole else 1.0
 
     def interference(self) -> Interference:
-        """Of the parts before null-space projection, computed from ΔR alone: no base model, no basis, no picture."""
+        """Compute the interference of the parts before null-space projection, from ΔR alone."""
         return Interference.of(self.parts)
 
 

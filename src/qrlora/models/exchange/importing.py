@@ -1,4 +1,4 @@
-"""Import: somebody else's file as an adapter of ours, beside the basis as it is, or on the basis."""
+"""Import another program's file as an adapter, with a basis of its own or projected onto ours."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Anybody's LoRA as an adapter, whatever its keys are called: keys.py reads the keys, layer_names.py finds the layers.
+"""Read any LoRA as an adapter, whatever its keys are called: keys.py reads the keys, layer_names.py finds the layers.
 
 Besides ours a file may be a LoRA in any dialect that docs/exchange.md lists, or a published checkpoint, published.py.
 The header alone decides what is read and refused; the tensors are read once, after that. The adapter's ΔW is exactly
@@ -57,7 +57,7 @@ def load_any(
     alpha: float | None = None,
     names: LayerNames | None = None,
 ) -> Adapter:
-    """An adapter file of ours, a LoRA in any known form, or a published checkpoint as the LoRA that it equals.
+    """Return an adapter file of ours, a LoRA in any known form, or a published checkpoint as the LoRA that it equals.
 
     Keys of text encoders and embeddings are left out; provenance names them, see `left_out_of`.
 

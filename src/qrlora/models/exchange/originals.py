@@ -79,7 +79,7 @@ class Original:
 
 @cache
 def template(name: str) -> re.Pattern[str]:
-    """A pattern for a name in which `#` stands for a number, with its dots or with underscores for them."""
+    """Return a pattern for a name in which `#` stands for a number, with its dots or with underscores for them."""
     return re.compile(re.escape(name).replace(r"\.", "[._]").replace(r"\#", r"(\d+)").replace("#", r"(\d+)"))
 
 

@@ -59,7 +59,7 @@ def is_published(tensors: Iterable[str]) -> bool:
 
 
 def may_be_whole(keys: Iterable[str]) -> bool:
-    """False if the keys alone say that `is_whole` is false."""
+    """Return False if the keys alone say that `is_whole` is false."""
     return any(_TWICE in key or key.endswith(".lora.up.weight") for key in keys)
 
 
@@ -140,7 +140,7 @@ def _distance_from_identity(gram: Float[Tensor, "rank rank"]) -> float:
 
 
 def as_lora(published: Published, alpha: float | None = None) -> Adapter:
-    """The checkpoint as the plain LoRA that it equals: up = Q, down = ΔR, at alpha / rank (1 unless given)."""
+    """Return the checkpoint as the plain LoRA that it equals: up = Q, down = ΔR, at alpha / rank (1 unless given)."""
     require(
         not published.whole,
         "a basis that was trained and saved whole, Q as lora.up and R as lora.down: no difference to the base weight",
@@ -202,7 +202,7 @@ def _provenance(published: Published) -> dict[str, dict[str, str]]:
 
 
 def on_basis(published: Published, weights: Mapping[str, Tensor], basis: Basis, alpha: float | None = None) -> Adapter:
-    """The checkpoint as ΔR on our basis: the same ΔW, in a file of ΔR alone that composes with every other.
+    """Return the checkpoint as ΔR on our basis: the same ΔW, in a file of ΔR alone that composes with every other.
 
     `weights` and `basis` are the base model's, at the checkpoint's rank. Raises MismatchError if a layer is missing,
     stands on another weight, or was trained at another scaling than `alpha` says.

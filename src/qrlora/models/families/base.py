@@ -73,15 +73,15 @@ class ModelFamily:
         return f"{self.denoiser}."
 
     def denoiser_of(self, pipe: Any) -> nn.Module:
-        """The model inside `pipe` that adapters attach to."""
+        """Return the model inside `pipe` that adapters attach to."""
         return getattr(pipe, self.denoiser)
 
     def sampling(self, pipe: Any) -> tuple[int, float]:
-        """Denoising steps and guidance scale of `pipe` when the caller names none."""
+        """Return denoising steps and guidance scale of `pipe` when the caller names none."""
         return self.few_steps(pipe) or (self.steps, self.guidance)
 
     def training_scheduler(self, pipe: Any) -> Any:
-        """A scheduler in its training state: generating leaves the pipeline's own one set to a few inference steps."""
+        """Return a scheduler in its training state; generating leaves the pipeline's own at a few inference steps."""
         kind = getattr(diffusers, self.objective.scheduler) if self.objective.scheduler else type(pipe.scheduler)
         return kind.from_config(pipe.scheduler.config)
 
@@ -137,7 +137,7 @@ def refuse_long_prompts(
 
 
 def chat(tokenizer: Any, thinking: bool) -> Callable[[str], str]:
-    """How the pipelines with a Qwen3 text encoder put a prompt to it: as a user's message, answer pending."""
+    """Return how the pipelines with a Qwen3 text encoder wrap a prompt: as a user's message, answer pending."""
 
     def template(prompt: str) -> str:
         messages = [{"role": "user", "content": prompt}]
@@ -149,7 +149,7 @@ def chat(tokenizer: Any, thinking: bool) -> Callable[[str], str]:
 
 @torch.no_grad()
 def encode_images(pipe: Any, images: Float[Tensor, "n 3 height width"]) -> Float[Tensor, "n c h w"]:
-    """Pictures in [-1, 1] to latents in the denoiser's scale, `(z - shift) * scaling`.
+    """Encode pictures in [-1, 1] to latents in the denoiser's scale, `(z - shift) * scaling`.
 
     The autoencoder's mean is taken rather than a draw, so that cached latents are a function of the picture alone.
     """

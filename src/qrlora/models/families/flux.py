@@ -23,7 +23,7 @@ TRAINING_GUIDANCE = 1.0
 
 
 def resolution(pipe: Any) -> int:
-    """Side in pixels of the pictures the pipeline makes by default."""
+    """Return the side in pixels of the pictures the pipeline makes by default."""
     return pipe.default_sample_size * pipe.vae_scale_factor
 
 
@@ -40,20 +40,20 @@ def prompt_options(pipe: Any, prompts: list[str]) -> dict[str, Any]:
 
 @torch.no_grad()
 def encode_prompts(pipe: Any, prompts: list[str]) -> dict[str, Tensor]:
-    """Text to `encoder_hidden_states` (n, tokens, features) and `pooled_projections` (n, features)."""
+    """Encode text to `encoder_hidden_states` (n, tokens, features) and `pooled_projections` (n, features)."""
     hidden, pooled, _ = pipe.encode_prompt(prompts, prompt_2=None, **prompt_options(pipe, prompts))
     return {"encoder_hidden_states": hidden, "pooled_projections": pooled}
 
 
 def few_steps(pipe: Any) -> tuple[int, float] | None:
-    """Steps and guidance of schnell, which is distilled to a few steps and has no guidance input to embed."""
+    """Return steps and guidance of schnell, which is distilled to a few steps and has no guidance input to embed."""
     return None if pipe.transformer.config.guidance_embeds else (4, 0.0)
 
 
 def predict(
     denoiser: nn.Module, scheduler: Any, noisy: Latents, timesteps: Timesteps, conditions: Conditions
 ) -> Latents:
-    """Velocity of packed latents, as diffusers' `train_dreambooth_lora_flux` computes it."""
+    """Return the velocity of packed latents, as diffusers' `train_dreambooth_lora_flux` computes it."""
     n, channels, height, width = noisy.shape
     places = diffusers.FluxPipeline._prepare_latent_image_ids(n, height // 2, width // 2, noisy.device, noisy.dtype)
     config: Any = denoiser.config

@@ -21,14 +21,14 @@ TOKENS = 512
 
 
 def prompt_options(pipe: Any, prompts: list[str]) -> dict[str, Any]:
-    """How much is read, for `pipe(...)` and `pipe.encode_prompt(...)` alike. Raises DataError for a longer prompt."""
+    """Return the token limit, for `pipe(...)` and `pipe.encode_prompt(...)`. Raises DataError for a longer prompt."""
     refuse_long_prompts(pipe.tokenizer, TOKENS, prompts, chat(pipe.tokenizer, thinking=False))
     return {"max_sequence_length": TOKENS}
 
 
 @torch.no_grad()
 def encode_prompts(pipe: Any, prompts: list[str]) -> dict[str, Tensor]:
-    """Text to `encoder_hidden_states` (n, 512, 3 features): three layers of the text encoder, padding included.
+    """Encode text to `encoder_hidden_states` (n, 512, 3 features): three layers of the text encoder, padding included.
 
     They are the layers that the pipeline reads. The example script reads others by default (10, 20, 30 for 9, 18, 27):
     an adapter trained on those would be told one thing in training and another when it is used.
@@ -37,7 +37,7 @@ def encode_prompts(pipe: Any, prompts: list[str]) -> dict[str, Tensor]:
 
 
 def blank_conditions(pipe: Any, prompts: list[str]) -> dict[str, Tensor]:
-    """As `encode_prompts`, in shape alone."""
+    """Return what `encode_prompts` does, in shape alone."""
     prompt_options(pipe, prompts)
     denoiser = pipe.transformer
     size = (len(prompts), TOKENS, denoiser.config.joint_attention_dim)
@@ -46,8 +46,8 @@ def blank_conditions(pipe: Any, prompts: list[str]) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def encode_images(pipe: Any, images: Float[Tensor, "n 3 height width"]) -> Float[Tensor, "n c h w"]:
-    """Pictures in [-1, 1] to latents in the denoiser's scale: patches of 2 x 2, normalised by the autoencoder's own
-    running mean and variance."""
+    """Encode pictures in [-1, 1] to latents in the denoiser's scale: patches of 2 x 2, normalised by the autoencoder's
+    own running mean and variance."""
     vae = pipe.vae
     mean = vae.encode(images.to(device=vae.device, dtype=vae.dtype)).latent_dist.mode().float()
     centre, variance = (x.float().view(1, -1, 1, 1) for x in (vae.bn.running_mean, vae.bn.running_var))
@@ -56,14 +56,14 @@ def encode_images(pipe: Any, images: Float[Tensor, "n 3 height width"]) -> Float
 
 
 def few_steps(pipe: Any) -> tuple[int, float] | None:
-    """Steps and guidance of the distilled models, as their cards give them."""
+    """Return steps and guidance of the distilled models, as their cards give them."""
     return (4, 1.0) if pipe.config.is_distilled else None
 
 
 def predict(
     denoiser: nn.Module, scheduler: Any, noisy: Latents, timesteps: Timesteps, conditions: Conditions
 ) -> Latents:
-    """Velocity of packed latents, as diffusers' `train_dreambooth_lora_flux2_klein` computes it: no guidance input."""
+    """Return the velocity of packed latents, as diffusers' `train_dreambooth_lora_flux2_klein`, without guidance."""
     packed = denoiser(
         hidden_states=diffusers.Flux2KleinPipeline._pack_latents(noisy),
         timestep=timesteps / scheduler.config.num_train_timesteps,

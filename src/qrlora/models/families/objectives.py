@@ -37,7 +37,7 @@ def flow_loss(
     timesteps: Timesteps,
     mask: Mask | None = None,
 ) -> Float[Tensor, ""]:
-    """Conditional flow matching: `E |v(z_t, t) - (noise - latents)|²`, `z_t = (1 - σ) latents + σ noise`, `σ = t / T`.
+    """Return the flow matching loss `E |v(z_t, t) - (noise - latents)|²`, `z_t = (1-σ) latents + σ noise`, `σ = t/T`.
 
     Latents and noise come in float32; `predict` lets the denoiser compute in its own dtype. mask: as `weighted_mean`.
     """
@@ -48,7 +48,7 @@ def flow_loss(
 
 
 def weighted_mean(error: Latents, mask: Mask | None) -> Float[Tensor, " n"]:
-    """The mean of each example, its places weighted: `Σ m e / Σ m`.
+    """Return the mean of each example, its places weighted: `Σ m e / Σ m`.
 
     Divided by the weights rather than by the places (as ai-toolkit does, and sd-scripts does not), so that a picture
     counts the same however small its subject is, and a learning rate holds with masks and without.
@@ -70,7 +70,7 @@ def noise_loss(
     mask: Mask | None = None,
     min_snr_gamma: float | None = None,
 ) -> Float[Tensor, ""]:
-    """Mean squared error of the predicted noise, or v (Salimans & Ho, arXiv 2202.00512), by the scheduler's config.
+    """Return the mean squared error of the noise, or of v (Salimans & Ho, arXiv 2202.00512), by the scheduler's config.
 
     mask: as `weighted_mean`.
     min_snr_gamma: weight each example with min(SNR, γ) / SNR for the noise, / (SNR + 1) for v (Hang et al. 2023,

@@ -22,7 +22,7 @@ TOKENS = 512
 
 
 def prompt_options(pipe: Any, prompts: list[str]) -> dict[str, Any]:
-    """How much is read, and the negative prompt of the model's card, without which the pipeline does not guide.
+    """Return the token limit, and the negative prompt of the model's card, without which the pipeline does not guide.
 
     Raises:
         DataError: a prompt is longer than that.
@@ -34,7 +34,7 @@ def prompt_options(pipe: Any, prompts: list[str]) -> dict[str, Any]:
 
 @torch.no_grad()
 def encode_prompts(pipe: Any, prompts: list[str]) -> dict[str, Tensor]:
-    """Text to `encoder_hidden_states` (n, 512, features), zero after the last token, and their mask (n, 512).
+    """Encode text to `encoder_hidden_states` (n, 512, features), zero after the last token, and their mask (n, 512).
 
     The pipeline pads to the longest of its prompts; rows of one length are what a dataset can stack.
     """
@@ -50,7 +50,7 @@ def encode_prompts(pipe: Any, prompts: list[str]) -> dict[str, Tensor]:
 
 
 def blank_conditions(pipe: Any, prompts: list[str]) -> dict[str, Tensor]:
-    """As `encode_prompts`: the states in shape alone, the mask in value."""
+    """Return what `encode_prompts` does: the states in shape alone, the mask in value."""
     prompt_options(pipe, prompts)
     ids = pipe.tokenizer([pipe.prompt_template_encode.format(prompt) for prompt in prompts]).input_ids
     length = torch.tensor([len(tokens) - pipe.prompt_template_encode_start_idx for tokens in ids])
@@ -63,7 +63,7 @@ def blank_conditions(pipe: Any, prompts: list[str]) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def encode_images(pipe: Any, images: Float[Tensor, "n 3 height width"]) -> Float[Tensor, "n c h w"]:
-    """Pictures in [-1, 1] to latents in the denoiser's scale: one frame of a video, normalised channel by channel."""
+    """Encode pictures in [-1, 1] to latents in the denoiser's scale: a video's frame, normalised by channel."""
     vae = pipe.vae
     video = images.unsqueeze(2).to(device=vae.device, dtype=vae.dtype)
     latents = vae.encode(video).latent_dist.mode().squeeze(2).float()
@@ -77,7 +77,7 @@ def encode_images(pipe: Any, images: Float[Tensor, "n 3 height width"]) -> Float
 def predict(
     denoiser: nn.Module, scheduler: Any, noisy: Latents, timesteps: Timesteps, conditions: Conditions
 ) -> Latents:
-    """Velocity of packed latents, as diffusers' `train_dreambooth_lora_qwen_image` computes it."""
+    """Return the velocity of packed latents, as diffusers' `train_dreambooth_lora_qwen_image` computes it."""
     n, channels, height, width = noisy.shape
     read = conditions["encoder_hidden_states_mask"]
     read = read[:, : int(read.sum(1).max())]  # to the longest prompt of the batch, as the pipeline: padding costs time

@@ -16,13 +16,13 @@ from qrlora.models.families.sdxl import SDXL, prompt_options
 
 
 def resolution(pipe: Any) -> int:
-    """Side in pixels of the model's square pictures: latent side times the autoencoder's reduction."""
+    """Return the side in pixels of the model's square pictures: latent side times the autoencoder's reduction."""
     return pipe.unet.config.sample_size * pipe.vae_scale_factor
 
 
 @torch.no_grad()
 def encode_prompts(pipe: Any, prompts: list[str]) -> dict[str, Tensor]:
-    """Text to `encoder_hidden_states` (n, tokens, features)."""
+    """Encode text to `encoder_hidden_states` (n, tokens, features)."""
     prompt_options(pipe, prompts)
     hidden, _ = pipe.encode_prompt(prompts, pipe.device, num_images_per_prompt=1, do_classifier_free_guidance=False)
     return {"encoder_hidden_states": hidden}
@@ -31,7 +31,7 @@ def encode_prompts(pipe: Any, prompts: list[str]) -> dict[str, Tensor]:
 def predict(
     denoiser: nn.Module, scheduler: Any, noisy: Latents, timesteps: Timesteps, conditions: Conditions
 ) -> Latents:
-    """Noise or v, as diffusers' `train_text_to_image_lora` computes it."""
+    """Return noise or v, as diffusers' `train_text_to_image_lora` computes it."""
     return denoiser(noisy, timesteps, return_dict=False, **conditions)[0]
 
 

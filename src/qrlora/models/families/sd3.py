@@ -18,12 +18,12 @@ T5_TOKENS = 256
 
 
 def resolution(pipe: Any) -> int:
-    """Side in pixels of the model's square pictures: latent side times the autoencoder's reduction."""
+    """Return the side in pixels of the model's square pictures: latent side times the autoencoder's reduction."""
     return pipe.transformer.config.sample_size * pipe.vae_scale_factor
 
 
 def largest_side(pipe: Any) -> int:
-    """Longest side in pixels that the denoiser's table of places has room for."""
+    """Return the longest side in pixels for which the denoiser has position embeddings."""
     config = pipe.transformer.config
     return config.pos_embed_max_size * config.patch_size * pipe.vae_scale_factor
 
@@ -45,7 +45,7 @@ def prompt_options(pipe: Any, prompts: list[str]) -> dict[str, Any]:
 
 @torch.no_grad()
 def encode_prompts(pipe: Any, prompts: list[str]) -> dict[str, Tensor]:
-    """Text to the denoiser's `encoder_hidden_states` (n, tokens, features) and `pooled_projections` (n, features).
+    """Encode text to `encoder_hidden_states` (n, tokens, features) and `pooled_projections` (n, features).
 
     Errors: as `prompt_options`.
     """
@@ -62,8 +62,8 @@ def encode_prompts(pipe: Any, prompts: list[str]) -> dict[str, Tensor]:
 def predict(
     denoiser: nn.Module, scheduler: Any, noisy: Latents, timesteps: Timesteps, conditions: Conditions
 ) -> Latents:
-    """Velocity, as diffusers' `train_dreambooth_lora_sd3` computes it without output preconditioning, by which that
-    script weights each example with σ²."""
+    """Return the velocity, as diffusers' `train_dreambooth_lora_sd3` computes it without output preconditioning, by
+    which that script weights each example with σ²."""
     return denoiser(hidden_states=noisy, timestep=timesteps, return_dict=False, **conditions)[0]
 
 

@@ -18,19 +18,19 @@ REDUCTION = 8
 
 
 def resolution(pipe: Any) -> int:
-    """Side in pixels of the model's square pictures: latent side times the autoencoder's reduction."""
+    """Return the side in pixels of the model's square pictures: latent side times the autoencoder's reduction."""
     return pipe.default_sample_size * pipe.vae_scale_factor
 
 
 def prompt_options(pipe: Any, prompts: list[str]) -> dict[str, Any]:
-    """Nothing: the pipeline's defaults are what training does. Raises DataError for a prompt that CLIP would cut."""
+    """Return no options: training uses the pipeline's defaults. Raises DataError for a prompt that CLIP would cut."""
     refuse_long_prompts(pipe.tokenizer, pipe.tokenizer.model_max_length, prompts)
     return {}
 
 
 @torch.no_grad()
 def encode_prompts(pipe: Any, prompts: list[str]) -> dict[str, Tensor]:
-    """Text to `encoder_hidden_states` (n, tokens, features) and `text_embeds` (n, features)."""
+    """Encode text to `encoder_hidden_states` (n, tokens, features) and `text_embeds` (n, features)."""
     prompt_options(pipe, prompts)
     hidden, _, pooled, _ = pipe.encode_prompt(prompts, do_classifier_free_guidance=False)
     return {"encoder_hidden_states": hidden, "text_embeds": pooled}
@@ -39,7 +39,7 @@ def encode_prompts(pipe: Any, prompts: list[str]) -> dict[str, Tensor]:
 def predict(
     denoiser: nn.Module, scheduler: Any, noisy: Latents, timesteps: Timesteps, conditions: Conditions
 ) -> Latents:
-    """Noise or v, as diffusers' `train_text_to_image_lora_sdxl` computes it.
+    """Return noise or v, as diffusers' `train_text_to_image_lora_sdxl` computes it.
 
     The picture's size is given as original and target size, uncropped.
     """

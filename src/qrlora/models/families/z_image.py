@@ -21,19 +21,19 @@ TOKENS = 512
 
 
 def resolution(pipe: Any) -> int:
-    """Side in pixels of the pictures the pipeline makes by default."""
+    """Return the side in pixels of the pictures the pipeline makes by default."""
     return 1024
 
 
 def prompt_options(pipe: Any, prompts: list[str]) -> dict[str, Any]:
-    """How much is read, for `pipe(...)` and `pipe.encode_prompt(...)` alike. Raises DataError for a longer prompt."""
+    """Return the token limit, for `pipe(...)` and `pipe.encode_prompt(...)`. Raises DataError for a longer prompt."""
     refuse_long_prompts(pipe.tokenizer, TOKENS, prompts, chat(pipe.tokenizer, thinking=True))
     return {"max_sequence_length": TOKENS}
 
 
 @torch.no_grad()
 def encode_prompts(pipe: Any, prompts: list[str]) -> dict[str, Tensor]:
-    """Text to `captions` (n, 512, features), zero after the last token, and their `mask` (n, 512).
+    """Encode text to `captions` (n, 512, features), zero after the last token, and their `mask` (n, 512).
 
     The denoiser is given each caption without padding; rows of one length are what a dataset can stack.
     """
@@ -47,7 +47,7 @@ def encode_prompts(pipe: Any, prompts: list[str]) -> dict[str, Tensor]:
 
 
 def blank_conditions(pipe: Any, prompts: list[str]) -> dict[str, Tensor]:
-    """As `encode_prompts`: the captions in shape alone, the mask in value."""
+    """Return what `encode_prompts` does: the captions in shape alone, the mask in value."""
     prompt_options(pipe, prompts)
     ids = pipe.tokenizer([chat(pipe.tokenizer, thinking=True)(prompt) for prompt in prompts]).input_ids
     size = (len(prompts), TOKENS, pipe.transformer.config.cap_feat_dim)
@@ -60,7 +60,7 @@ def blank_conditions(pipe: Any, prompts: list[str]) -> dict[str, Tensor]:
 def predict(
     denoiser: nn.Module, scheduler: Any, noisy: Latents, timesteps: Timesteps, conditions: Conditions
 ) -> Latents:
-    """Velocity, as diffusers' `train_dreambooth_lora_z_image` computes it.
+    """Return the velocity, as diffusers' `train_dreambooth_lora_z_image` computes it.
 
     Z-Image counts time from noise (0) to picture (1), and predicts the velocity that way: the others' negative.
     """

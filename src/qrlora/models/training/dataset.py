@@ -89,7 +89,7 @@ def _digest(image: Image.Image) -> str:
 
 @dataclass(frozen=True)
 class EncodedDataset:
-    """Latents and conditions: all that training still needs of the pictures. On the CPU, until a batch is made.
+    """Latents and conditions of all examples, on the CPU until a batch is made.
 
     Attributes:
         latents: of each example, (c, h, w) float32; examples of one shape are a bucket.
@@ -118,13 +118,13 @@ class EncodedDataset:
         return [tuple(self.latents[i].shape) for i in self.epoch.tolist()]
 
     def batch(self, indices: Int[Tensor, " b"]) -> tuple[Float[Tensor, "b c h w"], dict[str, Tensor]]:
-        """Latents and conditions of the examples with these indices, which share a bucket."""
+        """Return latents and conditions of the examples with these indices, which share a bucket."""
         latents = torch.stack([self.latents[i] for i in indices.tolist()])
         rows = self.texts[indices]
         return latents.to(self.device), {key: value[rows].to(self.device) for key, value in self.conditions.items()}
 
     def mask(self, indices: Int[Tensor, " b"]) -> Float[Tensor, "b 1 h w"] | None:
-        """Weights of their places in the loss; None if none of them has a mask."""
+        """Return the weights of their places in the loss; None if none of them has a mask."""
         chosen = [(self.latents[i], self.masks[i]) for i in indices.tolist()]
         if all(mask is None for _, mask in chosen):
             return None
@@ -180,7 +180,7 @@ def load_examples(
 
 
 def _raise_all(problems: Sequence[DataError]) -> None:
-    """One error for all of them, if there are any."""
+    """Raise one error for all of them, if there are any."""
     if len(problems) == 1:
         raise problems[0]
     if problems:
@@ -213,7 +213,7 @@ def encode(
     mask_min_value: float = 0.0,
     report: Report | None = None,
 ) -> EncodedDataset:
-    """Latents and text embeddings of the examples, from the disk cache where they have been made before.
+    """Encode the examples to latents and text embeddings, from the disk cache where they have been made before.
 
     The cache is keyed by the pixels shown or the text, and by the encoders, so it never has to be cleared for
     correctness.

@@ -229,8 +229,8 @@ def run_steps(run: Run, interrupted: Callable[[], bool], progress: Callable[[Pro
 
 
 def _stopped(run: Run, error: OSError) -> OutputError:
-    """What to say of a run that ends because something beside it cannot be written; it has been saved. Only the main
-    process writes, so only it comes here, and does not wait for the others."""
+    """Return the error of a run that ends because something beside it cannot be written; it has been saved. Only the
+    main process writes, so only it comes here, and does not wait for the others."""
     said, saved = disk_error(error), _write_checkpoint(run, rescue=True)
     then = f"{said.remedy}; then continue from {saved} with --resume" if saved else said.remedy
     return OutputError(f"training stopped after step {run.step}: {said.what}", got=said.got, remedy=then)
@@ -289,14 +289,14 @@ def _gradients(run: Run) -> tuple[float, float]:
 
 
 def pace(recipe: Recipe, step: int) -> float:
-    """The share of the learning rate that step ``step`` (from 0) is taken at: it rises, holds and falls linearly."""
+    """Return the share of the learning rate at step ``step`` (from 0): it rises, holds and falls linearly."""
     rising = (step + 1) / max(1, recipe.warmup_steps)
     falling = (recipe.steps - step) / max(1, recipe.cooldown_steps)
     return min(1.0, rising, falling)
 
 
 def _save_checkpoint(run: Run, rescue: bool = True) -> Path | None:
-    """Written by the main process alone, and there when any process goes on."""
+    """Write a checkpoint from the main process alone; it is there when any process goes on."""
     failed = None
     if run.accelerator.is_main_process:
         try:

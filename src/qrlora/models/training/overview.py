@@ -13,7 +13,7 @@ NAMED = 5
 
 
 def overview(images: Sequence[Path]) -> str:
-    """For example "3 pictures, 1 captioned by file, 2 by the recipe; not read: b.heic, c.jfif".
+    """Describe the pictures found: "3 pictures, 1 captioned by file, 2 by the recipe; not read: b.heic, c.jfif".
 
     Args:
         images: pictures and folders, as in the recipe.

@@ -90,13 +90,13 @@ class Plan:
     estimates: dict[str, Estimate]
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything as JSON values."""
+        """Return everything as JSON values."""
         rows = {name: asdict(estimate) for name, estimate in self.estimates.items()}
         return {**vars(self), "recipe": self.recipe.record(), "estimates": rows}
 
 
 def plan(recipe: Recipe, timed: bool = True) -> Plan:
-    """Say what training by `recipe` will take. Nothing is trained and no weight is read.
+    """Estimate what training by `recipe` will take. Nothing is trained and no weight is read.
 
     Args:
         recipe: its pictures need not be there; those that are count.
@@ -139,7 +139,7 @@ def _reserve_basis(layer: QRLoraLayer) -> None:
 
 
 def _estimate(recipe: Recipe, pipe: Any, family: ModelFamily, pace: Pace | None) -> Estimate:
-    """One method: its adapter on the meta device, and one step there."""
+    """Estimate one method: its adapter on the meta device, and one step there."""
     denoiser: Any = family.denoiser_of(pipe).requires_grad_(False)
     plain, stored = module_bytes(denoiser), stored_bytes(denoiser, recipe.quantize)
     with adapter_on(denoiser, family, recipe) as parameters:
@@ -183,8 +183,8 @@ def _estimate(recipe: Recipe, pipe: Any, family: ModelFamily, pace: Pace | None)
 
 
 def rehearse(recipe: Recipe, pipe: Any, family: ModelFamily) -> tuple[Rehearsal, int]:
-    """One forward and backward pass of training, on a pipeline without weights or with them, and the bytes that are
-    held between the two."""
+    """Do one forward and backward pass of training, on a pipeline without weights or with them; return its record, and
+    the bytes that are held between the two."""
     denoiser, scheduler = family.denoiser_of(pipe), family.training_scheduler(pipe)
     options = family_options(recipe, family)[0]
     batches = [_batch(recipe, pipe, family, recipe.batch_size, recipe.resolution)]

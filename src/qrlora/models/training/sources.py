@@ -31,7 +31,7 @@ MASK = ".mask"
 
 @dataclass(frozen=True)
 class Source:
-    """A picture file, and what is said of it: nothing is None. `repeats` is how often an epoch shows it."""
+    """A picture file with its own caption and mask, or None. `repeats` is how often an epoch shows it."""
 
     picture: Path
     caption: str | None = None
@@ -40,7 +40,7 @@ class Source:
 
 
 def find_pictures(images: Sequence[Path], repeats: Sequence[int] = ()) -> list[Source]:
-    """Every picture these paths stand for, in a fixed order, with its own caption and mask if it has them.
+    """Find every picture of these paths, in a fixed order, with its own caption and mask if it has them.
 
     Args:
         images: pictures and folders, as in the recipe.
@@ -118,7 +118,7 @@ def _pictures(folder: Path) -> list[Source]:
 
 
 def metadata_of(folder: Path) -> Path | None:
-    """The file that captions all pictures of a folder, if it has one."""
+    """Return the file that captions all pictures of a folder, if it has one."""
     found = [folder / name for name in METADATA if (folder / name).is_file()]
     if len(found) > 1:
         raise DataError(
@@ -229,7 +229,7 @@ def _refuse_orphans(masks: Sequence[Path], pictures: Sequence[Path]) -> None:
 
 
 def caption_beside(picture: Path) -> str | None:
-    """The text of the caption file beside a picture, if there is one."""
+    """Read the caption file beside a picture, if there is one."""
     return _caption_of(picture, _captions(visible(picture.parent)))
 
 
