@@ -162,7 +162,7 @@ def read_header(stream: BinaryIO, most_bytes: int = MOST_BYTES) -> Header:
     many = {what: number for what, number in parts.items() if number > most[what]}
     require(not many, "too many tensors", expected=f"at most {MOST_TENSORS}", got=many, remedy="name an adapter")
     header = parse_json(text, "the header")
-    require(isinstance(header, dict), "the header is no JSON object", expected="{...}", got=type(header).__name__)
+    require(isinstance(header, dict), "the header is not a JSON object", expected="{...}", got=type(header).__name__)
     words = header.get("__metadata__", {})
     strings = isinstance(words, dict) and all(isinstance(value, str) for value in words.values())
     require(strings, "metadata is no map of strings", expected="text for text", got=words)

@@ -190,7 +190,7 @@ def run_extract(options: Options) -> None:
     """Write the adapter; print what of each layer it holds, and what differs that it cannot hold."""
     refuse_default_output(options, "extracted.safetensors")
     if (options.rank is None) == (options.basis_rank is None):
-        raise QrloraError("one way to extract", expected="--rank or --basis-rank", got="both or neither")
+        raise QrloraError("exactly one rank is needed", expected="--rank or --basis-rank", got="both or neither")
     claim(options.output)
     from qrlora.method.adapter import save_adapter
     from qrlora.method.adapter.attach import base_weights

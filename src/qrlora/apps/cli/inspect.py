@@ -64,7 +64,7 @@ def describe(path: Path, adapter: Adapter) -> dict[str, Any]:
 
     metadata = adapter.metadata
     count = adapter.parameters()
-    basis = "none: it carries its own ups"
+    basis = "none: the file has its own up matrices"
     if metadata.on_basis:
         current = adapter.basis_version == VERSIONS.get(metadata.algorithm)
         basis = (

@@ -47,7 +47,7 @@ async def answer(service: Service, request: Request) -> Response:
     wanted = await read_request(request, service.limits)
     if wanted.stream and wanted.response_format == "url":
         expected = "response_format b64_json"
-        raise RequestError("a stream holds its pictures", param="response_format", expected=expected, got="url")
+        raise RequestError("a stream contains its pictures", param="response_format", expected=expected, got="url")
     job = await service.submit(wanted)
     if wanted.stream:
         headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}

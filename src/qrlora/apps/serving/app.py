@@ -66,7 +66,7 @@ def _add_images(app: FastAPI, service: Service) -> None:
         png = service.kept.get(name)
         if png is None:
             what = "no such picture"
-            raise RequestError(what, status=404, expected="one made of late", got="one that is gone or never was")
+            raise RequestError(what, status=404, expected="a recent one", got="one that is dropped or never was")
         return Response(png, media_type="image/png")
 
 
@@ -117,7 +117,7 @@ async def _refused(_: Request, error: RequestError) -> JSONResponse:
 
 async def _fault(_: Request, error: Exception) -> JSONResponse:
     """Answer 500; Starlette raises the error again after this, so that it is logged."""
-    return error_response(RequestError("a fault of the server", status=500, code="server_error"))
+    return error_response(RequestError("internal server error", status=500, code="server_error"))
 
 
 async def _not_here(request: Request, error: HTTPException) -> JSONResponse:

@@ -23,9 +23,10 @@ from ray.serve.schema import LoggingConfig
 
 from qrlora.apps.quiet import hush
 from qrlora.apps.serving.app import create_app
-from qrlora.apps.serving.protocol import Event, Facts, Limits, Picture, Settings
+from qrlora.apps.serving.protocol import Event, Facts, Limits, Settings
 from qrlora.apps.serving.service import Service
 from qrlora.errors import ModelError, QrloraError
+from qrlora.models.request import Request
 
 NAME = "qrlora"
 OBJECT_STORE_BYTES = 256 * 2**20  # pictures on their way from an engine to the front
@@ -42,7 +43,7 @@ class EngineReplica:
 
         self.engine = Engine(*arguments)
 
-    async def run(self, settings: Settings, pictures: Sequence[Picture], progress: bool) -> AsyncIterator[Event]:
+    async def run(self, settings: Settings, pictures: Sequence[Request], progress: bool) -> AsyncIterator[Event]:
         async for event in self.engine.run(settings, pictures, progress):
             yield event
 
@@ -56,7 +57,7 @@ class RemoteEngines:
     def __init__(self, handle: Any):
         self.handle = handle
 
-    async def run(self, settings: Settings, pictures: Sequence[Picture], progress: bool) -> AsyncIterator[Event]:
+    async def run(self, settings: Settings, pictures: Sequence[Request], progress: bool) -> AsyncIterator[Event]:
         events = self.handle.options(stream=True).run.remote(settings, pictures, progress)
         try:
             async for event in events:
@@ -175,7 +176,11 @@ def _listen(place: Place) -> None:
     told = {name: value for name, value in os.environ.items() if name.startswith("RAY_SERVE_")}
     http = {"host": place.host, "port": place.port}
     controller = {"runtime_env": {"env_vars": told}}
-    serve.start(proxy_location=where, http_options=http, logging_config=QUIET, controller_options=controller)
+    try:
+        serve.start(proxy_location=where, http_options=http, logging_config=QUIET, controller_options=controller)
+    except TimeoutError as error:
+        remedy = "start again once the machine is less busy, or set RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S higher"
+        raise QrloraError("Ray Serve did not start in time", got=error, remedy=remedy) from error
     # A Serve that was there before keeps its own address, and says so in its log alone.
     connected: Any = serve.context._get_global_client()
     there, running = connected.http_config, list(serve.status().applications)

@@ -11,8 +11,9 @@ from collections.abc import AsyncIterator, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from qrlora.apps.serving.metrics import Metrics
-from qrlora.apps.serving.protocol import Engines, Made, Picture, Refused, Settings, Step
+from qrlora.apps.serving.protocol import Engines, Made, Refused, Settings, Step
 from qrlora.errors import RequestError
+from qrlora.models.request import Request
 
 log = logging.getLogger(__name__)
 
@@ -22,7 +23,7 @@ class Job:
     """The pictures of one request, and the events that it has not been sent yet."""
 
     settings: Settings
-    pictures: Sequence[Picture]
+    pictures: Sequence[Request]
     progress: bool
     events: asyncio.Queue[tuple[int, Step | Made | RequestError]] = field(default_factory=asyncio.Queue)
     withdrawn: bool = False
@@ -83,7 +84,7 @@ class Dispatcher:
         metrics.waiting.set_function(lambda: len(self._waiting))
         metrics.running.set_function(lambda: sum(map(len, self._running.values())))
 
-    def submit(self, settings: Settings, pictures: Sequence[Picture], progress: bool = False) -> Job:
+    def submit(self, settings: Settings, pictures: Sequence[Request], progress: bool = False) -> Job:
         """Queue the pictures of a request.
 
         Raises:

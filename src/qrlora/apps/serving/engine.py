@@ -16,13 +16,14 @@ import torch
 
 from qrlora._reading import visible
 from qrlora.apps.serving.names import check_spelling
-from qrlora.apps.serving.protocol import Event, Facts, Made, Picture, Refused, Settings, Step
+from qrlora.apps.serving.protocol import Event, Facts, Made, Refused, Settings, Step
 from qrlora.errors import MismatchError, PictureError, QrloraError, printable
 from qrlora.method.adapter import Adapter
-from qrlora.method.composition import Live, default_strength
+from qrlora.method.composition import Live
 from qrlora.models.exchange import LayerNames, is_ours, left_out_of, load_any
 from qrlora.models.families import EMBEDDED, load_pipeline, size_unit
-from qrlora.models.generation import Request, generate_mixed, not_finite
+from qrlora.models.generation import generate_mixed, not_finite
+from qrlora.models.request import Request
 
 log = logging.getLogger(__name__)
 
@@ -154,7 +155,7 @@ class Engine:
             left_out=left_out,
         )
 
-    async def run(self, settings: Settings, pictures: Sequence[Picture], progress: bool) -> AsyncIterator[Event]:
+    async def run(self, settings: Settings, pictures: Sequence[Request], progress: bool) -> AsyncIterator[Event]:
         """Make a batch, as `Engines.run` says."""
         loop, stop = asyncio.get_running_loop(), threading.Event()
         events: asyncio.Queue[Event | None] = asyncio.Queue()
@@ -179,7 +180,7 @@ class Engine:
     def _make(
         self,
         settings: Settings,
-        pictures: Sequence[Picture],
+        pictures: Sequence[Request],
         progress: bool,
         tell: Callable[[Event], None],
         stop: threading.Event,
@@ -197,8 +198,7 @@ class Engine:
         self.shelf.scan()
         self._serve_scanned()
         makable = self._makable(pictures, tell)
-        made = [pictures[i] for i in makable]
-        requests = [Request(one.prompt, one.seed, one.composition, self._strength(one)) for one in made]
+        requests = [pictures[i] for i in makable]
         options: dict[str, Any] = {"steps": settings.steps, "guidance": settings.guidance, "resolution": settings.side}
         options |= {"batch_size": max(1, len(requests)), "on_step": on_step}
         try:
@@ -219,7 +219,7 @@ class Engine:
             image.save(stream, "PNG")
             tell(Made(index, stream.getvalue()))
 
-    def _makable(self, pictures: Sequence[Picture], tell: Callable[[Event], None]) -> list[int]:
+    def _makable(self, pictures: Sequence[Request], tell: Callable[[Event], None]) -> list[int]:
         """Return the indices of the pictures whose prompt and adapters are in order; send a refusal for the others."""
         makable: list[int] = []
         for index, picture in enumerate(pictures):
@@ -230,22 +230,17 @@ class Engine:
                 tell(Refused(index, error))
         return makable
 
-    def _check(self, picture: Picture) -> None:
+    def _check(self, picture: Request) -> None:
         """Check one request's prompt and adapters, so that its fault does not fail the whole batch."""
         self.family.prompt_options(self.pipe, [picture.prompt])
         for name in picture.composition:
             if name not in self._served:
                 raise MismatchError(
-                    f"adapter {name!r} is served no more",
+                    f"adapter {name!r} is no longer served",
                     got=self._left_out().get(name, "its file is gone"),
                     remedy="GET /v1/models lists those that are",
                 )
         self.live.check(picture.composition)
-
-    def _strength(self, picture: Picture) -> float:
-        if picture.null_space is not None:
-            return picture.null_space
-        return default_strength([self._served[name] for name in picture.composition])
 
     def _left_out(self) -> dict[str, str]:
         """Return the files that are not served, and why: unreadable, or read and refused, and not changed since."""

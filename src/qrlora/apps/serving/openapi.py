@@ -16,7 +16,7 @@ MEANING = {
     400: "A value, field or body that cannot be used",
     401: "No API key, or a wrong one",
     404: "No such model, adapter, picture or path",
-    408: "The body did not come in time",
+    408: "The body did not arrive in time",
     413: "The body is too large",
     429: "The queue is full; Retry-After says when to come back",
     500: "A fault of the server",

@@ -88,7 +88,7 @@ async def read_request(request: Request, limits: Limits) -> ImageRequest:
     except asyncio.TimeoutError as error:
         expected, remedy = f"all of it within {limits.body_seconds:g} s", "send it again"
         raise RequestError(
-            "the body did not come", status=408, code="request_timeout", expected=expected, remedy=remedy
+            "the body did not arrive in time", status=408, code="request_timeout", expected=expected, remedy=remedy
         ) from error
     try:
         return ImageRequest.model_validate_json(body)
@@ -118,9 +118,9 @@ def _as_request_error(error: ValidationError) -> RequestError:
         return RequestError("unknown fields", param=unknown[0][:100], code="unknown_parameter", **said)
     first = found[0]
     if not first["loc"]:
-        return RequestError("the body is no JSON object", code="invalid_json", expected="JSON", got=first["msg"])
+        return RequestError("the body is not a JSON object", code="invalid_json", expected="JSON", got=first["msg"])
     param, got = str(first["loc"][0]), "nothing" if first["type"] == "missing" else repr(first["input"])[:100]
-    return RequestError(f"`{param}` is wrong", param=param, code="invalid_value", expected=first["msg"], got=got)
+    return RequestError(f"invalid `{param}`", param=param, code="invalid_value", expected=first["msg"], got=got)
 
 
 def _spellings(key: str) -> list[bytes]:

@@ -10,9 +10,10 @@ from collections import OrderedDict
 from qrlora.apps.serving.dispatch import Dispatcher, Job
 from qrlora.apps.serving.metrics import Metrics
 from qrlora.apps.serving.names import composition_of
-from qrlora.apps.serving.protocol import Engines, Facts, Limits, Picture, Settings
+from qrlora.apps.serving.protocol import Engines, Facts, Limits, Settings
 from qrlora.apps.serving.request import ImageRequest, out_of_bounds, side_of
 from qrlora.errors import RequestError
+from qrlora.models.request import Request
 
 
 class Kept:
@@ -106,5 +107,5 @@ class Service:
         guidance = facts.guidance if wanted.guidance is None else wanted.guidance
         seed = secrets.randbelow(2**32) if wanted.seed is None else wanted.seed
         strength = limits.null_space if wanted.null_space is None else wanted.null_space
-        pictures = [Picture(wanted.prompt, (seed + i) % 2**63, composition, strength) for i in range(count)]
+        pictures = [Request(wanted.prompt, (seed + i) % 2**63, composition, strength) for i in range(count)]
         return self.dispatcher.submit(Settings(steps, guidance, side), pictures, progress=bool(wanted.stream))

@@ -185,7 +185,7 @@ def _config_of(model: nn.Module, adapter_name: str) -> LoraConfig:
     odd = [name for name in ("use_dora", "lora_bias", "modules_to_save") if getattr(config, name)]
     if odd or config.bias != "none":
         raise TunerError(
-            "an adapter that is more than ups and downs cannot be told by them",
+            "an adapter with DoRA, biases or modules_to_save is not determined by its up and down matrices",
             expected="no DoRA, no biases, no modules_to_save",
             got=odd or f"bias={config.bias!r}",
             remedy="train without these options",

@@ -83,7 +83,7 @@ def save_adapter(
     if spelling == "compact":
         require(
             adapter.metadata.on_basis,
-            f"a {adapter.metadata.method} adapter carries its own ups and has no compact spelling",
+            f"a {adapter.metadata.method} adapter has up matrices of its own, and no compact spelling",
             expected="method qrlora",
             got=adapter.metadata.method,
             remedy='save it with spelling="lora"',

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from qrlora.errors import MismatchError, TunerError
 from qrlora.method.adapter.attach import adapted_layers, attach, remove_adapters
 from qrlora.method.adapter.record import Adapter
-from qrlora.method.composition.null_space import check_strength, project_out
+from qrlora.method.composition.null_space import check_strength, default_strength, project_out
 from qrlora.method.composition.parts import check_weights
 from qrlora.method.composition.sum import Composition
 from qrlora.method.tuner.factors import DeltaR, DeltaRConv, DeltaRConv1d, DeltaRConv2d, DeltaRConv3d, DeltaRLinear
@@ -170,29 +170,36 @@ class Live:
         """The adapters that a composition may name."""
         return tuple(self._adapters)
 
-    def compose(self, rows: Sequence[Mapping[str, float]], null_space: Sequence[float] | float = 0.0) -> None:
+    def compose(
+        self, rows: Sequence[Mapping[str, float]], null_space: Sequence[float | None] | float | None = 0.0
+    ) -> None:
         """Set one composition for every picture of a batch, in their order, from the next step on.
 
         Args:
             rows: adapters by name with their weights, of any sign; {} is the base model. One row is for all pictures
                 of a batch of any size. n rows serve a batch of n, or of a multiple of n in which every n rows have the
                 same order, as classifier-free guidance makes them.
-            null_space: strength of the null-space projection, as in `Composition`: one for each row, or one for all.
+            null_space: strength of the null-space projection, as in `Composition`: one for each row, or one for all;
+                None is `default_strength` of the row's adapters.
 
         Raises:
             MismatchError: no rows, or as `check`; or a strength that is not from 0 to 1.
         """
         wanted = [dict(row) for row in rows]
-        strengths = [float(null_space)] * len(wanted) if isinstance(null_space, (int, float)) else list(null_space)
-        if len(strengths) != len(wanted):
-            raise MismatchError("strengths that do not fit the rows", expected=len(wanted), got=len(strengths))
-        for strength in strengths:
-            check_strength(strength)
+        given = list(null_space) if isinstance(null_space, Sequence) else [null_space] * len(wanted)
+        if len(given) != len(wanted):
+            raise MismatchError("strengths that do not fit the rows", expected=len(wanted), got=len(given))
+        for strength in given:
+            check_strength(strength or 0.0)
         if not wanted:
             raise MismatchError("no composition", expected="one for every picture, or one for all", got="none")
         for row in wanted:
             self.check(row)
-        self._rows, self._strengths = wanted, strengths
+        self._strengths = [
+            default_strength([self._adapters[name] for name in row]) if strength is None else float(strength)
+            for row, strength in zip(wanted, given, strict=True)
+        ]
+        self._rows = wanted
         self._write()
 
     def check(self, row: Mapping[str, float]) -> None:

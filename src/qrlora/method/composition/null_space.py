@@ -18,7 +18,7 @@ from qrlora.errors import MismatchError
 from qrlora.method.adapter.record import Adapter
 
 DEFAULT_STRENGTH = 0.5
-"""Of a subject composed with a style: better than 0 and 1 with disjoint columns (docs/bench.md)."""
+"""Strength for a subject with a style: better than 0 and 1 with disjoint columns (docs/compare.md)."""
 RANK_TOLERANCE = 1e-10  # of squared singular values, relative: below it a row space has no further dimension
 
 
@@ -32,7 +32,7 @@ def default_strength(adapters: Sequence[Adapter]) -> float:
 def check_strength(strength: float) -> None:
     """Raise MismatchError unless the strength is from 0 to 1."""
     if not 0 <= strength <= 1:
-        raise MismatchError("no such strength of null-space projection", expected="0 to 1", got=strength)
+        raise MismatchError("strength of null-space projection out of range", expected="0 to 1", got=strength)
 
 
 def project_out(parts: Sequence[tuple[Adapter, float]], strength: float) -> list[tuple[Adapter, float]]:
@@ -69,7 +69,7 @@ def _check_widths(adapters: Sequence[Adapter]) -> None:
     for adapter in adapters:
         for name, delta in adapter.deltas.items():
             if widths.setdefault(name, delta.shape[1]) != delta.shape[1]:
-                raise MismatchError(f"other inputs of {name}", expected=widths[name], got=delta.shape[1])
+                raise MismatchError(f"inputs of other width in {name}", expected=widths[name], got=delta.shape[1])
 
 
 def _read(adapter: Adapter, layer: str) -> Float[Tensor, "rank in"]:

@@ -129,7 +129,7 @@ def _check_on_its_basis(adapter: Adapter) -> None:
     meta = adapter.metadata
     if not meta.on_basis:
         raise MismatchError(
-            f"{called(adapter)} carries its own ups, so there is no shared Q to add on",
+            f"{called(adapter)} has up matrices of its own, so there is no shared Q to add on",
             expected="method qrlora",
             got=f"method {meta.method}",
             remedy=f"{ONTO_BASIS}; {BY_DELTA_WEIGHT}",

@@ -180,10 +180,10 @@ def _diffusers_config(raw: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _checked_config(config: Any) -> dict[str, Any]:
-    require(isinstance(config, dict), "the LoRA's configuration is no JSON object", expected="{...}", got=config)
+    require(isinstance(config, dict), "the LoRA's configuration is not a JSON object", expected="{...}", got=config)
     require(not config.get("use_dora"), "a DoRA", expected="use_dora false", got=True, remedy="it is no plain LoRA")
     patterns = config.get("alpha_pattern") or {}
-    require(isinstance(patterns, dict), "alpha_pattern is no JSON object", expected="{...}", got=patterns)
+    require(isinstance(patterns, dict), "alpha_pattern is not a JSON object", expected="{...}", got=patterns)
     alphas = {"": config.get("lora_alpha", 1)} | patterns
     wrong = {key: value for key, value in alphas.items() if not is_number(value)}
     require(not wrong, "lora_alpha is no number", expected="a finite number", got=wrong)

@@ -12,7 +12,6 @@ import contextlib
 import itertools
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -25,6 +24,7 @@ from qrlora.method.adapter import Adapter, attach, remove_adapters
 from qrlora.method.composition import Composition, Live, project_out
 from qrlora.method.composition.parts import check_weights, on_one_basis
 from qrlora.models.families import ModelFamily, size_unit
+from qrlora.models.request import Request
 
 WeightedAdapter = tuple[Adapter, float]
 OnStep = Callable[[int, int], None]
@@ -128,17 +128,6 @@ def weight_grid(
         [f"{column_name} {weight:g}" for weight in column_weights],
         title=f"{prompt}   (seed {seed})",
     )
-
-
-@dataclass(frozen=True)
-class Request:
-    """One picture: its prompt, its seed, the weights of the adapters it is made with, by name ({} for none), and the
-    strength of their null-space projection."""
-
-    prompt: str
-    seed: int
-    composition: Mapping[str, float]
-    null_space: float = 0.0
 
 
 def generate_mixed(
