@@ -28,7 +28,7 @@ from qrlora.errors import TensorFileError, bounded
 
 DIGEST = "qrlora.digest"
 NOTES = ("modelspec.", "ss_", "sshs_")
-"""What Stability's ModelSpec, kohya's scripts and A1111 call their metadata."""
+"""Prefixes and names of the metadata of Stability's ModelSpec, kohya's scripts and A1111."""
 MOST_BYTES = 2**33
 """More than any adapter has: one of rank 128 on every matrix of the largest model here takes half of it in float32."""
 MOST_HEADER_BYTES = 10_000_000

@@ -36,7 +36,7 @@ recipe_options = together(
     click.option("--style", cls=Several, metavar="IMAGE...", help="pictures or a folder of the style to train on"),
     click.option("--images", cls=Several, metavar="IMAGE...", help="other pictures for the recipe's role"),
 )
-"""What to train, as a recipe file, as options, or both; the recipe's other fields are added by `RecipeCommand`."""
+"""Train by a recipe file, by options, or both; the recipe's other fields are added by `RecipeCommand`."""
 
 
 class RecipeCommand(Command):

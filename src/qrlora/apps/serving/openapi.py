@@ -67,7 +67,7 @@ ANSWERS: dict[str, dict[str, Any]] = {
     "/health": {"application/json": _object("status", status=TEXT)},
     "/metrics": {"text/plain": TEXT},
 }
-"""What a request is answered that is fulfilled, by its path and the media type."""
+"""Successful responses by path and media type."""
 
 
 def document(app: FastAPI, request: Mapping[str, Any], facts: Facts, limits: Limits) -> dict[str, Any]:

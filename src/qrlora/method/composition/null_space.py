@@ -73,7 +73,7 @@ def _check_widths(adapters: Sequence[Adapter]) -> None:
 
 
 def _read(adapter: Adapter, layer: str) -> Float[Tensor, "rank in"]:
-    """As many rows as the adapter has, with the row space of its ΔW; float64. R · down where up = Q R."""
+    """Return as many rows as the adapter has, with the row space of its ΔW; float64: R · down where up = Q R."""
     rows = adapter.deltas[layer].detach().cpu().double()
     if adapter.metadata.on_basis:
         return rows

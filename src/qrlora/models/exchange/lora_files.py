@@ -41,7 +41,7 @@ _PEFT = "base_model.model."
 
 @dataclasses.dataclass(frozen=True)
 class _Plan:
-    """What a file's header says is in it. pairs: name in the file -> part -> key; names: without what stands before
+    """Content of a file by its header. pairs: name in the file -> part -> key; names: without what stands before
     them; located: which layers they are; left_out: names of what is no denoiser's."""
 
     pairs: Mapping[str, Mapping[str, str]]
@@ -253,7 +253,7 @@ def _filled_up(
 
 
 def _described(adapter: Adapter, raw: Mapping[str, str], path: Path, plan: _Plan) -> Adapter:
-    """With what the file says of itself where ModelSpec's fields say it, and where it came from."""
+    """Return the adapter with the facts in the file's ModelSpec fields, and its origin."""
     source: dict[str, Any] = {"file": path.name, "sha256": file_digest(path), "form": form_of(plan.pairs)}
     if plan.left_out:
         source["left_out"] = list(plan.left_out)

@@ -15,7 +15,7 @@ from qrlora.errors import MismatchError
 
 PREFIX = "lora_unet_"
 LAYERS_PER_BLOCK = 2
-"""Of every published SDXL UNet; a denoiser at hand says so itself."""
+"""Layers per block of every published SDXL UNet; a loaded denoiser has its own number."""
 
 _OUTSIDE = {
     "conv_in": "input_blocks.0.0",

@@ -34,9 +34,9 @@ _WHOLE = ("up", "down")
 _TWICE = ".to_out.0.to_out.0"
 """The code that saves Q and R whole writes this layer's name twice; nothing else does."""
 ROUNDING = 0.05
-"""How far bfloat16 may move QᵀQ from 1, or QᵀW from s·R; another base weight or a random Q is far beyond it."""
+"""Most that bfloat16 moves QᵀQ from 1, or QᵀW from s·R; another base weight or a random Q is far beyond it."""
 NEAR_ORTHONORMAL = 0.2
-"""Of |QᵀQ - 1|, for a Q that was trained a little; the up of a LoRA starts at zero, at distance 1."""
+"""Largest |QᵀQ - 1| of a Q that was trained a little; the up of a LoRA starts at zero, at distance 1."""
 SAME_CORE = 0.2
 """Least cosine of Q' R' and Q₀ R₀: training turns the core; a LoRA's ΔW or another core is at a cosine near 0."""
 

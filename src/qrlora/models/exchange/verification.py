@@ -25,7 +25,7 @@ from qrlora.models.families import ModelFamily
 
 _PARTS = {".lora_down.weight": "down", ".lora_up.weight": "up", ".alpha": "alpha"}
 _ROUNDING = 16
-"""By how many units in the last place of the file's dtype a layer may act otherwise than the adapter's."""
+"""Units in the last place of the file's dtype by which a layer may differ from the adapter's."""
 
 Layers = dict[str, dict[str, Tensor]]
 

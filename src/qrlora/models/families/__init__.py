@@ -62,7 +62,7 @@ family, `SETTINGS`. Named in words rather than imported, because an embedded mod
 
 INDEX = "model_index.json"
 REMARKS = ("diffusers.configuration_utils", "diffusers.pipelines.pipeline_utils")
-"""Who remarks on what an embedded model is, at warning level."""
+"""Loggers that warn about an embedded model's autoencoder."""
 
 
 def family_of(pipeline: Any) -> ModelFamily:

@@ -44,7 +44,7 @@ class ModelFamily:
             `(n, channels, height', width')` in the scale the denoiser works in.
         predict: `(denoiser, scheduler, noisy, timesteps, conditions) -> prediction`, the denoiser's call as training
             makes it; noisy latents and prediction `(n, channels, height', width')`, in the denoiser's dtype.
-        objective: what is predicted, and at which noise levels.
+        objective: the target of the prediction, and the noise levels.
         largest_side: `pipe -> int`, the longest side in pixels of the pictures it takes, or None if it has no limit.
         few_steps: `pipe -> (steps, guidance)` if its denoiser is distilled to a few steps, else None.
         guidance_argument: the pipeline's name for the scale of classifier-free guidance.

@@ -17,9 +17,9 @@ from qrlora.models.families.objectives import FLOW, Latents, Timesteps
 from qrlora.models.families.sd3 import SD3
 
 T5_TOKENS, T5_TOKENS_SCHNELL = 512, 256
-"""How much T5 reads: the pipeline's own default, and what schnell was made for (diffusers' page on FLUX)."""
+"""Tokens that T5 reads: the pipeline's own default, and that of schnell (diffusers' page on FLUX)."""
 TRAINING_GUIDANCE = 1.0
-"""What the dev model, distilled with guidance as an input, is told in training."""
+"""Guidance input of the dev model, which is distilled, in training."""
 
 
 def resolution(pipe: Any) -> int:

@@ -90,7 +90,7 @@ def noise_loss(
 
 @dataclass(frozen=True)
 class Objective:
-    """What a denoiser is trained to predict, and at which noise levels.
+    """Target of a denoiser's prediction, and the noise levels it is trained at.
 
     Attributes:
         loss: `(predict, scheduler, latents, noise, timesteps, mask, ...) -> scalar` float32; `predict` maps noisy

@@ -18,7 +18,7 @@ from qrlora.models.families.flux import resolution
 from qrlora.models.families.objectives import FLOW, Latents, Timesteps
 
 TOKENS = 512
-"""How much of a prompt is read: the default of diffusers' training example, and half of what the pipeline allows."""
+"""Tokens of a prompt that are read: the default of diffusers' training example, half of what the pipeline allows."""
 
 
 def prompt_options(pipe: Any, prompts: list[str]) -> dict[str, Any]:

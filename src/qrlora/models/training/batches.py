@@ -1,4 +1,4 @@
-"""What each step of training sees: examples, noise and timesteps, as functions of the seed and the step.
+"""Examples, noise and timesteps of each training step, as functions of the seed and the step.
 
 Nothing random has a state. Step n draws from generators seeded by (seed, n) or (seed, epoch), so a run resumed at any
 step sees what the uninterrupted run would have seen, and so do several processes that each take a share of every step.

@@ -31,7 +31,7 @@ from qrlora.models.training.recipe import TRIGGER
 from qrlora.models.training.sources import Source, find_pictures
 
 Report = Callable[[str, int, int], None]
-"""Told what has been done, how many times, of how many."""
+"""Called with the name of a stage, the number done so far, and the number of all."""
 
 
 @dataclass(frozen=True)

@@ -44,7 +44,7 @@ from qrlora.models.training.recipe import Recipe
 log = logging.getLogger(__name__)
 
 LOSS_SCALE = 2.0**16
-"""What the loss is multiplied with on a float16 base, whose gradients would vanish between its layers otherwise."""
+"""Factor of the loss on a float16 base, whose gradients would vanish between its layers otherwise."""
 
 
 @dataclass(frozen=True)

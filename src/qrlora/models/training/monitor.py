@@ -54,7 +54,7 @@ class Run(Protocol):
 
 
 Score = Callable[[Sequence[Image.Image]], float]
-"""How good the pictures of a sample sheet are, prompt after prompt, every seed of each; higher is better."""
+"""Score of the pictures of a sample sheet, prompt after prompt, every seed of each; higher is better."""
 
 TENSORBOARD = "tensorboard"
 PROJECT = "qrlora"

@@ -23,7 +23,7 @@ from qrlora._reading import parsing
 from qrlora.errors import DataError
 
 FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "TIFF", "BMP", "GIF")
-"""What Pillow may take a file for, whatever its name. Not among them: formats that are programs (PostScript, which
+"""Formats that Pillow may read, whatever the file's name. Not among them: formats that are programs (PostScript, which
 Pillow hands to Ghostscript) or that nobody keeps pictures in. JPEG includes MPO, which phones write."""
 LARGEST_FILE = 2**29
 """Bytes of a picture file: those of the largest picture, uncompressed in 16 bits a channel."""

@@ -253,7 +253,7 @@ def _networks(pipe: Any) -> dict[str, nn.Module]:
 
 
 def _loading_bytes(recipe: Recipe, pipe: Any, family: ModelFamily, device: torch.device) -> int:
-    """What is on the device before the encoders leave it. A GPU sees the denoiser after that, unless it is needed."""
+    """Return the bytes on the device before the encoders leave it; a GPU gets the denoiser after that, if it can."""
     networks = _networks(pipe)
     denoiser = module_bytes(networks.pop(family.denoiser))
     there = denoiser if recipe.preserve or device.type == "cpu" else 0
@@ -267,7 +267,7 @@ def _loading_bytes(recipe: Recipe, pipe: Any, family: ModelFamily, device: torch
 
 
 def _sampling_bytes(recipe: Recipe, pipe: Any, family: ModelFamily) -> int:
-    """What stays in memory to make sample sheets: the autoencoder, and whatever else is no text encoder."""
+    """Return the bytes that stay for sample sheets: the autoencoder, and whatever else is no text encoder."""
     if not recipe.sample_every:
         return 0
     others = {name: part for name, part in _networks(pipe).items() if not name.startswith("text_encoder")}
@@ -275,7 +275,7 @@ def _sampling_bytes(recipe: Recipe, pipe: Any, family: ModelFamily) -> int:
 
 
 def _basis_seconds(pace: Pace, shapes: Iterable[tuple[int, ...]], rank: int) -> float | None:
-    """How long the basis of all layers takes there, by that of one layer of each shape, and the digests of all."""
+    """Estimate the seconds of the basis of all layers from one layer of each shape, and of the digests of all."""
     if not rank:
         return None
     seconds = 0.0

@@ -27,7 +27,7 @@ from torch.utils._pytree import tree_flatten, tree_iter, tree_unflatten
 from torch.utils.flop_counter import flop_registry
 
 TIMING_SECONDS = 20.0
-"""How long operations are timed for; the rest is reckoned at the pace of those that were."""
+"""Longest time to time operations for; the rest is estimated at the pace of those."""
 ENOUGH_SECONDS = 0.003
 
 _aten: Any = torch.ops.aten

@@ -26,7 +26,7 @@ SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff",
 METADATA = ("metadata.jsonl", "metadata.csv")
 CAPTIONS = (".txt", ".caption")
 MASK = ".mask"
-"""What stands between the name of a picture and the suffix of its mask."""
+"""Text between the name of a picture and the suffix of its mask."""
 
 
 @dataclass(frozen=True)
