@@ -214,7 +214,7 @@ def close(one: np.ndarray, other: np.ndarray) -> bool:
         (None, {"mug": 10**400}, "out of bounds"),
         (None, {"mug": "1"}, "out of bounds"),
         (None, {"mug": True}, "out of bounds"),
-        (None, ["mug"], "no map"),
+        (None, ["mug"], "not a JSON object"),
     ],
 )
 def test_a_request_names_its_composition_in_one_of_two_ways(model: Any, field: Any, weights: Any) -> None:
