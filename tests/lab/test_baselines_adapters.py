@@ -18,9 +18,10 @@ from qrlora.errors import RecipeError
 from qrlora.lab.baselines.adapters import ADAPTERS, is_target, orthonormal, train_method
 from qrlora.lab.baselines.deltas import Delta, Learned, applied, inner
 from qrlora.lab.baselines.directions import PASSES
+from qrlora.lab.baselines.training import Attached, train_attached
 from qrlora.method.basis import cached_layer_basis, weight_digest
 from qrlora.models.families import load_pipeline
-from qrlora.models.training.loop import Attached, train, train_attached
+from qrlora.models.training.loop import train
 from qrlora.models.training.recipe import Recipe
 from samples import EPS, NETWORK, assert_rounded
 

@@ -20,8 +20,8 @@ from qrlora.lab import where
 from qrlora.lab.baselines.adapters import ADAPTERS
 from qrlora.lab.baselines.deltas import Delta, scaled
 from qrlora.lab.baselines.merges import MERGES
-from qrlora.lab.compare import about, cells, page, plan, run, tables, tuning
-from qrlora.lab.compare.cells import Cell, digest_of
+from qrlora.lab.compare import about, cells, identity, page, plan, run, tables, tuning
+from qrlora.lab.compare.identity import Cell, digest_of
 from qrlora.lab.compare.plan import BASELINE, DEFAULT, ROWS, SMALL, Scope
 from qrlora.lab.compare.plots import freedom
 from qrlora.pico import world
@@ -412,7 +412,7 @@ def test_another_measure_looks_at_the_pictures_that_are_there(small, monkeypatch
     """Records become others, adapters and pictures stay, and what is seen in them is the same."""
     folder, scope = small
     before = run.run(folder, scope, 1, lambda said: None)
-    monkeypatch.setattr(cells, "VERSION", cells.VERSION + 1)
+    monkeypatch.setattr(identity, "VERSION", identity.VERSION + 1)
     monkeypatch.setattr("qrlora.lab.compare.cells.train_method", None)
     monkeypatch.setattr(cells.Bench, "draw", None)
     bench = cells.Bench.open(folder, scope)

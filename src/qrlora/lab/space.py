@@ -34,12 +34,15 @@ from torch.nn.utils import parametrize
 from qrlora._files import make_folder, write_atomically
 from qrlora.errors import DataError
 from qrlora.lab.baselines.deltas import Delta, Learned
-from qrlora.lab.compare.cells import Bench, alone_wanted, weights_digest
+from qrlora.lab.baselines.training import Attached, train_attached
+from qrlora.lab.compare.cells import Bench, alone_wanted
+from qrlora.lab.compare.identity import weights_digest
 from qrlora.lab.compare.plan import Scope, chosen, rate_of
 from qrlora.lab.tasks import Task, recipe_fields, save_picture, task_of_world
 from qrlora.method.adapter import Adapter, load_adapter
 from qrlora.method.space import Principal, place, principal
-from qrlora.models.training.loop import ADAPTER_NAME, Attached, adapter_on, train, train_attached
+from qrlora.models.training.attach import ADAPTER_NAME, adapter_on
+from qrlora.models.training.loop import train
 from qrlora.models.training.recipe import TRIGGERS, Recipe
 from qrlora.pico import world
 from qrlora.pico.world import novel

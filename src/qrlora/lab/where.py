@@ -32,7 +32,8 @@ from qrlora._files import write_atomically
 from qrlora.errors import DataError
 from qrlora.lab.baselines.deltas import Learned
 from qrlora.lab.baselines.merges import Schedule, blocks_of
-from qrlora.lab.compare.cells import Bench, Cell, alone_wanted, weights_digest
+from qrlora.lab.compare.cells import Bench, alone_wanted
+from qrlora.lab.compare.identity import Cell, weights_digest
 from qrlora.lab.compare.plan import DEFAULT, Scope, chosen
 from qrlora.lab.speed.common import machine
 from qrlora.pico import world

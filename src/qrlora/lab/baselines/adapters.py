@@ -30,19 +30,14 @@ from torch import Tensor, nn
 from qrlora.errors import RecipeError
 from qrlora.lab.baselines.deltas import Delta, Learned
 from qrlora.lab.baselines.directions import Directions, activation, base_of, positive_qr
+from qrlora.lab.baselines.training import Attached, train_attached
 from qrlora.lab.tasks import RECIPES
 from qrlora.method.basis import clipping
 from qrlora.method.tuner import QRLoraConfig, QRLoraLayer
 from qrlora.method.tuner.factors import BasisColumns
 from qrlora.models.families import ModelFamily
-from qrlora.models.training.loop import (
-    ADAPTER_NAME,
-    Attached,
-    Losses,
-    adapter_on,
-    peft_config,
-    train_attached,
-)
+from qrlora.models.training.attach import ADAPTER_NAME, adapter_on, peft_config
+from qrlora.models.training.prepare import Losses
 from qrlora.models.training.recipe import Recipe
 
 Attach = Callable[[Any, ModelFamily, Recipe, Losses], AbstractContextManager[Attached[Learned]]]

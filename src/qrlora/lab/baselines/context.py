@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from qrlora.errors import MismatchError
 from qrlora.lab.baselines.deltas import Delta, base_weights
 from qrlora.models.families import ModelFamily
+from qrlora.models.training.batches import family_options
 from qrlora.models.training.dataset import EncodedDataset, encode
-from qrlora.models.training.loop import examples_of, family_options
+from qrlora.models.training.prepare import examples_of
 from qrlora.models.training.recipe import Recipe
 
 Call = tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]
@@ -60,7 +61,7 @@ class Context:
         latents, conditions = task.batch(rows)
         noise = torch.randn(latents.shape, generator=generator).to(latents)
         options = family_options(recipe, self.family)[1]
-        timesteps = self.family.sample_timesteps(self._scheduler, len(latents), generator, **options)
+        timesteps = self.family.objective.timesteps(self._scheduler, len(latents), generator, **options)
         return latents, noise, timesteps.to(latents.device), conditions
 
     def run(self, call: Call) -> Tensor:

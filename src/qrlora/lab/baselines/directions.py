@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from qrlora.models.training.loop import Losses
+from qrlora.models.training.prepare import Losses
 
 PASSES = 4
 """Forward passes on the training picture that `activation` looks at."""

@@ -29,7 +29,7 @@ from qrlora.lab.baselines.adapters import train_method
 from qrlora.lab.baselines.context import Context
 from qrlora.lab.baselines.file_measures import between
 from qrlora.lab.claims import measures as claims
-from qrlora.lab.compare.cells import weights_digest
+from qrlora.lab.compare.identity import weights_digest
 from qrlora.lab.compare.plan import chosen, rate_of
 from qrlora.lab.speed.common import machine
 from qrlora.lab.tasks import RECIPES, Task, recipe_fields, task

@@ -16,7 +16,8 @@ from PIL import Image
 
 from qrlora._files import make_folder, write_atomically
 from qrlora.lab.compare import about
-from qrlora.lab.compare.cells import MEASURES, Cell, Record, digest_of, weights_digest
+from qrlora.lab.compare.cells import MEASURES
+from qrlora.lab.compare.identity import Cell, Record, digest_of, weights_digest
 from qrlora.lab.compare.plan import BASELINE, COMPOSED, DEFAULT, ROWS, Scope
 from qrlora.lab.compare.plots import (
     Plot,

@@ -16,7 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from qrlora.lab.compare.cells import Record
+from qrlora.lab.compare.identity import Record
 from qrlora.lab.compare.plan import BASELINE, COMPOSED, DEFAULT
 from qrlora.lab.compare.tables import Estimate, alone, distance
 from qrlora.quality.search.search import frontier

@@ -18,7 +18,8 @@ import torch
 
 from qrlora._files import write_atomically
 from qrlora.errors import DataError
-from qrlora.lab.compare.cells import KINDS, Bench, Cell, Record, digest_of
+from qrlora.lab.compare.cells import KINDS, Bench
+from qrlora.lab.compare.identity import Cell, Record, digest_of
 from qrlora.lab.compare.plan import ROWS, Scope
 
 Say = Callable[[str], None]

@@ -15,7 +15,8 @@ from PIL import Image
 from scipy.stats import bootstrap, spearmanr
 
 from qrlora.lab import tasks
-from qrlora.lab.compare.cells import TRUE_SCENES, Record
+from qrlora.lab.compare.cells import TRUE_SCENES
+from qrlora.lab.compare.identity import Record
 from qrlora.lab.compare.plan import ROWS
 from qrlora.pico import world
 

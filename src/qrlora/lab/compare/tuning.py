@@ -30,7 +30,7 @@ from typing import Any
 from qrlora._files import write_atomically
 from qrlora.lab.baselines.adapters import ADAPTERS
 from qrlora.lab.baselines.merges import MERGES
-from qrlora.lab.compare.cells import Cell, Record, digest_of, weights_digest
+from qrlora.lab.compare.identity import Cell, Record, digest_of, weights_digest
 from qrlora.lab.compare.plan import ANY, ROWS, Balance, Rates, Scope, key_of
 from qrlora.lab.compare.run import Say, adapters_of, known_records, missing, rounded, run_stages
 from qrlora.pico import world
