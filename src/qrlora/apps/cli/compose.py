@@ -31,7 +31,7 @@ from qrlora.apps.cli.shared import (
 
 @command(
     "compose",
-    "Add adapters of one basis, exactly, into one file, and print how much they interfere",
+    "Sum adapters that share a basis, exactly, into one file, and print how much they interfere",
     OVERWRITE_HELP,
 )
 @click.argument("parts", nargs=-1, required=True, type=weighted_path, metavar="FILE[:WEIGHT]...", help=ADAPTER_HELP)
@@ -40,7 +40,7 @@ from qrlora.apps.cli.shared import (
     "--spelling",
     type=click.Choice(["compact", "lora"]),
     default="compact",
-    help="compact: ΔR alone (default); lora: reads in every LoRA loader, needs the base model once",
+    help="compact: ΔR alone (default); lora: up and down matrices, which every LoRA loader reads",
 )
 @click.option(
     "--delta-weights",

@@ -45,7 +45,7 @@ METRIC_HELP = (
 
 
 def pictures_option(option: str, text: str) -> Decorator:
-    """An option that names a picture or a folder of them."""
+    """Return an option that names a picture or a folder of them."""
     return click.option(option, multiple=True, type=PATH, metavar="PICTURE", help=f"{text}; a folder, or given again")
 
 
@@ -99,10 +99,10 @@ def _schema() -> str:
     "metrics",
     type=Names(),
     metavar="NAME,...",
-    help="names, or all (default: those without a network whose inputs are given)",
+    help="metrics, or all (default: those without a network whose inputs are given)",
 )
 @weights_options
-@click.option("--prompt", multiple=True, help="with adapters, several times; with pictures, their prompt")
+@click.option("--prompt", multiple=True, help="prompt to sample adapters with (several times), or the pictures' own")
 @seed_options
 @null_space_option
 @sampling_options
@@ -150,7 +150,7 @@ def run_evaluate(options: Options) -> int:
 
 
 def references_of(options: Options, sheet: Any = None) -> References:
-    """The references from the options and the brand sheet."""
+    """Return the references from the options and the brand sheet."""
     from qrlora.quality.images.read import hex_colour, load_pictures
     from qrlora.quality.metrics.table import References
 
@@ -165,7 +165,7 @@ def references_of(options: Options, sheet: Any = None) -> References:
 
 
 def _anything(references: References) -> bool:
-    """True if there is any reference."""
+    """Return True if there is any reference."""
     return bool(references.subject or references.style or references.training or references.palette)
 
 
@@ -185,7 +185,7 @@ def _adapters(what: Sequence[str]) -> list[tuple[Path, float]]:
 
 
 def _groups(options: Options) -> dict[str, list[MeasuredPicture]]:
-    """Groups of pictures: one for each folder, and one for all single pictures."""
+    """Return groups of pictures: one for each folder, and one for all single pictures."""
     from qrlora.quality.images.read import load_pictures
 
     paths = [Path(text) for text in options.what]
@@ -207,7 +207,7 @@ def _groups(options: Options) -> dict[str, list[MeasuredPicture]]:
 
 
 def _prompts_alone(options: Options) -> list[MeasuredPicture]:
-    """Placeholders with the prompts, for pictures that are not sampled yet."""
+    """Return placeholders with the prompts, for pictures that are not sampled yet."""
     import numpy as np
 
     from qrlora.quality.images.read import MeasuredPicture
@@ -228,7 +228,7 @@ def _made(
     loaded: Sequence[tuple[Adapter, float]],
     strength: float,
 ) -> list[MeasuredPicture]:
-    """Samples of a composition, stored in the output folder."""
+    """Sample a composition, and store the pictures in the output folder."""
     import torch
 
     from qrlora._files import write_all
@@ -258,7 +258,7 @@ def _made(
 
 
 def table(found: Evaluation) -> str:
-    """The numbers for a terminal: a column for each group; then the failures of the brand sheet by picture."""
+    """Format the numbers for a terminal: a column for each group; then the failures of the brand sheet by picture."""
     names = list(found.groups)
     head = ["", "better", *names]
     rows = [

@@ -42,11 +42,10 @@ if TYPE_CHECKING:
     "program",
     type=click.Choice(["diffusers", "kohya", "original", "comfyui", "forge", "a1111", "ai-toolkit"]),
     default="diffusers",
-    help="form, or program, which gets the form that it reads for this family: docs/exchange.md has the table "
-    "(default: diffusers)",
+    help="form of the file, or the program that will read it: docs/exchange.md has the table (default: diffusers)",
 )
 @click.option("--model", help=f"{MODEL_HELP} (default: the one the adapter names)")
-@click.option("--dtype", type=DTYPE, help="of the file (default: as it is)")
+@click.option("--dtype", type=DTYPE, help="precision of the file (default: unchanged)")
 @click.option("-o", "--output", type=PATH, help="file to write")
 def run_export(options: Options) -> None:
     """Write the file and print how many of its layers match, by whose rules."""
@@ -191,7 +190,7 @@ def run_extract(options: Options) -> None:
     """Write the adapter; print what of each layer it holds, and what differs that it cannot hold."""
     refuse_default_output(options, "extracted.safetensors")
     if (options.rank is None) == (options.basis_rank is None):
-        raise QrloraError("one way to extract", expected="--rank or --basis-rank", got="both or neither")
+        raise QrloraError("exactly one rank is needed", expected="--rank or --basis-rank", got="both or neither")
     claim(options.output)
     from qrlora.method.adapter import save_adapter
     from qrlora.method.adapter.attach import base_weights

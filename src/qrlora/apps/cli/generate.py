@@ -41,7 +41,7 @@ from qrlora.errors import PictureError, QrloraError
     "One PNG per prompt and seed goes into the folder named by -o; with --grid one labelled PNG. "
     "Each has its prompt, seed and adapters in its metadata. " + OVERWRITE_HELP,
 )
-@click.option("--prompt", multiple=True, required=True, help="may be given several times")
+@click.option("--prompt", multiple=True, required=True, help="prompt; may be given several times")
 @seed_options
 @click.option("--adapter", multiple=True, type=weighted_path, metavar="FILE[:WEIGHT]", help=ADAPTER_HELP)
 @click.option(
@@ -97,7 +97,7 @@ def run_generate(options: Options) -> None:
 
 
 def _say_projected(options: Options, adapters: Sequence[tuple[Any, float]]) -> None:
-    """On stderr, because stdout lists files. Off one basis, or at several weights, the energy kept is not known."""
+    """Print the projection's strength on stderr; the energy kept only where it is known, on one basis and weights."""
     from qrlora.method.composition import Composition
     from qrlora.method.composition.parts import on_one_basis
 
@@ -164,7 +164,7 @@ def picture_file(folder: Path, index: int, prompt: str, seed: int) -> Path:
 
 
 def described_png(image: Any, made: Mapping[str, Any]) -> bytes:
-    """A PNG that says how it was made."""
+    """Return a PNG with a record of how it was made."""
     from io import BytesIO
 
     from PIL.PngImagePlugin import PngInfo

@@ -57,14 +57,14 @@ def _in_space(where: Any) -> str:
 
 
 def describe(path: Path, adapter: Adapter) -> dict[str, Any]:
-    """Everything `inspect` knows about one file, as JSON values."""
+    """Return everything that `inspect` prints of one file, as JSON values."""
     from dataclasses import asdict
 
     from qrlora.method.basis import VERSIONS, clipping
 
     metadata = adapter.metadata
     count = adapter.parameters()
-    basis = "none: it carries its own ups"
+    basis = "none: the file has its own up matrices"
     if metadata.on_basis:
         current = adapter.basis_version == VERSIONS.get(metadata.algorithm)
         basis = (

@@ -33,7 +33,7 @@ def run_plan(options: Options) -> None:
 
 
 def table(plan: Plan) -> str:
-    """The plan for people: a column a method."""
+    """Format the plan for a terminal: a column a method."""
     recipe, estimates = plan.recipe, list(plan.estimates.values())
     first = estimates[0]
     rows = {

@@ -19,8 +19,7 @@ from qrlora.apps.cli.shared import COUNT, PATH, model_options, null_space_option
 from qrlora.errors import QrloraError
 
 if TYPE_CHECKING:
-    from qrlora.apps.serving.app import Limits
-    from qrlora.apps.serving.protocol import Facts
+    from qrlora.apps.serving.protocol import Facts, Limits
 
 KEY_VARIABLE = "QRLORA_API_KEY"
 RAY_SETTINGS = {
@@ -40,17 +39,17 @@ RAY_SETTINGS = {
 @click.option("--adapters", type=PATH, required=True, metavar="DIR", help="folder of adapter files")
 @model_options
 @click.option("--host", default="127.0.0.1", help="address to listen on (default: this machine alone)")
-@click.option("--port", type=COUNT, default=8000, help="default: 8000")
+@click.option("--port", type=COUNT, default=8000, help="port to listen on (default: 8000)")
 @click.option(
     "--api-key-file", type=PATH, metavar="FILE", help=f"keys, one a line (or ${KEY_VARIABLE}; default: none needed)"
 )
 @null_space_option
 @click.option("--batch-size", type=COUNT, default=8, help="pictures made at once (default: 8)")
-@click.option("--queue", type=COUNT, default=256, help="most pictures that may wait (default: 256)")
-@click.option("--max-side", type=COUNT, metavar="PIXELS", help="default: twice the model's own")
-@click.option("--max-steps", type=COUNT, default=100, help="denoising steps (default: 100)")
+@click.option("--queue", type=COUNT, default=256, help="most pictures waiting (default: 256)")
+@click.option("--max-side", type=COUNT, metavar="PIXELS", help="longest side (default: twice the model's own)")
+@click.option("--max-steps", type=COUNT, default=100, help="most denoising steps of a request (default: 100)")
 @click.option("--threads", type=COUNT, help="processor cores of an engine (default: all, in equal shares)")
-@click.option("--engines", type=COUNT, default=1, help="copies of the base model; several run on Ray Serve")
+@click.option("--engines", type=COUNT, default=1, help="copies of the base model; more than one run on Ray Serve")
 @click.option(
     "--address",
     metavar="HOST:PORT",
@@ -69,7 +68,8 @@ def run_serve(options: Options) -> None:
         _check_there(options.address)
     on_ray = options.address or options.engines > 1
     try:
-        from qrlora.apps.serving.app import Limits
+        import qrlora.apps.serving.app  # noqa: F401
+        from qrlora.apps.serving.protocol import Limits
 
         if on_ray:
             os.environ.update({**RAY_SETTINGS, **os.environ})
@@ -127,7 +127,7 @@ def _api_keys(path: Path | None) -> tuple[str, ...]:
 
 
 def _check_free(host: str, port: int) -> None:
-    """Said at once, not after the model is loaded."""
+    """Check that the port is free, before the model is loaded."""
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as trial:
         trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -140,7 +140,7 @@ def _check_free(host: str, port: int) -> None:
 
 
 def _check_there(address: str) -> None:
-    """Said at once: Ray itself tries for minutes."""
+    """Check that a cluster answers: Ray itself would try for minutes."""
     host, _, port = address.rpartition(":")
     try:
         socket.create_connection((host, int(port)), timeout=10).close()

@@ -22,7 +22,7 @@ from qrlora.errors import QrloraError
 @click.argument("first", type=PATH)
 @click.argument("second", type=PATH)
 @click.option("--model", help=f"{MODEL_HELP} (default: the one each adapter names)")
-@click.option("--files-only", is_flag=True, help="only what the files alone can tell")
+@click.option("--files-only", is_flag=True, help="only what follows from the files, without the base model")
 @json_option
 @click.option("--plot", type=PATH, metavar="PNG", help="also plot them, layer by layer")
 def run_similarity(options: Options) -> None:

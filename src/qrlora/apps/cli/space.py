@@ -36,17 +36,17 @@ SHOWN = 5
 
 @click.group(cls=Group)
 def space() -> None:
-    """Span a space by adapters of one role, in which the next one is a point (train --space)."""
+    """Build a space from adapters of one role, to train the next one as a point of it (train --space)."""
 
 
 @command(
     "build",
-    "Write the space of adapters on one basis: mean and principal components of their ΔR",
+    "Write the space of adapters that share a basis: mean and principal components of their ΔR",
     OVERWRITE_HELP,
 )
 @click.argument("files", nargs=-1, required=True, type=PATH, metavar="ADAPTER...", help="two adapter files or more")
-@click.option("-o", "--output", type=PATH, help=f"the space (default: {DEFAULT})")
-@click.option("--components", type=COUNT, help="how many to keep (default: one less than adapters)")
+@click.option("-o", "--output", type=PATH, help=f"file to write (default: {DEFAULT})")
+@click.option("--components", type=COUNT, help="principal components to keep (default: one less than adapters)")
 def run_build(options: Options) -> None:
     """Write the space of the adapters and say how much of them its components hold."""
     if options.output is None:
@@ -76,9 +76,9 @@ def run_build(options: Options) -> None:
     metavar="I",
     help="sample a picture at -2 to 2 standard deviations of component I, from 1; needs -o",
 )
-@click.option("-o", "--output", type=PATH, help="the picture of --walk")
-@click.option("--prompt", help="of --walk (default: the role's caption, with the trigger of the space)")
-@click.option("--seed", type=SEED, default=0, help="of --walk (default: 0)")
+@click.option("-o", "--output", type=PATH, help="PNG to write the walk to")
+@click.option("--prompt", help="prompt of the walk (default: the role's caption, with the trigger of the space)")
+@click.option("--seed", type=SEED, default=0, help="seed of the walk (default: 0)")
 @sampling_options
 def run_show(options: Options) -> None:
     """Print what the space is, where an adapter is in it; sample a walk."""
@@ -107,7 +107,7 @@ def run_show(options: Options) -> None:
 
 
 def describe(path: Path, space: Space, placed: Projection | None) -> dict[str, Any]:
-    """Everything `show` knows, as JSON values."""
+    """Return everything that `show` prints, as JSON values."""
     from dataclasses import asdict
 
     meta = space.mean.metadata
@@ -162,7 +162,7 @@ def _columns(columns: Sequence[int]) -> str:
 
 
 def _walk(space: Space, options: Options) -> None:
-    """One picture, from left to right at -2 to 2 standard deviations of the component."""
+    """Write one picture, from left to right at -2 to 2 standard deviations of the component."""
     import torch
     from PIL import Image
 

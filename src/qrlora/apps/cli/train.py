@@ -36,7 +36,7 @@ recipe_options = together(
     click.option("--style", cls=Several, metavar="IMAGE...", help="pictures or a folder of the style to train on"),
     click.option("--images", cls=Several, metavar="IMAGE...", help="other pictures for the recipe's role"),
 )
-"""What to train, as a recipe file, as options, or both; the recipe's other fields are added by `RecipeCommand`."""
+"""Train by a recipe file, by options, or both; the recipe's other fields are added by `RecipeCommand`."""
 
 
 class RecipeCommand(Command):
@@ -73,7 +73,7 @@ def _recipe_fields() -> list[click.Parameter]:
 
 
 def recipe_of(options: Options) -> Recipe:
-    """The recipe that file and options make together."""
+    """Return the recipe that file and options make together."""
     from qrlora.models.training.recipe import Recipe
 
     check_one_of(options, "subject", "style", "images")
@@ -91,7 +91,7 @@ def recipe_of(options: Options) -> Recipe:
     cls=RecipeCommand,
 )
 @click.option("--resume", is_flag=True, help="continue an interrupted run from its newest checkpoint")
-@click.option("--restart", is_flag=True, help="give up an earlier run's checkpoints, and begin anew")
+@click.option("--restart", is_flag=True, help="delete an earlier run's checkpoints, and begin anew")
 @click.option(
     "--judge",
     metavar="NAME",

@@ -57,14 +57,17 @@ def _aim_options(side: str) -> tuple[Decorator, Decorator]:
 @click.argument(
     "adapters", nargs=-1, required=True, type=PATH, metavar="ADAPTER...", help="adapter files, subject and style first"
 )
-@click.option("--prompt", multiple=True, help="may be given several times (default: from the adapters)")
+@click.option("--prompt", multiple=True, help="prompt; may be given several times (default: from the adapters)")
 @together(*_aim_options("subject"), *_aim_options("style"))
-@click.option("--budget", type=COUNT, default=120, metavar="PICTURES", help="pictures in all (default: 120)")
+@click.option("--budget", type=COUNT, default=120, metavar="PICTURES", help="most pictures to sample (default: 120)")
 @click.option(
-    "--per-block", type=COUNT, metavar="PARTS", help="weights of so many parts of each adapter, by blocks of the model"
+    "--per-block",
+    type=COUNT,
+    metavar="PARTS",
+    help="split each adapter into parts by blocks, each with a weight",
 )
-@click.option("--highest", type=NUMBER, default=1.5, help="largest weight (default: 1.5)")
-@click.option("--seed", type=SEED, default=0, help="of the search, and of the first picture (default: 0)")
+@click.option("--highest", type=NUMBER, default=1.5, help="largest weight tried (default: 1.5)")
+@click.option("--seed", type=SEED, default=0, help="seed of the search and of the first picture (default: 0)")
 @null_space_option
 @sampling_options
 @weights_options
@@ -97,7 +100,7 @@ def run_tune(options: Options) -> None:
 
 
 def default_prompt(adapters: Sequence[Adapter]) -> str:
-    """The published one for both: "a <c> dog in <s> style", from what the adapters say of themselves."""
+    """Return the published prompt for both: "a <c> dog in <s> style", from the adapters' triggers and nouns."""
     by_role = {adapter.metadata.role: adapter.metadata for adapter in adapters}
     if "subject" not in by_role or "style" not in by_role:
         remedy = '--prompt "a photo of a <c> mug in <s> style", with their triggers'

@@ -1,4 +1,4 @@
-"""Pictures wait here, and go to the engines in batches of different compositions."""
+"""Queue pictures, and send them to the engines in batches of different compositions."""
 
 from __future__ import annotations
 
@@ -11,25 +11,26 @@ from collections.abc import AsyncIterator, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from qrlora.apps.serving.metrics import Metrics
-from qrlora.apps.serving.protocol import Engines, Made, Picture, Refused, Settings, Step
+from qrlora.apps.serving.protocol import Engines, Made, Refused, Settings, Step
 from qrlora.errors import RequestError
+from qrlora.models.request import Request
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(eq=False)
 class Job:
-    """The pictures of one request, and what has happened to them that it has not been told yet."""
+    """The pictures of one request, and the events that it has not been sent yet."""
 
     settings: Settings
-    pictures: Sequence[Picture]
+    pictures: Sequence[Request]
     progress: bool
     events: asyncio.Queue[tuple[int, Step | Made | RequestError]] = field(default_factory=asyncio.Queue)
     withdrawn: bool = False
     ended: bool = False
 
     async def follow(self) -> AsyncIterator[tuple[int, Step | Made]]:
-        """Steps (if `progress`) and pictures as they are made, each with the picture's index in the request.
+        """Yield steps (if `progress`) and pictures as they are made, each with the picture's index in the request.
 
         Raises:
             RequestError: a picture cannot be made.
@@ -49,7 +50,7 @@ Place = tuple[Job, int]
 
 
 class Dispatcher:
-    """The queue, and who empties it. Everything here happens in one event loop.
+    """The queue, and the tasks that empty it. Everything here happens in one event loop.
 
     A batch is what waits with the settings of the picture that waits longest. Of engines that are free at the same
     time, each takes its share.
@@ -83,7 +84,7 @@ class Dispatcher:
         metrics.waiting.set_function(lambda: len(self._waiting))
         metrics.running.set_function(lambda: sum(map(len, self._running.values())))
 
-    def submit(self, settings: Settings, pictures: Sequence[Picture], progress: bool = False) -> Job:
+    def submit(self, settings: Settings, pictures: Sequence[Request], progress: bool = False) -> Job:
         """Queue the pictures of a request.
 
         Raises:
@@ -125,7 +126,7 @@ class Dispatcher:
             )
 
     async def drain(self, seconds: float) -> None:
-        """Take no more requests, and finish those there are; what takes longer than this is told so and ended."""
+        """Refuse new requests and finish those there are; end, with an error, those that take longer than this."""
         self.draining = True
         until = time.monotonic() + seconds
         while (self._waiting or self._running) and time.monotonic() < until:
@@ -152,7 +153,7 @@ class Dispatcher:
                 del self._running[batch]
 
     def _take(self) -> list[Place]:
-        """This engine's share of what waits with the settings of the first."""
+        """Take this engine's share of the waiting pictures that have the settings of the first."""
         if not self._waiting:
             return []
         settings = self._waiting[0][0].settings

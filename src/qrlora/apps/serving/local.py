@@ -7,10 +7,10 @@ import signal
 from collections.abc import Callable
 from pathlib import Path
 
-from qrlora.apps.serving.app import Limits, Service
 from qrlora.apps.serving.connections import Server
 from qrlora.apps.serving.engine import Engine
-from qrlora.apps.serving.protocol import Facts
+from qrlora.apps.serving.protocol import Facts, Limits
+from qrlora.apps.serving.service import Service
 
 
 def run(

@@ -32,5 +32,5 @@ class Metrics:
         self.batch_seconds = Histogram("batch_seconds", "Time of a batch", buckets=SECONDS, **common)
 
     def text(self) -> bytes:
-        """All of them, in Prometheus' text format."""
+        """Return all metrics in Prometheus' text format."""
         return generate_latest(self.registry)

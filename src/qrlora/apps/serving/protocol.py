@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from qrlora.errors import QrloraError
+from qrlora.models.request import Request
 
 
 class Settings(NamedTuple):
@@ -15,17 +16,6 @@ class Settings(NamedTuple):
     steps: int
     guidance: float
     side: int
-
-
-@dataclass(frozen=True)
-class Picture:
-    """What makes one picture, besides its settings: prompt, seed, adapters' weights by name, and the strength of their
-    null-space projection (None: `default_strength` of these adapters)."""
-
-    prompt: str
-    seed: int
-    composition: Mapping[str, float]
-    null_space: float | None = None
 
 
 @dataclass(frozen=True)
@@ -46,7 +36,7 @@ class Made:
 
 @dataclass(frozen=True)
 class Refused:
-    """Picture `index` of the batch cannot be made, which its request is to blame for."""
+    """Picture `index` of the batch cannot be made, by a fault of its request."""
 
     index: int
     error: QrloraError
@@ -81,7 +71,7 @@ class Facts:
 class Engines(Protocol):
     """One engine, or many that look like one."""
 
-    def run(self, settings: Settings, pictures: Sequence[Picture], progress: bool) -> AsyncIterator[Event]:
+    def run(self, settings: Settings, pictures: Sequence[Request], progress: bool) -> AsyncIterator[Event]:
         """Make a batch; `Step`s only if `progress`. Closing the iterator, or cancelling who waits for it, ends it."""
 
     async def facts(self) -> Facts:

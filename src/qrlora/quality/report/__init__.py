@@ -44,7 +44,7 @@ class Picture:
     enlarge: int = 1
 
     def embedded(self) -> tuple[str, int, int]:
-        """The picture as a data URI, with its width and height in pixels."""
+        """Return the picture as a data URI, with its width and height in pixels."""
         image = Image.fromarray(self.pixels)
         size = self.enlarge * image.width, self.enlarge * image.height
         image = image.resize(size, Image.Resampling.LANCZOS) if self.enlarge > 1 else image
@@ -161,7 +161,7 @@ class Report:
     footer: str = ""
 
     def html(self) -> str:
-        """The page as one string."""
+        """Return the page as one string."""
         return page("report.html", report=self)
 
     def write(self, folder: Path, beside: Mapping[str, bytes] | None = None) -> Path:
@@ -180,12 +180,12 @@ class Report:
 
 
 def page(template: str, **values: Any) -> str:
-    """A template of this package, filled."""
+    """Render a template of this package."""
     return _environment().get_template(template).render(values)
 
 
 def render(block: Any) -> str:
-    """The HTML of one block, marked as safe. Raises TypeError for anything else."""
+    """Render one block as HTML, marked as safe. Raises TypeError for anything else."""
     if not isinstance(block, get_args(Block)):
         raise TypeError(
             f"expected a block of a report ({', '.join(t.__name__ for t in get_args(Block))}), got {block!r}"
