@@ -117,6 +117,12 @@ def _base_of(registry: Registry, adapter: Adapter, given: Artifact | None) -> Ar
     return None
 
 
+def base_of(registry: Registry, artifact: Artifact) -> Artifact | None:
+    """Return the base model that an artifact stands on, if that is known."""
+    found = [registry.get(edge.target) for edge in registry.edges(artifact.digest, relation="based_on")]
+    return next((one for one in found if one.kind == "base"), None)
+
+
 def _links_by_digest(registry: Registry, adapter: Adapter) -> list[Link]:
     """Edges to what the metadata names by digest and the registry has."""
     origin, links = adapter.metadata.provenance, []
@@ -158,7 +164,7 @@ def add_base(registry: Registry, model: str, **described: Any) -> Artifact:
     where = str(Path(model).resolve()) if Path(model).is_dir() else model
     facts = {"model": where, "family": record["family"], "digest": digest_of(canonical_json(record))}
     facts |= {"layers": len(record["layers"]), "files": len(record["files"])}
-    return registry.add_record(record, "base", filename="base.json", facts=facts, **described)
+    return registry.add_record(record, "base", filename=f"{Path(where).name}.json", facts=facts, **described)
 
 
 def base_record(model: str) -> dict[str, Any]:
