@@ -4,29 +4,32 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable, Sequence
-from io import StringIO
 from pathlib import Path
-from shutil import get_terminal_size
 from typing import TYPE_CHECKING, Any
 
 import rich_click as click
 
 from qrlora.apps.cli.command import Group, Options, command, together
 from qrlora.apps.cli.recorded import open_registry, registry_option
+from qrlora.apps.cli.registry_output import (
+    REFERENCE_HELP,
+    as_json,
+    print_artifacts,
+    print_json,
+    print_table,
+    reference_argument,
+    short,
+)
+from qrlora.apps.cli.registry_upkeep import COMMANDS
 from qrlora.apps.cli.shared import MODEL_HELP, PATH, Bar, claim, json_option
 from qrlora.errors import RegistryError
 
 if TYPE_CHECKING:
     from qrlora.operations.registry import Artifact, Registry
 
-REFERENCE_HELP = "NAME@alias, NAME@v3, NAME (its newest version), sha256:... (8 digits or more)"
 KINDS = ("base", "adapter", "space", "recipe", "picture", "brand", "report", "policy")
 """What people add by hand; the rest is recorded by the command that makes it."""
-WIDTH = 200
-"""Characters of a table that goes to no terminal."""
 
-reference_argument = click.argument("reference", metavar="REFERENCE", help=REFERENCE_HELP)
 licence_option = click.option("--licence", default="", help="an SPDX expression, such as Apache-2.0")
 owner_option = click.option("--owner", default="", help="whose it is")
 tag_option = click.option("--tag", "tags", multiple=True, metavar="TAG", help="may be given several times")
@@ -39,60 +42,6 @@ def registry() -> None:
     The registry is $QRLORA_REGISTRY, or what --registry names. Wherever a command takes an adapter, a space, a picture
     or a base model, it takes registry:NAME@alias. See docs/registry.md.
     """
-
-
-def as_json(artifact: Artifact) -> dict[str, Any]:
-    """Everything the registry knows of an artifact itself, as JSON values."""
-    plain = ("digest", "kind", "size", "filename", "stored", "role", "owner", "licence", "created_by", "deprecated")
-    found = {key: getattr(artifact, key) for key in plain}
-    found |= {key: list(getattr(artifact, key)) for key in ("names", "aliases", "tags")}
-    return found | {"created_at": artifact.created_at.isoformat(), "facts": dict(artifact.facts)}
-
-
-def print_json(value: Any) -> None:
-    """Print a value as every command's --json does."""
-    print(json.dumps(value, indent=2, ensure_ascii=False, default=str))
-
-
-def print_table(titles: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    """Print a table, as wide as the terminal, or as its content where there is none."""
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
-    for title in titles:
-        table.add_column(title, overflow="fold")
-    for row in rows:
-        table.add_row(*(Text(str(cell)) for cell in row))
-    width = get_terminal_size().columns if sys.stdout.isatty() else WIDTH
-    console = Console(file=StringIO(), width=width)
-    console.print(table)
-    print("\n".join(line.rstrip() for line in console.file.getvalue().splitlines()))  # type: ignore[attr-defined]
-
-
-def short(digest: str) -> str:
-    """The beginning of a digest that a person can type."""
-    return digest[:19]
-
-
-def print_artifacts(found: Sequence[Artifact]) -> None:
-    """A line for each."""
-    rows = [
-        (
-            " ".join(one.names[-1:]) or one.filename,
-            one.kind,
-            one.role,
-            " ".join(alias.partition("@")[2] for alias in one.aliases),
-            one.licence,
-            " ".join(one.tags),
-            one.created_at.strftime("%Y-%m-%d %H:%M"),
-            short(one.digest),
-        )
-        for one in found
-    ]
-    print_table(("name", "kind", "role", "aliases", "licence", "tags", "added", "digest"), rows)
 
 
 @command(
@@ -169,6 +118,7 @@ def _base(to: Registry, model: str | None) -> Artifact | None:
 @click.option("--owner", help="whose it is")
 @click.option("--licence", help="as it was registered")
 @click.option("--tag", help="one that it has")
+@click.option("--like", metavar="REFERENCE", help="adapters by how much they do what this one does (registry index)")
 @click.option("--deprecated", is_flag=True, help="also what should no longer be used")
 @click.option("--limit", type=click.IntRange(min=1), default=100, help="most that are listed (default: 100)")
 @registry_option
@@ -180,6 +130,17 @@ def run_search(options: Options) -> None:
         options.text, **{name: getattr(options, name) for name in names}
     )
     print_json([as_json(one) for one in found]) if options.json else print_artifacts(found)
+
+
+def _print_alike(where: Registry, options: Options, among: set[str]) -> None:
+    from qrlora.operations.registry.effects import alike
+
+    found = [one for one in alike(where, where.get(options.like)) if one.adapter.digest in among]
+    if options.json:
+        print_json([vars(one) | {"adapter": as_json(one.adapter)} for one in found])
+        return
+    rows = [(one.adapter.title, f"{one.cosine:+.3f}", f"{one.strength:.3f}", f"{one.consistency:.3f}") for one in found]
+    print_table(("adapter", "cosine", "strength", "consistency"), rows)
 
 
 @command("show", "Print everything the registry knows of one artifact")
@@ -324,5 +285,5 @@ def run_log(options: Options) -> None:
     print_table(("", "at (UTC)", "who", "did", "to", "details"), rows)
 
 
-for _one in (run_add, run_search, run_show, run_lineage, run_alias, run_tag, run_deprecate, run_log):
+for _one in (run_add, run_search, run_show, run_lineage, run_alias, run_tag, run_deprecate, run_log, *COMMANDS):
     registry.add_command(_one)

@@ -13,9 +13,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from qrlora._reading import parse_json
 from qrlora.errors import RegistryError
 from qrlora.method.adapter import Adapter
-from qrlora.method.space import load_space
+from qrlora.method.space import Space, load_space
 from qrlora.models.exchange import is_ours, load_any
 from qrlora.operations.provenance.canonical import canonical_json, digest_of, file_digest
 from qrlora.operations.registry.records import Artifact, Link
@@ -223,6 +224,11 @@ def add_space(registry: Registry, path: Path, *, licence: str = "", **described:
     return registry.add(path, "space", facts=facts, links=links, **said, **described)
 
 
+def _space_facts(space: Space) -> dict[str, Any]:
+    members = [digest for _, digest in space.members]
+    return adapter_facts(space.mean) | {"content": space.digest, "members": members, "components": space.count}
+
+
 def add_recipe(registry: Registry, recipe: Path | Mapping[str, Any], **described: Any) -> Artifact:
     """Add a recipe: a TOML file, or the record of one that stands in an adapter's metadata. RecipeError if it is none.
 
@@ -343,6 +349,27 @@ def add_export(
     """Add a file that was written for another program."""
     links = [Link("exported_from", source.digest)]
     return registry.add(path, "export", name=name, licence=source.licence, owner=source.owner, links=links, facts=facts)
+
+
+def described_facts(kind: str, path: Path, filename: str) -> dict[str, Any] | None:
+    """Return the facts of a kind that its bytes tell; None of a kind whose bytes do not tell them.
+
+    Raises:
+        QrloraError: the bytes are not of that kind.
+    """
+    if kind in ("adapter", "space"):
+        named = path.with_name(path.name + (".space.safetensors" if kind == "space" else ".safetensors"))
+        path.rename(named)
+        try:
+            if kind == "space":
+                return _space_facts(load_space(named))
+            return adapter_facts(load_any(named)) | {"ours": is_ours(named)}
+        finally:
+            named.rename(path)
+    if kind in ("composition", "basis", "recipe") and not filename.endswith(".toml"):
+        record = parse_json(path.read_text(encoding="utf-8", errors="replace"), f"a {kind}", RegistryError)
+        return {"recipe": record} if kind == "recipe" else dict(record)
+    return None
 
 
 ADDERS: Mapping[str, Callable[..., Artifact]] = {
