@@ -13,11 +13,10 @@ import tarfile
 import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from datetime import datetime
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
@@ -65,7 +64,7 @@ class Item(_Strict):
     deprecated: str = Field(max_length=10_000)
     tags: list[str]
     facts: dict[str, Any]
-    created_at: str
+    created_at: AwareDatetime
     created_by: str = Field(max_length=128)
 
 
@@ -135,7 +134,7 @@ def export_bundle(registry: Registry, references: Iterable[str], path: Path) -> 
 
     def write(stream: BinaryIO) -> None:
         with tarfile.open(fileobj=stream, mode="w", format=tarfile.USTAR_FORMAT) as tar:
-            content = canonical_json(manifest.model_dump())
+            content = canonical_json(manifest.model_dump(mode="json"))
             tar.addfile(_header(MANIFEST, len(content)), io.BytesIO(content))
             for digest, file in files.items():
                 with file.open("rb") as opened:
@@ -148,7 +147,7 @@ def export_bundle(registry: Registry, references: Iterable[str], path: Path) -> 
 
 def _item(one: Artifact) -> Item:
     kept = {key: getattr(one, key) for key in Item.model_fields if key not in ("tags", "facts", "created_at")}
-    return Item(**kept, tags=list(one.tags), facts=dict(one.facts), created_at=one.created_at.isoformat())
+    return Item(**kept, tags=list(one.tags), facts=dict(one.facts), created_at=one.created_at)
 
 
 def _header(name: str, size: int) -> tarfile.TarInfo:
@@ -266,8 +265,8 @@ def _check_manifest(path: Path, manifest: Manifest) -> None:
     for name, alias, _ in manifest.aliases:
         check_name(name), check_alias(alias)
     for item in manifest.artifacts:
-        datetime.fromisoformat(item.created_at)
-        [check_alias(tag) for tag in item.tags]
+        for tag in item.tags:
+            check_alias(tag)
 
 
 def _facts(item: Item, file: Path | None) -> dict[str, Any]:
@@ -351,9 +350,8 @@ class _Taking:
             self.found.left_out += [f"edge {a.relation} of {item.digest[:19]}, which is here already" for a in lost]
         links = [Link(arc.relation, arc.target, arc.weight, arc.null_space) for arc in taken]
         if new:
-            kept = item.model_dump(exclude={"tags", "facts", "created_at", "created_by"})
-            at = datetime.fromisoformat(item.created_at)
-            row = ArtifactRow(**kept, facts=self.facts[item.digest], created_at=at, created_by=self.registry.actor)
+            kept = item.model_dump(exclude={"tags", "facts", "created_by"})
+            row = ArtifactRow(**kept, facts=self.facts[item.digest], created_by=self.registry.actor)
             self.found.added.append(item.digest)
             self.registry.insert(self.session, row, links=links, tags=[*item.tags, IMPORTED])
         elif links and row is not None:

@@ -7,7 +7,7 @@ import re
 import secrets
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
-from typing import BinaryIO, Protocol
+from typing import BinaryIO, Protocol, runtime_checkable
 
 import fsspec
 
@@ -16,6 +16,7 @@ from qrlora.errors import RegistryError
 from qrlora.operations.provenance.canonical import file_digest
 
 
+@runtime_checkable
 class Store(Protocol):
     """Where the bytes of artifacts are. Digests were checked by the caller."""
 
