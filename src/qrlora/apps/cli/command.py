@@ -109,9 +109,9 @@ def print_and_exit(flag: str, text: str, made: Callable[[], str]) -> Decorator:
     return click.option(flag, is_flag=True, is_eager=True, expose_value=False, callback=show, help=text)
 
 
-def hold(resource: contextlib.AbstractContextManager[Any]) -> None:
+def hold(resource: contextlib.AbstractContextManager[Any]) -> Any:
     """Enter a resource, and leave it when the command ends."""
-    get_current_context().obj.enter_context(resource)
+    return get_current_context().obj.enter_context(resource)
 
 
 def check_one_of(options: Options, *names: str) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import rich_click as click
 
 from qrlora.apps.cli.command import Options, command
+from qrlora.apps.cli.recorded import recorder_here, referable, shown
 from qrlora.apps.cli.shared import (
     ADAPTER_HELP,
     COUNT,
@@ -51,6 +52,7 @@ from qrlora.apps.cli.shared import (
 @null_space_option
 @click.option("--model", help=f"{MODEL_HELP} (default: the one the adapters name)")
 @json_option
+@referable(".safetensors")
 def run_compose(options: Options) -> None:
     """Write the composition of the parts, and print their interference or what the truncation lost."""
     refuse_default_output(options, "composition.safetensors")
@@ -77,10 +79,14 @@ def run_compose(options: Options) -> None:
         save_adapter(adapter, options.output, spelling=options.spelling, basis=basis)
     if strength:
         lines.append(say_null_space(strength, report["energy_kept"]))
+    if recorder := recorder_here():
+        recorder.composed(options.output, options.parts, strength, options.model)
     if options.json:
-        print(json.dumps({"output": str(options.output), "null_space": strength} | report, indent=2))
+        print(json.dumps({"output": shown(options.output), "null_space": strength} | report, indent=2))
     else:
-        print("\n".join([*lines, f"{options.output}: rank {adapter.metadata.rank}, {len(adapter.deltas)} layers"]))
+        print(
+            "\n".join([*lines, f"{shown(options.output)}: rank {adapter.metadata.rank}, {len(adapter.deltas)} layers"])
+        )
 
 
 def _truncation_lines(loss: Any, exact: int) -> list[str]:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import rich_click as click
 
 from qrlora.apps.cli.command import Decorator, Options, command, print_and_exit, together
+from qrlora.apps.cli.recorded import recorder_here, referable, shown
 from qrlora.apps.cli.shared import (
     PATH,
     Bar,
@@ -31,7 +32,9 @@ from qrlora.apps.cli.shared import (
 from qrlora.errors import QrloraError
 
 if TYPE_CHECKING:
+    from qrlora.apps.cli.recorded import Recorder
     from qrlora.method.adapter import Adapter
+    from qrlora.operations.registry import Artifact
     from qrlora.quality.evaluation import Evaluation
     from qrlora.quality.images.read import MeasuredPicture
     from qrlora.quality.metrics.table import References
@@ -109,6 +112,7 @@ def _schema() -> str:
 @json_option
 @print_and_exit("--brand-schema", "print the JSON Schema of brand sheets, and end", _schema)
 @click.option("-o", "--output", type=PATH, default=Path(DEFAULT_OUTPUT), help="folder (default: evaluation/)")
+@referable()
 def run_evaluate(options: Options) -> int:
     """Evaluate, print and write; returns the exit code."""
     if options.output == Path(DEFAULT_OUTPUT):
@@ -143,10 +147,22 @@ def run_evaluate(options: Options) -> int:
     networks = FeatureNetworks(dict(options.weights), options.device)
     found = evaluate(groups, references, metrics, sheet, networks, Bar("picture"))
     page = report(found).write(options.output, {"pictures.csv": found.csv().encode()})
+    if recorder := recorder_here():
+        recorder.reported(page, found.data(), _about(recorder, options, adapters, strength if adapters else 0.0))
     print(json.dumps(found.data(), indent=2, ensure_ascii=False) if options.json else table(found))
     if not options.json:
-        print(page)
+        print(shown(page))
     return 1 if options.strict and not found.passes else 0
+
+
+def _about(
+    recorder: Recorder, options: Options, adapters: Sequence[tuple[Path, float]], strength: float
+) -> list[Artifact]:
+    """What the report is about: the composition and its adapters, or the pictures that are registered."""
+    if adapters:
+        parts = [recorder.artifact(path) for path, _ in adapters]
+        return [recorder.composition(adapters, strength, options.model), *parts]
+    return recorder.registered(Path(text) for text in options.what)
 
 
 def references_of(options: Options, sheet: Any = None) -> References:
@@ -249,7 +265,7 @@ def _made(
     for index, prompt in enumerate(options.prompt):
         for seed in seeds:
             path = picture_file(folder, index, prompt, seed)
-            adapter = [f"{file}:{weight:g}" for file, weight in parts]
+            adapter = [f"{shown(file)}:{weight:g}" for file, weight in parts]
             made = {"prompt": [prompt], "seed": [seed], "adapter": adapter, "null_space": strength}
             made |= {"model": options.model, **sampling}
             pictures[path] = described_png(next(images), made)

@@ -13,6 +13,7 @@ import rich_click as click
 
 from qrlora._files import make_folder, write_all
 from qrlora.apps.cli.command import Options, command
+from qrlora.apps.cli.recorded import recorder_here, referable, shown
 from qrlora.apps.cli.shared import (
     ADAPTER_HELP,
     OVERWRITE_HELP,
@@ -55,6 +56,7 @@ from qrlora.errors import PictureError, QrloraError
 @click.option(
     "-o", "--output", type=PATH, help="folder, or .png for one picture or a grid (default: pictures/ or grid.png)"
 )
+@referable()
 def run_generate(options: Options) -> None:
     """Make the pictures and print where they are."""
     seeds = seeds_of(options)
@@ -91,9 +93,18 @@ def run_generate(options: Options) -> None:
     made = {key: value for key, value in vars(options).items() if key != "output"}
     finished = {path: image for path, image in zip(paths, images, strict=True) if image is not None}
     write_all({path: described_png(image, made) for path, image in finished.items()})
-    print(*finished, sep="\n")
+    _record(options, paths, seeds, finished)
+    print(*map(shown, finished), sep="\n")
     if failed is not None:
         raise failed
+
+
+def _record(options: Options, paths: Sequence[Path], seeds: Sequence[int], finished: Mapping[Path, Any]) -> None:
+    if recorder := recorder_here():
+        jobs = zip(paths, [(prompt, seed) for prompt in options.prompt for seed in seeds], strict=True)
+        settings = {name: getattr(options, name) for name in ("steps", "guidance", "resolution", "grid")}
+        made = {path: {"prompt": prompt, "seed": seed, **settings} for path, (prompt, seed) in jobs if path in finished}
+        recorder.generated(made, options.adapter, options.null_space, options.model)
 
 
 def _say_projected(options: Options, adapters: Sequence[tuple[Any, float]]) -> None:
@@ -170,7 +181,7 @@ def described_png(image: Any, made: Mapping[str, Any]) -> bytes:
     from PIL.PngImagePlugin import PngInfo
 
     info = PngInfo()
-    info.add_itxt("qrlora", json.dumps(made, default=str, ensure_ascii=False))
+    info.add_itxt("qrlora", json.dumps(made, default=shown, ensure_ascii=False))
     stream = BytesIO()
     image.save(stream, "PNG", pnginfo=info)
     return stream.getvalue()

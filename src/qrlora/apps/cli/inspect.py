@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import rich_click as click
 
 from qrlora.apps.cli.command import Options, command
+from qrlora.apps.cli.recorded import referable, shown
 from qrlora.apps.cli.shared import PATH
 
 if TYPE_CHECKING:
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 @command("inspect", "Print what an adapter file is, what it needs, and how large it is")
 @click.argument("files", nargs=-1, required=True, type=PATH, metavar="FILE...", help="adapter files")
 @click.option("--json", is_flag=True, help="print everything as JSON")
+@referable()
 def run_inspect(options: Options) -> None:
     """Print what each file says about itself."""
     from qrlora.models.exchange import load_any
@@ -73,7 +75,7 @@ def describe(path: Path, adapter: Adapter) -> dict[str, Any]:
             f"fingerprint {metadata.basis_fingerprint[:16]}"
         )
     return {
-        "file": str(path),
+        "file": shown(path),
         "bytes": path.stat().st_size,
         "layers": len(adapter.deltas),
         "basis": basis,

@@ -275,3 +275,14 @@ def integrity(**given: Any) -> None:
     from qrlora.lab.speed import integrity as times
 
     _measured(times.main, given)
+
+
+@speed.command()
+@click.option("--writers", type=at_least(2), default=8, show_default=True, help="Processes at once.")
+@click.option("--operations", type=COUNT, default=1000, show_default=True, help="Of all together.")
+@click.option("--json", type=PATH, default=OUT / "registry.json", show_default=True)
+def registry(**given: Any) -> None:
+    """The registry's commits a second on SQLite and PostgreSQL, by one writer and by several at once."""
+    from qrlora.lab.speed import registry as times
+
+    _measured(times.main, given)

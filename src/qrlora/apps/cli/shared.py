@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from qrlora.method.adapter import Adapter
     from qrlora.method.basis import Basis
 
-ADAPTER_HELP = "adapter file, with a weight if not 1: mug.safetensors:0.9"
+ADAPTER_HELP = "adapter file or registry:NAME@alias, with a weight if not 1: mug.safetensors:0.9"
 OVERWRITE_HELP = "A file named by -o is replaced if it is there; a default name never is."
 MODEL_HELP = "base model: pico (small, in this package), a folder in the diffusers layout, or a hub id"
 PATH = click.Path(path_type=Path)
@@ -76,8 +76,10 @@ def weights(text: str) -> list[float]:
 
 
 def weighted_path(text: str) -> tuple[Path, float]:
-    """Parse `file:weight`, or a file alone at weight 1. A colon that is part of the path stays there."""
+    """Parse `file:weight`, or a file alone at weight 1. A colon of a path or of a reference stays there."""
     path, colon, weight = text.rpartition(":")
+    if path in ("registry", "registry:sha256"):
+        return Path(text), 1.0
     if colon and path and not Path(text).exists():
         try:
             return Path(path), plain_float(weight)

@@ -11,6 +11,7 @@ import rich_click as click
 
 from qrlora._files import make_folder, write_atomically
 from qrlora.apps.cli.command import Group, Options, command
+from qrlora.apps.cli.recorded import recorder_here, referable, shown
 from qrlora.apps.cli.shared import (
     COUNT,
     OVERWRITE_HELP,
@@ -47,6 +48,7 @@ def space() -> None:
 @click.argument("files", nargs=-1, required=True, type=PATH, metavar="ADAPTER...", help="two adapter files or more")
 @click.option("-o", "--output", type=PATH, help=f"file to write (default: {DEFAULT})")
 @click.option("--components", type=COUNT, help="principal components to keep (default: one less than adapters)")
+@referable(".space.safetensors")
 def run_build(options: Options) -> None:
     """Write the space of the adapters and say how much of them its components hold."""
     if options.output is None:
@@ -57,8 +59,10 @@ def run_build(options: Options) -> None:
 
     built = Space.of(load_adapters(options.files, None), options.components)
     save_space(built, options.output)
+    if recorder := recorder_here():
+        recorder.spanned(options.output, options.files)
     print(
-        f"{options.output}: {built.count} components of {len(built.members)} adapters, "
+        f"{shown(options.output)}: {built.count} components of {len(built.members)} adapters, "
         f"{sum(built.shares[: built.count]):.1%} of their variance, {options.output.stat().st_size:,} bytes"
     )
 
@@ -80,6 +84,7 @@ def run_build(options: Options) -> None:
 @click.option("--prompt", help="prompt of the walk (default: the role's caption, with the trigger of the space)")
 @click.option("--seed", type=SEED, default=0, help="seed of the walk (default: 0)")
 @sampling_options
+@referable()
 def run_show(options: Options) -> None:
     """Print what the space is, where an adapter is in it; sample a walk."""
     if (options.walk is None) != (options.output is None):
@@ -113,7 +118,7 @@ def describe(path: Path, space: Space, placed: Projection | None) -> dict[str, A
     meta = space.mean.metadata
     names = ("role", "trigger", "rank", "alpha", "family", "base_model", "licence")
     return {
-        "file": str(path),
+        "file": shown(path),
         "bytes": path.stat().st_size,
         "digest": space.digest,
         "components": space.count,

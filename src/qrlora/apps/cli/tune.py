@@ -12,6 +12,7 @@ import rich_click as click
 
 from qrlora.apps.cli.command import Decorator, Options, command, together
 from qrlora.apps.cli.evaluate import weights_options
+from qrlora.apps.cli.recorded import recorder_here, referable, shown
 from qrlora.apps.cli.shared import (
     COUNT,
     NUMBER,
@@ -73,6 +74,7 @@ def _aim_options(side: str) -> tuple[Decorator, Decorator]:
 @weights_options
 @json_option
 @click.option("-o", "--output", type=PATH, default=Path(DEFAULT_OUTPUT), help="folder (default: tune/)")
+@referable()
 def run_tune(options: Options) -> None:
     """Search, print the frontier and write the report."""
     if options.output == Path(DEFAULT_OUTPUT):
@@ -93,10 +95,12 @@ def run_tune(options: Options) -> None:
     prompts = options.prompt or [default_prompt(adapters)]
     tuned = _tuned(options, adapters, prompts, aims)
     page = report(tuned).write(options.output)
+    if recorder := recorder_here():
+        recorder.reported(page, tuned.data(), [recorder.artifact(path) for path in options.adapters])
     if options.json:
         print(json.dumps(tuned.data(), indent=2, ensure_ascii=False))
     else:
-        print("\n".join([*lines(tuned), str(page)]))
+        print("\n".join([*lines(tuned), shown(page)]))
 
 
 def default_prompt(adapters: Sequence[Adapter]) -> str:
@@ -220,7 +224,7 @@ def _command(options: Options, parts: list[Adapter], weights: Sequence[float], p
     from qrlora.quality.search.page import command
 
     if not options.per_block:
-        paths = [str(path) for path in options.adapters]
+        paths = [shown(path).partition(" ")[0] for path in options.adapters]
         return command(list(zip(paths, weights, strict=True)), prompt, options.model, options.null_space)
     file = options.output / f"point-{place}.safetensors"
     save_adapter(Composition(list(zip(parts, weights, strict=True)), options.null_space).adapter(), file)

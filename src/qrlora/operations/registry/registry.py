@@ -22,13 +22,15 @@ from sqlalchemy.orm import Session
 from qrlora._files import make_folder
 from qrlora.errors import RegistryError
 from qrlora.operations.provenance.audit import GENESIS, Entry, entry_hash
-from qrlora.operations.provenance.canonical import canonical_json, file_digest
+from qrlora.operations.provenance.canonical import canonical_json, digest_of, file_digest
 from qrlora.operations.registry.database import connect, reading, writing
 from qrlora.operations.registry.records import KINDS, RELATIONS, Artifact, Edge, Link, Move
 from qrlora.operations.registry.references import check_alias, check_name, parse_reference
 from qrlora.operations.registry.schema import AliasMoveRow, AliasRow, ArtifactRow, AuditRow, EdgeRow, TagRow, VersionRow
 from qrlora.operations.registry.store import Store, store_at
 
+LOGGED = ("kind", "role", "owner", "licence", "stored")
+"""Columns of an artifact that the audit log tells."""
 PLACE, ACTOR = "QRLORA_REGISTRY", "QRLORA_ACTOR"
 
 
@@ -106,7 +108,8 @@ class Registry:
         tags: Iterable[str] = (),
         keep: bool = True,
     ) -> Artifact:
-        """Add an object, once: what is there already gets the new name, tags and edges, and nothing else of it changes.
+        """Add an object, once: what is there already gets the new name, tags and edges, and the role, owner and licence
+        that it had none of; nothing else of it changes.
 
         Args:
             source: a file, or its bytes.
@@ -123,48 +126,59 @@ class Registry:
             path = source if isinstance(source, Path) else Path(scratch, "bytes")
             if isinstance(source, bytes):
                 path.write_bytes(source)
-            digest, size = file_digest(path), path.stat().st_size
+            row = ArtifactRow(
+                digest=file_digest(path),
+                kind=kind,
+                size=path.stat().st_size,
+                filename=(filename or (source.name if isinstance(source, Path) else ""))[:255],
+                stored=keep,
+                role=role,
+                owner=owner,
+                licence=licence,
+                facts=dict(facts or {}),
+                created_at=_now(),
+                created_by=self.actor,
+            )
+            digest = row.digest
             if keep:
                 self.store.put(digest, path)
-        row = ArtifactRow(
-            digest=digest,
-            kind=kind,
-            size=size,
-            filename=(filename or (source.name if isinstance(source, Path) else ""))[:255],
-            stored=keep,
-            role=role,
-            owner=owner,
-            licence=licence,
-            facts=dict(facts or {}),
-            created_at=_now(),
-            created_by=self.actor,
-        )
-        with writing(self.engine) as session:
-            self._insert(session, row, name, links, tags)
+            with writing(self.engine) as session:
+                if keep and not self.store.has(digest):  # `remove_unreferenced` came between the two
+                    self.store.put(digest, path)
+                self.insert(session, row, name, links, tags)
         return self.get(digest)
 
     def add_record(self, record: Mapping[str, Any], kind: str, **options: Any) -> Artifact:
         """Add an object that is its canonical JSON: a composition, a report, an approval. Options: as `add`."""
         return self.add(canonical_json(record), kind, facts=options.pop("facts", record), **options)
 
-    def _insert(
-        self, session: Session, row: ArtifactRow, name: str | None, links: Sequence[Link], tags: Iterable[str]
+    def insert(
+        self,
+        session: Session,
+        row: ArtifactRow,
+        name: str | None = None,
+        links: Sequence[Link] = (),
+        tags: Iterable[str] = (),
+        number: int | None = None,
     ) -> None:
+        """Add a row with its edges in a transaction of the caller's. number: of the name's version, if not the next."""
         there = session.get(ArtifactRow, row.digest)
         if there is None:
             session.add(row)
             session.flush()
         elif there.kind != row.kind:
             raise RegistryError(f"{row.digest[:19]} is registered as another kind", expected=there.kind, got=row.kind)
-        elif row.stored and not there.stored:
-            there.stored = True
+        else:
+            _fill_in(there, row)
+        links, tags = list(links), list(tags)
         for position, link in enumerate(links):
             self._link(session, row.digest, link, position)
         for tag in tags:
             session.merge(TagRow(digest=row.digest, tag=check_alias(tag)))
-        version = self._version(session, name, row.digest) if name else None
-        details = {"kind": row.kind, "name": name, "version": version, "links": len(links)}
-        self._audit(session, "add", row.digest, details)
+        details: dict[str, Any] = {key: getattr(there or row, key) for key in LOGGED}
+        details |= {"facts": facts_digest(there or row), "links": [vars(link) for link in links], "tags": list(tags)}
+        details |= {"name": name, "version": self._version(session, name, row.digest, number) if name else None}
+        self.audit_in(session, "add", row.digest, details)
 
     def _link(self, session: Session, source: str, link: Link, position: int) -> None:
         if link.relation not in RELATIONS:
@@ -183,7 +197,10 @@ class Registry:
             )
         )
 
-    def _version(self, session: Session, name: str, digest: str) -> int:
+    def _version(self, session: Session, name: str, digest: str, number: int | None) -> int:
+        if number is not None:
+            session.add(VersionRow(name=name, number=number, digest=digest))
+            return number
         newest = session.scalars(select(VersionRow).where(VersionRow.name == name).order_by(VersionRow.number.desc()))
         last = newest.first()
         if last and last.digest == digest:
@@ -198,7 +215,7 @@ class Registry:
             digest = self._digest(session, source)
             for position, link in enumerate(links):
                 self._link(session, digest, link, position)
-            self._audit(session, "link", digest, {"links": [[link.relation, link.target] for link in links]})
+            self.audit_in(session, "link", digest, {"links": [vars(link) for link in links]})
 
     # Finding
 
@@ -206,6 +223,11 @@ class Registry:
         """Return the artifact of a reference (`qrlora.operations.registry.references`)."""
         with reading(self.engine) as session:
             return self._artifacts(session, [self._digest(session, reference)])[0]
+
+    def has(self, digest: str) -> bool:
+        """Return True if this very digest is registered."""
+        with reading(self.engine) as session:
+            return session.get(ArtifactRow, digest) is not None
 
     def path(self, artifact: Artifact | str) -> Path:
         """Return a local file with its bytes, hashed again."""
@@ -240,22 +262,32 @@ class Registry:
         owner: str | None = None,
         licence: str | None = None,
         tag: str | None = None,
+        fact: tuple[str, str] | None = None,
         deprecated: bool = False,
         limit: int = 1000,
     ) -> list[Artifact]:
-        """Return the artifacts that match everything given, newest first; `text` is looked for in names and files."""
+        """Return the artifacts that match everything given, newest first.
+
+        Args:
+            text: looked for in names, file names and triggers.
+            fact: key and value of one of its facts that is a text.
+            deprecated: also those that should no longer be used.
+        """
         wanted = select(ArtifactRow.digest).order_by(ArtifactRow.created_at.desc(), ArtifactRow.digest).limit(limit)
         exact = {"kind": kind, "role": role, "owner": owner, "licence": licence}
         for column, value in exact.items():
             wanted = wanted.where(getattr(ArtifactRow, column) == value) if value else wanted
         if tag:
             wanted = wanted.where(ArtifactRow.digest.in_(select(TagRow.digest).where(TagRow.tag == tag)))
+        if fact:
+            wanted = wanted.where(ArtifactRow.facts[fact[0]].as_string() == fact[1])
         if not deprecated:
             wanted = wanted.where(ArtifactRow.deprecated == "")
         if text:
             named = select(VersionRow.digest).where(VersionRow.name.contains(text, autoescape=True))
-            matches = ArtifactRow.filename.contains(text, autoescape=True), ArtifactRow.digest.in_(named)
-            wanted = wanted.where(or_(*matches))
+            said = (ArtifactRow.filename, ArtifactRow.facts["trigger"].as_string())
+            matches = [column.contains(text, autoescape=True) for column in said]
+            wanted = wanted.where(or_(*matches, ArtifactRow.digest.in_(named)))
         with reading(self.engine) as session:
             return self._artifacts(session, list(session.scalars(wanted)))
 
@@ -317,7 +349,7 @@ class Registry:
             if moved:
                 self._moved(session, name, alias, digest, reason)
             details = {"digest": digest, "protected": row.protected, "reason": reason}
-            self._audit(session, "alias", f"{name}@{alias}", details)
+            self.audit_in(session, "alias", f"{name}@{alias}", details)
 
     def remove_alias(self, name: str, alias: str, *, reason: str = "", force: bool = False) -> None:
         """Remove an alias; its history stays."""
@@ -328,7 +360,7 @@ class Registry:
             self._check_protected(row, "", None, force)
             session.delete(row)
             self._moved(session, name, alias, "", reason)
-            self._audit(session, "remove_alias", f"{name}@{alias}", {"reason": reason})
+            self.audit_in(session, "remove_alias", f"{name}@{alias}", {"reason": reason})
 
     @staticmethod
     def _check_protected(row: AliasRow | None, digest: str, protect: bool | None, force: bool) -> None:
@@ -354,21 +386,21 @@ class Registry:
             digest = self._digest(session, reference)
             for tag in tags:
                 session.merge(TagRow(digest=digest, tag=check_alias(tag)))
-            self._audit(session, "tag", digest, {"tags": list(tags)})
+            self.audit_in(session, "tag", digest, {"tags": list(tags)})
 
     def deprecate(self, reference: str, reason: str) -> None:
         """Say why an artifact should no longer be used; an empty reason takes that back."""
         with writing(self.engine) as session:
             digest = self._digest(session, reference)
             session.get_one(ArtifactRow, digest).deprecated = reason
-            self._audit(session, "deprecate", digest, {"reason": reason})
+            self.audit_in(session, "deprecate", digest, {"reason": reason})
 
     # The audit log
 
     def audit(self, action: str, subject: str, details: Mapping[str, Any]) -> None:
         """Write an entry of its own: an approval that was given, a check that refused."""
         with writing(self.engine) as session:
-            self._audit(session, action, subject, details)
+            self.audit_in(session, action, subject, details)
 
     def log(self) -> list[Entry]:
         """Return the audit log from its first entry."""
@@ -379,7 +411,8 @@ class Registry:
                 for row in rows
             ]
 
-    def _audit(self, session: Session, action: str, subject: str, details: Mapping[str, Any]) -> None:
+    def audit_in(self, session: Session, action: str, subject: str, details: Mapping[str, Any]) -> None:
+        """Write an entry in a transaction of the caller's."""
         session.flush()
         tip = session.execute(select(AuditRow.seq, AuditRow.hash).order_by(AuditRow.seq.desc()).limit(1)).first()
         seq, previous = (tip.seq + 1, tip.hash) if tip else (1, GENESIS)
@@ -396,6 +429,22 @@ class Registry:
 def default_place_of_trust() -> str:
     """Return the folder of keys and trust for a registry whose bytes are in no folder."""
     return str(Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share", "qrlora", "registry"))
+
+
+def facts_digest(row: ArtifactRow) -> str:
+    """Return the digest of an artifact's facts, for the audit log."""
+    return digest_of(canonical_json(row.facts))
+
+
+def _fill_in(there: ArtifactRow, again: ArtifactRow) -> None:
+    """Take what was not known when it was added first. RegistryError for another role, owner or licence."""
+    for key in ("role", "owner", "licence"):
+        known, said = getattr(there, key), getattr(again, key)
+        if known and said and known != said:
+            remedy = f"leave it out: what was registered with one {key} keeps it"
+            raise RegistryError(f"{there.digest[:19]} has another {key}", expected=known, got=said, remedy=remedy)
+        setattr(there, key, known or said)
+    there.stored = there.stored or again.stored
 
 
 def _now() -> datetime:
