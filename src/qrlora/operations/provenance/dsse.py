@@ -105,6 +105,11 @@ def verify(
     return found, list(people.values())
 
 
+def unverified(envelope: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the statement in an envelope that nobody has verified yet, to tell what it has to be verified as."""
+    return _parsed(_opened(envelope)[0])
+
+
 def read_envelope(data: bytes) -> dict[str, Any]:
     """Return the JSON of an envelope or a bundle. SignatureError if it is none, or too long."""
     if len(data) > MOST_BYTES:
