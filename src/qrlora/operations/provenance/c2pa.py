@@ -125,15 +125,16 @@ def _signed(picture: bytes, origin: Origin, signer: Certificate, *, embed: bool)
         return b"".join(number.to_bytes(32, "big") for number in decode_dss_signature(key.sign(message)))
 
     out = io.BytesIO()
-    with _errors("cannot mark this picture"), c2pa.Context.from_dict(_SETTINGS) as context:
-        with (
-            c2pa.Signer.from_callback(sign, c2pa.C2paSigningAlg.ES256, signer.chain_pem) as signing,
-            c2pa.Builder(json.dumps(origin.manifest()), context) as builder,
-        ):
-            builder.set_intent(c2pa.C2paBuilderIntent.CREATE, c2pa.C2paDigitalSourceType.TRAINED_ALGORITHMIC_MEDIA)
-            if not embed:
-                builder.set_no_embed()
-            manifest = builder.sign(signing, _format(picture), io.BytesIO(picture), out)
+    with (
+        _errors("cannot mark this picture"),
+        c2pa.Context.from_dict(_SETTINGS) as context,
+        c2pa.Signer.from_callback(sign, c2pa.C2paSigningAlg.ES256, signer.chain_pem) as signing,
+        c2pa.Builder(json.dumps(origin.manifest()), context) as builder,
+    ):
+        builder.set_intent(c2pa.C2paBuilderIntent.CREATE, c2pa.C2paDigitalSourceType.TRAINED_ALGORITHMIC_MEDIA)
+        if not embed:
+            builder.set_no_embed()
+        manifest = builder.sign(signing, _format(picture), io.BytesIO(picture), out)
     return out.getvalue(), manifest
 
 
@@ -151,9 +152,11 @@ def read(picture: bytes, roots: Iterable[str] = (), *, manifest: bytes | None = 
     settings = {**_SETTINGS, **({"trust": {"user_anchors": trusted}} if trusted else {})}
     kind = _format(picture)
     try:
-        with c2pa.Context.from_dict(settings) as context:
-            with c2pa.Reader(kind, io.BytesIO(picture), manifest, context=context) as reader:
-                found = json.loads(reader.json())
+        with (
+            c2pa.Context.from_dict(settings) as context,
+            c2pa.Reader(kind, io.BytesIO(picture), manifest, context=context) as reader,
+        ):
+            found = json.loads(reader.json())
     except c2pa.C2paError.ManifestNotFound:
         return Found("absent")
     except c2pa.C2paError as error:

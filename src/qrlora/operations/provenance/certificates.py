@@ -71,7 +71,7 @@ class Certificate:
         """Read a certificate and its key. SignatureError if one is missing, open to others or damaged."""
         folder = folder or default_folder()
         private = read_private(folder / f"{check_key_name(name)}.leaf.key", passphrase)
-        chain, root = (_read(folder / f"{name}.{part}.crt") for part in ("leaf", "root"))
+        chain, root = (read_root(folder / f"{name}.{part}.crt") for part in ("leaf", "root"))
         made = cls(name, private, chain, root)
         if made.leaf.public_key() != private.public_key():
             remedy = f"`qrlora keys certificate {name} --renew` makes one for it"
@@ -103,26 +103,39 @@ class Certificate:
 
     def check(self, at: datetime | None = None) -> str:
         """Return a warning where it ends soon, else an empty text. SignatureError where it has ended."""
-        at = at or now()
-        remedy = f"`qrlora keys certificate {self.name} --renew` makes the next one under the same root"
-        if at >= self.ends:
-            raise SignatureError(f"the certificate {self.name} ended on {day(self.ends)}", remedy=remedy)
-        if at < self.ends - NEAR:
-            return ""
-        return (
-            f"the certificate {self.name} ends on {day(self.ends)}; from then on pictures that it signed read as "
-            f"expired, because no timestamp says when they were signed: {remedy}"
-        )
+        said = ending(self.name, self.ends, at or now())
+        if (at or now()) >= self.ends:
+            raise SignatureError(said, remedy=f"qrlora keys certificate {self.name} --renew")
+        return said
+
+
+def ending(name: str, ends: datetime, at: datetime) -> str:
+    """Return what follows from a certificate's end, where it is near or past; else an empty text."""
+    if at < ends - NEAR:
+        return ""
+    return (
+        f"the certificate {name} {'ended' if at >= ends else 'ends'} on {day(ends)}; pictures that it signed read as "
+        f"expired from then on, because no timestamp says when they were signed. `qrlora keys certificate {name} "
+        "--renew` makes the next one under the same root; mark again what has to stay valid"
+    )
+
+
+def own_certificates(folder: Path | None = None) -> Iterator[tuple[str, datetime]]:
+    """Yield name and end of each certificate in the folder of keys."""
+    for path in sorted((folder or default_folder()).glob("*.leaf.crt")):
+        chain = x509.load_pem_x509_certificates(read_root(path).encode())
+        yield path.name.removesuffix(".leaf.crt"), chain[0].not_valid_after_utc
 
 
 def own_roots(folder: Path | None = None) -> Iterator[str]:
     """Yield the roots (PEM) in the folder of keys: those of this company, and those put there to be trusted."""
     folder = folder or default_folder()
     for path in sorted(folder.glob("*.root.crt")):
-        yield _read(path)
+        yield read_root(path)
 
 
-def _read(path: Path) -> str:
+def read_root(path: Path) -> str:
+    """Return the PEM in a file. SignatureError if it is no certificate."""
     try:
         text = path.read_text()
         x509.load_pem_x509_certificates(text.encode())

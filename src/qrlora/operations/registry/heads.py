@@ -6,6 +6,7 @@ copy of the file that was taken elsewhere.
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterable, Mapping
 from datetime import datetime
@@ -61,13 +62,22 @@ def faults_of(
 ) -> list[str]:
     """Return what is wrong with the audit log, its signed heads and the trust file, one line a fault."""
     faults, heads = [], []
-    for where, envelope in _heads(registry, files):
+    for line, where in _heads(registry, files).items():
         try:
-            heads.append(_verified(envelope, trust))
+            heads.append(_verified(dsse.read_envelope(line), trust))
         except SignatureError as error:
             faults.append(f"a signed head in {where} is not genuine: {error.what}; {error.got or 'nothing to compare'}")
     entries = registry.log() if entries is None else entries
     return [*broken(entries, sorted(set(heads))), *faults, *_changed_trust(registry, entries)]
+
+
+def newest_head(registry: Registry, trust: Trust, files: Iterable[Path] = ()) -> int:
+    """Return up to which entry the log is signed; 0 if it is not."""
+    found = [0]
+    for line in _heads(registry, files):
+        with contextlib.suppress(SignatureError):
+            found.append(_verified(dsse.read_envelope(line), trust)[0])
+    return max(found)
 
 
 def _verified(envelope: Mapping[str, Any], trust: Trust) -> tuple[int, str]:
@@ -97,23 +107,17 @@ def _check_operator(trust: Trust, key_id: str, at: datetime) -> None:
         )
 
 
-def _heads(registry: Registry, files: Iterable[Path]) -> list[tuple[str, dict[str, Any]]]:
-    """Return all heads there are, with where each is, once."""
+def _heads(registry: Registry, files: Iterable[Path]) -> dict[bytes, str]:
+    """Return all heads there are, each once, with where it is."""
     with reading(registry.engine) as session:
-        found = [
-            ("the database", row.envelope) for row in session.scalars(select(AuditHeadRow).order_by(AuditHeadRow.seq))
-        ]
+        rows = session.scalars(select(AuditHeadRow).order_by(AuditHeadRow.seq))
+        found = {canonical_json(row.envelope): "the database" for row in rows}
     for path in (registry.folder / FILE, *files):
-        found += [(str(path), envelope) for envelope in _lines(path)]
-    return list({canonical_json(envelope): (where, envelope) for where, envelope in reversed(found)}.values())
-
-
-def _lines(path: Path) -> list[dict[str, Any]]:
-    if not path.exists():
-        return []
-    if path.stat().st_size > MOST_BYTES:
-        raise SignatureError(f"{path} is too large", expected=f"{MOST_BYTES:,} bytes at most")
-    return [dsse.read_envelope(line) for line in path.read_bytes().splitlines()]
+        if path.exists():
+            if path.stat().st_size > MOST_BYTES:
+                raise SignatureError(f"{path} is too large", expected=f"{MOST_BYTES:,} bytes at most")
+            found |= dict.fromkeys(path.read_bytes().splitlines(), str(path))
+    return found
 
 
 def _append(path: Path, envelope: Mapping[str, Any]) -> None:
