@@ -136,16 +136,17 @@ def _marked(
     from qrlora.operations.provenance.c2pa import Origin, mark
     from qrlora.operations.provenance.canonical import file_digest
 
-    said = [(prompt, seed) for prompt in options.prompt for seed in seeds_of(options)]
-    base = next((one.metadata.base_digest for one, _ in adapters if one.metadata.base_digest), "")
+    base = next((one.metadata.base_digest for one, _ in adapters if one.metadata.base_digest), options.model)
     parts = [(path.name, file_digest(path), "adapter") for path, _ in options.adapter]
-    parts.append((options.model, base or options.model, "base"))
-    licences = sorted({one.metadata.licence for one, _ in adapters} - {""})
-    common = {"software": __version__, "ingredients": tuple(parts), "licence": " AND ".join(licences)}
-    origins = {
-        path: Origin(path.name, prompt, seed, **common) for path, (prompt, seed) in zip(paths, said, strict=True)
-    }
-    return {path: mark(png, origins[path], signer) for path, png in pictures.items()}
+    licences = " AND ".join(sorted({one.metadata.licence for one, _ in adapters} - {""}))
+    ingredients = (*parts, (options.model, base, "base"))
+    said = [(prompt, seed) for prompt in options.prompt for seed in seeds_of(options)]
+    marked = {}
+    for path, (prompt, seed) in zip(paths, said, strict=True):
+        if path in pictures:
+            origin = Origin(path.name, prompt, seed, __version__, ingredients, licences)
+            marked[path] = mark(pictures[path], origin, signer)
+    return marked
 
 
 def _say_projected(options: Options, adapters: Sequence[tuple[Any, float]]) -> None:
