@@ -76,16 +76,21 @@ def test_somebody_else_may_sign_but_not_as_us(acme: Certificate, tmp_path: Path)
 
 
 def test_each_changed_place_is_found(acme: Certificate, marked: bytes):
-    """A byte in every part of the file, pixels and manifest; what remains is never valid."""
-    states = set()
+    """Whatever byte is changed: no pixel, text, ingredient, prompt or signer reads otherwise and yet as valid.
+
+    Within the manifest some bytes are nobody's: 10 kB of padding behind the signature, and names of boxes.
+    """
+    whole, begin = read(marked, [acme.root_pem]), marked.index(b"caBX") - 4
+    end = begin + int.from_bytes(marked[begin : begin + 4], "big") + 12
+    unheeded = []
     for place in range(8, len(marked), len(marked) // 300):
         changed = bytes((*marked[:place], marked[place] ^ 1, *marked[place + 1 :]))
-        states.add(read(changed, [acme.root_pem]).state)
-    assert "changed" in states and "valid" not in states
-    assert {read(marked[:end], [acme.root_pem]).state for end in range(100, len(marked), 2999)} <= {
-        "invalid",
-        "changed",
-    }
+        if (found := read(changed, [acme.root_pem])).state == "valid":
+            assert found == whole
+            unheeded.append(place)
+    assert all(begin <= place < end for place in unheeded) and len(unheeded) < 150
+    cut = {read(marked[:length], [acme.root_pem]).state for length in range(100, len(marked), 2999)}
+    assert cut <= {"invalid", "changed", "absent"} and cut
 
 
 def test_saved_again_is_absent(acme: Certificate, marked: bytes):
@@ -120,7 +125,7 @@ def test_a_certificate_ends(tmp_path: Path):
     short = Certificate.create(tmp_path, "short", "ACME", years=3 / 31_557_600)
     picture = mark(png(scene(0)), ORIGIN, short)
     assert "ends on" in short.check()
-    time.sleep(3.2)
+    time.sleep(4.5)  # whole seconds are compared
     found = read(picture, [short.root_pem])
     assert found.state == "expired" and "no timestamp" in found.words
     with pytest.raises(SignatureError, match="--renew"):
