@@ -187,7 +187,9 @@ def test_rotation_and_revocation_of_a_signer(place: Path, capsys: pytest.Capture
     assert main(["keys", "revoke", old[:12], "--reason", "laptop stolen"]) == 0
     assert main(["keys", "verify", name]) == 2
     assert "laptop stolen" in capsys.readouterr().err
-    assert main(["keys", "revoke", old[:4], "--reason", "x"]) == 2
+    assert main(["keys", "revoke", "nobody", "--reason", "x"]) == 2
+    assert main(["keys", "revoke", "0" * 12, "--reason", "x"]) == 2
+    assert main(["keys", "revoke", "rita-2", "--reason", "x", "--since", "2030-01-01"]) == 0
     assert main(["keys", "list"]) == 0
     listed = capsys.readouterr().out
     assert "revoked on" in listed and "rita-2: your key" in listed and "olga: operator" in listed

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
+import re
 import sys
 from collections.abc import Iterator
 from datetime import datetime, timezone
@@ -40,11 +42,11 @@ def packages() -> Iterator[None]:
         raise QrloraError("keys and signatures need more packages", got=f"no {error.name}", remedy=remedy) from error
 
 
-def open_registry(options: Options) -> Registry:
+def open_registry(options: Options, *, create: bool = False) -> Registry:
     """Open the registry that is asked for, until the command ends. RegistryError if there is none."""
     with packages():
         from qrlora.operations.registry import Registry
-    opened = Registry.open(options.registry, create=False)
+    opened = Registry.open(options.registry, create=create)
     hold(contextlib.closing(opened))
     return opened
 
@@ -78,7 +80,6 @@ def run_new(options: Options) -> None:
     with packages():
         from qrlora.operations.provenance.algorithms import PASSPHRASE
         from qrlora.operations.provenance.keys import SigningKey, default_folder
-    import os
 
     secret = os.environ.get(PASSPHRASE)
     if options.passphrase:
@@ -120,7 +121,7 @@ def run_list(options: Options) -> None:
 @contextlib.contextmanager
 def _changing(options: Options, change: str) -> Iterator[tuple[Trust, dict[str, str]]]:
     """Change the trust file, and write to the audit log how."""
-    registry = open_registry(options)
+    registry = open_registry(options, create=change == "trust")  # the first thing that a new registry needs
     from qrlora.operations.provenance.keys import changing
     from qrlora.operations.registry.heads import log_trust
     from qrlora.operations.registry.signatures import trust_path
@@ -139,6 +140,16 @@ def _public(text: str) -> str:
     if not path.is_file():
         raise SignatureError(f"no public key {text}", expected="a file NAME.pub", remedy="ask its owner for it")
     return path.read_text(errors="replace")
+
+
+def _key_id(text: str) -> str:
+    """Return a key's id, or the beginning of it that was given; of a file, or of a key in one's own folder."""
+    if re.fullmatch("[0-9a-f]{8,64}", text):
+        return text
+    pem = _public(text)
+    from qrlora.operations.provenance.algorithms import key_id_of, read_public
+
+    return key_id_of(read_public(pem))
 
 
 def _utc(at: datetime | None) -> datetime | None:
@@ -177,17 +188,18 @@ def run_rotate(options: Options) -> None:
 
 
 @command("revoke", "Let a key's signatures count no more: all it ever made, or those since a day")
-@click.argument("key_id")
+@click.argument("key", metavar="KEY_ID|FILE.pub")
 @click.option("--reason", required=True, help="a lost laptop, a person who left")
 @click.option("--since", type=DATE, help="signatures from before still count; only if you know it")
 @registry_option
 def run_revoke(options: Options) -> None:
     """Revoke the key whose id begins so."""
+    wanted = _key_id(options.key)
     with _changing(options, "revoke") as (trust, about):
-        found = [key for one in trust.people.values() for key in one.keys if key.key_id.startswith(options.key_id)]
-        if len(found) != 1 or len(options.key_id) < 8:
-            remedy = "`qrlora keys list` shows the keys; give 8 digits or more"
-            raise SignatureError(f"no one key {options.key_id[:64]!r}", expected="one", got=len(found), remedy=remedy)
+        found = [key for one in trust.people.values() for key in one.keys if key.key_id.startswith(wanted)]
+        if len(found) != 1:
+            remedy = "`qrlora keys list` shows the keys; give more digits"
+            raise SignatureError(f"no one key {wanted}", expected="one", got=len(found), remedy=remedy)
         person = trust.revoke(found[0].key_id, options.reason, since=_utc(options.since))
         about.update(person=person.name, key_id=found[0].key_id)
     which = f"from {options.since:%Y-%m-%d} on" if options.since else "whenever made"
