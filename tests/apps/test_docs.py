@@ -357,6 +357,8 @@ RUN = [pytest.param(page, marks=() if page.name == "README.md" else pytest.mark.
 def test_what_a_page_shows_runs_to_its_picture(page: Path, made: Path, tmp_path: Path, monkeypatch: Any) -> None:
     family = MODELS.get(page.stem, "")
     monkeypatch.setenv("QRLORA_CACHE", str(made / "cache"))
+    monkeypatch.setenv("QRLORA_KEYS", str(tmp_path / "keys"))
+    monkeypatch.setenv("QRLORA_REGISTRY", str(tmp_path / "company"))
     monkeypatch.chdir(tmp_path)
     laid_out(made_adapters(made, family), family, page, tmp_path)
     with contextlib.ExitStack() as serving:

@@ -7,7 +7,7 @@ import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import rich_click as click
 
@@ -35,6 +35,9 @@ from qrlora.apps.cli.shared import (
 )
 from qrlora.errors import PictureError, QrloraError
 
+if TYPE_CHECKING:
+    from qrlora.operations.provenance.certificates import Certificate
+
 
 @command(
     "generate",
@@ -54,6 +57,11 @@ from qrlora.errors import PictureError, QrloraError
 @null_space_option
 @sampling_options
 @click.option(
+    "--c2pa",
+    metavar="NAME",
+    help="mark each picture with a signed C2PA manifest by this certificate (`qrlora keys certificate`)",
+)
+@click.option(
     "-o", "--output", type=PATH, help="folder, or .png for one picture or a grid (default: pictures/ or grid.png)"
 )
 @referable()
@@ -64,6 +72,7 @@ def run_generate(options: Options) -> None:
         _check_grid(options, seeds)
     check_null_space(options.null_space, len(options.adapter))
     paths = _picture_paths(options, seeds)
+    signer = _signer(options)
     _claim(options, paths)
     adapters = load_weighted(options.adapter, options.model)
     options.null_space = null_space_of(options.null_space, [adapter for adapter, _ in adapters])
@@ -90,9 +99,13 @@ def run_generate(options: Options) -> None:
             images = generate(pipe, family, options.prompt, seeds, **common)
         except PictureError as error:
             images, failed = error.images, error
-    made = {key: value for key, value in vars(options).items() if key != "output"}
-    finished = {path: image for path, image in zip(paths, images, strict=True) if image is not None}
-    write_all({path: described_png(image, made) for path, image in finished.items()})
+    made = {key: value for key, value in vars(options).items() if key not in ("output", "c2pa")}
+    finished = {
+        path: described_png(image, made) for path, image in zip(paths, images, strict=True) if image is not None
+    }
+    if signer:
+        finished = _marked(finished, options, paths, adapters, signer)
+    write_all(finished)
     _record(options, paths, seeds, finished)
     print(*map(shown, finished), sep="\n")
     if failed is not None:
@@ -105,6 +118,46 @@ def _record(options: Options, paths: Sequence[Path], seeds: Sequence[int], finis
         settings = {name: getattr(options, name) for name in ("steps", "guidance", "resolution", "grid")}
         made = {path: {"prompt": prompt, "seed": seed, **settings} for path, (prompt, seed) in jobs if path in finished}
         recorder.generated(made, options.adapter, options.null_space, options.model)
+
+
+def _signer(options: Options) -> Certificate | None:
+    """The certificate of --c2pa, read before time is spent; what its end means is said where that is near."""
+    if not options.c2pa:
+        return None
+    from qrlora.apps.cli.keys import packages
+
+    with packages():
+        from qrlora.operations.provenance import c2pa as _  # noqa: F401
+        from qrlora.operations.provenance.certificates import Certificate
+    signer = Certificate.load(options.c2pa)
+    if said := signer.check():
+        print(said, file=sys.stderr)
+    return signer
+
+
+def _marked(
+    pictures: Mapping[Path, bytes],
+    options: Options,
+    paths: Sequence[Path],
+    adapters: Sequence[Any],
+    signer: Certificate,
+) -> dict[Path, bytes]:
+    """The pictures with a manifest each: prompt, seed, and the files of the adapters and their base model."""
+    from qrlora import __version__
+    from qrlora.operations.provenance.c2pa import Origin, mark
+    from qrlora.operations.provenance.canonical import file_digest
+
+    base = next((one.metadata.base_digest for one, _ in adapters if one.metadata.base_digest), options.model)
+    parts = [(path.name, file_digest(path), "adapter") for path, _ in options.adapter]
+    licences = " AND ".join(sorted({one.metadata.licence for one, _ in adapters} - {""}))
+    ingredients = (*parts, (options.model, base, "base"))
+    said = [(prompt, seed) for prompt in options.prompt for seed in seeds_of(options)]
+    marked = {}
+    for path, (prompt, seed) in zip(paths, said, strict=True):
+        if path in pictures:
+            origin = Origin(path.name, prompt, seed, __version__, ingredients, licences)
+            marked[path] = mark(pictures[path], origin, signer)
+    return marked
 
 
 def _say_projected(options: Options, adapters: Sequence[tuple[Any, float]]) -> None:
