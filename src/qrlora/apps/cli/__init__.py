@@ -34,6 +34,7 @@ PANELS = {
     },
     "Measure": {"evaluate": "evaluate:run_evaluate", "study": "study:run_study"},
     "Operate": {
+        "registry": "registry:registry",
         "serve": "serve:run_serve",
         "policy": "policy:policy",
         "approval": "policy:approval",

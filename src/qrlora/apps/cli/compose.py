@@ -9,7 +9,8 @@ from typing import Any
 import rich_click as click
 
 from qrlora.apps.cli.command import Options, command
-from qrlora.apps.cli.permission import permit, policy_option, registry_option
+from qrlora.apps.cli.permission import permit, policy_option
+from qrlora.apps.cli.recorded import registry_option
 from qrlora.apps.cli.shared import (
     ADAPTER_HELP,
     COUNT,

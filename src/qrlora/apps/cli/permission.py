@@ -1,4 +1,4 @@
-"""Options and checks of permission: --policy, --require-approval, and the policy of the registry in play."""
+"""Ask the rules before a command acts: --policy, --require-approval, and the policy of the registry in play."""
 
 from __future__ import annotations
 
@@ -10,18 +10,14 @@ from typing import TYPE_CHECKING, Any
 import rich_click as click
 
 from qrlora.apps.cli.command import Options, together
+from qrlora.apps.cli.recorded import open_registry, registry_option
 from qrlora.apps.cli.shared import PATH
 from qrlora.errors import QrloraError
 
 if TYPE_CHECKING:
     from qrlora.method.adapter import Adapter
-    from qrlora.operations.registry import Registry
-
 PLACE = "QRLORA_REGISTRY"
 
-registry_option = click.option(
-    "--registry", metavar="PLACE", help=f"folder or database URL of the registry (default: ${PLACE})"
-)
 policy_option = click.option(
     "--policy", type=PATH, metavar="TOML", help="rules to keep, besides those of the registry's policy: docs/policy.md"
 )
@@ -36,22 +32,12 @@ def place_of(options: Options) -> str | None:
     return getattr(options, "registry", None) or os.environ.get(PLACE)
 
 
-def open_registry(options: Options) -> Registry:
-    """Return the registry of --registry or $QRLORA_REGISTRY. QrloraError if a package of it is not installed."""
-    try:
-        from qrlora.operations.registry import Registry
-    except ImportError as error:
-        remedy = "pip install 'qrlora[registry]'"
-        raise QrloraError("a registry needs more packages", got=f"no {error.name}", remedy=remedy) from error
-    return Registry.open(place_of(options), create=False)
-
-
 def rules_of(options: Options) -> Any:
     """Return the rules that hold for a command; None if no registry, policy or approval is in play."""
     place, approval = place_of(options), getattr(options, "require_approval", False)
     if not place and not options.policy and not approval:
         return None
-    registry = open_registry(options) if place or approval else None
+    registry = open_registry(options, create=False) if place or approval else None
     try:
         from qrlora.operations.policy.action import Rules
     except ImportError as error:

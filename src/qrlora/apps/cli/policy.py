@@ -10,7 +10,8 @@ import rich_click as click
 
 from qrlora._reading import read_toml
 from qrlora.apps.cli.command import Group, Options, command
-from qrlora.apps.cli.permission import open_registry, place_of, policy_option, registry_option
+from qrlora.apps.cli.permission import place_of, policy_option
+from qrlora.apps.cli.recorded import open_registry, registry_option
 from qrlora.apps.cli.shared import COUNT, PATH, SHARE, json_option, weighted_path
 from qrlora.errors import PolicyError, QrloraError
 
@@ -36,7 +37,7 @@ def approval() -> None:
 
 
 def _registry(options: Options) -> Registry | None:
-    return open_registry(options) if place_of(options) else None
+    return open_registry(options, create=False) if place_of(options) else None
 
 
 def _key(options: Options) -> Any:
@@ -201,7 +202,7 @@ def run_activate(options: Options) -> None:
     from qrlora.operations.policy.check import activate
     from qrlora.operations.policy.rules import Policy
 
-    registry, found = open_registry(options), Policy.load(options.file)
+    registry, found = open_registry(options, create=False), Policy.load(options.file)
     added = activate(registry, found, _key(options) if options.key else None, options.reason)
     print(f"in force: {found.title} ({added.digest[:19]})")
 
@@ -221,7 +222,7 @@ def run_request(options: Options) -> None:
     """Print the digest of the request."""
     from qrlora.operations.policy.approval import request
 
-    registry = open_registry(options)
+    registry = open_registry(options, create=False)
     combination = _combination(options, registry)
     asked = request(registry, combination, _policy_or_none(options, registry), options.note)
     print(f"{combination.title}\nrequest {asked.digest[:19]}")
@@ -238,7 +239,7 @@ def run_approve(options: Options) -> None:
     from qrlora.operations.policy.approval import approve, refers
     from qrlora.operations.policy.decisions import find
 
-    registry = open_registry(options)
+    registry = open_registry(options, create=False)
     found = _policy_or_none(options, registry)
     given = approve(registry, options.request, _key(options), found, days=options.days)
     standing = find(registry, refers(registry, options.request), found)
@@ -255,7 +256,7 @@ def run_reject(options: Options) -> None:
     """Print the digest of the rejection."""
     from qrlora.operations.policy.approval import reject
 
-    found = reject(open_registry(options), options.request, _key(options), options.reason)
+    found = reject(open_registry(options, create=False), options.request, _key(options), options.reason)
     print(f"rejection {found.digest[:19]}")
 
 
@@ -268,7 +269,7 @@ def run_revoke(options: Options) -> None:
     """Print the digest of the revocation."""
     from qrlora.operations.policy.approval import revoke
 
-    found = revoke(open_registry(options), options.given, _key(options), options.reason)
+    found = revoke(open_registry(options, create=False), options.given, _key(options), options.reason)
     print(f"revocation {found.digest[:19]}")
 
 
@@ -280,7 +281,7 @@ def run_sign(options: Options) -> None:
     """Print the digest of the signature."""
     from qrlora.operations.policy.approval import sign_adapter
 
-    found = sign_adapter(open_registry(options), options.adapter, _key(options))
+    found = sign_adapter(open_registry(options, create=False), options.adapter, _key(options))
     print(f"signature {found.digest[:19]}")
 
 
@@ -290,7 +291,7 @@ def run_list(options: Options) -> None:
     """Print a line for each."""
     from qrlora.operations.policy.decisions import listing
 
-    print(*listing(open_registry(options)) or ["none"], sep="\n")
+    print(*listing(open_registry(options, create=False)) or ["none"], sep="\n")
 
 
 @command(
@@ -308,7 +309,7 @@ def run_verify(options: Options) -> int:
     """Print who has approved it, and what is wrong with other approvals."""
     from qrlora.operations.policy.decisions import find
 
-    registry = open_registry(options)
+    registry = open_registry(options, create=False)
     combination = _combination(options, registry)
     standing = find(registry, combination, _policy_or_none(options, registry))
     until = f", until {standing.expires:%Y-%m-%d}" if standing.expires and standing.expires.year < 9999 else ""

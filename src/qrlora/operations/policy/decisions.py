@@ -338,9 +338,8 @@ def listing(registry: Registry) -> list[str]:
 
 def _line(registry: Registry, one: Given) -> str:
     parts = one.about.get("parts", ())
-    titles = [
-        f"{registry.get(each['adapter']).title} x {each['weight']}" for each in parts if registry.has(each["adapter"])
-    ]
+    known = [each for each in parts if registry.has(each["adapter"])]
+    titles = [f"{registry.get(each['adapter']).title} x {each['weight']}" for each in known]
     what = " + ".join(titles) or str(one.about.get("approval", ""))[:19]
     who = one.person.name if one.person else "nobody known"
     return f"{one.digest[:19]}  {one.decision or '?'}  by {who}: {what}" + (f" ({one.fault})" if one.fault else "")
