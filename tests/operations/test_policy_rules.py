@@ -204,14 +204,14 @@ def test_a_refusal_is_in_the_audit_log(company: Company) -> None:
 def test_all_wrong_fields_are_listed(tmp_path: Path) -> None:
     path = tmp_path / "policy.toml"
     path.write_text(
-        'name = "x"\nversion = 0\nowner = "y"\n[combine]\nrole = [["style"]]\nnull_space = [0.9, 0.1]\n'
+        'name = "x"\nversion = 0\nowner = "y"\n[combine]\nnull_space = [0.9, 0.1]\n[forbidden]\nword = ["x"]\n'
         '[[weight]]\nat_least = 1\nat_most = 0\n[[score]]\nreport = "r"\nvalue = "v"\n[licence]\nuse = "all"\n'
         '[licence.agreements]\n"MIT AND Apache-2.0" = "why"\n'
     )
     with pytest.raises(PolicyError) as error:
         Policy.load(path)
     said = str(error.value)
-    expected = ["version", "'owner'", "did you mean 'roles'?", "null_space: the smaller", "at_least 1 is more"]
+    expected = ["version", "'owner'", "did you mean 'words'?", "null_space: the smaller", "at_least 1 is more"]
     for part in [*expected, "at_least or at_most", "licence.use", "is not one licence"]:
         assert part in said, part
 
