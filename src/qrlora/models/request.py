@@ -15,3 +15,5 @@ class Request:
     seed: int
     composition: Mapping[str, float]
     null_space: float | None = 0.0
+    digests: Mapping[str, str] | None = None
+    """`sha256:…` of the adapters' files that were permitted, by name; None where any file may be used."""

@@ -36,6 +36,8 @@ PANELS = {
     "Operate": {
         "registry": "registry:registry",
         "serve": "serve:run_serve",
+        "policy": "policy:policy",
+        "approval": "policy:approval",
         "keys": "keys:keys",
         "audit": "audit:audit",
         "who-made": "audit:run_who_made",

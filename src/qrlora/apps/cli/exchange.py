@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import rich_click as click
 
 from qrlora.apps.cli.command import Options, command, together
+from qrlora.apps.cli.permission import permission_options, permit
 from qrlora.apps.cli.recorded import recorder_here, referable, shown
 from qrlora.apps.cli.shared import (
     COUNT,
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
 )
 @click.option("--model", help=f"{MODEL_HELP} (default: the one the adapter names)")
 @click.option("--dtype", type=DTYPE, help="precision of the file (default: unchanged)")
+@permission_options
 @click.option("-o", "--output", type=PATH, help="file to write")
 @referable(".safetensors")
 def run_export(options: Options) -> None:
@@ -62,6 +64,7 @@ def run_export(options: Options) -> None:
     if not options.model and not is_ours(options.file):
         raise _no_base_model()
     [adapter] = load_adapters([options.file], options.model)
+    permit(options, "export", [options.file], [(adapter, 1.0)])
     if not options.model and not adapter.metadata.base_model:
         raise _no_base_model()
     check_room_for(options.output or Path(options.file.name), adapter, "lora")

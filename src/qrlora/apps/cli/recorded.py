@@ -33,7 +33,7 @@ INPUTS = (
     *("subject", "style", "images", "training", "brand"),
 )
 """Parameters of commands that take a file by reference."""
-KEY = "qrlora.recorder"
+KEY, PLACE_KEY = "qrlora.recorder", "qrlora.registry"
 
 registry_option = click.option(
     "--registry",
@@ -70,7 +70,8 @@ def referable(suffix: str = "") -> Callable[[Function], Function]:
         def wrapper(options: Options) -> Any:
             named = [getattr(options, key, None) for key in (*INPUTS, *MODELS, "output")]
             recorder = Recorder(open_registry(options)) if options.registry or _refers(named) else None
-            get_current_context().meta[KEY] = recorder
+            meta = get_current_context().meta
+            meta[KEY], meta[PLACE_KEY] = recorder, options.registry
             del options.registry
             if recorder:
                 recorder.resolve(options, suffix)
@@ -88,6 +89,17 @@ def recorder_here() -> Recorder | None:
     """Return the recorder of the running command; None where no registry is in play."""
     context = get_current_context(silent=True)
     return context.meta.get(KEY) if context else None
+
+
+def place_here() -> str | None:
+    """Return where the registry of the running command is: that of --registry, or the default's if it has a recorder."""
+    context = get_current_context(silent=True)
+    given: str | None = context.meta.get(PLACE_KEY) if context else None
+    if given or recorder_here() is None:
+        return given
+    from qrlora.operations.registry import default_place
+
+    return default_place()
 
 
 def shown(path: object) -> str:

@@ -6,6 +6,7 @@ import asyncio
 import secrets
 import time
 from collections import OrderedDict
+from typing import TYPE_CHECKING
 
 from qrlora.apps.serving.dispatch import Dispatcher, Job
 from qrlora.apps.serving.metrics import Metrics
@@ -14,6 +15,9 @@ from qrlora.apps.serving.protocol import Engines, Facts, Limits, Settings
 from qrlora.apps.serving.request import ImageRequest, out_of_bounds, side_of
 from qrlora.errors import RequestError
 from qrlora.models.request import Request
+
+if TYPE_CHECKING:
+    from qrlora.apps.serving.permission import Gate
 
 
 class Kept:
@@ -59,6 +63,7 @@ class Service:
             queue_length=limits.queue_length,
         )
         self.kept = Kept(limits.kept_bytes, limits.kept_seconds)
+        self.gate = _gate(limits)
         self._facts: Facts | None = None
         self._looking: asyncio.Task[Facts] | None = None
 
@@ -107,5 +112,27 @@ class Service:
         guidance = facts.guidance if wanted.guidance is None else wanted.guidance
         seed = secrets.randbelow(2**32) if wanted.seed is None else wanted.seed
         strength = limits.null_space if wanted.null_space is None else wanted.null_space
-        pictures = [Request(wanted.prompt, (seed + i) % 2**63, composition, strength) for i in range(count)]
+        strength, digests = await self._permitted(wanted.prompt, composition, strength)
+        pictures = [Request(wanted.prompt, (seed + i) % 2**63, composition, strength, digests) for i in range(count)]
         return self.dispatcher.submit(Settings(steps, guidance, side), pictures, progress=bool(wanted.stream))
+
+    async def _permitted(
+        self, prompt: str, composition: dict[str, float], strength: float | None
+    ) -> tuple[float | None, dict[str, str] | None]:
+        """Return the strength and the files' digests that are permitted, where that is asked. RequestError (403)."""
+        if self.gate is None:
+            return strength, None
+        facts = await self.look_again(seconds=1)  # a file may have been replaced
+        composition_of(None, composition, facts.model, facts.adapters)  # or removed
+        with self.metrics.permission_seconds.time():
+            permit = self.gate.permit
+            return await asyncio.get_running_loop().run_in_executor(None, permit, prompt, composition, strength, facts)
+
+
+def _gate(limits: Limits) -> Gate | None:
+    """Return the gate where permission is asked for; nothing of the registry is imported elsewhere."""
+    if limits.permission is None:
+        return None
+    from qrlora.apps.serving.permission import Gate
+
+    return Gate(limits.permission)

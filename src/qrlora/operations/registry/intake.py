@@ -383,7 +383,7 @@ ADDERS: Mapping[str, Callable[..., Artifact]] = {
 
 def kind_of(path: Path) -> str | None:
     """Return the kind that a file's name calls for, None if it calls for none."""
-    from qrlora.models.training.dataset import SUFFIXES
+    from qrlora.models.training.sources import SUFFIXES
 
     suffix = path.suffix.lower()
     if path.name.endswith(".space.safetensors"):
