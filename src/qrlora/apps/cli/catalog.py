@@ -75,7 +75,7 @@ def _line(options: Options) -> Line:
     from qrlora.operations.catalog.tables import read_products, read_styles
     from qrlora.quality.brand import BrandSheet
 
-    resolve = lambda text: Path(text)  # noqa: E731
+    resolve = lambda _: None  # noqa: E731
     products, unknown = read_products(options.products, resolve)
     if unknown:
         print(f"{options.products}: not read: {', '.join(unknown)}", file=sys.stderr)

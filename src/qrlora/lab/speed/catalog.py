@@ -8,6 +8,7 @@ registries on SQLite and PostgreSQL. What a picture takes is given, of a card th
 
 from __future__ import annotations
 
+import itertools
 import random
 import tempfile
 import time
@@ -85,7 +86,7 @@ def simulate(site: Site, batches: int, of_product: int, seed: int = 0) -> Foreca
     """The time of so many batches. of_product: batches that share a product's adapter, which is read once for them."""
     world: Any = simpy.Environment()
     driver, storage = simpy.Resource(world), simpy.Resource(world)
-    queues = [simpy.Store(world) for _ in range(site.workers)]
+    queues: list[Any] = [simpy.Store(world) for _ in range(site.workers)]
     chance, busy, left = random.Random(seed), Busy(), iter(range(batches))
 
     def used(resource: Any, seconds: float, part: str) -> Iterator[Any]:
@@ -95,7 +96,7 @@ def simulate(site: Site, batches: int, of_product: int, seed: int = 0) -> Foreca
         setattr(busy, part, getattr(busy, part) + seconds)
 
     def give(queue: Any) -> None:
-        if (number := next(left, None)) is not None:
+        for number in itertools.islice(left, 1):
             queue.put(number)
 
     def commit(queue: Any) -> Iterator[Any]:
@@ -105,7 +106,7 @@ def simulate(site: Site, batches: int, of_product: int, seed: int = 0) -> Foreca
 
     def worker(queue: Any) -> Iterator[Any]:
         while True:
-            number = yield queue.get()
+            number: int = yield queue.get()
             if number % of_product == 0 and site.adapter_bytes:
                 yield from used(storage, site.adapter_bytes / site.bandwidth, "storage")
             seconds = max(0.0, chance.gauss(1, SPREAD)) * site.batch * site.picture
@@ -236,7 +237,7 @@ def _print(options: SimpleNamespace, site: Site, rates: Mapping[str, float], who
         print(f"{name}: {one.seconds / 3600:.2f} hours, {one.rate:.1f} pictures a second; busy: {shares}")
     adapters = (options.products + options.styles) * site.adapter_bytes
     print(f"storage: pictures {wanted * site.picture_bytes / 1e12:.2f} TB, adapters {adapters / 1e12:.2f} TB")
-    for name, one in whole.items():
+    for name in whole:
         print(f"{name}: saturates at {_saturation(site, name, rates):,.0f} cards")
 
 
