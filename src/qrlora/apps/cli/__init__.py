@@ -33,7 +33,13 @@ PANELS = {
         "inspect": "inspect:run_inspect",
     },
     "Measure": {"evaluate": "evaluate:run_evaluate", "study": "study:run_study"},
-    "Operate": {"serve": "serve:run_serve", "catalog": "catalog:run_catalog"},
+    "Operate": {
+        "registry": "registry:registry",
+        "serve": "serve:run_serve",
+        "catalog": "catalog:run_catalog",
+        "policy": "policy:policy",
+        "approval": "policy:approval",
+    },
     "Lab": {"lab": "lab:lab"},
 }
 """The commands in the order of the work, and where each is."""
