@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 import rich_click as click
 
 from qrlora.apps.cli.command import Options, command, hold
+from qrlora.apps.cli.permission import permission_options, place_of
+from qrlora.apps.cli.recorded import open_registry
 from qrlora.apps.cli.shared import (
     COUNT,
     NOT_NEGATIVE,
@@ -28,6 +30,7 @@ from qrlora.errors import QrloraError
 
 if TYPE_CHECKING:
     from qrlora.operations.catalog.engine import Pool
+    from qrlora.operations.catalog.governed import Governed
     from qrlora.operations.catalog.plan import Settings
     from qrlora.operations.catalog.run import Line
 
@@ -53,29 +56,43 @@ if TYPE_CHECKING:
 )
 @click.option("--metrics", type=Names(), metavar="NAME,...", help="metrics (default: those without a network)")
 @click.option("--watts", type=NOT_NEGATIVE, default=65, help="power of a worker, for the energy estimate (default: 65)")
+@permission_options
 @json_option
 def run_catalog(options: Options) -> int:
     """Make what is missing; returns the exit code."""
     claim(options.output, folder=True)
-    line = _line(options)
+    governed = _governed(options)
+    line = _line(options, governed)
     try:
         with _pool(options, line.settings) as pool:
             line.train(pool)
-            left = line.check()
-            line.render(pool, left)
+            line.render(pool, line.check())
     except KeyboardInterrupt as interrupt:
         raise KeyboardInterrupt("interrupted; what is finished stays: the same command continues") from interrupt
     return _tell(line, options)
 
 
-def _line(options: Options) -> Line:
+def _governed(options: Options) -> Governed | None:
+    """The registry and the rules in play; None if neither is."""
+    place = place_of(options)
+    if not place and not options.policy and not options.require_approval:
+        return None
+    registry = open_registry(options, create=False) if place or options.require_approval else None
+    from qrlora.operations.catalog.governed import Governed
+    from qrlora.operations.policy.action import Rules
+
+    rules = Rules.of(registry, options.policy, options.require_approval)
+    return Governed(registry, None if rules.empty else rules, options.output.resolve(), options.model)
+
+
+def _line(options: Options, governed: Governed | None) -> Line:
     from qrlora.operations.catalog.journal import Journal
     from qrlora.operations.catalog.plan import Settings
     from qrlora.operations.catalog.run import Line
-    from qrlora.operations.catalog.tables import read_products, read_styles
+    from qrlora.operations.catalog.tables import no_registry, read_products, read_styles
     from qrlora.quality.brand import BrandSheet
 
-    resolve = lambda _: None  # noqa: E731
+    resolve = governed.resolve if governed else no_registry
     products, unknown = read_products(options.products, resolve)
     if unknown:
         print(f"{options.products}: not read: {', '.join(unknown)}", file=sys.stderr)
@@ -96,7 +113,7 @@ def _line(options: Options) -> Line:
     def progress(what: str, done: int, of: int, note: str, seconds_left: float) -> None:
         bars.setdefault(what, Bar(what))(done, of, note, seconds_left)
 
-    return Line(products, styles, file, settings, journal, options.batch_size, progress=progress)
+    return Line(products, styles, file, settings, journal, options.batch_size, governed, progress)
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ import itertools
 import random
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -87,7 +87,8 @@ def simulate(site: Site, batches: int, of_product: int, seed: int = 0) -> Foreca
     world: Any = simpy.Environment()
     driver, storage = simpy.Resource(world), simpy.Resource(world)
     queues: list[Any] = [simpy.Store(world) for _ in range(site.workers)]
-    chance, busy, left = random.Random(seed), Busy(), iter(range(batches))
+    chance, busy = random.Random(seed), Busy()
+    left: Iterator[int] = iter(range(batches))
 
     def used(resource: Any, seconds: float, part: str) -> Iterator[Any]:
         with resource.request() as turn:
@@ -104,9 +105,9 @@ def simulate(site: Site, batches: int, of_product: int, seed: int = 0) -> Foreca
         yield from used(driver, site.batch_driver + site.batch * each, "driver")
         give(queue)
 
-    def worker(queue: Any) -> Iterator[Any]:
+    def worker(queue: Any) -> Generator[Any, Any, None]:
         while True:
-            number: int = yield queue.get()
+            number = yield queue.get()
             if number % of_product == 0 and site.adapter_bytes:
                 yield from used(storage, site.adapter_bytes / site.bandwidth, "storage")
             seconds = max(0.0, chance.gauss(1, SPREAD)) * site.batch * site.picture

@@ -6,10 +6,14 @@ harm: a picture's file is renamed into place under the digest of its inputs, and
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
+import signal
+import threading
 import time
 from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -74,14 +78,8 @@ class Actors:
 
     def __init__(self, settings: Settings, workers: int | None = None, address: str = "local") -> None:
         os.environ.update({**OFFLINE, **os.environ})
-        if address == "local":
-            cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-            most = max(cores, (workers or 1) * (settings.threads or 1))
-            system = {"enable_metrics_collection": False, "prestart_worker_first_driver": False}
-            options = {"num_cpus": most, "object_store_memory": OBJECT_STORE_BYTES}
-            ray.init("local", include_dashboard=False, _system_config=system, **options, **QUIET)
-        else:
-            _join(address)
+        with _own_signals():
+            _start_here(workers, settings.threads) if address == "local" else _join(address)
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         workers = workers or int(ray.cluster_resources().get("GPU", 0)) or len(nodes)
         cores = int(min(node.get("CPU", 0) for node in nodes))
@@ -181,6 +179,28 @@ class Actors:
         for slot in self.slots:
             ray.kill(slot.handle)
         ray.shutdown()
+
+
+def _start_here(workers: int | None, threads: int | None) -> None:
+    """A Ray of this machine alone, which ends with this process."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    options = {"num_cpus": max(cores, (workers or 1) * (threads or 1)), "object_store_memory": OBJECT_STORE_BYTES}
+    # Ray's workers are nice by default: beside anything else on the machine they would stand still.
+    system = {"enable_metrics_collection": False, "prestart_worker_first_driver": False, "worker_niceness": 0}
+    ray.init("local", include_dashboard=False, _system_config=system, **options, **QUIET)
+
+
+@contextlib.contextmanager
+def _own_signals() -> Iterator[None]:
+    """Ray takes SIGTERM for itself; afterwards it is ours again."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
 
 
 def _join(address: str) -> None:

@@ -9,10 +9,10 @@ from __future__ import annotations
 import itertools
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from qrlora.operations.catalog.engine import Lost, Pool, drain
 from qrlora.operations.catalog.journal import Journal, Outcome
@@ -34,10 +34,18 @@ MOST_ATTEMPTS = 3
 
 Progress = Callable[[str, int, int, str, float], None]
 """What is counted, how many are done, of how many, a note, and the seconds left at the pace so far."""
-Gate = Callable[[Cell, Mapping[str, Path]], str]
-"""Given a cell and the adapter files by name, why it may not be made; empty if it may."""
-Recorder = Callable[[Sequence[tuple[Picture, Outcome]]], None]
-"""Takes finished pictures to a registry; the same picture may come twice."""
+
+
+class Governing(Protocol):
+    """`governed.Governed`, where a registry or a policy is in play."""
+
+    def register(self, items: Iterable[Item], adapters: Mapping[str, Path]) -> None: ...
+
+    def gate(self, cell: Cell, adapters: Mapping[str, Path], use: str) -> str: ...
+
+    def record(self, pairs: Sequence[tuple[Picture, Outcome]]) -> None: ...
+
+
 STATES = ("done", "failed", "refused", "missing")
 
 
@@ -63,8 +71,7 @@ class Line:
 
     Attributes:
         batch_size: pictures that a worker makes at once; no more are lost with it.
-        gate: refuses cells; None permits all.
-        record: called with what was committed; None records nothing.
+        governed: refuses cells, and records what was made; None does neither.
     """
 
     products: Sequence[Item]
@@ -73,8 +80,7 @@ class Line:
     settings: Settings
     journal: Journal
     batch_size: int = 8
-    gate: Gate | None = None
-    record: Recorder | None = None
+    governed: Governing | None = None
     progress: Progress = lambda *_: None
     adapters: dict[str, Path] = field(default_factory=dict)
     untrained: dict[str, str] = field(default_factory=dict)
@@ -86,7 +92,7 @@ class Line:
     def train(self, pool: Pool) -> None:
         """Train the adapters that are neither given nor in the folder."""
         missing = []
-        for item in [*self.products, *(style.item for style in self.styles)]:
+        for item in self._items():
             name = adapter_name(item)
             if item.adapter:
                 self.adapters[name] = item.adapter
@@ -110,6 +116,9 @@ class Line:
 
         drain(pool, "train", iter(missing), finish)
 
+    def _items(self) -> list[Item]:
+        return [*self.products, *(style.item for style in self.styles)]
+
     def _base(self) -> tuple[str, str]:
         return self.settings.model, self.settings.dtype
 
@@ -123,12 +132,14 @@ class Line:
     # Pictures
 
     def check(self) -> int:
-        """Ask the gate about every cell; returns the number of pictures that are left to make."""
+        """Ask the policy about every cell; returns the number of pictures that are left to make."""
         left = 0
+        if self.governed:
+            self.governed.register(self._items(), self.adapters)
         for cell in cells(self.products, self.styles):
             if self._held_back(cell):
                 continue
-            if self.gate and (reason := self.gate(cell, self.adapters)):
+            if self.governed and (reason := self.governed.gate(cell, self.adapters, self.file.use)):
                 self.refused[_name(cell)] = reason
                 continue
             left += sum(1 for _, found in self._pictures(cell) if not found)
@@ -171,8 +182,8 @@ class Line:
             outcomes = [Outcome(one.key, lost) for one in batch] if isinstance(result, Lost) else result
             pairs = list(zip(batch, outcomes, strict=True))
             self.journal.commit(pairs)
-            if self.record:
-                self.record([pair for pair in pairs if not pair[1].error])
+            if self.governed:
+                self.governed.record([pair for pair in pairs if not pair[1].error])
             for picture, outcome in pairs:
                 self.tries[picture.key] += bool(outcome.error)
                 if outcome.error and not outcome.final and self.tries[picture.key] < MOST_ATTEMPTS:

@@ -45,6 +45,14 @@ Resolve = Callable[[str], Path | None]
 """The file that registry:NAME@alias names; None for a path, which counts from the folder of its table."""
 
 
+def no_registry(text: str) -> Path | None:
+    """`Resolve` where no registry is in play. QrloraError for a reference to one."""
+    if text.startswith("registry:"):
+        remedy = "name it with --registry PLACE, or QRLORA_REGISTRY"
+        raise QrloraError(f"{text} and no registry", expected="a registry", got="none", remedy=remedy)
+    return None
+
+
 @dataclass(frozen=True)
 class Item:
     """A product or a style: an adapter that is there, or the picture to train it from; with both, the picture is what
