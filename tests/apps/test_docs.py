@@ -151,6 +151,10 @@ LISTED = {
     "--weights csd=csd.pth": "needs weights to download: test_learned.py makes some up",
     "qrlora serve --adapters /shared/adapters --address HEAD:6379 --engines 2 --threads 8 --host 0.0.0.0": "machines",
     "qrlora serve --adapters adapters --address 127.0.0.1:6379 --engines 2 --threads 1": "a cluster: test_serve.py",
+    "qrlora catalog products.csv styles.toml": "needs the page's files: test_catalog.py makes some",
+    "qrlora catalog products.csv styles.toml -o spring --brand brands/brand.toml --policy policy.toml": "as above",
+    "qrlora catalog products.csv styles.toml --workers 2 --threads 1": "Ray: test_catalog_kills.py",
+    "qrlora catalog products.csv styles.toml --address HEAD:6379 --workers 64": "machines: test_catalog_kills.py",
     'StableDiffusionXLPipeline.from_single_file("model.safetensors").save_pretrained("model")': "needs a real model",
 }
 """Commands and Python blocks that are not run here, and why."""

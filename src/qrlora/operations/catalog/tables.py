@@ -17,7 +17,7 @@ import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -119,7 +119,7 @@ class StylesFile(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
-    use: str = Field("", description="what the pictures are for, for the policy: internal or commercial")
+    use: Literal["", "internal", "outputs", "commercial"] = Field("", description="in place of the policy's own")
     prompts: tuple[str, ...] = Field((PROMPT,), min_length=1, description=f"{PRODUCT} and {STYLE} stand for triggers")
     seeds: tuple[int, ...] = Field((0,), min_length=1, description="one picture of each prompt for each of them")
     sampling: Sampling = Field(
