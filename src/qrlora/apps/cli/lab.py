@@ -300,6 +300,7 @@ def integrity(**given: Any) -> None:
 @click.option("--postgresql", metavar="URL", help="Database to measure commits on.")
 @click.option("--postgresql-rate", type=NOT_NEGATIVE, help="Instead of measuring.")
 @click.option("--rounds", type=COUNT, default=300, show_default=True, help="Of each measurement.")
+@click.option("--against", multiple=True, type=PATH, help="Folder of a catalog that ran; may be given several times.")
 @click.option("--plot", type=PATH, help="Write an SVG of pictures a second over cards.")
 @click.option("--json", type=PATH, default=OUT / "catalog.json", show_default=True)
 def catalog(**given: Any) -> None:

@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import itertools
 import random
+import sqlite3
 import tempfile
 import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from datetime import datetime
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,7 +26,7 @@ import simpy
 from qrlora._files import write_atomically
 from qrlora.lab.speed.common import report
 from qrlora.operations.catalog.cluster import AHEAD
-from qrlora.operations.catalog.journal import Journal, Outcome
+from qrlora.operations.catalog.journal import FILE, Journal, Outcome
 from qrlora.operations.catalog.plan import Settings, cells, pictures
 from qrlora.operations.catalog.tables import PROMPT, Item, Style
 from qrlora.operations.registry import Registry
@@ -182,6 +184,22 @@ def registry_rates(options: SimpleNamespace) -> dict[str, float]:
     return {name: rate for name, rate in rates.items() if rate}
 
 
+def against(folder: Path, times: Mapping[str, float]) -> dict[str, Any]:
+    """A catalog that ran in one go, from its first commit to its last, beside the model's time for it."""
+    database = sqlite3.connect(f"{(folder / FILE).resolve().as_uri()}?mode=ro", uri=True)
+    rows = database.execute("SELECT at, worker, seconds FROM picture WHERE error = '' ORDER BY at").fetchall()
+    scoring = database.execute("SELECT seconds / count FROM spent WHERE what = 'scoring'").fetchone()[0]
+    database.close()
+    batches = [len(list(some)) for _, some in itertools.groupby(rows, key=lambda row: row[0])]
+    batch, workers = max(batches), len({worker for _, worker, _ in rows})
+    each = sum(seconds for _, _, seconds in rows) / len(rows) + scoring
+    measured = (datetime.fromisoformat(rows[-1][0]) - datetime.fromisoformat(rows[0][0])).total_seconds()
+    site = Site(workers, batch, each, 0, 0, 0, 1, times["batch"], times["picture"])
+    predicted = simulate(site, -(-len(rows) // batch), 1).seconds - batch * each
+    found = {"workers": workers, "pictures": len(rows), "seconds_a_picture": each}
+    return found | {"measured": measured, "predicted": predicted, "ratio": predicted / measured}
+
+
 # The command
 
 
@@ -209,10 +227,17 @@ def main(options: SimpleNamespace) -> None:
         for name, arm in arms.items()
     }
     _print(options, site, rates, whole)
+    real = [against(folder, times) for folder in options.against]
+    for one in real:
+        print(
+            f"{one['workers']} workers, {one['pictures']} pictures: measured {one['measured']:.1f} s, "
+            f"predicted {one['predicted']:.1f} s, ratio {one['ratio']:.3f}"
+        )
     if options.plot:
         write_atomically(options.plot, _plot(options, sweep).encode())
     found = {
         "driver": times,
+        "against": real,
         "registry_commits_a_second": rates,
         "whole": {name: asdict(one) | {"hours": one.seconds / 3600} for name, one in whole.items()},
         "sweep": {

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from qrlora.operations.catalog.engine import Lost, Pool, drain
 from qrlora.operations.catalog.journal import Journal, Outcome
@@ -36,6 +36,7 @@ Progress = Callable[[str, int, int, str, float], None]
 """What is counted, how many are done, of how many, a note, and the seconds left at the pace so far."""
 
 
+@runtime_checkable
 class Governing(Protocol):
     """`governed.Governed`, where a registry or a policy is in play."""
 
