@@ -21,11 +21,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import matplotlib
-import simpy
 
-from qrlora._files import write_atomically
+from qrlora._files import make_folder, write_atomically
+from qrlora.errors import QrloraError
 from qrlora.lab.speed.common import report
-from qrlora.operations.catalog.cluster import AHEAD
+from qrlora.operations.catalog.engine import AHEAD
 from qrlora.operations.catalog.journal import FILE, Journal, Outcome
 from qrlora.operations.catalog.plan import Settings, cells, pictures
 from qrlora.operations.catalog.tables import PROMPT, Item, Style
@@ -86,6 +86,11 @@ class Forecast:
 
 def simulate(site: Site, batches: int, of_product: int, seed: int = 0) -> Forecast:
     """The time of so many batches. of_product: batches that share a product's adapter, which is read once for them."""
+    try:
+        import simpy
+    except ImportError as error:
+        remedy = "pip install 'qrlora[lab]'"
+        raise QrloraError("the simulation needs more packages", got=f"no {error.name}", remedy=remedy) from error
     world: Any = simpy.Environment()
     driver, storage = simpy.Resource(world), simpy.Resource(world)
     queues: list[Any] = [simpy.Store(world) for _ in range(site.workers)]
@@ -234,6 +239,7 @@ def main(options: SimpleNamespace) -> None:
             f"predicted {one['predicted']:.1f} s, ratio {one['ratio']:.3f}"
         )
     if options.plot:
+        make_folder(options.plot.parent)
         write_atomically(options.plot, _plot(options, sweep).encode())
     found = {
         "driver": times,
@@ -263,15 +269,9 @@ def _print(options: SimpleNamespace, site: Site, rates: Mapping[str, float], who
         print(f"{name}: {one.seconds / 3600:.2f} hours, {one.rate:.1f} pictures a second; busy: {shares}")
     adapters = (options.products + options.styles) * site.adapter_bytes
     print(f"storage: pictures {wanted * site.picture_bytes / 1e12:.2f} TB, adapters {adapters / 1e12:.2f} TB")
-    for name in whole:
-        print(f"{name}: saturates at {_saturation(site, name, rates):,.0f} cards")
-
-
-def _saturation(site: Site, name: str, rates: Mapping[str, float]) -> float:
-    """Cards at which the driver or the storage, whichever is first, can take no more."""
-    card = 1 / site.picture
-    driver = 1 / (site.batch_driver / site.batch + site.picture_driver + (1 / rates[name] if name in rates else 0))
-    return min(driver, site.bandwidth / site.picture_bytes) / card
+    for name, one in whole.items():
+        share, part = max((share, part) for part, share in one.shares.items() if part != "cards")
+        print(f"{name}: the {part} saturates at {site.workers * one.shares['cards'] / share:,.0f} cards")
 
 
 def _plot(options: SimpleNamespace, sweep: Mapping[str, Sequence[tuple[int, Forecast]]]) -> str:

@@ -21,12 +21,10 @@ import ray as untyped
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from qrlora.errors import ModelError, QrloraError
-from qrlora.operations.catalog.engine import Lost
+from qrlora.operations.catalog.engine import AHEAD, Lost
 from qrlora.operations.catalog.plan import Settings
 
 ray: Any = untyped
-AHEAD = 2
-"""Jobs given to a worker: the one it does, and the one it does next without waiting for the driver."""
 PATIENCE = 60.0
 """Seconds without a single worker after which the catalog gives up."""
 MOST_STARTS = 3

@@ -12,6 +12,9 @@ from typing import Any, Protocol, runtime_checkable
 
 from qrlora.operations.catalog.plan import Settings
 
+AHEAD = 2
+"""Jobs given to a worker: the one it does, and the one it does next without waiting for the driver."""
+
 
 @dataclass(frozen=True)
 class Lost:
