@@ -67,6 +67,11 @@ def findings(case: Case) -> list[Finding]:
     return [finding for rule in RULES for finding in rule(case)]
 
 
+def distinct(artifacts: Sequence[Artifact]) -> list[Artifact]:
+    """Return each artifact once, in their order."""
+    return list({one.digest: one for one in artifacts}.values())
+
+
 def _listed(values: Sequence[str]) -> str:
     return ", ".join(str(one) for one in values) or "none"
 
@@ -80,8 +85,7 @@ def _expiry(case: Case) -> Iterator[Finding]:
 
 def _deprecated(case: Case) -> Iterator[Finding]:
     base = [case.combination.base] if case.combination.base else []
-    told = dict.fromkeys([*base, *(part.artifact for part in (*case.combination.parts, *case.adapters))])
-    for one in told:
+    for one in distinct([*base, *(part.artifact for part in (*case.combination.parts, *case.adapters))]):
         if one.deprecated:
             got = f"{one.title} is deprecated: {one.deprecated}"
             yield Finding("deprecated", False, got, "nothing deprecated", "use the version that replaces it")
@@ -104,7 +108,7 @@ def _licence(case: Case) -> Iterator[Finding]:
     try:
         licence = compute(told.values(), asker)
     except PolicyError as error:
-        yield Finding("licence", False, f"{error.what} ({error.got})", str(error.expected), error.remedy or "")
+        yield Finding("licence.use", False, f"{error.what} ({error.got})", str(error.expected), error.remedy or "")
         return
     missing = [name for name, expression in told.items() if not expression]
     shared = case.action == "export" and licence.conflict
@@ -165,7 +169,7 @@ def _combine(case: Case) -> Iterator[Finding]:
 
 def _whose(case: Case) -> Iterator[Finding]:
     rule = case.policy.combine
-    for one in dict.fromkeys(part.artifact for part in case.adapters):
+    for one in distinct([part.artifact for part in case.adapters]):
         if rule.owners:
             remedy = f"use an adapter of {' or '.join(rule.owners)}"
             got = f"{one.title} is owned by {one.owner or 'nobody'}"
@@ -321,7 +325,7 @@ def forbidden_words(policy: Policy, prompts: Sequence[str]) -> Iterator[Finding]
 def _signatures(case: Case) -> Iterator[Finding]:
     if not case.policy.signatures.adapters:
         return
-    for one in dict.fromkeys(part.artifact for part in case.adapters):
+    for one in distinct([part.artifact for part in case.adapters]):
         signers, why = signers_of(case.registry, one)
         remedy = "its author signs it: `qrlora approval sign ADAPTER --key NAME`"
         got = f"{one.title} is signed by {_listed(signers)}" if signers else f"{one.title}: {why}"

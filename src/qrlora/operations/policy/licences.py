@@ -204,7 +204,7 @@ def _of(ids: Sequence[str], asker: Asker) -> Licence:
     known = [table()[one] for one in ids if one in table()]
     return Licence(
         expression=" AND ".join(one or "NONE" for one in ids),
-        allows=frozenset(USES) - reasons.keys(),
+        allows=frozenset(USES).difference(reasons),
         conflict=conflict,
         reasons=reasons,
         obligations=tuple(line for terms in known for line in terms.obligations()),
