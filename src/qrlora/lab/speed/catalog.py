@@ -86,11 +86,7 @@ class Forecast:
 
 def simulate(site: Site, batches: int, of_product: int, seed: int = 0) -> Forecast:
     """The time of so many batches. of_product: batches that share a product's adapter, which is read once for them."""
-    try:
-        import simpy
-    except ImportError as error:
-        remedy = "pip install 'qrlora[lab]'"
-        raise QrloraError("the simulation needs more packages", got=f"no {error.name}", remedy=remedy) from error
+    simpy = _simpy()
     world: Any = simpy.Environment()
     driver, storage = simpy.Resource(world), simpy.Resource(world)
     queues: list[Any] = [simpy.Store(world) for _ in range(site.workers)]
@@ -128,13 +124,25 @@ def simulate(site: Site, batches: int, of_product: int, seed: int = 0) -> Foreca
     for queue in queues * AHEAD:
         give(queue)
     world.run()
-    total = float(world.now)
+    return _forecast(site, batches, float(world.now), busy)
+
+
+def _forecast(site: Site, batches: int, total: float, busy: Busy) -> Forecast:
     shares = {
         "cards": busy.cards / site.workers / total,
         "driver": busy.driver / total,
         "storage": busy.storage / total,
     }
     return Forecast(total, batches * site.batch, shares)
+
+
+def _simpy() -> Any:
+    try:
+        import simpy
+    except ImportError as error:
+        remedy = "pip install 'qrlora[lab]'"
+        raise QrloraError("the simulation needs more packages", got=f"no {error.name}", remedy=remedy) from error
+    return simpy
 
 
 # Measured here

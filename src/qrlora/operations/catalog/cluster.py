@@ -182,10 +182,12 @@ class Actors:
 def _start_here(workers: int | None, threads: int | None) -> None:
     """A Ray of this machine alone, which ends with this process."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    options = {"num_cpus": max(cores, (workers or 1) * (threads or 1)), "object_store_memory": OBJECT_STORE_BYTES}
+    options: dict[str, Any] = {"num_cpus": max(cores, (workers or 1) * (threads or 1))}
+    options["object_store_memory"] = OBJECT_STORE_BYTES
     # Ray's workers are nice by default: beside anything else on the machine they would stand still.
     system = {"enable_metrics_collection": False, "prestart_worker_first_driver": False, "worker_niceness": 0}
-    ray.init("local", include_dashboard=False, _system_config=system, **options, **QUIET)
+    place = {"_node_ip_address": "127.0.0.1", "include_dashboard": False}  # or Ray asks a name server who we are
+    ray.init("local", _system_config=system, **place, **options, **QUIET)
 
 
 @contextlib.contextmanager
