@@ -102,7 +102,7 @@ def _line(options: Options, governed: Governed | None) -> Line:
         dtype=options.dtype,
         folder=options.output.resolve(),
         sheet=BrandSheet.load(options.brand) if options.brand else None,
-        metrics=options.metrics,
+        metrics=tuple(options.metrics) if options.metrics else None,
         threads=options.threads,
         **file.sampling.model_dump(),
     )
