@@ -131,7 +131,15 @@ def test_both_languages_show_the_same() -> None:
 
 # ---------------------------------------------------------------------------------------- what is shown, to its picture
 
+APPROVALS = "needs people with keys: tests/operations/test_policy_command.py"
+
 LISTED = {
+    "qrlora approval request --registry company --adapter registry:teapot:0.9 --adapter registry:chalk:0.8 --null-space 0.5": APPROVALS,
+    "qrlora approval list --registry company": APPROVALS,
+    "qrlora approval approve sha256:REQUEST --registry company --key grace": APPROVALS,
+    "qrlora approval reject sha256:REQUEST --registry company --key grace --reason 'the handle is wrong'": APPROVALS,
+    "qrlora approval verify --registry company --adapter registry:teapot:0.9 --adapter registry:chalk:0.8 --null-space 0.5": APPROVALS,
+    "qrlora approval revoke sha256:APPROVAL --registry company --key olga --reason 'the campaign is over'": APPROVALS,
     "qrlora demo --subject mine.jpg": "minutes: test_demo.py runs it with fewer steps",
     "qrlora lab compare --small": "minutes: test_bench.py runs smaller ones",
     "qrlora lab compare --tune": "hours: test_bench.py runs smaller ones",

@@ -179,6 +179,7 @@ def run_test(options: Options) -> int:
         rules = sorted({finding.rule for finding in verdict.refusals})
         line = f"{name}: {_refused_by(rules)}"
         print(f"as expected  {line}" if rules == expected else f"OTHERWISE    {line}, expected {_refused_by(expected)}")
+        print("".join(f"    {finding.line()}\n" for finding in verdict.refusals), end="")
         right += rules == expected
     print(f"{right} of {len(results)} cases come out as expected")
     return 0 if right == len(results) else 1
