@@ -36,6 +36,7 @@ PANELS = {
     "Operate": {
         "registry": "registry:registry",
         "serve": "serve:run_serve",
+        "catalog": "catalog:run_catalog",
         "policy": "policy:policy",
         "approval": "policy:approval",
         "keys": "keys:keys",
