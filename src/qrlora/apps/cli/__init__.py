@@ -33,7 +33,7 @@ PANELS = {
         "inspect": "inspect:run_inspect",
     },
     "Measure": {"evaluate": "evaluate:run_evaluate", "study": "study:run_study"},
-    "Operate": {"serve": "serve:run_serve"},
+    "Operate": {"pilot": "pilot:pilot", "serve": "serve:run_serve"},
     "Lab": {"lab": "lab:lab"},
 }
 """The commands in the order of the work, and where each is."""

@@ -15,7 +15,7 @@ import rich_click as click
 
 from qrlora._reading import read_text
 from qrlora.apps.cli.command import Options, command
-from qrlora.apps.cli.shared import COUNT, PATH, model_options, null_space_option
+from qrlora.apps.cli.shared import COUNT, PATH, check_there, model_options, null_space_option
 from qrlora.errors import QrloraError
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ def run_serve(options: Options) -> None:
     if options.address in (None, "local"):
         _check_free(options.host, options.port)
     elif options.address != "auto":
-        _check_there(options.address)
+        check_there(options.address)
     on_ray = options.address or options.engines > 1
     try:
         from qrlora.apps.serving.app import Limits
@@ -137,20 +137,6 @@ def _check_free(host: str, port: int) -> None:
             raise QrloraError(
                 what, expected="a free port of this machine", got=error, remedy="name another --port"
             ) from error
-
-
-def _check_there(address: str) -> None:
-    """Said at once: Ray itself tries for minutes."""
-    host, _, port = address.rpartition(":")
-    try:
-        socket.create_connection((host, int(port)), timeout=10).close()
-    except (OSError, ValueError, OverflowError) as error:
-        raise QrloraError(
-            f"no Ray cluster at {address}",
-            expected="HOST:PORT of a cluster's head node, auto or local",
-            got=error,
-            remedy="start one there: ray start --head --port 6379",
-        ) from error
 
 
 def _say_ready(facts: Facts, options: Options, limits: Limits) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import socket
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -297,3 +298,17 @@ def refuse_default_output(options: Options, default: str) -> None:
 def refuse_to_replace(path: Path) -> None:
     if path.exists():
         raise QrloraError(f"{path} is already there", remedy="name the output with -o (a named file is replaced)")
+
+
+def check_there(address: str) -> None:
+    """Said at once: Ray itself tries for minutes."""
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host, int(port)), timeout=10).close()
+    except (OSError, ValueError, OverflowError) as error:
+        raise QrloraError(
+            f"no Ray cluster at {address}",
+            expected="HOST:PORT of a cluster's head node, auto or local",
+            got=error,
+            remedy="start one there: ray start --head --port 6379",
+        ) from error

@@ -41,11 +41,14 @@ class Prompts(_Part):
     composed: tuple[str, ...] = Field(
         ("a photo of a {subject} in {style} style",), min_length=1, description="of the subject in a style"
     )
+    line: tuple[str, ...] = Field((), description="of each product in a style (default: as composed)")
 
     @field_validator("*")
     @classmethod
     def _fields(cls, value: tuple[str, ...], info: Any) -> tuple[str, ...]:
-        needed = {"subject": {"subject"}, "style": {"style"}, "composed": {"subject", "style"}}[info.field_name]
+        needed = {"subject": {"subject"}, "style": {"style"}, "composed": {"subject", "style"}}.get(
+            info.field_name, {"subject", "style"}
+        )
         for text in value:
             missing = [name for name in sorted(needed) if f"{{{name}}}" not in text]
             if missing:
@@ -57,6 +60,7 @@ class Sampling(_Part):
     """How pictures are made and how many."""
 
     pictures: int = Field(16, ge=1, le=10_000, description="for each thing that is measured")
+    per_product: int = Field(1, ge=1, le=1000, description="for each product, style and prompt, in stage 3")
     seed: int = Field(0, ge=0, lt=2**62, description="of the first picture; the others count up from it")
     steps: int | None = Field(None, ge=1, description="denoising steps (default: the family's)")
     guidance: float | None = Field(None, description="classifier-free guidance scale (default: the family's)")
@@ -78,6 +82,7 @@ class Gate(_Part):
     compliance: float = Field(0.8, ge=0, le=1, description="least share of pictures that pass the brand sheet")
     crosstalk: float = Field(0.2, ge=0, description="largest loss of a score inside a composition (stages 2 and 3)")
     rework: float = Field(0.5, ge=0, le=1, description="largest share of pictures that have to be made again")
+    copies: float = Field(0.2, ge=0, le=1, description="largest share of pictures that copy a training picture")
     acceptance: float | None = Field(None, ge=0, le=1, description="least share of a blind study's votes")
 
 

@@ -12,18 +12,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from qrlora._files import claimed, make_folder, write_atomically
+from qrlora._files import claimed, make_folder, write_all, write_atomically
 from qrlora._reading import read_json
 from qrlora.errors import PolicyError, RegistryError
 from qrlora.models.training.dataset import find_pictures
 from qrlora.operations.pilot.line import STAGES, Item, Line, Stage
 from qrlora.operations.pilot.report import report
 from qrlora.operations.pilot.stages import Result, one_picture, several_styles
+from qrlora.operations.pilot.whole_line import WholeLine
 from qrlora.operations.pilot.work import Scorer, Show, Work
 from qrlora.operations.provenance.canonical import canonical_json, digest_of, file_digest
 from qrlora.operations.provenance.dsse import sign, statement, verify
@@ -62,15 +63,15 @@ class Pilot:
     registry: Registry
     scorers: Mapping[str, Scorer]
     stages: dict[str, Done]
-    third_stage: StageRun | None = None
+    whole_line: WholeLine = field(default_factory=WholeLine)
 
     @classmethod
     def open(
-        cls, path: Path, registry: Registry, scorers: Mapping[str, Scorer], third_stage: StageRun | None = None
+        cls, path: Path, registry: Registry, scorers: Mapping[str, Scorer], whole_line: WholeLine | None = None
     ) -> Pilot:
         """Read a project file and its state. DataError as `Line.load`; RegistryError for a damaged state file."""
         line = Line.load(path)
-        pilot = cls(path, line, registry, scorers, {}, third_stage)
+        pilot = cls(path, line, registry, scorers, {}, whole_line or WholeLine())
         if pilot._state.is_file():
             found = read_json(pilot._state, "state of a pilot", RegistryError)
             try:
@@ -104,7 +105,10 @@ class Pilot:
         pictures = {item.name: self._pictures(item) for item in self.line.items}
         tables = {name: file_digest(path) for name in ("brand", "products") if (path := getattr(self.line, name))}
         if stage == "one_picture":  # styles and products may still change
-            fields, pictures = {**fields, "styles": None, "products": None}, {self.line.subject.name: pictures[self.line.subject.name]}
+            fields, pictures = (
+                {**fields, "styles": None, "products": None},
+                {self.line.subject.name: pictures[self.line.subject.name]},
+            )
             tables.pop("products", None)
         before = [self.stages[name].report for name in STAGES[: STAGES.index(stage)] if name in self.stages]
         return digest_of(canonical_json([stage, _without_places(fields), pictures, tables, before]))
@@ -119,7 +123,9 @@ class Pilot:
             done = self.stages.get(before)
             if done is None or done.inputs != self.inputs(before):
                 got = "not run" if done is None else "run before its inputs changed"
-                raise PolicyError(f"stage {before} has to be run first", got=got, remedy=f"qrlora pilot run {self.path}")
+                raise PolicyError(
+                    f"stage {before} has to be run first", got=got, remedy=f"qrlora pilot run {self.path}"
+                )
             if done.go is not True:
                 got = "no decision" if done.go is None else "a no-go"
                 remedy = f"qrlora pilot decide {self.path} --go --reason TEXT --key NAME"
@@ -146,11 +152,7 @@ class Pilot:
 
     @property
     def _stages(self) -> dict[str, StageRun]:
-        return {"one_picture": one_picture, "several_styles": several_styles, "line": self._third}
-
-    def _third(self, work: Work) -> Result:
-        assert self.third_stage is not None
-        return self.third_stage(work)
+        return {"one_picture": one_picture, "several_styles": several_styles, "line": self.whole_line}
 
     def report_folder(self, stage: Stage, language: str) -> Path:
         """Where a stage's report in this language is."""
@@ -190,6 +192,35 @@ class Pilot:
         """Folder of the votes of a stage's blind study."""
         return self.folder / "study" / stage / "votes"
 
+    def make_study(self, show: Show = lambda what, done, of: None) -> Path:
+        """Write a blind study of stage 2: pictures with the adapters against the base model told the same in words.
+
+        Returns the page's path. Votes go into the folder `votes` beside it; `run` counts them.
+
+        Raises:
+            PolicyError: stage 2 has not run.
+        """
+        from qrlora.quality.study.trials import make_study
+
+        stage: Stage = "several_styles"
+        if stage not in self.stages:
+            raise PolicyError(f"stage {stage} has to be run first", remedy=f"qrlora pilot run {self.path}")
+        work, line = Work(self.line, self.folder, stage, self.scorers, show), self.line
+        ours, words = [], []
+        for style in line.styles:
+            pair, strength = [(line.subject, 1.0), (style, 1.0)], line.sampling.null_space
+            triggers = {"subject": work.recipe(line.subject).trigger, "style": work.recipe(style).trigger}
+            ours += work.pictures([text.format(**triggers) for text in line.prompts.composed], pair, strength)
+            names = {"subject": line.subject.name, "style": style.name}
+            words += work.pictures([text.format(**names) for text in line.prompts.composed])
+        page, key = make_study({"adapters": ours, "words": words}, by_order=True)
+        folder = self.votes(stage).parent
+        make_folder(self.votes(stage))
+        write_all(
+            {folder / "key.json": json.dumps(key, ensure_ascii=False).encode(), folder / "vote.html": page.encode()}
+        )
+        return folder / "vote.html"
+
     def _acceptance(self, stage: Stage) -> Share | None:
         """The share of votes for the pilot's pictures in the stage's study, if any were cast."""
         from qrlora.quality.study.votes import checked_key, count_votes
@@ -214,7 +245,9 @@ class Pilot:
         stage = self.next
         done = self.stages.get(stage) if stage else None
         if stage is None or done is None:
-            raise PolicyError("nothing to decide", got=stage or "all stages are done", remedy=f"qrlora pilot run {self.path}")
+            raise PolicyError(
+                "nothing to decide", got=stage or "all stages are done", remedy=f"qrlora pilot run {self.path}"
+            )
         if done.inputs != self.inputs(stage):
             raise PolicyError(f"stage {stage} was run on other inputs", remedy=f"qrlora pilot run {self.path}")
         if not reason.strip():
@@ -253,7 +286,9 @@ class Pilot:
         found, people = verify(envelope, trust, at=at, predicate_type=DECISION)
         said = found["predicate"]
         expected = {"stage": stage, "inputs": done.inputs, "report": done.report, "go": done.go}
-        faults = [f"{stage}: the decision was on another {key}" for key, value in expected.items() if said.get(key) != value]
+        faults = [
+            f"{stage}: the decision was on another {key}" for key, value in expected.items() if said.get(key) != value
+        ]
         faults += [f"{stage}: {one.name} decided on their own work" for one in people if one.name == done.author]
         may = any(set(one.roles) & set(MAY_DECIDE) for one in people)
         return faults + ([] if may else [f"{stage}: decided by somebody who may not"])

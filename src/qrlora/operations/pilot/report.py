@@ -15,8 +15,10 @@ from qrlora.operations.pilot.stages import Check, Group, Result
 from qrlora.operations.pilot.work import Scorer
 from qrlora.quality.evaluation import thumbnail
 from qrlora.quality.metrics.shares import Share
-from qrlora.quality.report import Block, Figure, Figures, Gallery, Prose, Report, Section, Table
+from qrlora.quality.report import Block, Equation, Figure, Figures, Gallery, Prose, Report, Section, Table
 
+SUMS = 4
+"""Styles shown as a sum at the top of the page."""
 SHOWN = 24
 """Pictures of a group on the page; the others are in the folder."""
 
@@ -48,6 +50,7 @@ def report(result: Result, line: Line, scorers: dict[str, Scorer], language: Lan
     title = say("title", name=line.name, stage=say(f"stage.{result.stage}"))
     sections = [_opening(result, line, say), _gate(result, line, say), *_pictures(result, say)]
     sections += [_crosstalk(result, scorers, say)] if result.crosstalk else []
+    sections += [_catalog(result, say)] if result.stage == "line" else []
     sections += [_cost(result, line, say), _limits(result, line, scorers, say)]
     subtitle = say("subtitle.go" if result.passes else "subtitle.no")
     return Report(title, subtitle, sections, result.to_dict(), say("footer", file=file))
@@ -62,8 +65,12 @@ def _opening(result: Result, line: Line, say: Words) -> Section:
     if result.per_picture is not None:
         price = f"{result.per_picture:.4f} {line.costs.currency}"
         figures.append(Figure(price, say("kpi.cost_per_picture")))
-    shown = [thumbnail(picture) for group in result.groups[:1] for picture in group.pictures[:4]]
-    return Section("", [Gallery(shown), Figures(figures)])
+    learned = [thumbnail(picture, say("heading.learned_from")) for picture in result.learned_from]
+    blocks: list[Block] = []
+    for number, group in enumerate(result.groups[:SUMS] if result.stage != "line" else ()):
+        parts = learned[:1] + learned[number + 1 : number + 2]
+        blocks += [Equation(parts, thumbnail(group.pictures[0], group.name))] if parts else []
+    return Section("", [*blocks, Figures(figures)])
 
 
 def _gate(result: Result, line: Line, say: Words) -> Section:
@@ -81,7 +88,7 @@ def _gate(result: Result, line: Line, say: Words) -> Section:
 def _value(check: Check) -> str | None:
     if check.value is None:
         return None
-    return f"{check.value:.0f}" if check.name == "copies" else f"{check.value:.3f}"
+    return f"{check.value:.0f}" if check.name == "failed" else f"{check.value:.3f}"
 
 
 def _limit(check: Check) -> str:
@@ -93,8 +100,8 @@ def _verdict(check: Check, result: Result, say: Words) -> str:
     if check.value is None:
         return say("verdict.unmeasured")
     verdict = say("verdict.holds" if check.passed else "verdict.fails")
-    share = result.acceptance if check.name == "acceptance" else result.compliance
-    return verdict if check.sure or share is None else say("verdict.unsure", verdict=verdict, n=share.n)
+    share: Share | None = getattr(result, check.name, None)
+    return verdict if check.sure or not isinstance(share, Share) else say("verdict.unsure", verdict=verdict, n=share.n)
 
 
 def _pictures(result: Result, say: Words) -> list[Section]:
@@ -109,6 +116,11 @@ def _lead(group: Group, say: Words) -> str:
     parts = [say("score", score=group.score)] if group.score is not None else []
     parts += [f"{say('kpi.compliance')}: {group.passing}"] if group.passing else []
     return "; ".join(parts)
+
+
+def _catalog(result: Result, say: Words) -> Section:
+    said = [say("refused", n=result.refused)] if result.refused else []
+    return Section(say("heading.catalog"), [Prose([*said, say("catalog", place="catalog/index.html")])])
 
 
 def _crosstalk(result: Result, scorers: dict[str, Scorer], say: Words) -> Section:

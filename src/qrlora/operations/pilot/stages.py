@@ -1,8 +1,8 @@
 """The three stages of a pilot, and what each found.
 
-    one picture      the subject, learned from its picture, alone
-    several styles   each style alone on other things, and the subject in each style: the matrix of crosstalk
-    line             every product in every style, by the catalog
+one picture      the subject, learned from its picture, alone
+several styles   each style alone on other things, and the subject in each style: the matrix of crosstalk
+line             every product in every style, by the catalog
 """
 
 from __future__ import annotations
@@ -45,7 +45,8 @@ class Group:
     score: float | None = None
     passing: Share | None = None
     reasons: Sequence[str] = ()
-    copies: Sequence[str] = ()
+    copies: Sequence[str] | None = None
+    """Names of those that copy a training picture; None where it was not measured."""
 
 
 @dataclass(frozen=True)
@@ -66,11 +67,13 @@ class Result:
 
     stage: Stage
     groups: Sequence[Group]
+    learned_from: Sequence[MeasuredPicture] = ()
     crosstalk: Sequence[Row] = ()
     interference: Mapping[str, float] = field(default_factory=dict)
     acceptance: Share | None = None
     made: int = 0
     refused: int = 0
+    failed: int = 0
     cost: Cost | None = None
     next_cost: Cost | None = None
     parameters: Parameters | None = None
@@ -89,6 +92,12 @@ class Result:
         return Share(passing.n - passing.right, passing.n) if passing else None
 
     @property
+    def copies(self) -> Share | None:
+        """Pictures that score as copies of a training picture, where that was measured."""
+        made = sum(len(group.pictures) for group in self.groups if group.copies is not None)
+        return Share(sum(len(group.copies or ()) for group in self.groups), made) if made else None
+
+    @property
     def per_picture(self) -> float | None:
         """Money for each picture that passes (for each that was made, without a sheet); None if none does."""
         passing = self.compliance
@@ -102,10 +111,7 @@ class Result:
         if self.compliance:
             found.append(_at_least("compliance", self.compliance, self.gate.compliance))
         if self.rework:
-            low, high = self.rework.interval
-            limit = self.gate.rework
-            passed = self.rework.value <= limit
-            found.append(Check("rework", self.rework.value, limit, passed, not low <= limit <= high))
+            found.append(_at_most("rework", self.rework, self.gate.rework))
         if self.crosstalk:
             worst = max(row.lost for row in self.crosstalk)
             found.append(Check("crosstalk", worst, self.gate.crosstalk, worst <= self.gate.crosstalk))
@@ -114,8 +120,11 @@ class Result:
                 found.append(_at_least("acceptance", self.acceptance, self.gate.acceptance))
             else:
                 found.append(Check("acceptance", None, self.gate.acceptance, False))
-        copies = sum(len(group.copies) for group in self.groups)
-        return [*found, Check("copies", float(copies), 0.0, copies == 0)]
+        if self.copies:
+            found.append(_at_most("copies", self.copies, self.gate.copies))
+        if self.stage == "line":
+            found.append(Check("failed", float(self.failed), 0.0, self.failed == 0))
+        return found
 
     @property
     def passes(self) -> bool:
@@ -132,7 +141,8 @@ class Result:
                     "pictures": [picture.name for picture in group.pictures],
                     "score": group.score,
                     "passing": _share(group.passing),
-                    "copies": list(group.copies),
+                    "reasons": list(group.reasons),
+                    "copies": None if group.copies is None else list(group.copies),
                 }
                 for group in self.groups
             ],
@@ -148,6 +158,7 @@ class Result:
             "passes": self.passes,
             "made": self.made,
             "refused": self.refused,
+            "failed": self.failed,
             "cost": self.cost.to_dict() if self.cost else None,
             "next_cost": self.next_cost.to_dict() if self.next_cost else None,
             "parameters": self.parameters.to_dict() if self.parameters else None,
@@ -156,6 +167,11 @@ class Result:
 
 def _share(share: Share | None) -> dict[str, Any] | None:
     return {"right": share.right, "n": share.n, "interval": list(share.interval)} if share else None
+
+
+def _at_most(name: str, share: Share, limit: float) -> Check:
+    low, high = share.interval
+    return Check(name, share.value, limit, share.value <= limit, not low <= limit <= high)
 
 
 def _at_least(name: str, share: Share, limit: float) -> Check:
@@ -179,7 +195,9 @@ def several_styles(work: Work) -> Result:
     """Stage 2: train every style, generate each alone and with the subject, measure what they take from each other."""
     line = work.line
     subject, strength = line.subject, line.sampling.null_space
-    alone = work.pictures([text.format(subject=_trigger(work, subject)) for text in line.prompts.subject], [(subject, 1)])
+    alone = work.pictures(
+        [text.format(subject=_trigger(work, subject)) for text in line.prompts.subject], [(subject, 1)]
+    )
     subject_alone = work.score("subject", subject, alone)
     groups, rows, interference = [], [], {}
     for style in line.styles:
@@ -242,6 +260,7 @@ def _result(
     return Result(
         stage,
         groups,
+        learned_from=[work.learned_from(item)[0] for item in items],
         made=len(files),
         cost=cost_of(sum(one.seconds for one in work.spent), stored, costs),
         next_cost=later,

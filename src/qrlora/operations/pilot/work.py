@@ -50,7 +50,9 @@ def metric_scorer(role: str, name: str) -> Scorer:
     """Return a metric of `qrlora evaluate` as a scorer. DataError if there is no such metric of this role."""
     if name not in METRICS or METRICS[name].needs != (role,):
         fitting = ", ".join(one.name for one in METRICS.values() if one.needs == (role,))
-        raise DataError(f"no metric of a {role}: {name!r}", expected=fitting, remedy="mend [scores] in the project file")
+        raise DataError(
+            f"no metric of a {role}: {name!r}", expected=fitting, remedy="mend [scores] in the project file"
+        )
 
     def score(pictures: Sequence[MeasuredPicture], learned_from: Sequence[MeasuredPicture]) -> list[float]:
         references = References(**{role: learned_from})

@@ -106,7 +106,8 @@ class Registry:
         tags: Iterable[str] = (),
         keep: bool = True,
     ) -> Artifact:
-        """Add an object, once: what is there already gets the new name, tags and edges, and nothing else of it changes.
+        """Add an object, once: what is there already gets the new name, tags and edges, and the role, owner and licence
+        that it had none of; nothing else of it changes.
 
         Args:
             source: a file, or its bytes.
@@ -156,8 +157,8 @@ class Registry:
             session.flush()
         elif there.kind != row.kind:
             raise RegistryError(f"{row.digest[:19]} is registered as another kind", expected=there.kind, got=row.kind)
-        elif row.stored and not there.stored:
-            there.stored = True
+        else:
+            _fill_in(there, row)
         for position, link in enumerate(links):
             self._link(session, row.digest, link, position)
         for tag in tags:
@@ -207,6 +208,11 @@ class Registry:
         with reading(self.engine) as session:
             return self._artifacts(session, [self._digest(session, reference)])[0]
 
+    def has(self, digest: str) -> bool:
+        """Return True if this very digest is registered."""
+        with reading(self.engine) as session:
+            return session.get(ArtifactRow, digest) is not None
+
     def path(self, artifact: Artifact | str) -> Path:
         """Return a local file with its bytes, hashed again."""
         found = self.get(artifact) if isinstance(artifact, str) else artifact
@@ -240,22 +246,32 @@ class Registry:
         owner: str | None = None,
         licence: str | None = None,
         tag: str | None = None,
+        fact: tuple[str, str] | None = None,
         deprecated: bool = False,
         limit: int = 1000,
     ) -> list[Artifact]:
-        """Return the artifacts that match everything given, newest first; `text` is looked for in names and files."""
+        """Return the artifacts that match everything given, newest first.
+
+        Args:
+            text: looked for in names, file names and triggers.
+            fact: key and value of one of its facts that is a text.
+            deprecated: also those that should no longer be used.
+        """
         wanted = select(ArtifactRow.digest).order_by(ArtifactRow.created_at.desc(), ArtifactRow.digest).limit(limit)
         exact = {"kind": kind, "role": role, "owner": owner, "licence": licence}
         for column, value in exact.items():
             wanted = wanted.where(getattr(ArtifactRow, column) == value) if value else wanted
         if tag:
             wanted = wanted.where(ArtifactRow.digest.in_(select(TagRow.digest).where(TagRow.tag == tag)))
+        if fact:
+            wanted = wanted.where(ArtifactRow.facts[fact[0]].as_string() == fact[1])
         if not deprecated:
             wanted = wanted.where(ArtifactRow.deprecated == "")
         if text:
             named = select(VersionRow.digest).where(VersionRow.name.contains(text, autoescape=True))
-            matches = ArtifactRow.filename.contains(text, autoescape=True), ArtifactRow.digest.in_(named)
-            wanted = wanted.where(or_(*matches))
+            said = (ArtifactRow.filename, ArtifactRow.facts["trigger"].as_string())
+            matches = [column.contains(text, autoescape=True) for column in said]
+            wanted = wanted.where(or_(*matches, ArtifactRow.digest.in_(named)))
         with reading(self.engine) as session:
             return self._artifacts(session, list(session.scalars(wanted)))
 
@@ -396,6 +412,17 @@ class Registry:
 def default_place_of_trust() -> str:
     """Return the folder of keys and trust for a registry whose bytes are in no folder."""
     return str(Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share", "qrlora", "registry"))
+
+
+def _fill_in(there: ArtifactRow, again: ArtifactRow) -> None:
+    """Take what was not known when it was added first. RegistryError for a role, owner or licence other than its own."""
+    for key in ("role", "owner", "licence"):
+        known, said = getattr(there, key), getattr(again, key)
+        if known and said and known != said:
+            remedy = f"leave it out: what was registered with one {key} keeps it"
+            raise RegistryError(f"{there.digest[:19]} has another {key}", expected=known, got=said, remedy=remedy)
+        setattr(there, key, known or said)
+    there.stored = there.stored or again.stored
 
 
 def _now() -> datetime:

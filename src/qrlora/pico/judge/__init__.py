@@ -209,6 +209,17 @@ class Judge:
             distance=beyond,
         )
 
+    def likeness(
+        self, part: str, pictures: UInt8[np.ndarray, "n h w 3"], references: UInt8[np.ndarray, "m h w 3"]
+    ) -> list[float]:
+        """Return for each picture the mean cosine of its features of a part ("subject" or "style") to the references'.
+
+        It needs no name, so it also measures what pico's world has no word for.
+        """
+        features = self.look(np.concatenate([references, pictures]))[part][0]
+        whole = torch.nn.functional.normalize(features, dim=1)
+        return [float(cosine) for cosine in (whole[len(references) :] @ whole[: len(references)].T).mean(1)]
+
     def scorer(self, name: str) -> Callable[[Sequence[Image.Image]], float]:
         """A score of pictures that should show this subject, or be in this style, whatever else they are: the mean of
         the probability of its name and of being right, each a half. 1 is perfect.

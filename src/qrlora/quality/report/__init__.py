@@ -35,6 +35,7 @@ class Picture:
     Attributes:
         marks: (property, whether it is right), shown under the picture with a tick or a cross.
         enlarge: integer factor of a Lanczos resize before embedding, because browsers blur what they enlarge.
+        href: what a click on it opens, from the page's folder.
     """
 
     pixels: UInt8[np.ndarray, "h w 3"]
@@ -42,6 +43,7 @@ class Picture:
     caption: str = ""
     marks: Sequence[tuple[str, bool]] = ()
     enlarge: int = 1
+    href: str = ""
 
     def embedded(self) -> tuple[str, int, int]:
         """The picture as a data URI, with its width and height in pixels."""
@@ -100,14 +102,22 @@ class Figures:
 
 
 @dataclass(frozen=True)
+class Link:
+    """A cell of a table that leads to another file, from the page's folder."""
+
+    text: str
+    href: str
+
+
+@dataclass(frozen=True)
 class Table:
     """A table. The first column holds row headers; a row of one cell is a heading for the rows under it.
 
-    A Share is shown as a bar with its confidence interval, None as a dash.
+    A Share is shown as a bar with its confidence interval, a Link as a link, None as a dash.
     """
 
     header: Sequence[str]
-    rows: Sequence[Sequence[str | Share | None]]
+    rows: Sequence[Sequence[str | Share | Link | None]]
     note: str = ""
 
 
