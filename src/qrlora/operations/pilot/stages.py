@@ -77,7 +77,7 @@ class Result:
     cost: Cost | None = None
     next_cost: Cost | None = None
     parameters: Parameters | None = None
-    gate: Gate = Gate()
+    gate: Gate = field(default_factory=Gate)
 
     @property
     def compliance(self) -> Share | None:
