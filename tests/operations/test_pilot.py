@@ -9,6 +9,7 @@ from importlib.resources import files
 from pathlib import Path
 
 import pytest
+
 from qrlora.apps.cli import main
 from qrlora.errors import DataError, PolicyError, SignatureError
 from qrlora.operations.pilot import STAGES, Line, Pilot, Scorer

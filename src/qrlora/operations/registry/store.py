@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 from pathlib import Path
-from typing import BinaryIO, Protocol
+from typing import BinaryIO, Protocol, runtime_checkable
 
 import fsspec
 
@@ -13,6 +13,7 @@ from qrlora.errors import RegistryError
 from qrlora.operations.provenance.canonical import file_digest
 
 
+@runtime_checkable
 class Store(Protocol):
     """Where the bytes of artifacts are. Digests were checked by the caller."""
 
