@@ -9,6 +9,8 @@ from typing import Any
 import rich_click as click
 
 from qrlora.apps.cli.command import Options, command
+from qrlora.apps.cli.permission import permit, policy_option
+from qrlora.apps.cli.recorded import registry_option
 from qrlora.apps.cli.shared import (
     ADAPTER_HELP,
     COUNT,
@@ -50,6 +52,8 @@ from qrlora.apps.cli.shared import (
 )
 @null_space_option
 @click.option("--model", help=f"{MODEL_HELP} (default: the one the adapters name)")
+@registry_option
+@policy_option
 @json_option
 def run_compose(options: Options) -> None:
     """Write the composition of the parts, and print their interference or what the truncation lost."""
@@ -61,6 +65,7 @@ def run_compose(options: Options) -> None:
     check_null_space(options.null_space, len(options.parts))
     parts = load_weighted(options.parts, options.model)
     strength = null_space_of(options.null_space, [adapter for adapter, _ in parts])
+    permit(options, "compose", [path for path, _ in options.parts], parts, strength)
     if options.delta_weights:
         bases = bases_of(options.model, [adapter for adapter, _ in parts])
         adapter, loss = compose_delta_weights(parts, bases, options.delta_weights, strength)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import rich_click as click
 
 from qrlora.apps.cli.command import Options, command, together
+from qrlora.apps.cli.permission import permission_options, permit
 from qrlora.apps.cli.shared import (
     COUNT,
     DTYPE,
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
 )
 @click.option("--model", help=f"{MODEL_HELP} (default: the one the adapter names)")
 @click.option("--dtype", type=DTYPE, help="of the file (default: as it is)")
+@permission_options
 @click.option("-o", "--output", type=PATH, help="file to write")
 def run_export(options: Options) -> None:
     """Write the file and print how many of its layers match, by whose rules."""
@@ -61,6 +63,7 @@ def run_export(options: Options) -> None:
     if not options.model and not is_ours(options.file):
         raise _no_base_model()
     [adapter] = load_adapters([options.file], options.model)
+    permit(options, "export", [options.file], [(adapter, 1.0)])
     if not options.model and not adapter.metadata.base_model:
         raise _no_base_model()
     check_room_for(options.output or Path(options.file.name), adapter, "lora")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import sys
@@ -13,6 +14,7 @@ import rich_click as click
 
 from qrlora._files import make_folder, write_all
 from qrlora.apps.cli.command import Options, command
+from qrlora.apps.cli.permission import permission_options, permit
 from qrlora.apps.cli.shared import (
     ADAPTER_HELP,
     OVERWRITE_HELP,
@@ -52,6 +54,7 @@ from qrlora.errors import PictureError, QrloraError
 )
 @null_space_option
 @sampling_options
+@permission_options
 @click.option(
     "-o", "--output", type=PATH, help="folder, or .png for one picture or a grid (default: pictures/ or grid.png)"
 )
@@ -65,6 +68,7 @@ def run_generate(options: Options) -> None:
     _claim(options, paths)
     adapters = load_weighted(options.adapter, options.model)
     options.null_space = null_space_of(options.null_space, [adapter for adapter, _ in adapters])
+    _permit(options, adapters)
     _say_projected(options, adapters)
     import torch
 
@@ -88,12 +92,22 @@ def run_generate(options: Options) -> None:
             images = generate(pipe, family, options.prompt, seeds, **common)
         except PictureError as error:
             images, failed = error.images, error
-    made = {key: value for key, value in vars(options).items() if key != "output"}
+    unsaid = ("output", "registry", "policy", "require_approval")
+    made = {key: value for key, value in vars(options).items() if key not in unsaid}
     finished = {path: image for path, image in zip(paths, images, strict=True) if image is not None}
     write_all({path: described_png(image, made) for path, image in finished.items()})
     print(*finished, sep="\n")
     if failed is not None:
         raise failed
+
+
+def _permit(options: Options, adapters: Sequence[tuple[Any, float]]) -> None:
+    """Ask for permission; of a grid for every pair of weights."""
+    paths = [path for path, _ in options.adapter]
+    pairs = itertools.product(options.grid, repeat=2) if options.grid else [[weight for _, weight in adapters]]
+    for pair in pairs:
+        parts = [(adapter, weight) for (adapter, _), weight in zip(adapters, pair, strict=True)]
+        permit(options, "generate", paths, parts, options.null_space, options.prompt, options.model)
 
 
 def _say_projected(options: Options, adapters: Sequence[tuple[Any, float]]) -> None:

@@ -282,3 +282,28 @@ def integrity(**given: Any) -> None:
     from qrlora.lab.speed import integrity as times
 
     _measured(times.main, given)
+
+
+@speed.command()
+@click.option("--products", type=COUNT, default=100_000, show_default=True)
+@click.option("--styles", type=COUNT, default=20, show_default=True)
+@click.option("--each", type=COUNT, default=1, show_default=True, help="Pictures of a product in a style.")
+@click.option("--workers", type=COUNT, default=64, show_default=True, help="Cards.")
+@click.option("--card", default="a card", show_default=True, help="Name of the card, for the report.")
+@click.option("--seconds", type=NOT_NEGATIVE, default=3.0, show_default=True, help="Of the card for a picture.")
+@click.option("--training-seconds", type=NOT_NEGATIVE, default=0, show_default=True, help="Of the card for an adapter.")
+@click.option("--batch-size", type=COUNT, default=8, show_default=True)
+@click.option("--picture-mb", type=NOT_NEGATIVE, default=1.5, show_default=True, help="Of a picture's file.")
+@click.option("--adapter-mb", type=NOT_NEGATIVE, default=47, show_default=True, help="Of an adapter's file.")
+@click.option("--bandwidth-mb", type=NOT_NEGATIVE, default=1000, show_default=True, help="Of the storage, in a second.")
+@click.option("--sqlite-rate", type=NOT_NEGATIVE, help="Registry commits in a second (default: measured here).")
+@click.option("--postgresql", metavar="URL", help="Database to measure commits on.")
+@click.option("--postgresql-rate", type=NOT_NEGATIVE, help="Instead of measuring.")
+@click.option("--rounds", type=COUNT, default=300, show_default=True, help="Of each measurement.")
+@click.option("--plot", type=PATH, help="Write an SVG of pictures a second over cards.")
+@click.option("--json", type=PATH, default=OUT / "catalog.json", show_default=True)
+def catalog(**given: Any) -> None:
+    """A catalog on many cards, simulated with measured times: hours, storage, where it saturates."""
+    from qrlora.lab.speed import catalog as times
+
+    _measured(times.main, given)

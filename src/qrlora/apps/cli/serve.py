@@ -15,12 +15,13 @@ import rich_click as click
 
 from qrlora._reading import read_text
 from qrlora.apps.cli.command import Options, command
+from qrlora.apps.cli.permission import permission_options, place_of, rules_of
 from qrlora.apps.cli.shared import COUNT, PATH, check_there, model_options, null_space_option
 from qrlora.errors import QrloraError
 
 if TYPE_CHECKING:
     from qrlora.apps.serving.app import Limits
-    from qrlora.apps.serving.protocol import Facts
+    from qrlora.apps.serving.protocol import Facts, Permission
 
 KEY_VARIABLE = "QRLORA_API_KEY"
 RAY_SETTINGS = {
@@ -57,8 +58,10 @@ RAY_SETTINGS = {
     help="join the Ray cluster there (auto: this machine's), or start one that ends with the server: local "
     "(default: no Ray)",
 )
+@permission_options
 def run_serve(options: Options) -> None:
     """Serve until told to stop."""
+    rules_of(options)  # what is wrong with them is said at once
     keys = _api_keys(options.api_key_file)
     if not options.adapters.is_dir():
         got = "a file" if options.adapters.exists() else "nothing there"
@@ -86,8 +89,23 @@ def run_serve(options: Options) -> None:
         batch_size=options.batch_size,
         queue_length=options.queue,
         null_space=options.null_space,
+        permission=_permission(options),
     )
     (_run_on_ray if on_ray else _run_here)(options, limits)
+
+
+def _permission(options: Options) -> Permission | None:
+    """The rules that requests have to keep; None if no registry or policy is in play."""
+    from qrlora.apps.serving.protocol import Permission
+
+    place = place_of(options)
+    if not place and not options.policy and not options.require_approval:
+        return None
+    if options.require_approval and not place:
+        from qrlora.operations.registry import default_place
+
+        place = default_place()
+    return Permission(place, options.policy, options.require_approval, options.model)
 
 
 def _run_here(options: Options, limits: Limits) -> None:

@@ -19,7 +19,7 @@ import time
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Coroutine, Sequence
 from contextlib import asynccontextmanager, suppress
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
@@ -34,6 +34,9 @@ from qrlora.apps.serving.names import composition_of
 from qrlora.apps.serving.openapi import GENERATIONS, document, largest_side
 from qrlora.apps.serving.protocol import Engines, Facts, Limits, Made, Picture, Settings, Step
 from qrlora.errors import RequestError
+
+if TYPE_CHECKING:
+    from qrlora.apps.serving.permission import Gate
 
 CLIENT_GONE = 499
 """Status of what nobody reads any more, as nginx counts it."""
@@ -119,6 +122,7 @@ class Service:
             queue_length=limits.queue_length,
         )
         self.kept = Kept(limits.kept_bytes, limits.kept_seconds)
+        self.gate = _gate(limits)
         self._facts: Facts | None = None
         self._looking: asyncio.Task[Facts] | None = None
 
@@ -167,8 +171,32 @@ class Service:
         guidance = facts.guidance if wanted.guidance is None else wanted.guidance
         seed = secrets.randbelow(2**32) if wanted.seed is None else wanted.seed
         strength = limits.null_space if wanted.null_space is None else wanted.null_space
-        pictures = [Picture(wanted.prompt, (seed + i) % 2**63, composition, strength) for i in range(count)]
+        strength, digests = await self._permitted(wanted.prompt, composition, strength)
+        pictures = [Picture(wanted.prompt, (seed + i) % 2**63, composition, strength, digests) for i in range(count)]
         return self.dispatcher.submit(Settings(steps, guidance, side), pictures, progress=bool(wanted.stream))
+
+    async def _permitted(
+        self, prompt: str, composition: dict[str, float], strength: float | None
+    ) -> tuple[float | None, dict[str, str] | None]:
+        """The strength and the files' digests that are permitted, where permission is asked for. RequestError (403)."""
+        if self.gate is None:
+            return strength, None
+        facts = await self.look_again(seconds=1)  # a file may have been replaced
+        composition_of(None, composition, facts.model, facts.adapters)  # or removed
+        with self.metrics.permission_seconds.time():
+            asked = asyncio.get_running_loop().run_in_executor(
+                None, self.gate.permit, prompt, composition, strength, facts
+            )
+            return await asked
+
+
+def _gate(limits: Limits) -> Gate | None:
+    """The gate, where permission is asked for; nothing of the registry is imported elsewhere."""
+    if limits.permission is None:
+        return None
+    from qrlora.apps.serving.permission import Gate
+
+    return Gate(limits.permission)
 
 
 def side_of(size: str | None, facts: Facts, limit: int | None) -> int:

@@ -17,12 +17,13 @@ import torch
 from qrlora._reading import visible
 from qrlora.apps.serving.names import check_spelling
 from qrlora.apps.serving.protocol import Event, Facts, Made, Picture, Refused, Settings, Step
-from qrlora.errors import MismatchError, PictureError, QrloraError, printable
+from qrlora.errors import AdapterFileError, MismatchError, PictureError, QrloraError, printable
 from qrlora.method.adapter import Adapter
 from qrlora.method.composition import Live, default_strength
 from qrlora.models.exchange import LayerNames, is_ours, left_out_of, load_any
 from qrlora.models.families import EMBEDDED, load_pipeline, size_unit
 from qrlora.models.generation import Request, generate_mixed, not_finite
+from qrlora.operations.provenance.canonical import file_digest
 
 log = logging.getLogger(__name__)
 
@@ -46,6 +47,7 @@ class Shelf:
         self._names = names
         self.adapters: dict[str, Adapter] = {}
         self.left_out: dict[str, str] = {}
+        self.digests: dict[str, str] = {}
         self._stamps: dict[str, tuple[int, int] | None] = {}
         self._lock = threading.Lock()
 
@@ -62,9 +64,18 @@ class Shelf:
                 self._forget(name)
                 self._stamps[name] = stamp
                 try:
-                    self.adapters[name] = _read(path, self._names)
+                    digest = file_digest(path)
+                    adapter = _read(path, self._names)
+                    if file_digest(path) != digest:
+                        raise AdapterFileError(f"{path.name} changed while it was read", remedy="it is read again")
+                    self.adapters[name], self.digests[name] = adapter, digest
                 except Exception as error:  # whatever one file makes a reader raise: the others are served
                     self.left_out[name] = self.reason(name, error)
+
+    def snapshot(self) -> tuple[dict[str, Adapter], dict[str, str]]:
+        """Return the adapters, and the digests of the files that they were read from."""
+        with self._lock:
+            return dict(self.adapters), dict(self.digests)
 
     def reason(self, name: str, error: Exception) -> str:
         """Return the reason why an adapter is not served, for responses and for the log."""
@@ -78,7 +89,7 @@ class Shelf:
         return said if known else f"its file cannot be read ({type(error).__name__})"
 
     def _forget(self, name: str) -> None:
-        for known in (self._stamps, self.adapters, self.left_out):
+        for known in (self._stamps, self.adapters, self.digests, self.left_out):
             known.pop(name, None)
 
 
@@ -119,7 +130,7 @@ class Engine:
         denoiser = self.family.denoiser_of(self.pipe)
         self.shelf = Shelf(Path(folder), LayerNames(self.family, denoiser))
         self.shelf.scan()
-        self._served = dict(self.shelf.adapters)
+        self._served, self._digests = self.shelf.snapshot()
         self._refused: dict[str, tuple[Adapter, str]] = {}
         try:
             self.live = Live(denoiser, self._served)
@@ -137,7 +148,7 @@ class Engine:
         """Return the served adapters, new files included, while a batch may be running."""
         await asyncio.get_running_loop().run_in_executor(None, self.shelf.scan)
         steps, guidance = self.family.sampling(self.pipe)
-        read, left_out = dict(self.shelf.adapters), self._left_out()
+        (read, digests), left_out = self.shelf.snapshot(), self._left_out()
         adapters = {
             name: {key: _told(getattr(adapter.metadata, key)) for key in ("role", "trigger", "licence")}
             for name, adapter in read.items()
@@ -152,6 +163,7 @@ class Engine:
             guidance=guidance,
             adapters=adapters,
             left_out=left_out,
+            digests={name: digests[name] for name in adapters},
         )
 
     async def run(self, settings: Settings, pictures: Sequence[Picture], progress: bool) -> AsyncIterator[Event]:
@@ -240,6 +252,10 @@ class Engine:
                     got=self._left_out().get(name, "its file is gone"),
                     remedy="GET /v1/models lists those that are",
                 )
+            if picture.digests is not None and picture.digests.get(name) != self._digests[name]:
+                raise MismatchError(
+                    f"the file of adapter {name!r} was replaced after its use was permitted", remedy="ask again"
+                )
         self.live.check(picture.composition)
 
     def _strength(self, picture: Picture) -> float:
@@ -255,7 +271,7 @@ class Engine:
 
     def _serve_scanned(self) -> None:
         """Put on the denoiser what the shelf has, and take off what it has no more."""
-        wanted = dict(self.shelf.adapters)
+        wanted, self._digests = self.shelf.snapshot()
         for name, adapter in list(self._served.items()):
             if wanted.get(name) is not adapter:
                 self.live.remove(name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from qrlora.errors import QrloraError
@@ -26,6 +27,8 @@ class Picture:
     seed: int
     composition: Mapping[str, float]
     null_space: float | None = None
+    digests: Mapping[str, str] | None = None
+    """Of the adapters' files that were permitted, by name; None where anything in the folder is."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,7 @@ class Facts:
         steps, guidance: where a request names none.
         adapters: name -> what is known of it (role, trigger, licence).
         left_out: file of the folder -> why it is not served.
+        digests: name of an adapter -> `sha256:…` of its file.
     """
 
     model: str
@@ -75,6 +79,7 @@ class Facts:
     guidance: float
     adapters: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     left_out: Mapping[str, str] = field(default_factory=dict)
+    digests: Mapping[str, str] = field(default_factory=dict)
 
 
 @runtime_checkable
@@ -86,6 +91,23 @@ class Engines(Protocol):
 
     async def facts(self) -> Facts:
         """Return the served adapters, including files added or removed since."""
+
+
+@dataclass(frozen=True)
+class Permission:
+    """Rules that every request's composition has to keep.
+
+    Attributes:
+        registry: folder or URL of the registry with the policy and the approvals; None if only a file has rules.
+        policy: file of more rules.
+        approval: serve only what is approved.
+        model: whose files are hashed when the server starts.
+    """
+
+    registry: str | None
+    policy: Path | None
+    approval: bool
+    model: str
 
 
 @dataclass(frozen=True)
@@ -104,6 +126,7 @@ class Limits:
             adapters.
         kept_bytes, kept_seconds: how many pictures asked for as urls are kept, and for how long.
         drain_seconds: how long requests may take to end when shutting down.
+        permission: rules that the compositions have to keep; None if any may be asked for.
     """
 
     api_keys: Sequence[str] = ()
@@ -122,3 +145,4 @@ class Limits:
     kept_bytes: int = 256 * 2**20
     kept_seconds: float = 3600
     drain_seconds: float = 60
+    permission: Permission | None = None

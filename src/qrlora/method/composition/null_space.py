@@ -25,8 +25,12 @@ RANK_TOLERANCE = 1e-10  # of squared singular values, relative: below it a row s
 def default_strength(adapters: Sequence[Adapter]) -> float:
     """Strength that commands, server and demo use where none is given: `DEFAULT_STRENGTH` for one subject with one
     style, else 0, because nothing else was measured."""
-    pair = sorted(adapter.metadata.role for adapter in adapters) == ["style", "subject"]
-    return DEFAULT_STRENGTH if pair else 0.0
+    return strength_of_roles([adapter.metadata.role for adapter in adapters])
+
+
+def strength_of_roles(roles: Sequence[str]) -> float:
+    """Return the default strength of adapters with these roles."""
+    return DEFAULT_STRENGTH if sorted(roles) == ["style", "subject"] else 0.0
 
 
 def check_strength(strength: float) -> None:

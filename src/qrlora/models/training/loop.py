@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
 import itertools
 import logging
 import math
@@ -606,11 +607,19 @@ def _kept(run: Run) -> str:
     return f"; the last good checkpoint is {newest}" if newest else ""
 
 
+def _file_sha256(example: Example) -> str:
+    """SHA-256 of the picture's file as it is now; empty if it is gone. `pixels_sha256` is of what was trained on."""
+    try:
+        return hashlib.sha256(example.source.picture.read_bytes()).hexdigest()
+    except OSError:
+        return ""
+
+
 def _provenance(examples: list[Example], loss: float, seconds: float) -> dict[str, Any]:
     """Return the provenance of an adapter beyond its recipe."""
     return {
         "pictures": [
-            {"name": e.name, "pixels_sha256": e.digest, "caption": e.caption}
+            {"name": e.name, "sha256": _file_sha256(e), "pixels_sha256": e.digest, "caption": e.caption}
             | ({"mask_sha256": e.mask_digest} if e.mask_digest else {})
             for e in examples
             if e.view == PLAIN

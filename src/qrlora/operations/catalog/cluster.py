@@ -13,13 +13,14 @@ from collections import deque
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import ray
+import ray as untyped
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from qrlora.errors import ModelError, QrloraError
 from qrlora.operations.catalog.engine import Lost
 from qrlora.operations.catalog.plan import Settings
 
+ray: Any = untyped
 AHEAD = 2
 """Jobs given to a worker: the one it does, and the one it does next without waiting for the driver."""
 PATIENCE = 60.0

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol
 
 from qrlora.operations.catalog.plan import Settings
 
@@ -25,7 +25,6 @@ class Lost:
     begun: bool
 
 
-@runtime_checkable
 class Pool(Protocol):
     """Workers, each of which does one thing at a time."""
 

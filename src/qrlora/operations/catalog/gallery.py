@@ -104,7 +104,8 @@ def write(line: Line, watts: float, footer: str) -> tuple[Path, Totals, Spent]:
         name = f"page-{number:04d}.html"
         of_page = Totals()
         for row in itertools.chain.from_iterable(products):
-            totals.add(row), of_page.add(row)
+            for counted in (totals, of_page):
+                counted.add(row)
             if row.state in ("refused", "failed") and len(troubles) < LISTED:
                 troubles.append(row)
         _write_page(folder, name, number, products, line.journal)

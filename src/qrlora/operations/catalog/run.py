@@ -32,8 +32,8 @@ from qrlora.operations.catalog.tables import Item, Style, StylesFile, recipe_for
 MOST_ATTEMPTS = 3
 """How often a picture is tried in one run."""
 
-Progress = Callable[[str, int, int, str], None]
-"""What is counted, how many are done, of how many, and a note."""
+Progress = Callable[[str, int, int, str, float], None]
+"""What is counted, how many are done, of how many, a note, and the seconds left at the pace so far."""
 Gate = Callable[[Cell, Mapping[str, Path]], str]
 """Given a cell and the adapter files by name, why it may not be made; empty if it may."""
 Recorder = Callable[[Sequence[tuple[Picture, Outcome]]], None]
@@ -94,7 +94,7 @@ class Line:
             self.adapters[name] = path = self._trained_path(item)
             if not path.is_file():
                 missing.append(Training(name, recipe_for(item, self.file, *self._base(), path)))
-        done = itertools.count(1)
+        told = self._counter("adapter", len(missing))
 
         def finish(job: Training, result: Trained | Lost) -> Iterator[Training]:
             error = result.reason if isinstance(result, Lost) else result.error
@@ -106,7 +106,7 @@ class Line:
                 self.untrained[job.name] = error
             elif not isinstance(result, Lost):
                 self.journal.spend("training", result.seconds)
-            self.progress("adapter", next(done), len(missing), job.name)
+            told(job.name)
 
         drain(pool, "train", iter(missing), finish)
 
@@ -155,13 +155,13 @@ class Line:
         if row["error"] or row["scored_by"] != picture.scored_by or row["file"] != picture.file:
             return False
         try:
-            return (self.settings.folder / picture.file).stat().st_size == row["size"]
+            return (self.settings.folder / picture.file).stat().st_size == int(row["size"])
         except OSError:
             return False
 
     def render(self, pool: Pool, left: int) -> None:
         """Make and score what is left; `left`: as `check` returned."""
-        numbers, started = itertools.count(1), time.monotonic()
+        told = self._counter("picture", left)
 
         def finish(batch: list[Picture], result: list[Outcome] | Lost) -> Iterator[list[Picture]]:
             if isinstance(result, Lost) and not result.begun:
@@ -178,11 +178,19 @@ class Line:
                 if outcome.error and not outcome.final and self.tries[picture.key] < MOST_ATTEMPTS:
                     yield [picture]  # alone, so that no other can be the cause
                     continue
-                number = next(numbers)
-                rate = number / (time.monotonic() - started)
-                self.progress("picture", number, left, f"{rate:.2f} a second")
+                told()
 
         drain(pool, "render", self._batches(), finish)
+
+    def _counter(self, what: str, of: int) -> Callable[..., None]:
+        """A function that counts one more, and tells how long the rest takes at the pace since now."""
+        numbers, started = itertools.count(1), time.monotonic()
+
+        def told(note: str = "") -> None:
+            number, passed = next(numbers), time.monotonic() - started
+            self.progress(what, number, of, note or f"{number / passed:.2f} a second", passed / number * (of - number))
+
+        return told
 
     def _batches(self) -> Iterator[list[Picture]]:
         stream = (

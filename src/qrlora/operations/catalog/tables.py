@@ -41,8 +41,8 @@ MOST_LISTED = 20
 PRODUCT, STYLE = "{product}", "{style}"
 PROMPT = f"a {PRODUCT} in {STYLE} style"
 
-Resolve = Callable[[str], Path]
-"""The file of an adapter: of a path, or of registry:NAME@alias."""
+Resolve = Callable[[str], Path | None]
+"""The file that registry:NAME@alias names; None for a path, which counts from the folder of its table."""
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,9 @@ class StylesFile(BaseModel):
     use: str = Field("", description="what the pictures are for, for the policy: internal or commercial")
     prompts: tuple[str, ...] = Field((PROMPT,), min_length=1, description=f"{PRODUCT} and {STYLE} stand for triggers")
     seeds: tuple[int, ...] = Field((0,), min_length=1, description="one picture of each prompt for each of them")
-    sampling: Sampling = Field(default_factory=Sampling, description="steps, guidance, resolution")
+    sampling: Sampling = Field(
+        default_factory=lambda: Sampling.model_validate({}), description="steps, guidance, resolution"
+    )
     training: Mapping[str, Any] = Field(default_factory=dict, description="fields of a recipe, for what is trained")
     style: tuple[StyleFields, ...] = Field(min_length=1, description="the styles")
 
@@ -213,12 +215,12 @@ def _check_header(path: Path, header: Sequence[str], unknown: Sequence[str]) -> 
 
 def _product(fields: Mapping[str, str], folder: Path, resolve: Resolve) -> Item:
     weight = fields.get("weight", "")
-    picture = fields.get("picture", "")
     return item_of(
         "subject",
         name=fields.get("name", ""),
         word=fields.get("word", ""),
-        picture=folder / picture if picture else None,
+        folder=folder,
+        picture=fields.get("picture", ""),
         adapter=fields.get("adapter", ""),
         weight=plain_float(weight.replace(",", ".")) if weight else 1.0,  # 0,9 is how half of Europe writes it
         trigger=fields.get("trigger", ""),
@@ -232,7 +234,8 @@ def item_of(
     *,
     name: str,
     word: str,
-    picture: Path | None,
+    folder: Path,
+    picture: str,
     adapter: str,
     weight: float,
     trigger: str,
@@ -242,11 +245,12 @@ def item_of(
     """A product or style, its files checked. ValueError or one of our errors says what is wrong with it."""
     if not name:
         raise ValueError("it has no name")
-    if picture is None and not adapter:
+    if not picture and not adapter:
         raise ValueError("neither a picture nor an adapter")
-    if picture is not None:
-        open_picture(picture)
-    path = resolve(adapter) if adapter else None
+    shown = folder / picture if picture else None
+    if shown is not None:
+        open_picture(shown)
+    path = (resolve(adapter) or folder / adapter) if adapter else None
     if path is None:
         trigger = trigger or TRIGGERS[role]
     else:
@@ -254,7 +258,7 @@ def item_of(
         if its_role in TRIGGERS and its_role != role:
             raise ValueError(f"{adapter} is the adapter of a {its_role}, and a {role}'s is needed here")
         trigger = trigger or its_trigger
-    return Item(name, role, folder_name(name), word, picture, path, adapter, weight, trigger, tags)
+    return Item(name, role, folder_name(name), word, shown, path, adapter, weight, trigger, tags)
 
 
 def _read_adapter(path: Path) -> tuple[str, str]:
@@ -309,7 +313,8 @@ def _style_item(given: StyleFields, folder: Path, resolve: Resolve) -> Item:
         "style",
         name=given.name,
         word=given.word,
-        picture=folder / given.picture if given.picture else None,
+        folder=folder,
+        picture=str(given.picture or ""),
         adapter=given.adapter,
         weight=given.weight,
         trigger=given.trigger,

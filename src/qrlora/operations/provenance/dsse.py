@@ -16,8 +16,9 @@ from datetime import datetime
 from typing import Any
 
 from qrlora.errors import SignatureError
+from qrlora.operations.provenance.algorithms import signature_holds
 from qrlora.operations.provenance.canonical import DIGEST, canonical_json
-from qrlora.operations.provenance.keys import Person, SigningKey, Trust, signature_holds
+from qrlora.operations.provenance.keys import Person, SigningKey, Trust
 
 PAYLOAD_TYPE = "application/vnd.in-toto+json"
 STATEMENT = "https://in-toto.io/Statement/v1"
@@ -116,14 +117,15 @@ def to_bundles(envelope: Mapping[str, Any]) -> list[dict[str, Any]]:
 
     They name the key by its id and stand in no transparency log: docs/provenance.md says what that does not prove.
     """
-    _opened(envelope)
+    payload, signatures = _opened(envelope)
+    content = {"payload": _b64(payload), "payloadType": PAYLOAD_TYPE}
     return [
         {
             "mediaType": BUNDLE,
-            "verificationMaterial": {"publicKey": {"hint": one["keyid"]}, "tlogEntries": []},
-            "dsseEnvelope": {**envelope, "signatures": [one]},
+            "verificationMaterial": {"publicKey": {"hint": keyid}, "tlogEntries": []},
+            "dsseEnvelope": {**content, "signatures": [{"keyid": keyid, "sig": _b64(signature)}]},
         }
-        for one in envelope["signatures"]
+        for keyid, signature in signatures
     ]
 
 
@@ -184,23 +186,24 @@ def _check_statement(found: Mapping[str, Any]) -> None:
 
 def _object(data: bytes, what: str) -> dict[str, Any]:
     """Return a JSON object. A key given twice is refused: two readers might each take another of them."""
-
-    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) != len(pairs):
-            raise ValueError("a key is given twice")
-        return found
-
-    def no_number(text: str) -> Any:
-        raise ValueError(f"{text} is no number in JSON")
-
     try:
-        found = json.loads(data.decode(), object_pairs_hook=once, parse_constant=no_number)
+        found = json.loads(data.decode(), object_pairs_hook=_once, parse_constant=_no_number)
     except (ValueError, RecursionError) as error:
         raise SignatureError(f"{what} that is no JSON", got=(str(error) or "nested too deeply")[:200]) from error
     if not isinstance(found, dict):
         raise SignatureError(f"{what} that is no JSON object", got=type(found).__name__)
     return found
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a key is given twice")
+    return found
+
+
+def _no_number(text: str) -> None:
+    raise ValueError(f"{text} is no number in JSON")
 
 
 def _b64(data: bytes) -> str:

@@ -9,7 +9,6 @@ person = trust.person_of(key.key_id)                           # SignatureError:
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 import re
 from collections.abc import Iterable, Iterator
@@ -18,23 +17,40 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Literal
 
-from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
-from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from qrlora._files import claimed, disk_error, make_folder, write_atomically
 from qrlora.errors import SignatureError
+from qrlora.operations.provenance.algorithms import (
+    ALGORITHMS,
+    FOLDER,
+    PrivateKey,
+    PublicKey,
+    algorithm_of,
+    first_line,
+    key_id_of,
+    private_pem,
+    public_pem_of,
+    read_private,
+    read_public,
+    write_new,
+)
 
-FOLDER, PASSPHRASE = "QRLORA_KEYS", "QRLORA_KEY_PASSPHRASE"
 Role = Literal["author", "reviewer", "operator"]
 ROLES: tuple[Role, ...] = ("author", "reviewer", "operator")
-PrivateKey = ed25519.Ed25519PrivateKey | ec.EllipticCurvePrivateKey
-PublicKey = ed25519.Ed25519PublicKey | ec.EllipticCurvePublicKey
-ALGORITHMS = ("ed25519", "ecdsa-p256")
 MOST_BYTES = 1 << 20
-"""Largest trust file; a key file may have a sixteenth of that."""
+"""Largest trust file."""
 _NAME = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,62}[A-Za-z0-9])?")
+
+
+def check_key_name(name: str) -> str:
+    """Return the name. SignatureError unless it can be a file's name."""
+    if not _NAME.fullmatch(name) or ".." in name:
+        expected = "letters, digits, . _ - (at most 64)"
+        raise SignatureError(f"{name[:100]!r} cannot be a key's name", expected=expected, remedy="choose another")
+    return name
 
 
 def now() -> datetime:
@@ -51,98 +67,6 @@ def default_folder() -> Path:
     """Return where private keys are: $QRLORA_KEYS, else `~/.config/qrlora/keys`."""
     named = os.environ.get(FOLDER)
     return Path(named) if named else Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config", "qrlora/keys")
-
-
-# Public keys
-
-
-def _algorithm(key: object) -> str | None:
-    if isinstance(key, (ed25519.Ed25519PublicKey, ed25519.Ed25519PrivateKey)):
-        return "ed25519"
-    elliptic = isinstance(key, (ec.EllipticCurvePublicKey, ec.EllipticCurvePrivateKey))
-    return "ecdsa-p256" if elliptic and isinstance(key.curve, ec.SECP256R1) else None  # type: ignore[attr-defined]
-
-
-def read_public(pem: str | bytes) -> PublicKey:
-    """Return a public key from PEM. SignatureError unless it is Ed25519 or ECDSA on P-256."""
-    data = pem.encode() if isinstance(pem, str) else pem
-    try:
-        key = serialization.load_pem_public_key(data[: MOST_BYTES >> 4])
-    except (ValueError, UnsupportedAlgorithm) as error:
-        remedy = "give the file NAME.pub that `qrlora keys new` wrote"
-        raise SignatureError("no public key", expected="PEM", got=_first_line(error), remedy=remedy) from error
-    if _algorithm(key) is None or not isinstance(key, PublicKey):
-        raise SignatureError(
-            "no key of an algorithm in use here",
-            expected=" or ".join(ALGORITHMS),
-            got=type(key).__name__,
-            remedy="make one with `qrlora keys new NAME`",
-        )
-    return key
-
-
-def key_id_of(key: PublicKey) -> str:
-    """Return the hexadecimal SHA-256 of the key's DER (SubjectPublicKeyInfo)."""
-    der = key.public_bytes(serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo)
-    return hashlib.sha256(der).hexdigest()
-
-
-def signature_holds(key: PublicKey, signature: bytes, message: bytes) -> bool:
-    """Return whether this key signed the message. The key alone decides the algorithm, never what came with it."""
-    try:
-        if isinstance(key, ed25519.Ed25519PublicKey):
-            key.verify(signature, message)
-        else:
-            key.verify(signature, message, ec.ECDSA(hashes.SHA256()))
-    except InvalidSignature:
-        return False
-    return True
-
-
-def _pem(key: PublicKey) -> str:
-    return key.public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo).decode()
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]
-
-
-# Private keys
-
-
-def check_key_name(name: str) -> str:
-    """Return the name. SignatureError unless it can be a file's name."""
-    if not _NAME.fullmatch(name) or ".." in name:
-        expected = "letters, digits, . _ - (at most 64)"
-        raise SignatureError(f"{name[:100]!r} cannot be a key's name", expected=expected, remedy="choose another")
-    return name
-
-
-def write_new(path: Path, data: bytes, mode: int = 0o600) -> None:
-    """Write a file that must not be there yet. SignatureError if it is: a key that is overwritten is lost."""
-    try:
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
-    except FileExistsError as error:
-        remedy = "choose another name; an old key is kept to verify what it signed"
-        raise SignatureError(f"{path} is already there", expected="no such file", remedy=remedy) from error
-    except OSError as error:
-        raise disk_error(error, path) from error
-    try:
-        with os.fdopen(descriptor, "wb") as stream:
-            stream.write(data)
-            stream.flush()
-            os.fsync(stream.fileno())
-    except OSError as error:
-        path.unlink(missing_ok=True)
-        raise disk_error(error, path) from error
-
-
-def private_pem(key: PrivateKey, passphrase: str | None = None) -> bytes:
-    """Return a private key as PKCS#8 PEM, encrypted if there is a passphrase."""
-    encryption: serialization.KeySerializationEncryption = serialization.NoEncryption()
-    if passphrase:
-        encryption = serialization.BestAvailableEncryption(passphrase.encode())
-    return key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, encryption)
 
 
 @dataclass(frozen=True)
@@ -188,11 +112,7 @@ class SigningKey:
         """
         by_path = isinstance(name, Path) or os.sep in name or name.endswith(".pem")
         path = Path(name) if by_path else default_folder() / f"{check_key_name(str(name))}.pem"
-        private = read_private(path, passphrase)
-        if _algorithm(private) is None:
-            expected = " or ".join(ALGORITHMS)
-            raise SignatureError(f"{path} has a key of another kind", expected=expected, got=type(private).__name__)
-        return cls(path.stem, private)
+        return cls(path.stem, read_private(path, passphrase))
 
     @property
     def public(self) -> PublicKey:
@@ -200,7 +120,7 @@ class SigningKey:
 
     @property
     def public_pem(self) -> str:
-        return _pem(self.public)
+        return public_pem_of(self.public)
 
     @property
     def key_id(self) -> str:
@@ -208,43 +128,13 @@ class SigningKey:
 
     @property
     def algorithm(self) -> str:
-        return _algorithm(self.private) or ""
+        return algorithm_of(self.private) or ""
 
     def sign(self, message: bytes) -> bytes:
         """Return the signature: 64 bytes (Ed25519), or DER of ECDSA with SHA-256."""
         if isinstance(self.private, ed25519.Ed25519PrivateKey):
             return self.private.sign(message)
         return self.private.sign(message, ec.ECDSA(hashes.SHA256()))
-
-
-def read_private(path: Path, passphrase: str | None = None) -> PrivateKey:
-    """Read a private key's file. SignatureError if it is missing, open to others, damaged or needs a passphrase."""
-    passphrase = passphrase or os.environ.get(PASSPHRASE)
-    try:
-        status = path.stat()
-        data = path.read_bytes() if status.st_size <= MOST_BYTES >> 4 else b""
-    except OSError as error:
-        remedy = f"`qrlora keys list` shows the keys there are; {FOLDER} names their folder"
-        raise SignatureError(f"no private key {path}", got=error.strerror, remedy=remedy) from error
-    if os.name == "posix" and status.st_mode & 0o077:
-        got = f"mode {status.st_mode & 0o777:o}"
-        remedy = f"chmod 600 {path}; if others had read it, revoke it and make a new one"
-        raise SignatureError(f"others can read the private key {path}", expected="mode 600", got=got, remedy=remedy)
-    try:
-        key = serialization.load_pem_private_key(data, passphrase.encode() if passphrase else None)
-    except TypeError as error:  # encrypted without a passphrase given, or the reverse
-        if passphrase:
-            return read_plain(path, data)
-        raise SignatureError(f"{path} needs its passphrase", remedy=f"set {PASSPHRASE}") from error
-    except (ValueError, UnsupportedAlgorithm) as error:
-        expected = "a private key in PEM, and its passphrase if it has one"
-        raise SignatureError(f"{path} cannot be read", expected=expected, got=_first_line(error)) from error
-    return key  # type: ignore[return-value]  # its kind is checked by whoever uses it
-
-
-def read_plain(path: Path, data: bytes) -> PrivateKey:
-    """Read a key that has no passphrase although one was given, as for another key in the environment."""
-    return serialization.load_pem_private_key(data, None)  # type: ignore[return-value]
 
 
 # Trust
@@ -282,7 +172,7 @@ class Key(BaseModel):
 
     @property
     def algorithm(self) -> str:
-        return _algorithm(self.public) or ""
+        return algorithm_of(self.public) or ""
 
     def state(self, at: datetime) -> str:
         """Return why a signature of this time does not count; empty if it does."""
@@ -389,7 +279,7 @@ class Trust:
         start = valid_from or now()
         if valid_until and valid_until <= start:
             raise SignatureError("a key that is never valid", expected=f"an end after {day(start)}", got=valid_until)
-        key = Key(key_id=key_id, public_pem=_pem(public), valid_from=start, valid_until=valid_until)
+        key = Key(key_id=key_id, public_pem=public_pem_of(public), valid_from=start, valid_until=valid_until)
         there = self.people.get(name)
         return self._put(name, roles, [*(there.keys if there else ()), key])
 
@@ -401,7 +291,7 @@ class Trust:
             person = Person.model_validate(found)
         except ValidationError as error:
             expected = f"a name, and roles out of {', '.join(ROLES)}"
-            raise SignatureError("nobody to trust", expected=expected, got=_first_line(error)) from error
+            raise SignatureError("nobody to trust", expected=expected, got=first_line(error)) from error
         self.people[name] = person
         return person
 

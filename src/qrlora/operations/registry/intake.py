@@ -144,23 +144,21 @@ def _listed(origin: Mapping[str, Any], key: str) -> list[Mapping[str, Any]]:
     return [one for one in found if isinstance(one, Mapping)] if isinstance(found, list) else []
 
 
-def add_base(
-    registry: Registry, model: str, *, name: str | None = None, licence: str = "", owner: str = ""
-) -> Artifact:
+def add_base(registry: Registry, model: str, **described: Any) -> Artifact:
     """Add a base model as a record of its files' and weights' digests; the weights stay where they are.
 
     Args:
         model: pico, a folder in the diffusers layout, or a hub id that was downloaded.
+        described: as `Registry.add`.
 
     Raises:
         ModelError: as `load_pipeline`, or weights that are not there.
     """
     record = base_record(model)
-    facts = {"model": model, "family": record["family"], "digest": digest_of(canonical_json(record))}
+    where = str(Path(model).resolve()) if Path(model).is_dir() else model
+    facts = {"model": where, "family": record["family"], "digest": digest_of(canonical_json(record))}
     facts |= {"layers": len(record["layers"]), "files": len(record["files"])}
-    return registry.add_record(
-        record, "base", name=name, filename="base.json", facts=facts, licence=licence, owner=owner
-    )
+    return registry.add_record(record, "base", filename="base.json", facts=facts, **described)
 
 
 def base_record(model: str) -> dict[str, Any]:
@@ -204,7 +202,10 @@ def add_basis(registry: Registry, adapter: Adapter, base: Artifact | None) -> Ar
 
 
 def add_space(registry: Registry, path: Path, *, licence: str = "", **described: Any) -> Artifact:
-    """Add a space of adapters, with edges to those of its members that the registry has. described: as `Registry.add`."""
+    """Add a space of adapters, with edges to those of its members that the registry has.
+
+    described: as `Registry.add`.
+    """
     space = load_space(path)
     meta = space.mean.metadata
     members = [digest for _, digest in space.members]

@@ -415,7 +415,7 @@ def default_place_of_trust() -> str:
 
 
 def _fill_in(there: ArtifactRow, again: ArtifactRow) -> None:
-    """Take what was not known when it was added first. RegistryError for a role, owner or licence other than its own."""
+    """Take what was not known when it was added first. RegistryError for another role, owner or licence."""
     for key in ("role", "owner", "licence"):
         known, said = getattr(there, key), getattr(again, key)
         if known and said and known != said:
