@@ -37,6 +37,7 @@ PANELS = {
         "registry": "registry:registry",
         "serve": "serve:run_serve",
         "catalog": "catalog:run_catalog",
+        "pilot": "pilot:pilot",
         "policy": "policy:policy",
         "approval": "policy:approval",
         "keys": "keys:keys",

@@ -13,7 +13,7 @@ import rich_click as click
 
 from qrlora.apps.cli.command import Options, command, hold
 from qrlora.apps.cli.permission import permission_options, place_of
-from qrlora.apps.cli.recorded import open_registry
+from qrlora.apps.cli.recorded import open_registry, registry_option
 from qrlora.apps.cli.shared import (
     COUNT,
     NOT_NEGATIVE,
@@ -56,6 +56,7 @@ if TYPE_CHECKING:
 )
 @click.option("--metrics", type=Names(), metavar="NAME,...", help="metrics (default: those without a network)")
 @click.option("--watts", type=NOT_NEGATIVE, default=65, help="power of a worker, for the energy estimate (default: 65)")
+@registry_option
 @permission_options
 @json_option
 def run_catalog(options: Options) -> int:

@@ -92,7 +92,7 @@ def recorder_here() -> Recorder | None:
 
 
 def place_here() -> str | None:
-    """Return where the registry of the running command is: that of --registry, or the default's if it has a recorder."""
+    """Return where the running command's registry is: that of --registry, or the default one if it has a recorder."""
     context = get_current_context(silent=True)
     given: str | None = context.meta.get(PLACE_KEY) if context else None
     if given or recorder_here() is None:

@@ -12,7 +12,6 @@ from statistics import fmean
 from typing import Any
 
 import numpy as np
-import torch
 from jaxtyping import Bool, UInt8
 
 from qrlora.apps.demo.plan import (
@@ -119,8 +118,7 @@ class Setting:
         from qrlora.models.training.pictures import read_picture
 
         own = np.asarray(read_picture(picture.file, answer.pixels.shape[1]))[None]
-        features = self.judge.look(np.concatenate([own, answer.pixels]))["subject"][0]
-        return float(torch.nn.functional.cosine_similarity(features[:1], features[1:]).mean())
+        return fmean(self.judge.likeness("subject", answer.pixels, own))
 
 
 @dataclass(frozen=True)

@@ -209,6 +209,17 @@ class Judge:
             distance=beyond,
         )
 
+    def likeness(
+        self, part: str, pictures: UInt8[np.ndarray, "n h w 3"], references: UInt8[np.ndarray, "m h w 3"]
+    ) -> list[float]:
+        """Return for each picture the mean cosine of its features of a part ("subject" or "style") to the references'.
+
+        It needs no name, so it also measures what pico's world has no word for.
+        """
+        features = self.look(np.concatenate([references, pictures]))[part][0]
+        whole = torch.nn.functional.normalize(features, dim=1)
+        return [float(cosine) for cosine in (whole[len(references) :] @ whole[: len(references)].T).mean(1)]
+
     def objective(self, part: str, name: str) -> Callable[[UInt8[np.ndarray, "n h w 3"]], Float[np.ndarray, " n"]]:
         """A score of each picture that should show this subject, or be in this style, whatever else it is: the mean of
         the probability of its name and of being right. 1 is perfect.
