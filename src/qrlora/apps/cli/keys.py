@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import rich_click as click
 
-from qrlora._files import write_atomically
+from qrlora._files import claimed, make_folder, write_atomically
 from qrlora.apps.cli.command import Group, Options, command, hold
 from qrlora.apps.cli.shared import COUNT, PATH, claim, refuse_to_replace
 from qrlora.errors import QrloraError, SignatureError
@@ -126,10 +126,12 @@ def _changing(options: Options, change: str) -> Iterator[tuple[Trust, dict[str, 
     from qrlora.operations.registry.heads import log_trust
     from qrlora.operations.registry.signatures import trust_path
 
-    about = {"person": "", "key_id": ""}
-    with changing(trust_path(registry)) as trust:
-        yield trust, about
-    log_trust(registry, change, about["person"], about["key_id"])
+    about, path = {"person": "", "key_id": ""}, trust_path(registry)
+    make_folder(path.parent)
+    with claimed(path):  # over both: the log's last entry has to be about the file's last state
+        with changing(path) as trust:
+            yield trust, about
+        log_trust(registry, change, about["person"], about["key_id"])
 
 
 def _public(text: str) -> str:
