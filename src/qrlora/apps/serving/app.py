@@ -28,7 +28,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
-from qrlora.apps.serving.dispatch import Dispatcher, Job
+from qrlora.apps.serving.dispatch import Dispatcher, Job, Record
 from qrlora.apps.serving.metrics import Metrics
 from qrlora.apps.serving.names import composition_of
 from qrlora.apps.serving.openapi import GENERATIONS, document, largest_side
@@ -109,7 +109,7 @@ class Kept:
 class Service:
     """State of the application between requests."""
 
-    def __init__(self, engines: Engines, limits: Limits):
+    def __init__(self, engines: Engines, limits: Limits, record: Record | None = None):
         self.engines, self.limits, self.metrics = engines, limits, Metrics()
         self.dispatcher = Dispatcher(
             engines,
@@ -117,6 +117,7 @@ class Service:
             at_once=limits.at_once,
             batch_size=limits.batch_size,
             queue_length=limits.queue_length,
+            record=record,
         )
         self.kept = Kept(limits.kept_bytes, limits.kept_seconds)
         self._facts: Facts | None = None
