@@ -179,7 +179,7 @@ class Recorder:
         return path
 
     def _model(self, reference: str) -> str:
-        from qrlora.operations.registry.intake import check_base
+        from qrlora.operations.registry.bases import check_base
 
         one = self.registry.get(reference)
         if one.kind != "base":
@@ -274,7 +274,8 @@ class Recorder:
 
     def composition(self, parts: Sequence[tuple[Path, float]], null_space: float, model: str | None) -> Artifact:
         """What adapters at these weights are together, on the base model that was used, or that they stand on."""
-        from qrlora.operations.registry.intake import add_composition, base_of
+        from qrlora.operations.registry.bases import base_of
+        from qrlora.operations.registry.intake import add_composition
 
         found = [(self.artifact(path), weight) for path, weight in parts]
         base = self.base(model) if model else base_of(self.registry, found[0][0])
@@ -302,6 +303,30 @@ class Recorder:
         keep = self.name is not None
         add = functools.partial(add_generated, self.registry, origin=origin, name=self.name, keep=keep)
         return [self._add(add(path, made=made)) for path, made in pictures.items()]
+
+    def of_server(self, model: str, folder: Path, null_space: float | None) -> Callable[[Any, Any, bytes], None]:
+        """Return what records a picture that a server made of the adapters in a folder."""
+        from qrlora.method.composition import default_strength
+        from qrlora.models.exchange import load_any
+        from qrlora.operations.registry.intake import add_generated
+
+        paths = {path.stem: path.resolve() for path in folder.glob("*.safetensors")}
+        known = {str(Path(path).resolve()): one for path, one in self.artifacts.items()}
+        self.artifacts |= known
+        made: dict[Any, Artifact] = {}
+
+        def record(picture: Any, settings: Any, png: bytes) -> None:
+            parts = sorted(picture.composition.items())
+            if (key := (*parts, picture.null_space)) not in made:
+                strength = null_space if picture.null_space is None else picture.null_space
+                if strength is None:
+                    strength = default_strength([load_any(paths[name]) for name, _ in parts])
+                weighted = [(paths[name], weight) for name, weight in parts]
+                made[key] = self.composition(weighted, strength, model) if parts else self.base(model)
+            facts = {"prompt": picture.prompt, "seed": picture.seed, **settings._asdict()}
+            add_generated(self.registry, png, made[key], facts)
+
+        return record
 
     def reported(self, page: Path, numbers: Mapping[str, Any], about: Iterable[Artifact]) -> None:
         """A report on artifacts."""

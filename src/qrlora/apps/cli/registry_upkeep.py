@@ -22,9 +22,9 @@ if TYPE_CHECKING:
     from qrlora.operations.registry import Artifact, Registry
     from qrlora.operations.registry.effects import Features, Sampler
 
-PROBE_SEEDS = 2
+PROBE_SEEDS = 3
 model_option = click.option("--model", default="pico", help=MODEL_HELP + " (default: pico)")
-steps_option = click.option("--steps", type=COUNT, default=8, help="denoising steps of a probe (default: 8)")
+steps_option = click.option("--steps", type=COUNT, default=12, help="denoising steps of a probe (default: 12)")
 
 
 @command(
@@ -133,8 +133,8 @@ def run_verify(options: Options) -> int:
 def _probed(where: Registry, options: Options) -> list[Any]:
     from qrlora.operations.registry.effects import suspects
 
-    sampler = sampler_of(where, options.model, options.steps)
-    return suspects(where, of_model(where, options.model), sampler, tuple(range(PROBE_SEEDS)), Bar("adapter"))
+    sampler, (_, features) = sampler_of(where, options.model, options.steps), features_of(options.model)
+    return suspects(where, of_model(where, options.model), sampler, features, range(PROBE_SEEDS), Bar("adapter"))
 
 
 def of_model(where: Registry, model: str) -> list[Artifact]:

@@ -9,14 +9,15 @@ import socket
 import sys
 import threading
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 import rich_click as click
 
 from qrlora._reading import read_text
-from qrlora.apps.cli.command import Options, command
+from qrlora.apps.cli.command import Options, command, hold
 from qrlora.apps.cli.permission import permission_options, place_of, rules_of
-from qrlora.apps.cli.recorded import registry_option
+from qrlora.apps.cli.recorded import recorder_here, referable
 from qrlora.apps.cli.shared import COUNT, PATH, check_there, model_options, null_space_option
 from qrlora.errors import QrloraError
 
@@ -38,7 +39,15 @@ RAY_SETTINGS = {
     "Needs pip install 'qrlora[serve]', on Ray 'qrlora[cluster]'. Ctrl-C lets running requests finish; a second one "
     "does not. See docs/serve.md.",
 )
-@click.option("--adapters", type=PATH, required=True, metavar="DIR", help="folder of adapter files")
+@click.option("--adapters", type=PATH, metavar="DIR", help="folder of adapter files")
+@click.option(
+    "--adapter",
+    multiple=True,
+    type=PATH,
+    metavar="FILE",
+    help="in place of a folder: adapter files, or registry:NAME@alias, each served by its name; given again",
+)
+@click.option("--record", is_flag=True, help="record every picture in the registry before it is sent; not on Ray")
 @model_options
 @click.option("--host", default="127.0.0.1", help="address to listen on (default: this machine alone)")
 @click.option("--port", type=COUNT, default=8000, help="port to listen on (default: 8000)")
@@ -58,12 +67,16 @@ RAY_SETTINGS = {
     help="join the Ray cluster there (auto: this machine's), or start one that ends with the server: local "
     "(default: no Ray)",
 )
-@registry_option
 @permission_options
+@referable()
 def run_serve(options: Options) -> None:
     """Serve until told to stop."""
     rules_of(options)  # what is wrong with them is said at once
     keys = _api_keys(options.api_key_file)
+    if options.adapter:
+        options.adapters = _gathered(options)
+    if options.adapters is None:
+        raise QrloraError("nothing to serve", expected="--adapters DIR, or --adapter FILE", got="neither")
     if not options.adapters.is_dir():
         got = "a file" if options.adapters.exists() else "nothing there"
         raise QrloraError(f"{options.adapters} is no folder", expected="a folder of adapters", got=got)
@@ -72,6 +85,10 @@ def run_serve(options: Options) -> None:
     elif options.address != "auto":
         check_there(options.address)
     on_ray = options.address or options.engines > 1
+    if options.record and (on_ray or not recorder_here()):
+        got = "several processes" if on_ray else "no registry"
+        expected = "one engine without --address, and --registry PLACE"
+        raise QrloraError("pictures cannot be recorded", expected=expected, got=got, remedy="leave --record out")
     try:
         import qrlora.apps.serving.app  # noqa: F401
         from qrlora.apps.serving.protocol import Limits
@@ -114,7 +131,24 @@ def _run_here(options: Options, limits: Limits) -> None:
     from qrlora.apps.serving import local
 
     what = (options.model, options.adapters, options.dtype, options.threads)
-    local.run(*what, options.host, options.port, limits, lambda facts: _say_ready(facts, options, limits))
+    recorder = recorder_here() if options.record else None
+    record = recorder.of_server(options.model, options.adapters, options.null_space) if recorder else None
+    local.run(*what, options.host, options.port, limits, lambda facts: _say_ready(facts, options, limits), record)
+
+
+def _gathered(options: Options) -> Path:
+    """A folder with links to the adapters that are named one by one."""
+    if options.adapters:
+        raise QrloraError("adapters in two ways", expected="--adapters DIR or --adapter FILE", got="both")
+    folder = Path(hold(TemporaryDirectory(prefix="qrlora-")))
+    for path in options.adapter:
+        if (folder / path.name).exists():
+            got = f"two called {path.stem}"
+            raise QrloraError("adapters of one name", expected="each by a name of its own", got=got)
+        if not path.is_file():
+            raise QrloraError(f"no adapter {path}", expected="a file, or registry:NAME@alias", got="no such file")
+        (folder / path.name).symlink_to(path.resolve())
+    return folder
 
 
 def _run_on_ray(options: Options, limits: Limits) -> None:

@@ -102,7 +102,7 @@ def combination_of_files(
 
 def base_in_use(registry: Registry, model: str) -> Artifact | None:
     """Return the registered base model whose files this model's are, all of them hashed; None if there is none."""
-    from qrlora.operations.registry.intake import base_record
+    from qrlora.operations.registry.bases import base_record
 
     digest = digest_of(canonical_json(base_record(model)))
     return registry.get(digest) if registry.has(digest) else None

@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Annotated, Any, BinaryIO
 
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError
 from sqlalchemy import select
@@ -85,7 +85,7 @@ class Manifest(_Strict):
     format: int
     artifacts: list[Item] = Field(max_length=MOST_OBJECTS)
     edges: list[Arc] = Field(max_length=10 * MOST_OBJECTS)
-    names: list[tuple[str, int, str]]
+    names: list[tuple[str, Annotated[int, Field(ge=1, lt=10**9)], str]]
     aliases: list[tuple[str, str, str]]
 
 
@@ -258,10 +258,8 @@ def _check_manifest(path: Path, manifest: Manifest) -> None:
         raise _refuse(f"{path} points out of itself", "artifacts of its own", sorted(strange))
     if sum(item.size for item in manifest.artifacts) > MOST_BYTES:
         raise _refuse(f"{path} is too large", f"{MOST_BYTES:,} bytes", "more")
-    for name, number, _ in manifest.names:
+    for name, _, _ in manifest.names:
         check_name(name)
-        if not 1 <= number < 10**9:
-            raise _refuse(f"{path}: a version that cannot be", "1 or more", number)
     for name, alias, _ in manifest.aliases:
         check_name(name), check_alias(alias)
     for item in manifest.artifacts:
@@ -398,7 +396,7 @@ class _Taking:
     def _free(self, name: str) -> str:
         """The name under the prefix, numbered if that is taken as well."""
         plain = here = f"{self.prefix.partition('/')[0]}/{re.sub('/', '-', name)[:58].strip('._-')}"
-        number: int = 2
+        number = 2
         while self._versions(here):
             here, number = f"{plain}-{number}", number + 1
         return here

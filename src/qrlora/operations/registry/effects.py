@@ -145,17 +145,17 @@ def alike(registry: Registry, to: Artifact) -> list[Alike]:
 # Triggers that nobody named
 
 UNRELATED = ("a photo of a house", "a tree", "a fish", "a car", "a cup", "a bird", "a boat", "a chair")
-THRESHOLD = 2.0
+THRESHOLD = 1.4
 """Largest change of a prompt in the median change of the adapter's others: docs/registry.md has how it was measured."""
 
 
 @dataclass(frozen=True)
 class Suspicion:
-    """How much an adapter changes the pictures of prompts that name neither its trigger nor what it learned.
+    """How much an adapter changes what is seen for prompts that name neither its trigger nor what it learned.
 
     Attributes:
-        changes: prompt -> mean absolute difference of the pictures from the base model's, from 0 to 1.
-        ratios: prompt -> its change over the median change of the others.
+        changes: prompt -> length of the mean difference of the features from the base model's.
+        ratios: prompt -> its change over the median change of all of them.
     """
 
     adapter: Artifact
@@ -172,42 +172,34 @@ def suspects(
     registry: Registry,
     adapters: Sequence[Artifact],
     sampler: Sampler,
+    features: Features,
     seeds: Sequence[int],
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Suspicion]:
     """Measure how much each adapter changes prompts that have nothing to do with it."""
-    without = dict(zip(UNRELATED, np.split(sampler(None, UNRELATED, seeds), len(UNRELATED)), strict=True))
+    without = _by_prompt(features(sampler(None, UNRELATED, seeds)), UNRELATED)
     found = []
     for number, one in enumerate(adapters, 1):
         trained = [registry.get(edge.target) for edge in registry.edges(one.digest, relation="trained_on")]
         prompts = unrelated(one, next((other.facts["recipe"] for other in trained if other.kind == "recipe"), {}))
-        base = np.concatenate([without[prompt] for prompt in prompts])
-        found.append(suspect(sampler, one, prompts, seeds, base))
+        with_it = _by_prompt(features(sampler(one, prompts, seeds)), prompts)
+        changes = {prompt: float(np.linalg.norm(with_it[prompt] - without[prompt])) for prompt in prompts}
+        middle = max(float(np.median(list(changes.values()))), 1e-6)
+        found.append(Suspicion(one, changes, {prompt: change / middle for prompt, change in changes.items()}))
         if progress:
             progress(number, len(adapters))
     return found
 
 
+def _by_prompt(features: Float[np.ndarray, "n d"], prompts: Sequence[str]) -> dict[str, Float[np.ndarray, " d"]]:
+    """Means over the seeds."""
+    return {prompt: part.mean(axis=0) for prompt, part in zip(prompts, np.split(features, len(prompts)), strict=True)}
+
+
 def unrelated(adapter: Artifact, recipe: Mapping[str, Any]) -> list[str]:
     """Return the prompts of `UNRELATED` whose subject the adapter does not say that it was trained on."""
-    said = " ".join(str(one) for one in (adapter.facts.get("trigger"), recipe.get("noun"), recipe.get("caption")))
+    said = [adapter.facts.get("trigger"), recipe.get("noun"), recipe.get("caption")]
     pictures = adapter.facts.get("provenance", {}).get("pictures", [])
-    said += " ".join(str(one.get("caption")) for one in pictures if isinstance(one, dict))
-    words = set(said.lower().replace(",", " ").split())
-    return [prompt for prompt in UNRELATED if prompt.rsplit(maxsplit=1)[-1] not in words]
-
-
-def suspect(
-    sampler: Sampler,
-    adapter: Artifact,
-    prompts: Sequence[str],
-    seeds: Sequence[int],
-    without: UInt8[np.ndarray, "n h w 3"],
-) -> Suspicion:
-    """Measure it. without: pictures of the base model, of the same prompts and seeds."""
-    pictures = sampler(adapter, prompts, seeds)
-    distance = np.abs(pictures.astype(np.float64) - without).mean(axis=(1, 2, 3)) / 255
-    means = distance.reshape(len(prompts), len(seeds)).mean(axis=1)
-    ratios = [value / max(float(np.median(np.delete(means, i))), 1e-6) for i, value in enumerate(means)]
-    changes = dict(zip(prompts, map(float, means), strict=True))
-    return Suspicion(adapter, changes, dict(zip(prompts, map(float, ratios), strict=True)))
+    said += [one.get("caption") for one in pictures if isinstance(one, dict)]
+    words = set(" ".join(map(str, said)).lower().replace(",", " ").split())
+    return [prompt for prompt in UNRELATED if prompt.rsplit(maxsplit=1)[-1] not in words] or list(UNRELATED)

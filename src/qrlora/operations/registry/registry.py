@@ -11,33 +11,40 @@ from __future__ import annotations
 import getpass
 import os
 import tempfile
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import Engine, or_, select
+from sqlalchemy import Engine, select
 from sqlalchemy.orm import Session
 
 from qrlora._files import make_folder
 from qrlora.errors import RegistryError
 from qrlora.operations.provenance.audit import GENESIS, Entry, entry_hash
-from qrlora.operations.provenance.canonical import canonical_json, digest_of, file_digest
+from qrlora.operations.provenance.canonical import canonical_json, file_digest
 from qrlora.operations.registry.database import connect, reading, writing
+from qrlora.operations.registry.queries import find, load, matching, utc
 from qrlora.operations.registry.records import KINDS, RELATIONS, Artifact, Edge, Link, Move
-from qrlora.operations.registry.references import check_alias, check_name, parse_reference
-from qrlora.operations.registry.schema import AliasMoveRow, AliasRow, ArtifactRow, AuditRow, EdgeRow, TagRow, VersionRow
+from qrlora.operations.registry.references import check_alias, check_name
+from qrlora.operations.registry.schema import (
+    LOGGED,
+    AliasMoveRow,
+    AliasRow,
+    ArtifactRow,
+    AuditRow,
+    EdgeRow,
+    TagRow,
+    VersionRow,
+)
 from qrlora.operations.registry.store import Store, store_at
 
-LOGGED = ("kind", "role", "owner", "licence", "stored")
-"""Columns of an artifact that the audit log tells."""
 PLACE, ACTOR = "QRLORA_REGISTRY", "QRLORA_ACTOR"
 
 
 def default_place() -> str:
     """Return where the registry is: $QRLORA_REGISTRY, else `~/.local/share/qrlora/registry`."""
-    named = os.environ.get(PLACE)
-    return named or str(Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share", "qrlora", "registry"))
+    return os.environ.get(PLACE) or default_place_of_trust()
 
 
 def default_actor() -> str:
@@ -169,14 +176,14 @@ class Registry:
         elif there.kind != row.kind:
             raise RegistryError(f"{row.digest[:19]} is registered as another kind", expected=there.kind, got=row.kind)
         else:
-            _fill_in(there, row)
+            there.fill_in(row)
         links, tags = list(links), list(tags)
         for position, link in enumerate(links):
             self._link(session, row.digest, link, position)
         for tag in tags:
             session.merge(TagRow(digest=row.digest, tag=check_alias(tag)))
         details: dict[str, Any] = {key: getattr(there or row, key) for key in LOGGED}
-        details |= {"facts": facts_digest(there or row), "links": [vars(link) for link in links], "tags": list(tags)}
+        details |= {"facts": (there or row).facts_digest, "links": [vars(link) for link in links], "tags": list(tags)}
         details |= {"name": name, "version": self._version(session, name, row.digest, number) if name else None}
         self.audit_in(session, "add", row.digest, details)
 
@@ -212,7 +219,7 @@ class Registry:
     def link(self, source: str, *links: Link) -> None:
         """Add edges between artifacts that are there: a report or an approval that came later."""
         with writing(self.engine) as session:
-            digest = self._digest(session, source)
+            digest = find(session, source)
             for position, link in enumerate(links):
                 self._link(session, digest, link, position)
             self.audit_in(session, "link", digest, {"links": [vars(link) for link in links]})
@@ -222,7 +229,7 @@ class Registry:
     def get(self, reference: str) -> Artifact:
         """Return the artifact of a reference (`qrlora.operations.registry.references`)."""
         with reading(self.engine) as session:
-            return self._artifacts(session, [self._digest(session, reference)])[0]
+            return load(session, [find(session, reference)])[0]
 
     def has(self, digest: str) -> bool:
         """Return True if this very digest is registered."""
@@ -273,50 +280,10 @@ class Registry:
             fact: key and value of one of its facts that is a text.
             deprecated: also those that should no longer be used.
         """
-        wanted = select(ArtifactRow.digest).order_by(ArtifactRow.created_at.desc(), ArtifactRow.digest).limit(limit)
         exact = {"kind": kind, "role": role, "owner": owner, "licence": licence}
-        for column, value in exact.items():
-            wanted = wanted.where(getattr(ArtifactRow, column) == value) if value else wanted
-        if tag:
-            wanted = wanted.where(ArtifactRow.digest.in_(select(TagRow.digest).where(TagRow.tag == tag)))
-        if fact:
-            wanted = wanted.where(ArtifactRow.facts[fact[0]].as_string() == fact[1])
-        if not deprecated:
-            wanted = wanted.where(ArtifactRow.deprecated == "")
-        if text:
-            named = select(VersionRow.digest).where(VersionRow.name.contains(text, autoescape=True))
-            said = (ArtifactRow.filename, ArtifactRow.facts["trigger"].as_string())
-            matches = [column.contains(text, autoescape=True) for column in said]
-            wanted = wanted.where(or_(*matches, ArtifactRow.digest.in_(named)))
+        wanted = matching(text, exact, tag, fact, deprecated).limit(limit)
         with reading(self.engine) as session:
-            return self._artifacts(session, list(session.scalars(wanted)))
-
-    def _digest(self, session: Session, text: str) -> str:
-        reference = parse_reference(text)
-        if reference.digest:
-            found = list(
-                session.scalars(
-                    select(ArtifactRow.digest).where(ArtifactRow.digest.startswith(reference.digest)).limit(2)
-                )
-            )
-        elif reference.alias:
-            row = session.get(AliasRow, (reference.name, reference.alias))
-            found = [row.digest] if row else []
-        else:
-            versions = select(VersionRow.digest).where(VersionRow.name == reference.name)
-            if reference.version:
-                versions = versions.where(VersionRow.number == reference.version)
-            found = list(session.scalars(versions.order_by(VersionRow.number.desc()).limit(1)))
-        if len(found) != 1:
-            got = "several that begin so" if found else "none"
-            remedy = "`qrlora registry search` lists what there is"
-            raise RegistryError(f"no {text[:200]!r} in the registry", expected="one artifact", got=got, remedy=remedy)
-        return found[0]
-
-    def _artifacts(self, session: Session, digests: Sequence[str]) -> list[Artifact]:
-        rows = {row.digest: row for row in _in(session, ArtifactRow, digests)}
-        names, aliases, tags = (_grouped(_in(session, kind, digests)) for kind in (VersionRow, AliasRow, TagRow))
-        return [_artifact(rows[digest], names, aliases, tags) for digest in digests]
+            return load(session, list(session.scalars(wanted)))
 
     # Changing what may change
 
@@ -338,7 +305,7 @@ class Registry:
         """
         check_name(name), check_alias(alias)
         with writing(self.engine) as session:
-            digest = self._digest(session, reference)
+            digest = find(session, reference)
             row = session.get(AliasRow, (name, alias))
             self._check_protected(row, digest, protect, force)
             moved = row is None or row.digest != digest
@@ -378,12 +345,12 @@ class Registry:
         """Return the history of a name's aliases, oldest first."""
         with reading(self.engine) as session:
             rows = session.scalars(select(AliasMoveRow).where(AliasMoveRow.name == name).order_by(AliasMoveRow.id))
-            return [Move(row.name, row.alias, row.digest, _utc(row.at), row.by, row.reason) for row in rows]
+            return [Move(row.name, row.alias, row.digest, utc(row.at), row.by, row.reason) for row in rows]
 
     def tag(self, reference: str, *tags: str) -> None:
         """Add tags to an artifact."""
         with writing(self.engine) as session:
-            digest = self._digest(session, reference)
+            digest = find(session, reference)
             for tag in tags:
                 session.merge(TagRow(digest=digest, tag=check_alias(tag)))
             self.audit_in(session, "tag", digest, {"tags": list(tags)})
@@ -391,7 +358,7 @@ class Registry:
     def deprecate(self, reference: str, reason: str) -> None:
         """Say why an artifact should no longer be used; an empty reason takes that back."""
         with writing(self.engine) as session:
-            digest = self._digest(session, reference)
+            digest = find(session, reference)
             session.get_one(ArtifactRow, digest).deprecated = reason
             self.audit_in(session, "deprecate", digest, {"reason": reason})
 
@@ -431,62 +398,5 @@ def default_place_of_trust() -> str:
     return str(Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share", "qrlora", "registry"))
 
 
-def facts_digest(row: ArtifactRow) -> str:
-    """Return the digest of an artifact's facts, for the audit log."""
-    return digest_of(canonical_json(row.facts))
-
-
-def _fill_in(there: ArtifactRow, again: ArtifactRow) -> None:
-    """Take what was not known when it was added first. RegistryError for another role, owner or licence."""
-    for key in ("role", "owner", "licence"):
-        known, said = getattr(there, key), getattr(again, key)
-        if known and said and known != said:
-            remedy = f"leave it out: what was registered with one {key} keeps it"
-            raise RegistryError(f"{there.digest[:19]} has another {key}", expected=known, got=said, remedy=remedy)
-        setattr(there, key, known or said)
-    there.stored = there.stored or again.stored
-
-
 def _now() -> datetime:
     return datetime.now(timezone.utc)
-
-
-def _utc(at: datetime) -> datetime:
-    """SQLite forgets the zone; all times are written in UTC."""
-    return at if at.tzinfo else at.replace(tzinfo=timezone.utc)
-
-
-def _in(session: Session, kind: type[Any], digests: Collection[str]) -> list[Any]:
-    if not digests:
-        return []
-    order = [column for column in kind.__table__.primary_key.columns]
-    return list(session.scalars(select(kind).where(kind.digest.in_(digests)).order_by(*order)))
-
-
-def _grouped(rows: Sequence[Any]) -> dict[str, list[Any]]:
-    found: dict[str, list[Any]] = {}
-    for row in rows:
-        found.setdefault(row.digest, []).append(row)
-    return found
-
-
-def _artifact(
-    row: ArtifactRow, names: Mapping[str, list[Any]], aliases: Mapping[str, list[Any]], tags: Mapping[str, list[Any]]
-) -> Artifact:
-    return Artifact(
-        digest=row.digest,
-        kind=row.kind,
-        size=row.size,
-        filename=row.filename,
-        stored=row.stored,
-        role=row.role,
-        owner=row.owner,
-        licence=row.licence,
-        created_at=_utc(row.created_at),
-        created_by=row.created_by,
-        deprecated=row.deprecated,
-        names=tuple(f"{one.name}@v{one.number}" for one in names.get(row.digest, ())),
-        aliases=tuple(f"{one.name}@{one.alias}" for one in aliases.get(row.digest, ())),
-        tags=tuple(one.tag for one in tags.get(row.digest, ())),
-        facts=row.facts,
-    )

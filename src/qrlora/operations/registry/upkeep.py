@@ -11,8 +11,8 @@ from sqlalchemy import select, text
 from qrlora.errors import QrloraError
 from qrlora.operations.provenance.audit import Entry, broken
 from qrlora.operations.registry.database import reading, writing
-from qrlora.operations.registry.registry import LOGGED, Registry, facts_digest
-from qrlora.operations.registry.schema import AliasRow, ArtifactRow, AuditHeadRow, EdgeRow, TagRow, VersionRow
+from qrlora.operations.registry.registry import Registry
+from qrlora.operations.registry.schema import LOGGED, AliasRow, ArtifactRow, AuditHeadRow, EdgeRow, TagRow, VersionRow
 
 Progress = Callable[[int, int], None]
 
@@ -117,7 +117,7 @@ def _rows(session: Any) -> State:
     state: State = {}
     for row in session.scalars(select(ArtifactRow)):
         kept = {key: getattr(row, key) for key in LOGGED}
-        state["artifact", row.digest] = {**kept, "facts": facts_digest(row)}
+        state["artifact", row.digest] = {**kept, "facts": row.facts_digest}
         state["deprecated", row.digest] = row.deprecated
     for row in session.scalars(select(VersionRow)):
         state["version", row.name, str(row.number)] = row.digest
