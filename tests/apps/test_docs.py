@@ -131,15 +131,8 @@ def test_both_languages_show_the_same() -> None:
 
 # ---------------------------------------------------------------------------------------- what is shown, to its picture
 
-APPROVALS = "needs people with keys: tests/operations/test_policy_command.py"
 
 LISTED = {
-    "qrlora approval request --registry company --adapter registry:teapot:0.9 --adapter registry:chalk:0.8 --null-space 0.5": APPROVALS,
-    "qrlora approval list --registry company": APPROVALS,
-    "qrlora approval approve sha256:REQUEST --registry company --key grace": APPROVALS,
-    "qrlora approval reject sha256:REQUEST --registry company --key grace --reason 'the handle is wrong'": APPROVALS,
-    "qrlora approval verify --registry company --adapter registry:teapot:0.9 --adapter registry:chalk:0.8 --null-space 0.5": APPROVALS,
-    "qrlora approval revoke sha256:APPROVAL --registry company --key olga --reason 'the campaign is over'": APPROVALS,
     "qrlora demo --subject mine.jpg": "minutes: test_demo.py runs it with fewer steps",
     "qrlora lab compare --small": "minutes: test_bench.py runs smaller ones",
     "qrlora lab compare --tune": "hours: test_bench.py runs smaller ones",
@@ -160,6 +153,10 @@ LISTED = {
     "qrlora serve --adapters /shared/adapters --address HEAD:6379 --engines 2 --threads 8 --host 0.0.0.0": "machines",
     "qrlora serve --adapters adapters --address 127.0.0.1:6379 --engines 2 --threads 1": "a cluster: test_serve.py",
     'StableDiffusionXLPipeline.from_single_file("model.safetensors").save_pretrained("model")': "needs a real model",
+}
+LISTED |= {
+    shlex.join(shlex.split(line)): "needs people with keys: tests/operations/test_policy_command.py"
+    for line in blocks(ROOT / "docs/approval.md", "sh")
 }
 """Commands and Python blocks that are not run here, and why."""
 
