@@ -12,6 +12,7 @@ from qrlora.operations.policy.rules import Policy
 from qrlora.operations.provenance.keys import SigningKey, Trust
 from qrlora.operations.registry import Artifact, Link, Registry
 
+OURS = "LicenseRef-Proprietary-Acme"
 PEOPLE = {"ada": ["author"], "grace": ["reviewer"], "linus": ["reviewer"], "olga": ["operator"]}
 
 RULES: dict[str, Any] = {
@@ -53,9 +54,7 @@ class Company:
         trust.save(self.trust_file)
         facts = {"model": "pico", "family": "sd3"}
         self.base = self.registry.add_record({"model": "pico"}, "base", name="pico", licence="Apache-2.0", facts=facts)
-        self.picture = self.registry.add(
-            b"a photograph", "picture", name="photo", licence="LicenseRef-Proprietary-Acme"
-        )
+        self.picture = self.registry.add(b"a photograph", "picture", name="photo", licence=OURS)
         self.sheet = self.registry.add(b"name = 'acme'", "brand", name="acme-sheet")
         self.teapot = self.adapter("teapot", role="subject")
         self.chalk = self.adapter("chalk", role="style")
@@ -66,13 +65,8 @@ class Company:
 
     def adapter(self, name: str, *, picture: Artifact | None = None, trigger: str = "", **fields: Any) -> Artifact:
         """An adapter that is as it should be, unless told otherwise."""
-        fields = {"owner": "acme", "licence": "LicenseRef-Proprietary-Acme", "tags": ["released"], **fields}
-        facts = {
-            "trigger": trigger,
-            "basis_fingerprint": "f" * 16,
-            "base_model": "pico",
-            "role": fields.get("role", ""),
-        }
+        fields = {"owner": "acme", "licence": OURS, "tags": ["released"], **fields}
+        facts = {"trigger": trigger, "basis_fingerprint": "f" * 16, "base_model": "pico"}
         links = [Link("based_on", self.base.digest), Link("trained_on", (picture or self.picture).digest)]
         return self.registry.add(f"ΔR of {name}".encode(), "adapter", name=name, facts=facts, links=links, **fields)
 

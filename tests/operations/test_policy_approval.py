@@ -47,7 +47,8 @@ def test_the_order_of_adapters_and_the_rounding_of_weights_change_nothing(compan
     company.approved(company.combination((company.teapot, 0.3), (company.chalk, 1.0)), ONE, "grace")
     assert holds(company, company.combination((company.chalk, 1.0), (company.teapot, 0.1 + 0.2)))
     assert not holds(company, company.combination((company.chalk, 1.0), (company.teapot, 0.300001)))
-    assert [decimal(value) for value in (0.1 + 0.2, 1.0, -0.0, 1e-9, 1e5, -2.5)] == [
+    written = [decimal(value) for value in (0.1 + 0.2, 1.0, -0.0, 1e-9, 1e5, -2.5)]
+    assert written == [
         "0.3",
         "1",
         "0",
@@ -277,11 +278,8 @@ def test_a_revoked_approval_and_who_may_revoke(company: Company) -> None:
 def test_a_revocation_by_the_wrong_one_does_not_hide_a_right_one(company: Company) -> None:
     [given] = company.approved(company.combination(), ONE, "grace")
     revoke(company.registry, given.digest, company.keys["grace"], "mine")
-    predicate = {
-        "decision": "revoke",
-        "about": {"approval": given.digest},
-        "at": datetime.now(timezone.utc).isoformat(),
-    }
+    at = datetime.now(timezone.utc).isoformat()
+    predicate = {"decision": "revoke", "about": {"approval": given.digest}, "at": at}
     put(company, sign(statement(APPROVAL, [("approval", given.digest)], predicate), company.keys["linus"]))
     assert not holds(company, company.combination())
 
