@@ -14,7 +14,7 @@ from qrlora.apps.serving.protocol import Facts, Permission
 from qrlora.errors import PolicyError, QrloraError, RequestError
 from qrlora.operations.policy.action import Rules, Source, base_in_use, combination_of_files
 from qrlora.operations.policy.check import Verdict, enforce
-from qrlora.operations.policy.decisions import decisions
+from qrlora.operations.policy.decisions import Given, decisions
 from qrlora.operations.policy.findings import forbidden_words
 from qrlora.operations.registry import Artifact, Registry
 
@@ -42,7 +42,7 @@ class Gate:
         self._verdicts: OrderedDict[Any, tuple[datetime, list[Verdict]]] = OrderedDict()
         self._rules = Rules.of(self.registry, permission.policy, permission.approval)
         self._base: Artifact | None = None
-        self._by_prompt = True
+        self._given: list[Given] = []
         if self.registry:
             self._base = base_in_use(self.registry, permission.model)
 
@@ -83,13 +83,14 @@ class Gate:
         now = datetime.now(timezone.utc)
         self._look_again()
         parts = sorted((facts.digests[name], name, weight) for name, weight in composition.items())
-        key = (tuple(parts), strength, prompt if self._by_prompt else None)
+        by_prompt = any(one.about.get("prompts") for one in self._given)
+        key = (tuple(parts), strength, prompt if by_prompt else None)
         until, verdicts = self._verdicts.get(key, (now, []))
         if until > now:
             return verdicts
         sources = [(Source(name, digest, "", facts.adapters[name]), weight) for digest, name, weight in parts]
         combination = combination_of_files(self.registry, sources, strength, [prompt], self._base)
-        verdicts = self._rules.verdicts("serve", combination, now)
+        verdicts = self._rules.verdicts("serve", combination, now, self._given)
         until = min([now + LONGEST, *(verdict.until for verdict in verdicts if verdict.until)])
         self._verdicts[key] = until, verdicts
         if len(self._verdicts) > KEPT:
@@ -106,8 +107,7 @@ class Gate:
             self._stamp = None  # until all of it is read
             self._verdicts.clear()
             self._rules = Rules.of(self.registry, self.permission.policy, self.permission.approval)
-            given = decisions(self.registry) if self.registry else []
-            self._by_prompt = any(one.about.get("prompts") for one in given)
+            self._given = decisions(self.registry) if self.registry else []
             self._stamp = stamp
 
     def _read_stamp(self) -> object:

@@ -14,7 +14,7 @@ from typing import Any
 
 from qrlora.operations.policy.check import Verdict, check, enforce, in_force
 from qrlora.operations.policy.combination import Combination, Part, base_of, unfolded
-from qrlora.operations.policy.decisions import now
+from qrlora.operations.policy.decisions import Given, now
 from qrlora.operations.policy.rules import Policy
 from qrlora.operations.provenance.canonical import canonical_json, digest_of
 from qrlora.operations.registry import Artifact, Registry
@@ -58,11 +58,21 @@ class Rules:
         """Return True if nothing is asked for."""
         return not self.policies and not self.approval
 
-    def verdicts(self, action: str, combination: Combination, at: datetime | None = None) -> list[Verdict]:
-        """Check an action by every policy. Approvals name the registry's policy, else the file's."""
+    def verdicts(
+        self,
+        action: str,
+        combination: Combination,
+        at: datetime | None = None,
+        given: Sequence[Given] | None = None,
+    ) -> list[Verdict]:
+        """Check an action by every policy. Approvals name the registry's policy, else the file's.
+
+        given: as `check`.
+        """
         first, *others = self.policies or (None,)
-        found = [check(first, combination, action, registry=self.registry, approval=self.approval, at=at)]
-        return found + [check(one, combination, action, registry=self.registry, at=at) for one in others]
+        common: dict[str, Any] = {"registry": self.registry, "at": at, "given": given}
+        found = [check(first, combination, action, approval=self.approval, **common)]
+        return found + [check(one, combination, action, **common) for one in others]
 
     def enforce(self, action: str, combination: Combination) -> None:
         """Raise PolicyError, and write it into the audit log, unless the action is permitted."""

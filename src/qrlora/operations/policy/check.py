@@ -14,7 +14,7 @@ from typing import Any
 
 from qrlora.errors import PolicyError, QrloraError, SignatureError
 from qrlora.operations.policy.combination import Combination
-from qrlora.operations.policy.decisions import find, now, type_of
+from qrlora.operations.policy.decisions import Given, find, now, type_of
 from qrlora.operations.policy.findings import Case, Finding, findings, trust_of
 from qrlora.operations.policy.rules import ACTIONS, Policy
 from qrlora.operations.provenance.canonical import canonical_json
@@ -54,6 +54,7 @@ def check(
     registry: Registry | None,
     approval: bool = False,
     at: datetime | None = None,
+    given: Sequence[Given] | None = None,
 ) -> Verdict:
     """Apply a policy to an action: compose, generate, serve, export or catalog.
 
@@ -61,25 +62,30 @@ def check(
         policy: None where there is none: then only `approval` is asked for.
         approval: ask for an approval although the policy does not.
         at: when; now if None.
+        given: `decisions(registry)`, if they are at hand.
     """
     if action not in ACTIONS:
         raise PolicyError(f"no such action: {action!r}", expected=" or ".join(ACTIONS))
     found = findings(Case.of(policy, combination, action, registry, at)) if policy else []
     if not approval and not (policy and policy.approval and action in policy.approval.actions):
         return Verdict(action, combination.title, tuple(found))
-    approved, until = _approved(policy, combination, registry, at)
+    approved, until = _approved(policy, combination, registry, at, given)
     return Verdict(action, combination.title, (*found, approved), until)
 
 
 def _approved(
-    policy: Policy | None, combination: Combination, registry: Registry | None, at: datetime | None
+    policy: Policy | None,
+    combination: Combination,
+    registry: Registry | None,
+    at: datetime | None,
+    given: Sequence[Given] | None,
 ) -> tuple[Finding, datetime | None]:
     """Return the finding on approvals, and when they end."""
     if registry is None:
         remedy = "name it with --registry"
         return Finding("approval", False, "no registry is in play", "approvals in a registry", remedy), None
     try:
-        standing = find(registry, combination, policy, at=at)
+        standing = find(registry, combination, policy, at=at, given=given)
         return standing.finding(combination.title), standing.expires
     except QrloraError as error:
         got, remedy = f"{error.what} ({error.got})", error.remedy or "`qrlora registry verify`"

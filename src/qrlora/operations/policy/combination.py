@@ -157,7 +157,11 @@ def same(registry: Registry, combination: Combination) -> Iterator[Artifact]:
         yield combination.parts[0].artifact
     if combination.parts:
         first = combination.parts[0].artifact.digest
+        listed = {(part["adapter"], part["weight"]) for part in wanted["parts"]}
         for digest in dict.fromkeys(edge.source for edge in registry.edges(first, into=True, relation="composed_of")):
+            edges = registry.edges(digest, relation="composed_of")
+            if {(edge.target, decimal(edge.weight or 0.0)) for edge in edges} != listed:
+                continue  # before its bytes are read, which is what counts
             found = combination_of(registry, digest)
             if found.what | {"base": None} == wanted | {"base": None}:
                 yield registry.get(digest)
