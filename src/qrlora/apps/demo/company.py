@@ -131,7 +131,7 @@ def _piloted(company: Company, line: Path) -> None:
             company.type(f"pilot decide {line} --go --reason 'stage {stage} looks right' --key ben")
     for style in STYLES:
         said = company.type(f"approval request {WEIGHTS.format(style=style, weight=1)} --note 'spring catalog'")
-        digest = said.split()[0]
+        digest = said.split()[-1]
         for name in ("ben", "cleo"):
             with company.acting(name):
                 company.type(f"approval approve {digest} --key {name}")
