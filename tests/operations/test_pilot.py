@@ -150,7 +150,7 @@ def test_three_stages_from_one_picture_to_the_line(opened, people, project):
     assert pilot.next is None
     assert pilot.verify(trust) == []
     assert len(found.groups) == 2
-    assert found.made == 2 * 2 * 2
+    assert found.made == 4 * 2 * 2
     ledger = pilot.folder / "spent.json"
     before = ledger.read_text()
     assert opened().run("several_styles").made
@@ -182,7 +182,7 @@ def test_who_may_decide_and_on_what(opened, people, project):
     state.write_text(json.dumps(forged))
     assert opened().verify(trust) == ["one_picture: ben decided on their own work"]
 
-    shutil.copy(project.parent / "pictures" / "ruby.png", project.parent / "pictures" / "teapot.png")
+    shutil.copy(project.parent / "pictures" / "gold.png", project.parent / "pictures" / "teapot.png")
     changed = opened()
     assert changed.next == "one_picture", "a changed picture voids what was decided"
     with pytest.raises(PolicyError, match="has to be run first"):

@@ -49,7 +49,7 @@ def new(options: Options) -> None:
     make_folder(options.line.parent)
     sample = importlib.resources.files("qrlora.operations") / "pilot" / "samples" / options.sample
     contents: dict[Path, bytes] = {}
-    for name in ("line.toml", "brand.toml", "products.csv"):
+    for name in ("line.toml", "brand.toml", "products.csv", "policy.toml"):
         path = options.line if name == "line.toml" else options.line.parent / name
         contents[path] = (sample / name).read_bytes()
     for picture in (sample / "pictures").iterdir():
