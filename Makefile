@@ -3,7 +3,7 @@ PYTHON ?= python3
 OUT ?= out/demo
 BIN = $(VENV)/bin
 
-.PHONY: demo test clean
+.PHONY: demo demo-company test clean
 .DEFAULT_GOAL := demo
 
 INSTALL = $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt
@@ -15,12 +15,19 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	$(INSTALL) -e .
 	touch $@
 
+$(VENV)/.registry: $(VENV)/.ready
+	$(INSTALL) -e '.[registry]'
+	touch $@
+
 $(VENV)/.tools: $(VENV)/.ready  # what tests need besides: optional packages, too, which slow the start of every command
 	$(INSTALL) -e '.[test]'
 	touch $@
 
 demo: $(VENV)/.ready  ## train a subject and a style on pico, compose them, write a report
 	$(BIN)/qrlora demo --out $(OUT)
+
+demo-company: $(VENV)/.registry  ## a pilot from one picture to an approved, marked catalog; then tampering
+	$(BIN)/qrlora demo --company --out out/company
 
 test: $(VENV)/.tools  ## lint, types, import contracts, tests
 	$(BIN)/ruff check .

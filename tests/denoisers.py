@@ -98,3 +98,14 @@ def build(kind: str) -> Denoiser:
 
 def predict(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
     return model(**inputs, return_dict=False)[0]
+
+
+def state(model: nn.Module) -> dict[str, Tensor]:
+    """A copy of all parameters and buffers, for `same`."""
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def same(model: nn.Module, before: dict[str, Tensor]) -> bool:
+    """Return True if they are what they were, bit for bit."""
+    after = model.state_dict()
+    return list(after) == list(before) and all(torch.equal(after[name], before[name]) for name in before)

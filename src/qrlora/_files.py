@@ -54,7 +54,7 @@ _ELSE = "check the disk, or name an output on another one"
 
 
 def default_cache_dir() -> Path:
-    """Folder of everything cached: $QRLORA_CACHE, else ~/.cache/qrlora.
+    """Return the folder of everything cached: $QRLORA_CACHE, else ~/.cache/qrlora.
 
     A user without a home (a container's number without a passwd entry) has one among the temporary files.
     """
@@ -67,7 +67,7 @@ def default_cache_dir() -> Path:
 
 
 def _temporary_cache_dir() -> Path:
-    """One that nobody else can have put anything in."""
+    """Make a folder in which nobody else can have put anything."""
     folder = Path(tempfile.gettempdir(), f"qrlora-{os.getuid()}")
     folder.mkdir(mode=0o700, exist_ok=True)
     found = folder.lstat()
@@ -116,7 +116,7 @@ def write_atomically(
 def write_all(
     contents: Mapping[Path, Content], *, rescue: bool = True, make_folder: bool = False, check: Check | None = None
 ) -> None:
-    """Each file as `write_atomically` does; after the first that fails, this one and the rest are saved elsewhere."""
+    """Write each file as `write_atomically` does; save the first that fails, and the rest, elsewhere."""
     left = dict(contents)
     for path, content in contents.items():
         try:
@@ -232,7 +232,7 @@ _held: dict[tuple[str, int], int] = {}
 
 
 def _forget_claims() -> None:
-    """A forked child that outlives this process would hold its locks."""
+    """Forget the locks in a forked child, which would hold them if it outlives this process."""
     for descriptor in _held.values():
         os.close(descriptor)
     _held.clear()

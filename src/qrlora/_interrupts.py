@@ -18,8 +18,8 @@ _received: list[int] = []
 
 
 def ended(name: str, work: Callable[[], int]) -> int:
-    """The exit code of a command: what `work` returns, 2 after an error, which is printed, or 128 and the signal's
-    number: 130 for Ctrl-C, 143 for SIGTERM, 129 for SIGHUP."""
+    """Return the exit code of a command: what `work` returns, 2 after an error, which is printed, or 128 and the
+    signal's number: 130 for Ctrl-C, 143 for SIGTERM, 129 for SIGHUP."""
     try:
         with _raised():
             return work()
@@ -43,7 +43,7 @@ def say(text: str) -> None:
 
 
 def say_error(text: str) -> None:
-    """`say`; on a terminal the first line, which says what is wrong, in red."""
+    """Print an error like `say`, on a terminal with the first line, which says what is wrong, in red."""
     if not sys.stderr.isatty():
         say(text)
         return
@@ -57,8 +57,8 @@ def say_error(text: str) -> None:
 
 @contextlib.contextmanager
 def _raised() -> Iterator[None]:
-    """SIGTERM and SIGHUP raise KeyboardInterrupt, as Ctrl-C does without this; what follows them finds a process that
-    ends already."""
+    """Let SIGTERM and SIGHUP raise KeyboardInterrupt, as Ctrl-C does without this; what follows them finds a process
+    that ends already."""
 
     def handle(number: int, frame: FrameType | None) -> None:
         _received.append(number)
@@ -72,7 +72,7 @@ def _raised() -> Iterator[None]:
 
 @contextlib.contextmanager
 def deferred() -> Iterator[Callable[[], bool]]:
-    """Ctrl-C, SIGTERM and SIGHUP are only noted, so that what is being done comes to a whole; yields what tells.
+    """Only note Ctrl-C, SIGTERM and SIGHUP, so that the work inside completes; yield a function that reports them.
 
     A second Ctrl-C does not wait. The others come in pairs (a terminal that closes, then its shell), and do.
     """

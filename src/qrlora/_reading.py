@@ -65,7 +65,7 @@ def _described(error: BaseException) -> str:
 
 
 def read_text(path: Path, what: str, kind: type[QrloraError], largest: int = LARGEST_TEXT) -> str:
-    """A file in UTF-8, without the byte order mark that some editors begin it with. what: what it should be."""
+    """Read a file in UTF-8, without the byte order mark that some editors begin it with. what: what it should be."""
     remedy = "check the path; if it is right, save the file again as UTF-8"
     with parsing(f"cannot read {what} {path}", kind, expected="a text file in UTF-8", remedy=remedy):
         with path.open("rb") as stream:
@@ -81,7 +81,7 @@ def read_text(path: Path, what: str, kind: type[QrloraError], largest: int = LAR
 
 
 def read_json(path: Path, what: str, kind: type[QrloraError]) -> Any:
-    """Any JSON value of a file; errors as `read_text` and `parse_json`."""
+    """Read any JSON value from a file; errors as `read_text` and `parse_json`."""
     return parse_json(read_text(path, what, kind), str(path), kind)
 
 
@@ -94,7 +94,7 @@ def parse_json(
     remedy: str = "export it again",
     finite: bool = True,
 ) -> Any:
-    """Any JSON value. Refused is also what other programs cannot read or write again: keys named twice, NaN and
+    """Return any JSON value. Refused is also what other programs cannot read or write again: keys named twice, NaN and
     infinite numbers (unless `finite` is False: what Python alone reads), halves of surrogate pairs."""
     with parsing(f"{what} is no JSON", kind, expected=expected, remedy=remedy):
         numbers: dict[str, Any] = {"parse_constant": _no_constant, "parse_float": _finite} if finite else {}
@@ -123,7 +123,7 @@ def _finite(text: str) -> float:
 
 
 def read_toml(path: Path, what: str, kind: type[QrloraError], *, remedy: str) -> dict[str, Any]:
-    """The tables of a TOML file."""
+    """Read the tables of a TOML file."""
     text = read_text(path, what, kind, LARGEST_TOML)
     with parsing(f"{path} is not TOML", kind, remedy=remedy):
         bare = re.sub(r"\"[^\"\n]*\"|'[^'\n]*'", "", text)
@@ -134,8 +134,8 @@ def read_toml(path: Path, what: str, kind: type[QrloraError], *, remedy: str) ->
 
 
 def plain_float(text: str) -> float:
-    """A finite number in plain decimal notation. ValueError for what Python reads besides: 1_0, full-width digits,
-    blanks, nan, infinity."""
+    """Parse a finite number in plain decimal notation. ValueError for what Python reads besides: 1_0, full-width
+    digits, blanks, nan, infinity."""
     value = float(text) if NUMBER.fullmatch(text) else math.nan
     if not math.isfinite(value):
         raise ValueError(f"expected a finite number, got {text[:40]!r}")
@@ -143,7 +143,7 @@ def plain_float(text: str) -> float:
 
 
 def plain_int(text: str) -> int:
-    """A whole number in plain decimal notation; ValueError as `plain_float`."""
+    """Parse a whole number in plain decimal notation; ValueError as `plain_float`."""
     if not re.fullmatch(r"[+-]?[0-9]{1,20}", text):
         raise ValueError(f"expected a whole number, got {text[:40]!r}")
     return int(text)
@@ -163,7 +163,7 @@ def plain_number(value: Any) -> Any:
 
 
 def inside(path: Path, folder: Path, kind: type[QrloraError]) -> Path:
-    """``path``, if its file lies in ``folder``, symbolic links followed; ``kind`` otherwise.
+    """Return ``path`` if its file lies in ``folder``, symbolic links followed; raise ``kind`` otherwise.
 
     For what a folder or a file in it leads to; what a user names lies wherever the user says.
     """

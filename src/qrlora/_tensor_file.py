@@ -28,7 +28,7 @@ from qrlora.errors import TensorFileError, bounded
 
 DIGEST = "qrlora.digest"
 NOTES = ("modelspec.", "ss_", "sshs_")
-"""What Stability's ModelSpec, kohya's scripts and A1111 call their metadata."""
+"""Prefixes and names of the metadata of Stability's ModelSpec, kohya's scripts and A1111."""
 MOST_BYTES = 2**33
 """More than any adapter has: one of rank 128 on every matrix of the largest model here takes half of it in float32."""
 MOST_HEADER_BYTES = 10_000_000
@@ -56,7 +56,7 @@ def require(ok: bool, what: str, *, expected: object = None, got: object = None,
 def packed(
     tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None, *, for_others: bool = False
 ) -> Callable[[BinaryIO], None]:
-    """A safetensors file with its digest, as what writes it to a stream.
+    """Return what writes a safetensors file with its digest to a stream.
 
     for_others: also under the names that ModelSpec and A1111 look for, the SHA-256 of the bytes after the header.
     """
@@ -78,7 +78,7 @@ def packed(
 
 
 def digest_of(header: Mapping[str, Any], body_digest: str) -> str:
-    """The digest of a file with this header and these bytes after it."""
+    """Return the digest of a file with this header and these bytes after it."""
     words = header.get("__metadata__", {})
     words = {key: value for key, value in words.items() if key != DIGEST and not key.startswith(NOTES)}
     whole = json.dumps([{**header, "__metadata__": words}, body_digest], sort_keys=True, separators=(",", ":"))
@@ -86,7 +86,7 @@ def digest_of(header: Mapping[str, Any], body_digest: str) -> str:
 
 
 def read(path: Path, shapes: Mapping[str, tuple[int, ...]], most_bytes: int) -> tuple[dict[str, Tensor], Header]:
-    """The tensors and the metadata of a file of ours; the digest stays in the metadata if there is one.
+    """Read the tensors and the metadata of a file of ours; the digest stays in the metadata if there is one.
 
     shapes: of tensors that have to be there, checked before the data is read.
 
@@ -107,7 +107,7 @@ def read(path: Path, shapes: Mapping[str, tuple[int, ...]], most_bytes: int) -> 
 def read_entry(
     path: Path, identity: str, shapes: Mapping[str, tuple[int, ...]] | None = None, most_bytes: int = 2**30
 ) -> dict[str, Tensor] | None:
-    """The tensors of a cache's entry that `packed_entry` made; None, with a note, for one that cannot be trusted.
+    """Read a cache entry that `packed_entry` made; None, with a note, for one that cannot be trusted.
 
     It is then to be made again: what is cached costs time alone.
     """
@@ -124,7 +124,7 @@ def read_entry(
 
 
 def packed_entry(tensors: Mapping[str, Tensor], identity: str) -> Callable[[BinaryIO], None]:
-    """An entry of a cache. identity: what it was made of and how, as a digest."""
+    """Return what writes a cache entry. identity: what it was made of and how, as a digest."""
     return packed(tensors, {_IDENTITY: identity})
 
 
@@ -135,7 +135,7 @@ def note(text: str) -> None:
 
 
 def read_header(stream: BinaryIO, most_bytes: int = MOST_BYTES) -> Header:
-    """The header of a stream: entries that are objects, and metadata that maps text to text, if there is any."""
+    """Read the header of a stream: entries that are objects, and metadata that maps text to text, if there is any."""
     size = os.fstat(stream.fileno()).st_size
     require(size > 0, "empty file", expected="a .safetensors file", got="0 bytes", remedy=AGAIN)
     require(size >= 8, "truncated", expected="8 bytes of header length", got=f"{size} bytes", remedy=AGAIN)
@@ -162,7 +162,7 @@ def read_header(stream: BinaryIO, most_bytes: int = MOST_BYTES) -> Header:
     many = {what: number for what, number in parts.items() if number > most[what]}
     require(not many, "too many tensors", expected=f"at most {MOST_TENSORS}", got=many, remedy="name an adapter")
     header = parse_json(text, "the header")
-    require(isinstance(header, dict), "the header is no JSON object", expected="{...}", got=type(header).__name__)
+    require(isinstance(header, dict), "the header is not a JSON object", expected="{...}", got=type(header).__name__)
     words = header.get("__metadata__", {})
     strings = isinstance(words, dict) and all(isinstance(value, str) for value in words.values())
     require(strings, "metadata is no map of strings", expected="text for text", got=words)
@@ -172,7 +172,7 @@ def read_header(stream: BinaryIO, most_bytes: int = MOST_BYTES) -> Header:
 
 
 def read_tensors(stream: BinaryIO, header: Header) -> tuple[dict[str, Tensor], str]:
-    """All tensors of a stream that stands behind its header, and the SHA-256 of what was read.
+    """Read all tensors of a stream that stands behind its header, and the SHA-256 of what was read.
 
     Refuses truncated, overlapping or trailing data, before it reads any. All tensors are views of one buffer.
     """
@@ -194,7 +194,7 @@ def read_tensors(stream: BinaryIO, header: Header) -> tuple[dict[str, Tensor], s
 
 
 def check_layout(entries: Mapping[str, Header], size: int) -> dict[str, tuple[int, int]]:
-    """Key -> (begin, end) in the tensor data; TensorFileError unless they fill `size` bytes without gap or overlap."""
+    """Return key -> (begin, end) in the tensor data; TensorFileError unless they fill `size` bytes without a gap."""
     places = {key: _place(key, entry) for key, entry in entries.items()}
     filled = 0
     for key, (begin, end) in sorted(places.items(), key=lambda item: item[1]):
@@ -234,7 +234,7 @@ def _place(key: str, entry: Header) -> tuple[int, int]:
 
 
 def check_digest(header: Header, body_digest: str) -> None:
-    """TensorFileError if the header has a digest and it is of something else."""
+    """Raise TensorFileError if the header has a digest and it is of something else."""
     said = header.get("__metadata__", {}).get(DIGEST)
     require(
         said is None or said == digest_of(header, body_digest),
@@ -246,7 +246,7 @@ def check_digest(header: Header, body_digest: str) -> None:
 
 
 def parse_json(text: str | bytes, what: str, *, finite: bool = True) -> Any:
-    """Any JSON value, as `_reading.parse_json`."""
+    """Parse any JSON value, as `_reading.parse_json`."""
     return any_json(text, what, TensorFileError, finite=finite)
 
 

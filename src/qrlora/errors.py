@@ -62,7 +62,7 @@ class QrloraError(ValueError):
 
 
 def printable(text: str) -> str:
-    """The text with escapes for what UTF-8 cannot encode: bytes of file names, halves of surrogate pairs."""
+    """Return the text with escapes for what UTF-8 cannot encode: bytes of file names, halves of surrogate pairs."""
     return text.encode("utf-8", "backslashreplace").decode()
 
 

@@ -131,6 +131,12 @@ def test_both_languages_show_the_same() -> None:
 
 # ---------------------------------------------------------------------------------------- what is shown, to its picture
 
+ELSEWHERE = {
+    "qrlora approval ": "needs people with keys: test_policy_command.py",
+    "qrlora pilot ": "minutes, and people with keys: test_pilot.py",
+}
+"""Beginnings of commands that are run by other tests."""
+
 LISTED = {
     "qrlora demo --subject mine.jpg": "minutes: test_demo.py runs it with fewer steps",
     "qrlora lab compare --small": "minutes: test_bench.py runs smaller ones",
@@ -151,6 +157,12 @@ LISTED = {
     "--weights csd=csd.pth": "needs weights to download: test_learned.py makes some up",
     "qrlora serve --adapters /shared/adapters --address HEAD:6379 --engines 2 --threads 8 --host 0.0.0.0": "machines",
     "qrlora serve --adapters adapters --address 127.0.0.1:6379 --engines 2 --threads 1": "a cluster: test_serve.py",
+    "qrlora catalog products.csv styles.toml": "needs the page's files: test_catalog.py makes some",
+    "qrlora catalog products.csv styles.toml -o spring --brand brands/brand.toml --policy policy.toml": "as above",
+    "qrlora catalog products.csv styles.toml --workers 2 --threads 1": "Ray: test_catalog_kills.py",
+    "qrlora catalog products.csv styles.toml --address HEAD:6379 --workers 64": "machines: test_catalog_kills.py",
+    "qrlora lab speed catalog --postgresql postgresql+psycopg://localhost/qrlora --plot catalog.svg": "a database: "
+    "test_catalog_model.py runs a smaller one",
     'StableDiffusionXLPipeline.from_single_file("model.safetensors").save_pretrained("model")': "needs a real model",
 }
 """Commands and Python blocks that are not run here, and why."""
@@ -357,6 +369,8 @@ RUN = [pytest.param(page, marks=() if page.name == "README.md" else pytest.mark.
 def test_what_a_page_shows_runs_to_its_picture(page: Path, made: Path, tmp_path: Path, monkeypatch: Any) -> None:
     family = MODELS.get(page.stem, "")
     monkeypatch.setenv("QRLORA_CACHE", str(made / "cache"))
+    monkeypatch.setenv("QRLORA_KEYS", str(tmp_path / "keys"))
+    monkeypatch.setenv("QRLORA_REGISTRY", str(tmp_path / "company"))
     monkeypatch.chdir(tmp_path)
     laid_out(made_adapters(made, family), family, page, tmp_path)
     with contextlib.ExitStack() as serving:
@@ -371,7 +385,8 @@ def plain(kind: str, text: str) -> str:
 
 
 def is_listed(kind: str, text: str) -> bool:
-    return plain(kind, text) in LISTED or (kind == "sh" and text.split()[0] in OTHERS)
+    shell = kind == "sh" and (text.split()[0] in OTHERS or text.startswith(tuple(ELSEWHERE)))
+    return shell or plain(kind, text) in LISTED
 
 
 def test_nothing_is_listed_that_no_page_shows_and_every_block_has_a_language() -> None:

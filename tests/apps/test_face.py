@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import re
 import resource
@@ -97,6 +98,17 @@ def test_readme_names_the_rooms_in_the_order_of_the_import_contract() -> None:
     for text in (ENGLISH, JAPANESE):
         end = text.rpartition("`make test`")[2]
         assert list(dict.fromkeys(re.findall(r"`(\w+)`", end))) == rooms
+
+
+def test_no_file_and_no_function_is_long() -> None:
+    lengths: dict[str, float] = {}
+    for path in (ROOT / "src").rglob("*.py"):
+        text, name = path.read_text("utf-8"), str(path.relative_to(ROOT))
+        lengths[name] = len(text.splitlines()) / 10  # a file as long as ten functions
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                lengths[f"{name}: {node.name}"] = (node.end_lineno or 0) - node.lineno + 1
+    assert lengths and not {what: length for what, length in lengths.items() if length > 45}
 
 
 # ------------------------------------------------------------------------------------------------------ what is shipped

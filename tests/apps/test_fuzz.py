@@ -24,17 +24,19 @@ import torch
 import mutations
 from qrlora._reading import read_json
 from qrlora.apps.cli.serve import _api_keys
-from qrlora.apps.serving.app import Limits, Service, create_app
-from qrlora.apps.serving.protocol import Event, Facts, Made, Picture, Settings
+from qrlora.apps.serving.app import create_app
+from qrlora.apps.serving.protocol import Event, Facts, Limits, Made, Settings
+from qrlora.apps.serving.service import Service
 from qrlora.errors import AdapterFileError, BasisError, BrandError, DataError, ModelError, QrloraError, RecipeError
 from qrlora.lab.baselines.deltas import Delta, load_learned, save_learned
 from qrlora.method.adapter import load_adapter, save_adapter
 from qrlora.method.basis import Basis
 from qrlora.models.exchange import load_any
 from qrlora.models.families import find_model
+from qrlora.models.request import Request
 from qrlora.models.training import checkpoint, dataset
-from qrlora.models.training.dataset import find_pictures
 from qrlora.models.training.recipe import Recipe
+from qrlora.models.training.sources import find_pictures
 from qrlora.quality.brand import BrandSheet
 from qrlora.quality.images.read import load_picture
 from qrlora.quality.study.votes import checked_key, count_votes, lines, report
@@ -184,7 +186,7 @@ def counted(key: Path, votes: Path) -> None:
 class Instant:
     """Engines that are done at once."""
 
-    async def run(self, settings: Settings, pictures: Sequence[Picture], progress: bool) -> AsyncIterator[Event]:
+    async def run(self, settings: Settings, pictures: Sequence[Request], progress: bool) -> AsyncIterator[Event]:
         for index in range(len(pictures)):
             yield Made(index, b"png")
 

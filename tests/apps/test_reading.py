@@ -28,16 +28,17 @@ from qrlora._reading import parse_json, parsing, read_text, read_toml
 from qrlora.apps.cli import main
 from qrlora.apps.cli.serve import _api_keys
 from qrlora.apps.cli.shared import COUNT, NUMBER, SEED, SHARE, WHOLE, weighted_path, weights
-from qrlora.apps.serving.app import authorise
 from qrlora.apps.serving.engine import Shelf
 from qrlora.apps.serving.names import composition_of
+from qrlora.apps.serving.request import authorise
 from qrlora.errors import AdapterFileError, BrandError, DataError, OutputError, QrloraError, RecipeError, RequestError
 from qrlora.method.adapter import load_adapter, save_adapter
 from qrlora.models.exchange.layer_names import LayerNames
 from qrlora.models.families import FAMILIES
-from qrlora.models.training.dataset import SUFFIXES, Source, find_pictures, load_examples
+from qrlora.models.training.dataset import load_examples
 from qrlora.models.training.pictures import LARGEST_FILE, LARGEST_PICTURE, open_picture
 from qrlora.models.training.recipe import Recipe
+from qrlora.models.training.sources import SUFFIXES, Source, find_pictures
 from qrlora.quality.brand import BrandSheet
 from qrlora.quality.images.read import load_picture, load_pictures
 from samples import make_adapter, make_basis

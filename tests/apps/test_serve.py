@@ -31,20 +31,23 @@ from PIL import Image
 
 from qrlora.apps.cli import main
 from qrlora.apps.serving import openapi
-from qrlora.apps.serving.app import CLIENT_GONE, ImageRequest, Kept, Limits, Service, create_app, side_of
+from qrlora.apps.serving.app import CLIENT_GONE, create_app
 from qrlora.apps.serving.connections import Server
 from qrlora.apps.serving.dispatch import Dispatcher
 from qrlora.apps.serving.engine import Engine
 from qrlora.apps.serving.metrics import Metrics
 from qrlora.apps.serving.names import composition_of
-from qrlora.apps.serving.protocol import Event, Facts, Made, Picture, Refused, Settings, Step
+from qrlora.apps.serving.protocol import Event, Facts, Limits, Made, Refused, Settings, Step
+from qrlora.apps.serving.request import ImageRequest, side_of
+from qrlora.apps.serving.service import Kept, Service
 from qrlora.errors import DataError, QrloraError, RequestError
 from qrlora.method.adapter import Adapter, adapter_from_model, load_adapter, remove_adapters, save_adapter
 from qrlora.method.composition import Composition, default_strength, project_out
 from qrlora.models.exchange import load_any
 from qrlora.models.families import load_pipeline
 from qrlora.models.generation import generate
-from qrlora.models.training.loop import peft_config
+from qrlora.models.request import Request
+from qrlora.models.training.attach import peft_config
 from qrlora.models.training.recipe import Recipe
 
 BASE = "tiny-sd3"
@@ -211,7 +214,7 @@ def close(one: np.ndarray, other: np.ndarray) -> bool:
         (None, {"mug": 10**400}, "out of bounds"),
         (None, {"mug": "1"}, "out of bounds"),
         (None, {"mug": True}, "out of bounds"),
-        (None, ["mug"], "no map"),
+        (None, ["mug"], "not a JSON object"),
     ],
 )
 def test_a_request_names_its_composition_in_one_of_two_ways(model: Any, field: Any, weights: Any) -> None:
@@ -342,7 +345,7 @@ def test_files_that_come_change_and_go_are_served_as_they_are(tiny_sd3: Path, lo
         save_adapter(make_adapter(loaded, "subject", seed=1), files["one"])
         assert close(picture("one"), alone(loaded, tmp_path, "a mug", 1, {"one": 1.0}))
         files["two"].write_bytes(b"damaged")
-        assert "served no more" in picture("two", 400)["message"]
+        assert "no longer served" in picture("two", 400)["message"]
         files["one"].unlink()
         assert [model.id for model in client(url).models.list().data] == [BASE]
         picture("one", 404)
@@ -562,7 +565,7 @@ def test_a_bad_prompt_is_its_own_requests_fault_alone(engine: Engine, loaded: An
     made: list[Event] = []
 
     async def run() -> None:
-        pictures = [Picture("a mug", 1, {}), Picture("mug " * 100, 2, {}), Picture("a mug", 3, {"gone": 1.0})]
+        pictures = [Request("a mug", 1, {}), Request("mug " * 100, 2, {}), Request("a mug", 3, {"gone": 1.0})]
         async for event in engine.run(Settings(2, 2.0, 16), pictures, False):
             made.append(event)
 
@@ -602,10 +605,10 @@ class Slow:
 
     def __init__(self, fail: BaseException | None = None, png: bytes = b""):
         self.gate, self.fail, self.png = threading.Event(), fail, png
-        self.batches: list[Sequence[Picture]] = []
+        self.batches: list[Sequence[Request]] = []
         self.cancelled = 0
 
-    async def run(self, settings: Settings, pictures: Sequence[Picture], progress: bool) -> AsyncIterator[Event]:
+    async def run(self, settings: Settings, pictures: Sequence[Request], progress: bool) -> AsyncIterator[Event]:
         self.batches.append(pictures)
         try:
             if progress:
@@ -672,7 +675,7 @@ def test_free_engines_share_what_waits() -> None:
 
     async def run() -> None:
         dispatcher = Dispatcher(slow, Metrics(), at_once=2, batch_size=8)
-        job = dispatcher.submit(Settings(2, 2.0, 16), [Picture(str(i), i, {}) for i in range(6)])
+        job = dispatcher.submit(Settings(2, 2.0, 16), [Request(str(i), i, {}) for i in range(6)])
         assert [index async for index, _ in job.follow()] and len(slow.batches) == 2
         await dispatcher.drain(1)
 
@@ -700,7 +703,7 @@ def test_a_batch_whose_pictures_were_all_sent_is_counted() -> None:
     """Its requests are over before the engine is: that is no reason to cancel it."""
 
     class Lingering(Slow):
-        async def run(self, settings: Settings, pictures: Sequence[Picture], progress: bool) -> AsyncIterator[Event]:
+        async def run(self, settings: Settings, pictures: Sequence[Request], progress: bool) -> AsyncIterator[Event]:
             async for event in super().run(settings, pictures, progress):
                 yield event
             await asyncio.sleep(0.3)
@@ -758,10 +761,10 @@ def test_a_batch_that_nobody_waits_for_stops_between_two_steps(engine: Engine) -
     hook = engine.pipe.transformer.register_forward_hook(lambda *_: seen.append(1))
 
     async def run() -> None:
-        events = engine.run(Settings(100, 1.0, 16), [Picture("a mug", 1, {})], True)
+        events = engine.run(Settings(100, 1.0, 16), [Request("a mug", 1, {})], True)
         assert isinstance(await anext(events), Step)
         await events.aclose()
-        kept = [event async for event in engine.run(Settings(2, 1.0, 16), [Picture("a mug", 1, {})], False)]
+        kept = [event async for event in engine.run(Settings(2, 1.0, 16), [Request("a mug", 1, {})], False)]
         assert len(kept) == 1
 
     try:
@@ -776,7 +779,7 @@ def test_withdrawing_one_of_a_batch_leaves_the_others_their_pictures() -> None:
 
     async def run() -> None:
         dispatcher = Dispatcher(slow, Metrics())
-        jobs = [dispatcher.submit(Settings(2, 2.0, 16), [Picture(str(i), i, {})]) for i in range(2)]
+        jobs = [dispatcher.submit(Settings(2, 2.0, 16), [Request(str(i), i, {})]) for i in range(2)]
         while not slow.batches:
             await asyncio.sleep(0.01)
         dispatcher.withdraw(jobs[0])
@@ -821,7 +824,7 @@ def test_what_takes_too_long_to_end_is_told_so() -> None:
 
     async def run() -> None:
         dispatcher = Dispatcher(slow, Metrics(), batch_size=1)
-        jobs = [dispatcher.submit(Settings(2, 2.0, 16), [Picture("a", 1, {})]) for _ in range(2)]
+        jobs = [dispatcher.submit(Settings(2, 2.0, 16), [Request("a", 1, {})]) for _ in range(2)]
         await asyncio.sleep(0.05)
         await dispatcher.drain(0.1)
         for job in jobs:

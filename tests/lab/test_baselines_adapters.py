@@ -13,13 +13,15 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from denoisers import same, state
 from qrlora.errors import RecipeError
-from qrlora.lab.baselines.adapters import ADAPTERS, is_target, orthonormal, train_delta, train_joint, train_method
+from qrlora.lab.baselines.adapters import ADAPTERS, is_target, orthonormal, train_method
 from qrlora.lab.baselines.deltas import Delta, Learned, applied, inner
 from qrlora.lab.baselines.directions import PASSES
+from qrlora.lab.baselines.training import Attached, train_attached
 from qrlora.method.basis import cached_layer_basis, weight_digest
 from qrlora.models.families import load_pipeline
-from qrlora.models.training.loop import Attached, train, train_attached
+from qrlora.models.training.loop import train
 from qrlora.models.training.recipe import Recipe
 from samples import EPS, NETWORK, assert_rounded
 
@@ -41,14 +43,13 @@ def recipe(tmp_path: Path, tiny_sd3: Path) -> Recipe:
     )  # fmt: skip
 
 
-def state(pipe: Any) -> dict[str, Tensor]:
-    return {name: tensor.clone() for name, tensor in pipe[0].transformer.state_dict().items()}
-
-
 def unchanged(pipe: Any, before: dict[str, Tensor]) -> bool:
-    after = pipe[0].transformer.state_dict()
-    alone = list(after) == list(before) and all(torch.equal(after[name], before[name]) for name in before)
-    return alone and not any(p.requires_grad or p.grad is not None for p in pipe[0].transformer.parameters())
+    model = pipe[0].transformer
+    return same(model, before) and not any(p.requires_grad or p.grad is not None for p in model.parameters())
+
+
+def train_delta(method: str, recipe: Recipe, **base: Any) -> Learned:
+    return train_method(method, recipe, **base).learned
 
 
 def energy(learned: Learned) -> float:
@@ -70,7 +71,7 @@ def predicted(denoiser: Any) -> Tensor:
 
 @pytest.mark.parametrize("method", ADAPTERS)
 def test_delta_weights_are_zero_before_the_first_step(pipe: Any, recipe: Recipe, method: str) -> None:
-    before = state(pipe)
+    before = state(pipe[0].transformer)
     base, begun = predicted(pipe[0].transformer), list[Learned]()
 
     @contextmanager
@@ -92,7 +93,7 @@ def test_delta_weights_are_zero_before_the_first_step(pipe: Any, recipe: Recipe,
 @pytest.mark.parametrize("method", ADAPTERS)
 def test_delta_weights_do_what_the_attached_layers_did(pipe: Any, recipe: Recipe, method: str) -> None:
     """Also: the loss falls, what was learned is not nothing, and the model is left as it was."""
-    before, seen = state(pipe), []
+    before, seen = state(pipe[0].transformer), []
 
     @contextmanager
     def attach(denoiser: Any, *run: Any) -> Iterator[Attached[Learned]]:
@@ -222,17 +223,10 @@ def test_joint_training_sees_both_pictures(pipe: Any, recipe: Recipe, tmp_path: 
 
     train_attached(attach, recipe, pipe=pipe[0], family=pipe[1], beside=[style])
     assert len(seen) == recipe.steps and all(len(captions) == 2 for captions in seen)  # one row of each in every batch
-    joint, alone = (f(pipe, recipe, style) for f in (_joint, _alone))
+    joint = train_method("lora", recipe, pipe=pipe[0], family=pipe[1], beside=[style]).learned
+    alone = train_delta("lora", recipe, pipe=pipe[0], family=pipe[1])
     name = next(iter(joint))
     assert not torch.allclose(joint[name].dense(), alone[name].dense())
-
-
-def _joint(pipe: Any, recipe: Recipe, style: Recipe) -> Learned:
-    return train_joint("lora", [recipe, style], pipe=pipe[0], family=pipe[1])
-
-
-def _alone(pipe: Any, recipe: Recipe, style: Recipe) -> Learned:
-    return train_delta("lora", recipe, pipe=pipe[0], family=pipe[1])
 
 
 def test_turned_columns_stay_orthonormal_and_leave_their_span(pipe: Any, recipe: Recipe) -> None:
@@ -252,19 +246,15 @@ def _basis(pipe: Any, name: str, rank: int) -> Any:
     return cached_layer_basis(weight, weight_digest(weight), rank, name=name)
 
 
-def _outside(matrix: Tensor, q: Tensor) -> Tensor:
-    return matrix - q @ (q.T @ matrix)
-
-
 @pytest.mark.parametrize("method", ["pissa", "full"])
 def test_a_run_that_fails_leaves_the_model(pipe: Any, recipe: Recipe, method: str) -> None:
-    before = state(pipe)
+    before = state(pipe[0].transformer)
 
     def stop(*_: Any) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        train_method(method, recipe, pipe=pipe[0], family=pipe[1], progress=stop)
+        train_attached(ADAPTERS[method].attach, recipe, pipe=pipe[0], family=pipe[1], progress=stop)
     assert unchanged(pipe, before)
 
 

@@ -6,12 +6,11 @@ import math
 
 import pytest
 import torch
-from torch import Tensor
 
 from qrlora.errors import MismatchError
 from qrlora.lab.baselines.adapters import orthonormal
 from qrlora.lab.baselines.deltas import Delta, Learned
-from qrlora.lab.baselines.file_measures import between, effective_rank
+from qrlora.lab.baselines.file_measures import between
 from samples import EPS
 
 SIZES = {"a": (20, 12), "b": (9, 30)}
@@ -80,12 +79,9 @@ def test_chance_levels_are_what_chance_gives() -> None:
 
 
 def test_effective_rank_leaves_out_what_is_small() -> None:
-    def spectrum(values: Tensor) -> Delta:
-        return Delta(torch.eye(6) * values, torch.eye(6))
-
-    assert effective_rank(spectrum(torch.tensor([1.0, 1.0, 1.0, 0.05, 0.05, 0.0]))) == 3
-    assert effective_rank(spectrum(torch.ones(6))) == 6
-    assert effective_rank(spectrum(torch.zeros(6))) == 0
+    for values, rank in (([1.0, 1.0, 1.0, 0.05, 0.05, 0.0], 3), ([1.0] * 6, 6), ([0.0] * 6, 0)):
+        spectrum = {"a": Delta(torch.eye(6) * torch.tensor(values), torch.eye(6))}
+        assert between(spectrum, {"a": Delta(matrix=torch.eye(6))})["rank_a"] == rank
 
 
 def test_layers_of_one_alone_count_for_energy_only() -> None:

@@ -10,6 +10,9 @@ import pytest
 
 from qrlora.apps.cli import main
 from qrlora.apps.cli.lab import lab, speed
+from qrlora.pico import world
+
+PAIR = world.HELD_BACK_PAIRS[0]
 
 
 def names(group: click.Group, path: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
@@ -57,3 +60,18 @@ def test_a_table_comes_with_what_was_asked_for_and_on_which_machine(
     assert table["lora"]["wall_ratio"] == [1.0, 1.0, 1.0]
     assert table["qrlora"]["optimizer_bytes"] < 0.6 * table["lora"]["optimizer_bytes"]
     assert "qrlora" in capsys.readouterr().out
+
+
+def test_strictness_falls_with_blur_on_reserved_and_held_back_pairs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, few in (("RESERVED_SUBJECTS", ("teapot",)), ("RESERVED_STYLES", ("gold",)), ("HELD_BACK_PAIRS", (PAIR,))):
+        monkeypatch.setattr(world, name, few)
+    assert main(["lab", "judge", "--each", "2", "--json", str(tmp_path / "judge.json")]) == 0
+    found = json.loads((tmp_path / "judge.json").read_text())
+    assert list(found) == ["reserved pairs", "held-back pairs"] and "mirrored" in capsys.readouterr().out
+    for group in found.values():
+        rows = group["measured"]
+        assert group["pictures"] == 2 and rows["as they are"]["recognised"] == 1
+        assert rows["blur 3"]["named"] < 0.5 < rows["as they are"]["named"]
+        assert len({tuple(row.values()) for row in rows.values()}) > len(rows) / 2

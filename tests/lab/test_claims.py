@@ -11,11 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from qrlora.lab.baselines.adapters import orthonormal
+from qrlora.lab.baselines.adapters import orthonormal, train_method
 from qrlora.lab.baselines.context import Context
-from qrlora.lab.baselines.deltas import of_adapter
 from qrlora.lab.claims.measures import (
-    Spread,
     alike,
     alike_trained,
     core_before_qr,
@@ -103,10 +101,7 @@ def test_trained_bases_and_losses_of_a_real_run(tiny_sd3: Path, tmp_path: Path) 
     ups = adapters[0].ups
     assert ups is not None and torch.equal(ups[name][:, :2], basis[name].q)
 
-    context, learned = Context(pipe, family, [recipe]), of_adapter(adapters[0])
+    context = Context(pipe, family, [recipe])
+    learned = train_method("qrlora_trained", recipe, pipe=pipe, family=family).learned
     before = held_out_loss(context, 0, {}, draws=8)
     assert held_out_loss(context, 0, learned, draws=8) < before == held_out_loss(context, 0, {}, draws=8)
-
-
-def test_spread() -> None:
-    assert Spread.of([1.0, 3.0]) == Spread(2.0, math.sqrt(2), 2) and Spread.of([5.0]) == Spread(5.0, 0.0, 1)

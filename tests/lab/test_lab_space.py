@@ -14,7 +14,8 @@ from qrlora.lab.compare.cells import Bench
 from qrlora.lab.compare.plan import Scope
 from qrlora.lab.tasks import task_of_world
 from qrlora.method.space import Space, save_space, unexplained
-from qrlora.models.training import loop
+from qrlora.models.training.attach import adapter_on
+from qrlora.models.training.prepare import first_losses, prepare
 from qrlora.models.training.processes import processes_here
 from qrlora.models.training.recipe import Recipe
 
@@ -52,7 +53,7 @@ def test_a_members_picture_is_less_new_than_a_style_unlike_all(tmp_path: Path) -
     left = []
     for image in (study.folder / "pictures" / "000" / "00.png", mosaic):
         recipe = Recipe.of({"role": "style", "images": image, "batch_size": 8, "space": file, "caption": "a [trigger]"})
-        ready = loop._prepare(recipe, study.bench.pipe, study.bench.family, processes_here(), None)
-        with loop.adapter_on(ready.denoiser, ready.family, recipe):
-            left.append(unexplained(ready.denoiser, functools.partial(loop._losses, recipe, ready, 4)))
+        ready = prepare(recipe, study.bench.pipe, study.bench.family, processes_here(), None)
+        with adapter_on(ready.denoiser, ready.family, recipe):
+            left.append(unexplained(ready.denoiser, functools.partial(first_losses, recipe, ready, 4)))
     assert 1 - left[0] > 2 * (1 - left[1])

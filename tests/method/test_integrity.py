@@ -24,7 +24,7 @@ from qrlora._files import write_atomically
 from qrlora._tensor_file import DIGEST, MOST_TENSORS, packed, read_header, read_tensors
 from qrlora.apps.cli import main
 from qrlora.apps.serving.engine import Engine
-from qrlora.apps.serving.protocol import Made, Picture, Refused, Settings
+from qrlora.apps.serving.protocol import Made, Refused, Settings
 from qrlora.errors import AdapterFileError, MismatchError, PictureError, QrloraError, RecipeError, TensorFileError
 from qrlora.method.adapter import Adapter, adapter_from_model, attach, load_adapter, remove_adapters, save_adapter
 from qrlora.method.basis import cached_layer_basis, weight_digest
@@ -350,7 +350,7 @@ def test_a_server_leaves_out_what_is_not_finite_and_fails_that_picture_alone(lou
     try:
         assert set(engine.shelf.adapters) == {"loud", "soft"} and "not finite" in engine.shelf.left_out["infinite"]
         asked = [("secret", {"loud": 1.0}), ("a mug", {"soft": 1.0}), ("b", {"loud": 1e99})]
-        pictures = [Picture(prompt, seed, composition) for seed, (prompt, composition) in enumerate(asked)]
+        pictures = [Request(prompt, seed, composition) for seed, (prompt, composition) in enumerate(asked)]
 
         async def answers() -> list[object]:
             return [event async for event in engine.run(Settings(2, 1.0, 64), pictures, progress=False)]

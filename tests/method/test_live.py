@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -152,6 +153,21 @@ def test_in_a_batch_each_picture_has_a_strength_of_its_own(tiny) -> None:
         assert changed == [True, True, False, False]
         live.compose(rows, 0.0)
         assert torch.equal(predict(denoiser, inputs), summed)
+
+
+@torch.no_grad()
+def test_no_strength_is_the_default_of_the_roles_that_meet(tiny) -> None:
+    denoiser, inputs, adapters = tiny
+    for name, role in (("mug", "subject"), ("chalk", "style")):
+        adapters[name] = replace(adapters[name], metadata=replace(adapters[name].metadata, role=role))
+    rows = [{"mug": 1.0, "chalk": -0.7}, {"mug": 1.0}] * 2
+    with Live(denoiser, adapters) as live:
+        found = []
+        for strength in (None, [None, 0.0, 0.5, None], 0.5, 0.0):
+            live.compose(rows, strength)
+            found.append(predict(denoiser, inputs))
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+    assert not torch.equal(found[0], found[3])
 
 
 @torch.no_grad()

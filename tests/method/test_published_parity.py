@@ -23,7 +23,7 @@ from qrlora.apps.cli import main
 from qrlora.method.adapter import Adapter, load_adapter
 from qrlora.method.adapter.attach import base_weights
 from qrlora.method.basis import Basis
-from qrlora.models.families import family_of, load_pipeline
+from qrlora.models.families import ModelFamily, family_of, load_pipeline
 from qrlora.models.generation import generate
 from qrlora.models.training.loop import train
 from qrlora.models.training.recipe import Recipe
@@ -97,13 +97,14 @@ def train_both(folder: Path, both: bool = False, **fields: Any) -> Trained:
     draws: list[Draw] = []
     pipe, family = load_pipeline(recipe.model, device="cpu")
 
-    def listening(denoiser: nn.Module, scheduler: Any, *inputs: Any, **options: Any) -> Tensor:
-        *draw, mask = inputs
-        assert mask is None and not options
-        draws.append(tuple(draw))  # type: ignore[arg-type]
-        return family.loss(denoiser, scheduler, *inputs, **options)
+    class Listening(ModelFamily):
+        def loss(self, denoiser: nn.Module, scheduler: Any, *inputs: Any, **options: Any) -> Tensor:
+            *draw, mask = inputs
+            assert mask is None and not options
+            draws.append(tuple(draw))  # type: ignore[arg-type]
+            return super().loss(denoiser, scheduler, *inputs, **options)
 
-    ours = train(recipe, pipe=pipe, family=dataclasses.replace(family, loss=listening))
+    ours = train(recipe, pipe=pipe, family=Listening(**vars(family)))
     assert len(draws) == recipe.steps * recipe.accumulation
     weights = base_weights(pipe.transformer, ours.deltas)
     basis = Basis.of(weights, RANK) if ours.metadata.on_basis else {}

@@ -13,9 +13,10 @@ from PIL import Image, ImageCms
 
 from qrlora.errors import DataError
 from qrlora.models.families import load_pipeline
-from qrlora.models.training.dataset import Source, encode, find_pictures, load_examples
+from qrlora.models.training.dataset import encode, load_examples
 from qrlora.models.training.overview import overview
 from qrlora.models.training.pictures import bucket_sizes, read_picture
+from qrlora.models.training.sources import Source, find_pictures
 
 
 def save(

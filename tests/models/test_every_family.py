@@ -20,8 +20,9 @@ from qrlora.method.tuner import basis_digests
 from qrlora.models.families import load_pipeline
 from qrlora.models.generation import attached, generate
 from qrlora.models.stored import stored_weights
+from qrlora.models.training.attach import peft_config
 from qrlora.models.training.dataset import encode, load_examples
-from qrlora.models.training.loop import peft_config, train
+from qrlora.models.training.loop import train
 from qrlora.models.training.placement import blocks
 from qrlora.models.training.recipe import Recipe
 from samples import NETWORK, assert_rounded
@@ -86,7 +87,7 @@ def held_out_loss(recipe: Recipe, pipe: Any, family: Any) -> float:
     generator, scheduler = torch.Generator().manual_seed(1), family.training_scheduler(pipe)
     latents, conditions = data.batch(torch.zeros(16, dtype=torch.long))
     noise = torch.randn(latents.shape, generator=generator)
-    timesteps = family.sample_timesteps(scheduler, 16, generator)
+    timesteps = family.objective.timesteps(scheduler, 16, generator)
     return family.loss(family.denoiser_of(pipe), scheduler, latents, noise, timesteps, conditions).item()
 
 
@@ -126,7 +127,7 @@ def test_training_conditions_as_generation_does(loaded: tuple[Any, Any]) -> None
         pipe(prompt=list(prompts), **options, **family.prompt_options(pipe, prompts))
     latents = family.encode_images(pipe, torch.zeros(2, 3, height, width))
     scheduler, conditions = family.training_scheduler(pipe), family.encode_prompts(pipe, prompts)
-    times = family.sample_timesteps(scheduler, 2, torch.Generator())
+    times = family.objective.timesteps(scheduler, 2, torch.Generator())
     with heard(family.denoiser_of(pipe)) as training, torch.no_grad():
         family.loss(family.denoiser_of(pipe), scheduler, latents, latents, times, conditions)
     assert training.keys() == generation.keys()
@@ -171,7 +172,7 @@ def test_rows_of_a_batch_do_not_see_each_other(loaded: tuple[Any, Any], one_by_o
     conditions = {key: torch.cat([part[key] for part in encoded]) for key in encoded[0]}
     scheduler, generator = family.training_scheduler(pipe), torch.Generator().manual_seed(0)
     latents = family.encode_images(pipe, torch.rand(2, 3, 32, 32, generator=generator))
-    noise, times = torch.randn(latents.shape, generator=generator), family.sample_timesteps(scheduler, 2, generator)
+    noise, times = torch.randn(latents.shape, generator=generator), family.objective.timesteps(scheduler, 2, generator)
 
     def loss(rows: slice) -> torch.Tensor:
         mine = {key: value[rows] for key, value in conditions.items()}

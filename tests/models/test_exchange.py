@@ -806,7 +806,7 @@ def test_extract_command(work: Path, here: Path, capsys: pytest.CaptureFixture[s
     assert load_adapter("extracted.safetensors").metadata.base_model == str(work / "base")
     assert main([*command, "--basis-rank", "4", "-o", "on.safetensors"]) == 0
     assert "lost" in capsys.readouterr().out and load_adapter("on.safetensors").metadata.on_basis
-    for wrong, said in ((["-o", "c.safetensors"], "one way to extract"), (["--rank", "2"], "already there")):
+    for wrong, said in ((["-o", "c.safetensors"], "exactly one rank"), (["--rank", "2"], "already there")):
         assert main([*command, *wrong]) == 2
         assert said in capsys.readouterr().err
 

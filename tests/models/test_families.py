@@ -19,7 +19,8 @@ from qrlora.method.adapter import adapter_from_model
 from qrlora.models import families
 from qrlora.models.families import FAMILIES, ModelFamily, family_of, load_pipeline
 from qrlora.models.families.base import encode_images
-from qrlora.models.training.loop import family_options, peft_config
+from qrlora.models.training.attach import peft_config
+from qrlora.models.training.batches import family_options
 from qrlora.models.training.recipe import Recipe
 from samples import assert_rounded
 
@@ -34,13 +35,13 @@ def loaded(tiny_sd3: Path):
 def test_timesteps_are_logit_normal_on_the_shifted_grid(loaded) -> None:
     pipe, family = loaded
     scheduler = family.training_scheduler(pipe)
-    timesteps = family.sample_timesteps(scheduler, 20_000, torch.Generator().manual_seed(0))
+    timesteps = family.objective.timesteps(scheduler, 20_000, torch.Generator().manual_seed(0))
     assert torch.isin(timesteps, scheduler.timesteps).all()
     # Undo the shift (3 in the fixture) and the grid's descent: what is left is the sigmoid of a standard normal.
     sigma = timesteps / 1000
     normal = torch.logit((sigma / (3 - 2 * sigma)).clamp(1e-3, 1 - 1e-3))
     assert abs(normal.mean()) < 0.03 and abs(normal.std() - 1) < 0.03
-    noisier = family.sample_timesteps(scheduler, 20_000, torch.Generator().manual_seed(0), logit_mean=1.0)
+    noisier = family.objective.timesteps(scheduler, 20_000, torch.Generator().manual_seed(0), logit_mean=1.0)
     assert (noisier >= timesteps).all() and noisier.mean() > timesteps.mean() + 100
 
 

@@ -39,7 +39,7 @@ class Case:
         self.latents, self.noise = (torch.randn(3, channels, SIDE, SIDE, generator=generator) for _ in range(2))
         self.conditions = self.family.encode_prompts(pipe, PROMPTS)
         self.scheduler = self.family.training_scheduler(pipe)
-        self.timesteps = self.family.sample_timesteps(self.scheduler, 3, generator)
+        self.timesteps = self.family.objective.timesteps(self.scheduler, 3, generator)
         self.mask = torch.rand(3, 1, SIDE, SIDE, generator=generator)
         self.found, self.masked = (
             self.family.loss(

@@ -16,7 +16,7 @@ from qrlora.method.adapter import Adapter, adapter_from_model, remove_adapters
 from qrlora.method.composition import project_out
 from qrlora.models.families import load_pipeline
 from qrlora.models.generation import _labels, generate, labelled_grid, weight_grid
-from qrlora.models.training.loop import peft_config
+from qrlora.models.training.attach import peft_config
 from qrlora.models.training.recipe import Recipe
 from samples import close
 

@@ -18,7 +18,7 @@ from qrlora.method.adapter import Adapter, load_adapter
 from qrlora.models import families
 from qrlora.models.families import load_pipeline
 from qrlora.models.generation import generate
-from qrlora.models.training import checkpoint, loop, placement
+from qrlora.models.training import checkpoint, loop, placement, prepare
 from qrlora.models.training.loop import Progress, train
 from qrlora.models.training.recipe import Recipe
 
@@ -135,13 +135,13 @@ def test_gradient_checkpointing_ends_with_the_run(recipe: Recipe) -> None:
 def test_encoders_work_with_the_denoiser_out_of_the_pipeline(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is not on their device then. On the CPU one cannot see that, so what they ask of it must not be a module."""
     seen: list[bool] = []
-    encode = loop.encode
+    encode = prepare.encode
 
     def look(examples: Any, pipe: Any, *rest: Any, **options: Any) -> Any:
         seen.append(isinstance(pipe.transformer, nn.Module))
         return encode(examples, pipe, *rest, **options)
 
-    monkeypatch.setattr(loop, "encode", look)
+    monkeypatch.setattr(prepare, "encode", look)
     apart = train(recipe)
     pipe, family = load_pipeline(recipe.model, device="cpu")
     together = train(recipe, pipe=pipe, family=family)

@@ -17,7 +17,8 @@ from qrlora.errors import RecipeError
 from qrlora.method.adapter import save_adapter
 from qrlora.method.basis import Basis
 from qrlora.models.families import load_pipeline, load_structure
-from qrlora.models.training.loop import adapter_on, train
+from qrlora.models.training.attach import adapter_on
+from qrlora.models.training.loop import train
 from qrlora.models.training.optimizers import STATE_BYTES, optimizer_for
 from qrlora.models.training.plan import Plan, plan, rehearse
 from qrlora.models.training.recipe import Recipe

@@ -23,8 +23,10 @@ from qrlora.method.adapter.attach import adapted_layers
 from qrlora.method.space import Space, load_space, save_space, unexplained
 from qrlora.models.families import load_pipeline
 from qrlora.models.generation import generate
-from qrlora.models.training import checkpoint, loop, monitor, outputs, placement
-from qrlora.models.training.loop import Progress, TrainingInterrupted, order, pace, train
+from qrlora.models.training import checkpoint, monitor, outputs, placement, prepare
+from qrlora.models.training.attach import ADAPTER_NAME, adapter_on
+from qrlora.models.training.batches import order
+from qrlora.models.training.loop import Progress, TrainingInterrupted, pace, train
 from qrlora.models.training.recipe import Recipe
 
 
@@ -187,7 +189,7 @@ def test_a_disk_too_small_is_said_before_the_model_is_loaded(recipe: Recipe, mon
         adapter, state = recipe.output.stat().st_size, outputs.path_of(recipe, 3).stat().st_size
         assert 0.6 * (adapter + 2 * state) < asked[-1] < 1.1 * (adapter + 2 * state)
     monkeypatch.undo()
-    monkeypatch.setattr(loop, "load_pipeline", lambda *_, **__: pytest.fail("the model is loaded"))
+    monkeypatch.setattr(prepare, "load_pipeline", lambda *_, **__: pytest.fail("the model is loaded"))
     usage = shutil.disk_usage(recipe.images[0])
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=asked[0] - 1))
     with pytest.raises(OutputError, match=r"no room for .*mug\.safetensors"):
@@ -438,13 +440,13 @@ def test_only_what_coefficients_cannot_follow_is_unexplained(in_space: Recipe) -
     pipe, family = load_pipeline(in_space.model, device="cpu")
     space = load_space(in_space.space or "")
     generator = torch.Generator().manual_seed(0)
-    with loop.adapter_on(pipe.transformer, family, in_space) as parameters:
-        layers = adapted_layers(pipe.transformer, loop.ADAPTER_NAME)
+    with adapter_on(pipe.transformer, family, in_space) as parameters:
+        layers = adapted_layers(pipe.transformer, ADAPTER_NAME)
         known = {name: space.components[name][0] + space.mean.deltas[name] for name in layers}
         unknown = {name: torch.randn(part.shape, generator=generator) for name, part in known.items()}
 
         def along(direction: dict[str, torch.Tensor]) -> Iterator[torch.Tensor]:
-            weights = {name: layer.lora_A[loop.ADAPTER_NAME].weight for name, layer in layers.items()}
+            weights = {name: layer.lora_A[ADAPTER_NAME].weight for name, layer in layers.items()}
             yield sum((weights[name] * direction[name]).sum() for name in weights)  # type: ignore[misc]
 
         assert unexplained(pipe.transformer, lambda: along(known)) == pytest.approx(0, abs=1e-6)

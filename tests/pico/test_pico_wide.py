@@ -14,7 +14,7 @@ from torch import nn
 
 from qrlora import pico
 from qrlora.pico import model, world
-from qrlora.pico.pretraining import export, text
+from qrlora.pico.pretraining import denoiser, export, text
 from qrlora.pico.pretraining import wide as training
 from qrlora.pico.pretraining.muon import Muon
 from qrlora.pico.pretraining.plan import Plan
@@ -249,17 +249,17 @@ def test_training_on_the_wide_world_goes_on_bit_for_bit_and_exports_a_stock_pipe
     )
     training.wide_stage(_made(tmp_path / "a"), plan)
     assert len(list((tmp_path / "a").glob("wide-*.npy"))) == 2, "a shard more after two steps"
-    whole, flow_loss = torch.load(tmp_path / "a" / "wide.pt", weights_only=True), training.flow_loss
+    whole, flow_loss = torch.load(tmp_path / "a" / "wide.pt", weights_only=True), denoiser.flow_loss
 
     def stopping(step, **parts):
         if step == 1:
             os.kill(os.getpid(), signal.SIGTERM)
         return flow_loss(step, **parts)
 
-    monkeypatch.setattr(training, "flow_loss", stopping)
+    monkeypatch.setattr(denoiser, "flow_loss", stopping)
     with pytest.raises(KeyboardInterrupt):
         training.wide_stage(_made(tmp_path / "b"), plan)
-    monkeypatch.setattr(training, "flow_loss", flow_loss)
+    monkeypatch.setattr(denoiser, "flow_loss", flow_loss)
     training.wide_stage(tmp_path / "b", plan)
     again = torch.load(tmp_path / "b" / "wide.pt", weights_only=True)
     assert again["step"] == 3 and all(

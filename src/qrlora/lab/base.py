@@ -24,7 +24,6 @@ from qrlora.models.families import load_pipeline
 from qrlora.models.generation import generate_jobs
 from qrlora.pico import SETTINGS, path, world
 from qrlora.pico.judge import Judge, Verdict
-from qrlora.pico.judge.strictness import requests
 
 KINDS: dict[str, Callable[[world.Scene], str]] = {
     "pair": lambda scene: f"{scene.subject} in {scene.style}",
@@ -32,6 +31,13 @@ KINDS: dict[str, Callable[[world.Scene], str]] = {
     "style": lambda scene: scene.style,
 }
 PARTS = ("both", "style", "subject")
+
+
+def requests(pairs: tuple[tuple[str, str], ...], n: int, seed: int) -> list[world.Scene]:
+    """n scenes over all pairs in turn, in random colours."""
+    order = np.random.default_rng(seed).permutation(len(pairs))
+    chosen = [pairs[order[i % len(pairs)]] for i in range(n)]
+    return [world.sample_scene(10_000_000 + seed + i, subject=s, style=t) for i, (s, t) in enumerate(chosen)]
 
 
 def score(scenes: list[world.Scene], steps: int, guidance: float) -> dict[str, Any]:

@@ -16,6 +16,7 @@ folder: a second run measures only what is missing.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -33,16 +34,19 @@ from torch.nn.utils import parametrize
 from qrlora._files import make_folder, write_atomically
 from qrlora.errors import DataError
 from qrlora.lab.baselines.deltas import Delta, Learned
-from qrlora.lab.compare.cells import Bench, alone_wanted, weights_digest
-from qrlora.lab.compare.plan import Scope, rate_of
+from qrlora.lab.baselines.training import Attached, train_attached
+from qrlora.lab.compare.cells import Bench, alone_wanted
+from qrlora.lab.compare.identity import weights_digest
+from qrlora.lab.compare.plan import Scope, chosen, rate_of
 from qrlora.lab.tasks import Task, recipe_fields, save_picture, task_of_world
 from qrlora.method.adapter import Adapter, load_adapter
 from qrlora.method.space import Principal, place, principal
-from qrlora.models.training.loop import ADAPTER_NAME, Attached, adapter_on, train, train_attached
+from qrlora.models.training.attach import ADAPTER_NAME, adapter_on
+from qrlora.models.training.loop import train
 from qrlora.models.training.recipe import TRIGGERS, Recipe
 from qrlora.pico import world
 from qrlora.pico.world import novel
-from qrlora.pico.world.canvas import rasterise, shrink
+from qrlora.pico.world.canvas import finished, rasterise
 from qrlora.pico.world.palette import palette
 from qrlora.quality.images.png import png_bytes
 
@@ -85,8 +89,7 @@ def pictures_of(style: int, count: int, folder: Path) -> Path:
         scene = world.sample_scene(FIRST_STYLE + 1000 * style + i, subject=subject, colour=colours[i % len(colours)])
         canvas = rasterise(world.SUBJECTS[subject](np.random.default_rng(scene.seed)), scene.pose)
         drawn = novel.style(FIRST_STYLE + style)(canvas, palette(scene.colour, scene.background))
-        pixels = (np.clip(shrink(drawn), 0, 1) * 255 + 0.5).astype(np.uint8)
-        save_picture(Image.fromarray(pixels), folder / f"{i:02d}.png")
+        save_picture(Image.fromarray(finished(drawn)), folder / f"{i:02d}.png")
         text = f"a photo of a {scene.colour} {subject} in [trigger] style"
         write_atomically(folder / f"{i:02d}.txt", text.encode())
     return folder
@@ -165,7 +168,7 @@ def on_adapter(
 
 
 def measured(study: Study, way: str, style: str, share: float, say: Callable[[str], None]) -> dict[str, Any]:
-    """One reserved style from one picture: its record from the folder, or trained, sampled and judged now."""
+    """The record of one reserved style from one picture: from the folder, or trained, sampled and judged now."""
     scope = study.bench.scope
     numbers: list[float] = [scope.steps, scope.alone, study.seed]
     numbers += [] if way == "alone" else [share, study.count, study.components, study.rate, study.decay]
@@ -210,20 +213,16 @@ def _strip(pixels: Any) -> bytes:
 
 def main(options: SimpleNamespace, say: Callable[[str], None]) -> None:
     """Build the spaces, train the reserved styles in them, print a table."""
-    for noun, wanted, known in (("way", options.ways, ("alone", *WAYS)), ("style", options.styles, list(world.STYLES))):
-        if unknown := [name for name in wanted if name not in known]:
-            raise DataError(f"no {noun} {unknown[0]!r}", expected=", ".join(known), got=unknown[0])
+    chosen("way", options.ways, ("alone", *WAYS))
+    chosen("style", options.styles, list(world.STYLES))
     if not 2 <= options.components + 1 <= options.count:
         raise DataError(
             "more components than the adapters have",
             expected=f"--components from 1 to {options.count - 1}, one less than --count",
             got=options.components,
         )
-    bench = Bench.open(options.out, Scope(steps=options.steps, alone=options.asked))
-    study = Study(
-        bench, options.count, options.pictures, options.library_steps, options.components, options.rate, options.decay,
-        options.seed,
-    )  # fmt: skip
+    numbers = {one.name: getattr(options, one.name) for one in dataclasses.fields(Study) if hasattr(options, one.name)}
+    study = Study(Bench.open(options.out, Scope(steps=options.steps, alone=options.asked)), **numbers)
     found = []
     for way in options.ways:
         for share in options.remainders if way not in ("alone", "delta_w") else (0.0,):

@@ -1,8 +1,8 @@
 """Measure the strictness of pico's judge: `qrlora lab judge`.
 
-True renders of every reserved pair, made worse step by step: what share is still right, how probably it is named, and
-what share is recognised. Nothing is wrong in any of these pictures but how well they are drawn, so a measure that falls
-here measures drawing, and one that stays measures what is shown. Prints a table and writes it as JSON.
+True renders of every reserved and every held-back pair, changed a little (a person would still call them right) and
+then more: what share is still right, how probably it is named, and what share is recognised. Only the drawing changes,
+not what is shown: a measure that falls here measures drawing, one that stays measures what is shown.
 """
 
 from __future__ import annotations
@@ -16,56 +16,77 @@ import numpy as np
 from jaxtyping import UInt8
 
 from qrlora._files import write_atomically
+from qrlora.lab.base import requests
 from qrlora.pico import world
 from qrlora.pico.judge import Judge
 
 FIRST_SCENE = 22_000_000
-"""Scene seeds that neither pico nor its judge was made of."""
+"""Scene seeds that neither pico nor its judge was trained on."""
 Pictures = UInt8[np.ndarray, "n h w 3"]
 
 
 def blurred(pictures: Pictures, sigma: float) -> Pictures:
-    """Gaussian, sigma in pixels of 128."""
+    """Gaussian blur, sigma in pixels of 128."""
     return np.stack([cv2.GaussianBlur(picture, (0, 0), sigma) for picture in pictures])
 
 
 def noisy(pictures: Pictures, level: float) -> Pictures:
     """Gaussian noise, its deviation in levels of 255."""
-    noise = np.random.default_rng(0).normal(0, level, pictures.shape)
-    return np.clip(pictures + noise, 0, 255).astype(np.uint8)
+    return _levels(pictures + np.random.default_rng(0).normal(0, level, pictures.shape))
 
 
-def contrasted(pictures: Pictures, factor: float) -> Pictures:
-    """Away from, or towards, middle grey."""
-    return np.clip((pictures.astype(float) - 128) * factor + 128, 0, 255).astype(np.uint8)
+def moved(pictures: Pictures, pixels: float) -> Pictures:
+    """Moved to the right, the left edge repeated."""
+    return np.pad(pictures, ((0, 0), (0, 0), (int(pixels), 0), (0, 0)), mode="edge")[:, :, : -int(pixels)]
 
 
-WORSE: dict[str, tuple[Callable[[Pictures, float], Pictures], tuple[float, ...]]] = {
-    "blur": (blurred, (0.5, 1, 1.5, 2, 3)),
-    "noise": (noisy, (10, 20, 40)),
-    "contrast": (contrasted, (0.8, 0.6, 0.4)),
+def _levels(pictures: np.ndarray) -> Pictures:
+    return np.clip(pictures, 0, 255).astype(np.uint8)
+
+
+CHANGES: dict[str, tuple[Callable[[Pictures, float], Pictures], tuple[float, ...]]] = {
+    "moved": (moved, (2,)),
+    "brightness": (lambda pictures, factor: _levels(pictures * factor), (1.04,)),
+    "blur": (blurred, (0.5, 0.75, 1, 1.5, 2, 3)),
+    "noise": (noisy, (5, 10, 20, 25, 40)),
+    "contrast": (lambda pictures, factor: _levels((pictures.astype(float) - 128) * factor + 128), (0.8, 0.6, 0.4)),
+    "mirrored": (lambda pictures, _: np.ascontiguousarray(pictures[:, :, ::-1]), (0,)),
 }
+MEASURES = ("subject", "style", "right", "named", "recognised")
 
 
 def measured(judge: Judge, pictures: Pictures, scenes: list[world.Scene]) -> dict[str, float]:
-    """right, recognised: shares; named: mean probability of both."""
+    """Shares of pictures by MEASURES; "right" is both, "named" the mean probability of both."""
     asked = ([getattr(scene, part) for scene in scenes] for part in ("subject", "style", "colour"))
     verdict = judge.verdict(pictures, *asked)
-    found = {"right": verdict.both, "named": verdict.p_subject * verdict.p_style, "recognised": verdict.recognised}
-    return {name: round(float(values.mean()), 4) for name, values in found.items()}
+    each = (verdict.subject, verdict.style, verdict.both, verdict.p_subject * verdict.p_style, verdict.recognised)
+    return {name: round(float(values.mean()), 4) for name, values in zip(MEASURES, each, strict=True)}
 
 
 def main(options: SimpleNamespace) -> None:
     """Measure, print, write."""
-    pairs = [(s, t) for s in world.RESERVED_SUBJECTS for t in world.RESERVED_STYLES] * options.each
-    scenes = [world.sample_scene(FIRST_SCENE + i, subject=s, style=t) for i, (s, t) in enumerate(pairs)]
-    true = np.stack([world.render(scene)[0] for scene in scenes])
-    judge = Judge.load()
-    found = {"as they are": measured(judge, true, scenes)}
-    for name, (worse, degrees) in WORSE.items():
-        found |= {f"{name} {degree:g}": measured(judge, worse(true, degree), scenes) for degree in degrees}
-    print(f"{'':14}{'right':>8}{'named':>8}{'recognised':>12}")
-    for name, row in found.items():
-        print(f"{name:14}{row['right']:8.2f}{row['named']:8.2f}{row['recognised']:12.2f}")
-    facts = {"pictures": len(scenes), "measured": found}
+    reserved = [(s, t) for s in world.RESERVED_SUBJECTS for t in world.RESERVED_STYLES] * options.each
+    groups = {
+        "reserved pairs": [
+            world.sample_scene(FIRST_SCENE + i, subject=s, style=t) for i, (s, t) in enumerate(reserved)
+        ],
+        "held-back pairs": requests(world.HELD_BACK_PAIRS, options.each * len(world.HELD_BACK_PAIRS), 0),
+    }
+    judge, facts = Judge.load(), {}
+    for group, scenes in groups.items():
+        true = np.stack([world.render(scene)[0] for scene in scenes])
+        rows = changed(judge, true, scenes)
+        facts[group] = {"pictures": len(scenes), "measured": rows}
+        print(f"{group:16}" + "".join(f"{name:>12}" for name in MEASURES))
+        for name, row in rows.items():
+            print(f"{name:16}" + "".join(f"{row[measure]:12.3f}" for measure in MEASURES))
     write_atomically(options.json, (json.dumps(facts, indent=1) + "\n").encode())
+
+
+def changed(judge: Judge, true: Pictures, scenes: list[world.Scene]) -> dict[str, dict[str, float]]:
+    """The measures of these renders as they are, and after every change."""
+    found = {"as they are": measured(judge, true, scenes)}
+    for name, (change, degrees) in CHANGES.items():
+        for degree in degrees:
+            found[f"{name} {degree:g}".removesuffix(" 0")] = measured(judge, change(true, degree), scenes)
+    return found

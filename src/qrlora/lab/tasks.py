@@ -19,18 +19,13 @@ from qrlora.models.training.recipe import TRIGGERS
 from qrlora.pico import world
 from qrlora.quality.images.png import png_bytes
 
+_FIRST = {"method": "qrlora", "columns": "first", "basis_rank": None}
 RECIPES: dict[str, dict[str, Any]] = {
     "lora": {"method": "lora"},
     "qrlora": {"method": "qrlora", "triangular": True, "train_basis": False},
-    "qrlora_published": {
-        **{"method": "qrlora", "columns": "first", "basis_rank": None, "triangular": True, "train_basis": False},
-    },
-    "qrlora_dense": {
-        **{"method": "qrlora", "columns": "first", "basis_rank": None, "triangular": False, "train_basis": False},
-    },
-    "qrlora_trained": {
-        **{"method": "qrlora", "columns": "first", "basis_rank": None, "triangular": True, "train_basis": True},
-    },
+    "qrlora_published": {**_FIRST, "triangular": True, "train_basis": False},
+    "qrlora_dense": {**_FIRST, "triangular": False, "train_basis": False},
+    "qrlora_trained": {**_FIRST, "triangular": True, "train_basis": True},
 }
 """Name of a method that a recipe can express -> its recipe fields. "qrlora" is the default (subject and style own
 disjoint columns of one basis), "qrlora_published" that of arXiv 2507.04599."""
@@ -67,7 +62,7 @@ class Task:
 
     @property
     def called(self) -> str:
-        """What a sentence calls it: "teapot", "your picture"."""
+        """Its name in a sentence: "teapot", "your picture"."""
         return self.name or "your picture"
 
 
@@ -108,7 +103,7 @@ def task_of_world(role: str, name: str, file: Path, seed: int, trigger: str = ""
 
 
 def training_scene(role: str, name: str, seed: int) -> world.Scene:
-    """What the picture of that task shows: the subject in TRAINING_STYLE, or TRAINING_SUBJECT in the style."""
+    """The scene of a task's picture: the subject in TRAINING_STYLE, or TRAINING_SUBJECT in the style."""
     subject, style = (name, TRAINING_STYLE) if role == "subject" else (TRAINING_SUBJECT, name)
     return world.sample_scene(1_000_000 + seed, subject=subject, style=style)
 
@@ -142,7 +137,7 @@ def recipe_fields(
 
 @dataclass(frozen=True)
 class LabelledPrompt:
-    """One picture to ask for: what the model is told, and what it should then show (None: not known, so not judged)."""
+    """A prompt with its seed, and what the picture should show (None: not known, so not judged)."""
 
     prompt: str
     subject: str | None
@@ -152,7 +147,7 @@ class LabelledPrompt:
 
 
 def crosstalk(alone: Mapping[str, float | None], composed: Mapping[str, float | None]) -> dict[str, float | None]:
-    """By part: the adapter's score alone minus its score inside the composition; "both": the mean of the two.
+    """Crosstalk by part: the adapter's score alone minus its score inside the composition; "both": the mean of the two.
 
     alone, composed: "subject" and "style" -> the judge's probability of the right name among all of the world's, in the
     mean over pictures; None or absent where the truth is not known.

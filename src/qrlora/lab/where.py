@@ -32,8 +32,9 @@ from qrlora._files import write_atomically
 from qrlora.errors import DataError
 from qrlora.lab.baselines.deltas import Learned
 from qrlora.lab.baselines.merges import Schedule, blocks_of
-from qrlora.lab.compare.cells import Bench, Cell, alone_wanted, weights_digest
-from qrlora.lab.compare.plan import DEFAULT, Scope
+from qrlora.lab.compare.cells import Bench, alone_wanted
+from qrlora.lab.compare.identity import Cell, weights_digest
+from qrlora.lab.compare.plan import DEFAULT, Scope, chosen
 from qrlora.lab.speed.common import machine
 from qrlora.pico import world
 
@@ -69,7 +70,7 @@ class Window:
 
 
 def group_of(layer: str) -> str:
-    """Which of the four groups a layer of a joint block belongs to."""
+    """The group of a layer of a joint block, one of four."""
     stream = "text" if re.search(r"add_|ff_context", layer) else "picture"
     return f"{'feed-forward' if '.ff' in layer else 'attention'}, {stream}"
 
@@ -101,24 +102,17 @@ def main(options: SimpleNamespace, command: str) -> None:
     """Measure; raises DataError for a kind of part or a task that is not known."""
     if options.quick:
         vars(options).update(QUICK)
-    for name, default in (
-        ("pictures", Scope.alone),
-        ("steps", Scope.steps),
-        ("denoising_steps", Scope.denoising_steps),
-    ):
-        setattr(options, name, getattr(options, name) or default)
-    options.only = options.only or tuple(KINDS)
-    names = [*world.SUBJECTS, *world.STYLES]
-    for noun, wanted, known in (("kind of part", options.only, list(KINDS)), ("task", options.tasks, names)):
-        if unknown := [name for name in wanted if name not in known]:
-            raise DataError(f"no {noun} {unknown[0]!r}", expected=", ".join(known), got=unknown[0])
+    options.pictures, options.steps = options.pictures or Scope.alone, options.steps or Scope.steps
+    options.denoising_steps = options.denoising_steps or Scope.denoising_steps
+    options.only = chosen("kind of part", options.only or KINDS, list(KINDS))
+    chosen("task", options.tasks, [*world.SUBJECTS, *world.STYLES])
     if options.denoising_steps < len(THIRDS):
         raise DataError("too few denoising steps", expected=f"{len(THIRDS)} at least", got=options.denoising_steps)
     measure(options, options.only, options.tasks, command)
 
 
 def measure(options: SimpleNamespace, wanted: Sequence[str], tasks: Sequence[str], command: str) -> None:
-    """Teach, draw and judge; print a table of each task, and write where.json and where.png."""
+    """Train, sample and judge; print a table of each task, and write where.json and where.png."""
     started = time.perf_counter()
     scope = Scope(steps=options.steps, alone=options.pictures, denoising_steps=options.denoising_steps)
     bench = Bench.open(options.out, scope)
@@ -136,7 +130,7 @@ def measure(options: SimpleNamespace, wanted: Sequence[str], tasks: Sequence[str
 
 
 def parts_scored(bench: Bench, name: str, seed: int, wanted: Sequence[str]) -> Found:
-    """One task: its adapter in all its parts, judged."""
+    """Train the adapter of a task and judge it in all its parts."""
     role = "subject" if name in world.SUBJECTS else "style"
     training = Cell("train", DEFAULT, seed, *((name, "") if role == "subject" else ("", name)))
     learned, asked = bench.learned(training), alone_wanted(bench, bench.task(role, name, seed), seed)

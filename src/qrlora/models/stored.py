@@ -52,7 +52,7 @@ class StoredWeights(Mapping[str, Tensor]):
 def stored_weights(
     model: str | Path, targets: str | Sequence[str] | None = None, dtype: torch.dtype = torch.float32
 ) -> tuple[StoredWeights, ModelFamily]:
-    """The weights that an adapter of this model targets, and the model's family.
+    """Return the weights that an adapter of this model targets, and the model's family.
 
     Args:
         model: as for `load_pipeline`. Of a hub model only the denoiser's files are downloaded.
@@ -140,7 +140,7 @@ def _refuse_quantised(folder: Path, model: str) -> None:
 
 
 def _check_plain(name: str, dtype: str, keys: set[str]) -> None:
-    """8-bit floats are read as they are, unless scales beside them say that they are not the whole value."""
+    """Refuse 8-bit floats that are not the whole value, because scales lie beside them."""
     scales = sorted(key for key in keys if key.startswith(f"{name}.") and "scale" in key.removeprefix(name))
     if dtype not in _FLOATING or scales:
         raise ModelError(

@@ -165,7 +165,7 @@ class Verdict:
         return tuple(check.message for check in self.checks if not check.passes)
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON values."""
+        """Return JSON values."""
         return {
             "passes": self.passes,
             "reasons": list(self.reasons),
@@ -205,7 +205,7 @@ class BrandSheet(_Part):
 
     @classmethod
     def parse(cls, fields: Mapping[str, Any]) -> BrandSheet:
-        """The sheet with these fields, validated."""
+        """Validate these fields and return the sheet."""
         try:
             return cls.model_validate(dict(fields))
         except ValidationError as error:
@@ -225,7 +225,7 @@ class BrandSheet(_Part):
 
     @classmethod
     def file_schema(cls) -> dict[str, Any]:
-        """JSON Schema of the file, for completion and validation in editors."""
+        """Return the JSON Schema of the file, for completion and validation in editors."""
         header = {"title": "qrlora brand sheet", "description": "Rules of a brand for pictures; see docs/evaluate.md."}
         schema = cls.model_json_schema()
         schema["properties"]["scores"]["propertyNames"] = {"enum": list(METRICS)}
@@ -240,13 +240,13 @@ class BrandSheet(_Part):
         return Verdict(tuple(checks))
 
     def passing(self, verdicts: Sequence[Verdict]) -> tuple[Share, bool]:
-        """The share of pictures that pass, and whether it is large enough for the group to pass."""
+        """Return the share of pictures that pass, and whether it is large enough for the group to pass."""
         share = Share.of(verdict.passes for verdict in verdicts)
         return share, share.value >= self.composition.passing
 
 
 def percent(share: float) -> str:
-    """A share as text: 12 %."""
+    """Format a share as text: 12 %."""
     return f"{100 * share:.3g} %"
 
 
@@ -300,7 +300,7 @@ def _crop(path: Path) -> UInt8[np.ndarray, "h w 3"]:
 def logo_match(
     pixels: UInt8[np.ndarray, "h w 3"], logo: UInt8[np.ndarray, "h2 w2 3"], width: tuple[float, float]
 ) -> float:
-    """Largest correlation of a logo with any place of a picture at LOGO_SIZES widths; -1 if it fits nowhere."""
+    """Return the largest correlation of a logo with a picture over all places and LOGO_SIZES; -1 if it does not fit."""
     height, across = pixels.shape[:2]
     best = -1.0
     for wide in np.geomspace(width[0] * across, width[1] * across, LOGO_SIZES):

@@ -56,12 +56,12 @@ class Evaluation:
     verdicts: Mapping[str, Sequence[Verdict]] | None = None
 
     def summary(self, group: str, name: str) -> Summary | None:
-        """Summary of a metric over a group; None if no picture has it."""
+        """Return the summary of a metric over a group; None if no picture has it."""
         values = [value for row in self.rows[group] if (value := row[name]) is not None]
         return Summary(float(np.mean(values)), min(values), max(values), len(values)) if values else None
 
     def passing(self, group: str) -> tuple[Share, bool] | None:
-        """The share of the group that passes the sheet, and whether the group passes; None without a sheet."""
+        """Return the share of the group that passes the sheet, and whether the group passes; None without a sheet."""
         if self.sheet is None or self.verdicts is None:
             return None
         return self.sheet.passing(self.verdicts[group])
@@ -72,12 +72,12 @@ class Evaluation:
         return all(found is None or found[1] for found in map(self.passing, self.groups))
 
     def copies(self, group: str) -> list[str]:
-        """Names of the pictures that score as copies of a training picture."""
+        """Return the names of the pictures that score as copies of a training picture."""
         pairs = zip(self.groups[group], self.rows[group], strict=True)
         return [picture.name for picture, row in pairs if (row.get("copied") or 0.0) >= COPY_THRESHOLD]
 
     def data(self) -> dict[str, Any]:
-        """The results as JSON values."""
+        """Return the results as JSON values."""
         return {
             "metrics": {one.name: _facts(one) for one in self.metrics},
             "groups": {name: self._group(name) for name in self.groups},
@@ -152,14 +152,14 @@ def _facts(one: Metric) -> dict[str, Any]:
 
 
 def thumbnail(picture: MeasuredPicture, caption: str = "", marks: Sequence[tuple[str, bool]] = ()) -> Picture:
-    """The picture as a block of a report, reduced to THUMBNAIL pixels."""
+    """Return the picture as a block of a report, reduced to THUMBNAIL pixels."""
     image = picture.image
     image.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
     return Picture(np.asarray(image), picture.prompt or picture.name, caption, marks)
 
 
 def report(found: Evaluation) -> Report:
-    """The report of an evaluation."""
+    """Make the report of an evaluation."""
     count = sum(map(len, found.groups.values()))
     subtitle = f"{count} pictures" + (f" in {len(found.groups)} groups" if len(found.groups) > 1 else "")
     subtitle += f", {len(found.metrics)} metrics" + (f", and the sheet of {_brand(found)}" if found.sheet else "")

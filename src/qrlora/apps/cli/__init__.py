@@ -33,7 +33,17 @@ PANELS = {
         "inspect": "inspect:run_inspect",
     },
     "Measure": {"evaluate": "evaluate:run_evaluate", "study": "study:run_study"},
-    "Operate": {"serve": "serve:run_serve"},
+    "Operate": {
+        "registry": "registry:registry",
+        "serve": "serve:run_serve",
+        "catalog": "catalog:run_catalog",
+        "pilot": "pilot:pilot",
+        "policy": "policy:policy",
+        "approval": "policy:approval",
+        "keys": "keys:keys",
+        "audit": "audit:audit",
+        "who-made": "audit:run_who_made",
+    },
     "Lab": {"lab": "lab:lab"},
 }
 """The commands in the order of the work, and where each is."""

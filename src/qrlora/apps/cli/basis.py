@@ -28,10 +28,15 @@ if TYPE_CHECKING:
 )
 @click.argument("model", default="pico", metavar="[MODEL]", help=MODEL_HELP + " (default: pico)")
 @click.option("--rank", type=COUNT, help="rank of the adapters to be trained (default: that of `train`)")
-@click.option("--columns", default="subject", help="their columns: first, i/n, subject, style (default: subject)")
-@click.option("--basis-rank", type=COUNT, help="columns of the whole basis (default: as columns needs)")
+@click.option("--columns", default="subject", help="columns of the basis they train, as in `train` (default: subject)")
+@click.option("--basis-rank", type=COUNT, help="rank of the whole basis (default: the least that has those columns)")
 @click.option("--targets", help="module names (to_q,to_k), a regular expression, or all-linear (see `train`)")
-@click.option("--algorithm", type=click.Choice(["fast", "exact"]), default="fast", help="default: fast")
+@click.option(
+    "--algorithm",
+    type=click.Choice(["fast", "exact"]),
+    default="fast",
+    help="SVD (default: fast)",
+)
 @click.option(
     "--dtype",
     type=DTYPE,

@@ -23,7 +23,7 @@ Decorator = Callable[[Function], Function]
 
 
 class Command(click.RichCommand):
-    """A command that ends in words and an exit code, whatever happens in it (`qrlora._interrupts.ended`)."""
+    """A command that ends with a message and an exit code, whatever happens in it (`qrlora._interrupts.ended`)."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         several = {flag for one in self.get_params(ctx) if isinstance(one, Several) for flag in one.opts}
@@ -63,7 +63,7 @@ class Several(click.RichOption):
 
 
 def _repeated(args: Sequence[str], several: Collection[str]) -> list[str]:
-    """`--subject a b` as `--subject a --subject b`, which click can read."""
+    """Rewrite `--subject a b` as `--subject a --subject b`, which click can read."""
     found: list[str] = []
     flag, first = "", True
     for i, word in enumerate(args):
@@ -94,12 +94,12 @@ def command(name: str, text: str, more: str = "", cls: type[Command] = Command) 
 
 
 def together(*decorators: Decorator) -> Decorator:
-    """Several options as one decorator, in this order in the help."""
+    """Combine several options to one decorator, in this order in the help."""
     return lambda function: functools.reduce(lambda done, one: one(done), reversed(decorators), function)
 
 
 def print_and_exit(flag: str, text: str, made: Callable[[], str]) -> Decorator:
-    """An option that prints something and ends, as --help does."""
+    """Return an option that prints something and ends, as --help does."""
 
     def show(ctx: click.Context, _: click.Parameter, value: bool) -> None:
         if value and not ctx.resilient_parsing:
@@ -109,13 +109,13 @@ def print_and_exit(flag: str, text: str, made: Callable[[], str]) -> Decorator:
     return click.option(flag, is_flag=True, is_eager=True, expose_value=False, callback=show, help=text)
 
 
-def hold(resource: contextlib.AbstractContextManager[Any]) -> None:
+def hold(resource: contextlib.AbstractContextManager[Any]) -> Any:
     """Enter a resource, and leave it when the command ends."""
-    get_current_context().obj.enter_context(resource)
+    return get_current_context().obj.enter_context(resource)
 
 
 def check_one_of(options: Options, *names: str) -> None:
-    """UsageError if more than one of these options is given."""
+    """Raise UsageError if more than one of these options is given."""
     given = [f"--{name}" for name in names if getattr(options, name)]
     if len(given) > 1:
         raise click.UsageError(f"{' and '.join(given)} exclude each other: give one of them.")

@@ -9,6 +9,8 @@ from typing import Any
 import rich_click as click
 
 from qrlora.apps.cli.command import Options, command
+from qrlora.apps.cli.permission import permit, policy_option
+from qrlora.apps.cli.recorded import recorder_here, referable, shown
 from qrlora.apps.cli.shared import (
     ADAPTER_HELP,
     COUNT,
@@ -31,7 +33,7 @@ from qrlora.apps.cli.shared import (
 
 @command(
     "compose",
-    "Add adapters of one basis, exactly, into one file, and print how much they interfere",
+    "Sum adapters that share a basis, exactly, into one file, and print how much they interfere",
     OVERWRITE_HELP,
 )
 @click.argument("parts", nargs=-1, required=True, type=weighted_path, metavar="FILE[:WEIGHT]...", help=ADAPTER_HELP)
@@ -40,7 +42,7 @@ from qrlora.apps.cli.shared import (
     "--spelling",
     type=click.Choice(["compact", "lora"]),
     default="compact",
-    help="compact: ΔR alone (default); lora: reads in every LoRA loader, needs the base model once",
+    help="compact: ΔR alone (default); lora: up and down matrices, which every LoRA loader reads",
 )
 @click.option(
     "--delta-weights",
@@ -50,7 +52,9 @@ from qrlora.apps.cli.shared import (
 )
 @null_space_option
 @click.option("--model", help=f"{MODEL_HELP} (default: the one the adapters name)")
+@policy_option
 @json_option
+@referable(".safetensors")
 def run_compose(options: Options) -> None:
     """Write the composition of the parts, and print their interference or what the truncation lost."""
     refuse_default_output(options, "composition.safetensors")
@@ -61,6 +65,7 @@ def run_compose(options: Options) -> None:
     check_null_space(options.null_space, len(options.parts))
     parts = load_weighted(options.parts, options.model)
     strength = null_space_of(options.null_space, [adapter for adapter, _ in parts])
+    permit(options, "compose", [path for path, _ in options.parts], parts, strength)
     if options.delta_weights:
         bases = bases_of(options.model, [adapter for adapter, _ in parts])
         adapter, loss = compose_delta_weights(parts, bases, options.delta_weights, strength)
@@ -77,10 +82,14 @@ def run_compose(options: Options) -> None:
         save_adapter(adapter, options.output, spelling=options.spelling, basis=basis)
     if strength:
         lines.append(say_null_space(strength, report["energy_kept"]))
+    if recorder := recorder_here():
+        recorder.composed(options.output, options.parts, strength, options.model)
     if options.json:
-        print(json.dumps({"output": str(options.output), "null_space": strength} | report, indent=2))
+        print(json.dumps({"output": shown(options.output), "null_space": strength} | report, indent=2))
     else:
-        print("\n".join([*lines, f"{options.output}: rank {adapter.metadata.rank}, {len(adapter.deltas)} layers"]))
+        print(
+            "\n".join([*lines, f"{shown(options.output)}: rank {adapter.metadata.rank}, {len(adapter.deltas)} layers"])
+        )
 
 
 def _truncation_lines(loss: Any, exact: int) -> list[str]:

@@ -16,12 +16,19 @@ from qrlora.apps.cli.shared import COUNT, PATH, SEED, claim
     "With --subject or --style the picture is yours: any photograph, cropped to its square and resized.",
 )
 @click.option("--out", type=PATH, default=Path("out/demo"), help="folder of the report (default: out/demo)")
+@click.option("--company", is_flag=True, help="instead: a teapot maker's pilot, approved and marked; then tampering")
 @click.option("--subject", help="a picture of your own, or the name of a reserved subject of pico's world")
 @click.option("--style", help="a picture of your own, or the name of a reserved style of pico's world")
 @click.option("--seed", type=SEED, default=0, help="seed of everything (default: 0)")
 @click.option("--steps", type=COUNT, help="training steps of each adapter (default: the tuned number)")
 def run_demo(options: Options) -> None:
     """Run the demo and print where its report is."""
+    if options.company:
+        from qrlora.apps.cli import main
+        from qrlora.apps.demo.company import demonstrate
+
+        print(demonstrate(options.out if options.out != Path("out/demo") else Path("out/company"), main))
+        return
     claim(options.out, folder=True)
     from qrlora.apps import demo
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import rich_click as click
 
 from qrlora.apps.cli.command import Decorator, Options, command, print_and_exit, together
+from qrlora.apps.cli.recorded import recorder_here, referable, shown
 from qrlora.apps.cli.shared import (
     PATH,
     Bar,
@@ -31,7 +32,9 @@ from qrlora.apps.cli.shared import (
 from qrlora.errors import QrloraError
 
 if TYPE_CHECKING:
+    from qrlora.apps.cli.recorded import Recorder
     from qrlora.method.adapter import Adapter
+    from qrlora.operations.registry import Artifact
     from qrlora.quality.evaluation import Evaluation
     from qrlora.quality.images.read import MeasuredPicture
     from qrlora.quality.metrics.table import References
@@ -45,7 +48,7 @@ METRIC_HELP = (
 
 
 def pictures_option(option: str, text: str) -> Decorator:
-    """An option that names a picture or a folder of them."""
+    """Return an option that names a picture or a folder of them."""
     return click.option(option, multiple=True, type=PATH, metavar="PICTURE", help=f"{text}; a folder, or given again")
 
 
@@ -99,16 +102,17 @@ def _schema() -> str:
     "metrics",
     type=Names(),
     metavar="NAME,...",
-    help="names, or all (default: those without a network whose inputs are given)",
+    help="metrics, or all (default: those without a network whose inputs are given)",
 )
 @weights_options
-@click.option("--prompt", multiple=True, help="with adapters, several times; with pictures, their prompt")
+@click.option("--prompt", multiple=True, help="prompt to sample adapters with (several times), or the pictures' own")
 @seed_options
 @null_space_option
 @sampling_options
 @json_option
 @print_and_exit("--brand-schema", "print the JSON Schema of brand sheets, and end", _schema)
 @click.option("-o", "--output", type=PATH, default=Path(DEFAULT_OUTPUT), help="folder (default: evaluation/)")
+@referable()
 def run_evaluate(options: Options) -> int:
     """Evaluate, print and write; returns the exit code."""
     if options.output == Path(DEFAULT_OUTPUT):
@@ -143,14 +147,26 @@ def run_evaluate(options: Options) -> int:
     networks = FeatureNetworks(dict(options.weights), options.device)
     found = evaluate(groups, references, metrics, sheet, networks, Bar("picture"))
     page = report(found).write(options.output, {"pictures.csv": found.csv().encode()})
+    if recorder := recorder_here():
+        recorder.reported(page, found.data(), _about(recorder, options, adapters, strength if adapters else 0.0))
     print(json.dumps(found.data(), indent=2, ensure_ascii=False) if options.json else table(found))
     if not options.json:
-        print(page)
+        print(shown(page))
     return 1 if options.strict and not found.passes else 0
 
 
+def _about(
+    recorder: Recorder, options: Options, adapters: Sequence[tuple[Path, float]], strength: float
+) -> list[Artifact]:
+    """What the report is about: the composition and its adapters, or the pictures that are registered."""
+    if adapters:
+        parts = [recorder.artifact(path) for path, _ in adapters]
+        return [recorder.composition(adapters, strength, options.model), *parts]
+    return recorder.registered(Path(text) for text in options.what)
+
+
 def references_of(options: Options, sheet: Any = None) -> References:
-    """The references from the options and the brand sheet."""
+    """Return the references from the options and the brand sheet."""
     from qrlora.quality.images.read import hex_colour, load_pictures
     from qrlora.quality.metrics.table import References
 
@@ -165,7 +181,7 @@ def references_of(options: Options, sheet: Any = None) -> References:
 
 
 def _anything(references: References) -> bool:
-    """True if there is any reference."""
+    """Return True if there is any reference."""
     return bool(references.subject or references.style or references.training or references.palette)
 
 
@@ -185,7 +201,7 @@ def _adapters(what: Sequence[str]) -> list[tuple[Path, float]]:
 
 
 def _groups(options: Options) -> dict[str, list[MeasuredPicture]]:
-    """Groups of pictures: one for each folder, and one for all single pictures."""
+    """Return groups of pictures: one for each folder, and one for all single pictures."""
     from qrlora.quality.images.read import load_pictures
 
     paths = [Path(text) for text in options.what]
@@ -207,7 +223,7 @@ def _groups(options: Options) -> dict[str, list[MeasuredPicture]]:
 
 
 def _prompts_alone(options: Options) -> list[MeasuredPicture]:
-    """Placeholders with the prompts, for pictures that are not sampled yet."""
+    """Return placeholders with the prompts, for pictures that are not sampled yet."""
     import numpy as np
 
     from qrlora.quality.images.read import MeasuredPicture
@@ -228,7 +244,7 @@ def _made(
     loaded: Sequence[tuple[Adapter, float]],
     strength: float,
 ) -> list[MeasuredPicture]:
-    """Samples of a composition, stored in the output folder."""
+    """Sample a composition, and store the pictures in the output folder."""
     import torch
 
     from qrlora._files import write_all
@@ -249,7 +265,7 @@ def _made(
     for index, prompt in enumerate(options.prompt):
         for seed in seeds:
             path = picture_file(folder, index, prompt, seed)
-            adapter = [f"{file}:{weight:g}" for file, weight in parts]
+            adapter = [f"{shown(file)}:{weight:g}" for file, weight in parts]
             made = {"prompt": [prompt], "seed": [seed], "adapter": adapter, "null_space": strength}
             made |= {"model": options.model, **sampling}
             pictures[path] = described_png(next(images), made)
@@ -258,7 +274,7 @@ def _made(
 
 
 def table(found: Evaluation) -> str:
-    """The numbers for a terminal: a column for each group; then the failures of the brand sheet by picture."""
+    """Format the numbers for a terminal: a column for each group; then the failures of the brand sheet by picture."""
     names = list(found.groups)
     head = ["", "better", *names]
     rows = [

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 import rich_click as click
 
 from qrlora.apps.cli.command import Options, command, together
+from qrlora.apps.cli.permission import permission_options, permit
+from qrlora.apps.cli.recorded import recorder_here, referable, shown
 from qrlora.apps.cli.shared import (
     COUNT,
     DTYPE,
@@ -42,12 +44,13 @@ if TYPE_CHECKING:
     "program",
     type=click.Choice(["diffusers", "kohya", "original", "comfyui", "forge", "a1111", "ai-toolkit"]),
     default="diffusers",
-    help="form, or program, which gets the form that it reads for this family: docs/exchange.md has the table "
-    "(default: diffusers)",
+    help="form of the file, or the program that will read it: docs/exchange.md has the table (default: diffusers)",
 )
 @click.option("--model", help=f"{MODEL_HELP} (default: the one the adapter names)")
-@click.option("--dtype", type=DTYPE, help="of the file (default: as it is)")
+@click.option("--dtype", type=DTYPE, help="precision of the file (default: unchanged)")
+@permission_options
 @click.option("-o", "--output", type=PATH, help="file to write")
+@referable(".safetensors")
 def run_export(options: Options) -> None:
     """Write the file and print how many of its layers match, by whose rules."""
     if options.output:
@@ -61,6 +64,7 @@ def run_export(options: Options) -> None:
     if not options.model and not is_ours(options.file):
         raise _no_base_model()
     [adapter] = load_adapters([options.file], options.model)
+    permit(options, "export", [options.file], [(adapter, 1.0)])
     if not options.model and not adapter.metadata.base_model:
         raise _no_base_model()
     check_room_for(options.output or Path(options.file.name), adapter, "lora")
@@ -73,9 +77,11 @@ def run_export(options: Options) -> None:
     basis = basis_of(family.denoiser_of(pipe), adapter)
     dtype = getattr(torch, options.dtype) if options.dtype else None
     export = export_adapter(adapter, output, target, pipe, family, basis=basis, dtype=dtype)
+    if recorder := recorder_here():
+        recorder.exported(output, options.file, {"form": target, "dtype": options.dtype or "as it was"})
     for program, matched in export.matched.items():
         print(f"by the rules of {program}: {matched} of {export.layers} layers match")
-    print(f"{output}: {target} form, rank {adapter.metadata.rank}, {output.stat().st_size:,} bytes")
+    print(f"{shown(output)}: {target} form, rank {adapter.metadata.rank}, {output.stat().st_size:,} bytes")
 
 
 def _no_base_model() -> QrloraError:
@@ -113,6 +119,7 @@ description_options = together(
 @description_options
 @click.option("-o", "--output", type=PATH, help="file to write")
 @json_option
+@referable(".safetensors")
 def run_import(options: Options) -> None:
     """Write the adapter and print, layer by layer, how much of it a projection kept."""
     output = options.output or Path(f"{options.file.stem}-imported.safetensors")
@@ -141,6 +148,8 @@ def run_import(options: Options) -> None:
         trigger=options.trigger,
     )
     save_adapter(adapter, output, "compact" if adapter.metadata.on_basis else "lora")
+    if recorder := recorder_here():
+        recorder.read(output)
     say_left_out(options.file, adapter)
     _print_kept(options, output, adapter, kept, {})
 
@@ -160,7 +169,7 @@ def _onto(options: Options) -> Any:
 def _print_kept(options: Options, output: Path, adapter: Adapter, kept: Any, others: dict[str, float]) -> None:
     meta = adapter.metadata
     if options.json:
-        report = {"output": str(output), "kept": kept.to_dict() if kept else None, "others": others}
+        report = {"output": shown(output), "kept": kept.to_dict() if kept else None, "others": others}
         print(json.dumps(report, indent=2))
         return
     if kept:
@@ -170,7 +179,7 @@ def _print_kept(options: Options, output: Path, adapter: Adapter, kept: Any, oth
     else:
         print("ΔW is the file's, unchanged")
     where = f"columns {len(meta.columns)} of a basis of rank {meta.basis_rank}" if meta.on_basis else "beside the basis"
-    print(f"{output}: rank {meta.rank}, {len(adapter.deltas)} layers, {where}")
+    print(f"{shown(output)}: rank {meta.rank}, {len(adapter.deltas)} layers, {where}")
 
 
 @command(
@@ -187,11 +196,12 @@ def _print_kept(options: Options, output: Path, adapter: Adapter, kept: Any, oth
 @description_options
 @click.option("-o", "--output", type=PATH, default=Path("extracted.safetensors"), help="file to write")
 @json_option
+@referable(".safetensors")
 def run_extract(options: Options) -> None:
     """Write the adapter; print what of each layer it holds, and what differs that it cannot hold."""
     refuse_default_output(options, "extracted.safetensors")
     if (options.rank is None) == (options.basis_rank is None):
-        raise QrloraError("one way to extract", expected="--rank or --basis-rank", got="both or neither")
+        raise QrloraError("exactly one rank is needed", expected="--rank or --basis-rank", got="both or neither")
     claim(options.output)
     from qrlora.method.adapter import save_adapter
     from qrlora.method.adapter.attach import base_weights
@@ -214,6 +224,8 @@ def run_extract(options: Options) -> None:
     else:
         adapter, kept = extract_lora(changes, options.rank, progress=Bar("layer"), **described)
     save_adapter(adapter, options.output, "compact" if onto else "lora")
+    if recorder := recorder_here():
+        recorder.read(options.output)
     _print_kept(options, options.output, adapter, kept, dict(changes.others))
     parts = changed_components(base, tuned, family.denoiser)
     if parts and not options.json:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import rich_click as click
 
 from qrlora._files import make_folder, write_all
 from qrlora.apps.cli.command import Options, command
+from qrlora.apps.cli.permission import permission_options, permit
+from qrlora.apps.cli.recorded import recorder_here, referable, shown
 from qrlora.apps.cli.shared import (
     ADAPTER_HELP,
     OVERWRITE_HELP,
@@ -34,6 +37,9 @@ from qrlora.apps.cli.shared import (
 )
 from qrlora.errors import PictureError, QrloraError
 
+if TYPE_CHECKING:
+    from qrlora.operations.provenance.certificates import Certificate
+
 
 @command(
     "generate",
@@ -41,7 +47,7 @@ from qrlora.errors import PictureError, QrloraError
     "One PNG per prompt and seed goes into the folder named by -o; with --grid one labelled PNG. "
     "Each has its prompt, seed and adapters in its metadata. " + OVERWRITE_HELP,
 )
-@click.option("--prompt", multiple=True, required=True, help="may be given several times")
+@click.option("--prompt", multiple=True, required=True, help="prompt; may be given several times")
 @seed_options
 @click.option("--adapter", multiple=True, type=weighted_path, metavar="FILE[:WEIGHT]", help=ADAPTER_HELP)
 @click.option(
@@ -52,9 +58,16 @@ from qrlora.errors import PictureError, QrloraError
 )
 @null_space_option
 @sampling_options
+@permission_options
+@click.option(
+    "--c2pa",
+    metavar="NAME",
+    help="mark each picture with a signed C2PA manifest by this certificate (`qrlora keys certificate`)",
+)
 @click.option(
     "-o", "--output", type=PATH, help="folder, or .png for one picture or a grid (default: pictures/ or grid.png)"
 )
+@referable()
 def run_generate(options: Options) -> None:
     """Make the pictures and print where they are."""
     seeds = seeds_of(options)
@@ -62,9 +75,11 @@ def run_generate(options: Options) -> None:
         _check_grid(options, seeds)
     check_null_space(options.null_space, len(options.adapter))
     paths = _picture_paths(options, seeds)
+    signer = _signer(options)
     _claim(options, paths)
     adapters = load_weighted(options.adapter, options.model)
     options.null_space = null_space_of(options.null_space, [adapter for adapter, _ in adapters])
+    _permit(options, adapters)
     _say_projected(options, adapters)
     import torch
 
@@ -88,16 +103,79 @@ def run_generate(options: Options) -> None:
             images = generate(pipe, family, options.prompt, seeds, **common)
         except PictureError as error:
             images, failed = error.images, error
-    made = {key: value for key, value in vars(options).items() if key != "output"}
-    finished = {path: image for path, image in zip(paths, images, strict=True) if image is not None}
-    write_all({path: described_png(image, made) for path, image in finished.items()})
-    print(*finished, sep="\n")
+    unsaid = ("output", "c2pa", "policy", "require_approval")
+    made = {key: value for key, value in vars(options).items() if key not in unsaid}
+    finished = {
+        path: described_png(image, made) for path, image in zip(paths, images, strict=True) if image is not None
+    }
+    if signer:
+        finished = _marked(finished, options, paths, adapters, signer)
+    write_all(finished)
+    _record(options, paths, seeds, finished)
+    print(*map(shown, finished), sep="\n")
     if failed is not None:
         raise failed
 
 
+def _permit(options: Options, adapters: Sequence[tuple[Any, float]]) -> None:
+    """Ask for permission; of a grid for every pair of weights."""
+    paths = [path for path, _ in options.adapter]
+    pairs = itertools.product(options.grid, repeat=2) if options.grid else [[weight for _, weight in adapters]]
+    for pair in pairs:
+        parts = [(adapter, weight) for (adapter, _), weight in zip(adapters, pair, strict=True)]
+        permit(options, "generate", paths, parts, options.null_space, options.prompt, options.model)
+
+
+def _record(options: Options, paths: Sequence[Path], seeds: Sequence[int], finished: Mapping[Path, Any]) -> None:
+    if recorder := recorder_here():
+        jobs = zip(paths, [(prompt, seed) for prompt in options.prompt for seed in seeds], strict=True)
+        settings = {name: getattr(options, name) for name in ("steps", "guidance", "resolution", "grid")}
+        made = {path: {"prompt": prompt, "seed": seed, **settings} for path, (prompt, seed) in jobs if path in finished}
+        recorder.generated(made, options.adapter, options.null_space, options.model)
+
+
+def _signer(options: Options) -> Certificate | None:
+    """The certificate of --c2pa, read before time is spent; what its end means is said where that is near."""
+    if not options.c2pa:
+        return None
+    from qrlora.apps.cli.keys import packages
+
+    with packages():
+        from qrlora.operations.provenance import c2pa as _  # noqa: F401
+        from qrlora.operations.provenance.certificates import Certificate
+    signer = Certificate.load(options.c2pa)
+    if said := signer.check():
+        print(said, file=sys.stderr)
+    return signer
+
+
+def _marked(
+    pictures: Mapping[Path, bytes],
+    options: Options,
+    paths: Sequence[Path],
+    adapters: Sequence[Any],
+    signer: Certificate,
+) -> dict[Path, bytes]:
+    """The pictures with a manifest each: prompt, seed, and the files of the adapters and their base model."""
+    from qrlora import __version__
+    from qrlora.operations.provenance.c2pa import Origin, mark
+    from qrlora.operations.provenance.canonical import file_digest
+
+    base = next((one.metadata.base_digest for one, _ in adapters if one.metadata.base_digest), options.model)
+    parts = [(path.name, file_digest(path), "adapter") for path, _ in options.adapter]
+    licences = " AND ".join(sorted({one.metadata.licence for one, _ in adapters} - {""}))
+    ingredients = (*parts, (options.model, base, "base"))
+    said = [(prompt, seed) for prompt in options.prompt for seed in seeds_of(options)]
+    marked = {}
+    for path, (prompt, seed) in zip(paths, said, strict=True):
+        if path in pictures:
+            origin = Origin(path.name, prompt, seed, __version__, ingredients, licences)
+            marked[path] = mark(pictures[path], origin, signer)
+    return marked
+
+
 def _say_projected(options: Options, adapters: Sequence[tuple[Any, float]]) -> None:
-    """On stderr, because stdout lists files. Off one basis, or at several weights, the energy kept is not known."""
+    """Print the projection's strength on stderr; the energy kept only where it is known, on one basis and weights."""
     from qrlora.method.composition import Composition
     from qrlora.method.composition.parts import on_one_basis
 
@@ -164,13 +242,13 @@ def picture_file(folder: Path, index: int, prompt: str, seed: int) -> Path:
 
 
 def described_png(image: Any, made: Mapping[str, Any]) -> bytes:
-    """A PNG that says how it was made."""
+    """Return a PNG with a record of how it was made."""
     from io import BytesIO
 
     from PIL.PngImagePlugin import PngInfo
 
     info = PngInfo()
-    info.add_itxt("qrlora", json.dumps(made, default=str, ensure_ascii=False))
+    info.add_itxt("qrlora", json.dumps(made, default=shown, ensure_ascii=False))
     stream = BytesIO()
     image.save(stream, "PNG", pnginfo=info)
     return stream.getvalue()

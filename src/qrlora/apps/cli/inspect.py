@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import rich_click as click
 
 from qrlora.apps.cli.command import Options, command
+from qrlora.apps.cli.recorded import referable, shown
 from qrlora.apps.cli.shared import PATH
 
 if TYPE_CHECKING:
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 @command("inspect", "Print what an adapter file is, what it needs, and how large it is")
 @click.argument("files", nargs=-1, required=True, type=PATH, metavar="FILE...", help="adapter files")
 @click.option("--json", is_flag=True, help="print everything as JSON")
+@referable()
 def run_inspect(options: Options) -> None:
     """Print what each file says about itself."""
     from qrlora.models.exchange import load_any
@@ -57,14 +59,14 @@ def _in_space(where: Any) -> str:
 
 
 def describe(path: Path, adapter: Adapter) -> dict[str, Any]:
-    """Everything `inspect` knows about one file, as JSON values."""
+    """Return everything that `inspect` prints of one file, as JSON values."""
     from dataclasses import asdict
 
     from qrlora.method.basis import VERSIONS, clipping
 
     metadata = adapter.metadata
     count = adapter.parameters()
-    basis = "none: it carries its own ups"
+    basis = "none: the file has its own up matrices"
     if metadata.on_basis:
         current = adapter.basis_version == VERSIONS.get(metadata.algorithm)
         basis = (
@@ -73,7 +75,7 @@ def describe(path: Path, adapter: Adapter) -> dict[str, Any]:
             f"fingerprint {metadata.basis_fingerprint[:16]}"
         )
     return {
-        "file": str(path),
+        "file": shown(path),
         "bytes": path.stat().st_size,
         "layers": len(adapter.deltas),
         "basis": basis,

@@ -22,33 +22,24 @@ OUT = Path("out/speed")
 SPEED_MODELS = ("flux.1", "sd3.5-medium", "sdxl")
 
 
-class Seeds(Names):
-    """Seeds separated by commas."""
+class Each(Names):
+    """Values of one type separated by commas."""
 
-    name = "seeds"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[Any, ...]:
-        given: tuple[Any, ...] = super().convert(value, param, ctx)
-        return tuple(dict.fromkeys(SEED.convert(part, param, ctx) for part in given))
-
-
-class Numbers(Names):
-    """Numbers separated by commas."""
-
-    name = "numbers"
+    def __init__(self, kind: click.ParamType) -> None:
+        self.kind, self.name = kind, f"{kind.name}s"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[Any, ...]:
         given: tuple[Any, ...] = super().convert(value, param, ctx)
-        return tuple(dict.fromkeys(NUMBER.convert(part, param, ctx) for part in given))
+        return tuple(dict.fromkeys(self.kind.convert(part, param, ctx) for part in given))
 
 
 def say(text: str) -> None:
-    """Progress, on stderr."""
+    """Print progress on stderr."""
     print(text, file=sys.stderr, flush=True)
 
 
 def typed(*but: str) -> str:
-    """The command as it was typed, for a report, without these options' defaults."""
+    """Return the command as it was typed, for a report, without these options' defaults."""
     context = get_current_context()
     words = ["qrlora", *context.command_path.split()[1:]]
     for parameter in context.command.params:
@@ -73,7 +64,7 @@ def _measured(measure: Callable[[SimpleNamespace], None], given: dict[str, Any])
 
 @click.group(cls=Group)
 def lab() -> None:
-    """Measure: methods side by side, the published claims, speed, where subject and style are."""
+    """Repeat the measurements of the docs: methods, published claims, speed, layers of subject and style."""
 
 
 @lab.command()
@@ -82,7 +73,7 @@ def lab() -> None:
 @click.option("--rows", type=Names(), help="Rows of the table, separated by commas (default: all; see --list).")
 @click.option("--subjects", type=Names(), help="Reserved subjects, separated by commas (default: all).")
 @click.option("--styles", type=Names(), help="Reserved styles, separated by commas (default: all).")
-@click.option("--seeds", type=Seeds(), help="Of picture, training and sampling, separated by commas (default: 0,1,2).")
+@click.option("--seeds", type=Each(SEED), help="Seeds, separated by commas (default: 0,1,2).")
 @click.option("--steps", type=COUNT, help="Training steps of each adapter (default: 240).")
 @click.option("--pictures", type=COUNT, help="Pictures of each composed pair (default: 8).")
 @click.option("--workers", type=COUNT, default=os.cpu_count() or 1, help="Processes (default: one a core).")
@@ -115,11 +106,13 @@ def compare(**given: Any) -> None:
 
 @lab.command()
 @click.option("--only", type=Names(), help="Some of the claims, separated by commas (default: all).")
-@click.option("--tasks", type=Names(), default="teapot,rocket,chalk,mosaic", show_default=True, help="Of pico's world.")
+@click.option(
+    "--tasks", type=Names(), default="teapot,rocket,chalk,mosaic", show_default=True, help="Names of pico's world."
+)
 @click.option("--steps", type=COUNT, default=100, show_default=True, help="Training steps of each adapter.")
 @click.option("--rank", type=COUNT, default=16, show_default=True)
-@click.option("--rates", type=Names(), default="3e-4,1e-3,3e-3", show_default=True, help="Of `convergence`.")
-@click.option("--seeds", type=COUNT, default=3, show_default=True, help="Of `stability`.")
+@click.option("--rates", type=Each(NUMBER), default="3e-4,1e-3,3e-3", show_default=True, help="For `convergence`.")
+@click.option("--seeds", type=COUNT, default=3, show_default=True, help="Number of seeds of `stability`.")
 @click.option("--json", type=PATH, default=Path("out/claims.json"), show_default=True)
 def claims(**given: Any) -> None:
     """Measure the claims of arXiv 2507.04599 one by one."""
@@ -131,10 +124,10 @@ def claims(**given: Any) -> None:
 @lab.command()
 @click.option("--tasks", type=Names(), default="teapot,chalk", show_default=True, help="Names of pico's world.")
 @click.option("--only", type=Names(), help="Some of blocks, groups, steps (default: all).")
-@click.option("--pictures", type=COUNT, help="Of each part (default: those of `compare`).")
+@click.option("--pictures", type=COUNT, help="Pictures of each part (default: those of `compare`).")
 @click.option("--steps", type=COUNT, help="Training steps (default: those of `compare`).")
-@click.option("--denoising-steps", type=COUNT, help="Default: those of `compare`.")
-@click.option("--seed", type=SEED, default=0, show_default=True, help="Of the task, the training and the pictures.")
+@click.option("--denoising-steps", type=COUNT, help="Denoising steps (default: those of `compare`).")
+@click.option("--seed", type=SEED, default=0, show_default=True, help="Seed of everything.")
 @click.option("--quick", is_flag=True, help="Fewer pictures and steps, to see it work.")
 @click.option("--out", type=PATH, default=Path("out/where"), show_default=True)
 def where(**given: Any) -> None:
@@ -147,16 +140,16 @@ def where(**given: Any) -> None:
 
 @lab.command()
 @click.option("--count", type=COUNT, default=24, show_default=True, help="Nameless styles that span the space.")
-@click.option("--pictures", type=COUNT, default=8, show_default=True, help="Of each of them.")
+@click.option("--pictures", type=COUNT, default=8, show_default=True, help="Pictures of each of them.")
 @click.option("--library-steps", type=COUNT, default=80, show_default=True, help="Training steps of each of them.")
-@click.option("--components", type=COUNT, help="Default: one less than --count, all there are.")
+@click.option("--components", type=COUNT, help="Components to keep (default: one less than --count).")
 @click.option("--ways", type=Names(), default="alone,qrlora,lora_one_start,lora_own_start,delta_w", show_default=True)
 @click.option("--styles", type=Names(), default="chalk,candy,mosaic", show_default=True, help="Trained from a picture.")
 @click.option(
-    "--remainders", type=Numbers(), default="0", show_default=True, help="Free parts beside the coefficients."
+    "--remainders", type=Each(NUMBER), default="0", show_default=True, help="Free parts beside the coefficients."
 )
 @click.option("--rate", type=click.FloatRange(min=0, min_open=True), default=0.03, show_default=True)
-@click.option("--decay", type=NOT_NEGATIVE, default=0.1, show_default=True, help="Of the coefficients.")
+@click.option("--decay", type=NOT_NEGATIVE, default=0.1, show_default=True, help="Weight decay of the coefficients.")
 @click.option("--steps", type=COUNT, default=240, show_default=True, help="Training steps of a picture.")
 @click.option("--asked", type=COUNT, default=16, show_default=True, help="Pictures that are sampled and judged.")
 @click.option("--seed", type=SEED, default=0, show_default=True)
@@ -171,10 +164,10 @@ def space(**given: Any) -> None:
 
 
 @lab.command()
-@click.option("--each", type=COUNT, default=10, show_default=True, help="Renders of every reserved pair.")
+@click.option("--each", type=COUNT, default=10, show_default=True, help="Renders of every pair.")
 @click.option("--json", type=PATH, default=Path("out/judge.json"), show_default=True)
 def judge(**given: Any) -> None:
-    """Measure how strict pico's judge is: true renders made worse step by step."""
+    """Measure the strictness of pico's judge: true renders, reserved and held back, changed step by step."""
     from qrlora.lab import strictness
 
     _measured(strictness.main, given)
@@ -183,7 +176,7 @@ def judge(**given: Any) -> None:
 @lab.command()
 @click.option("--pictures", type=at_least(2), default=1000, show_default=True)
 @click.option("--steps", type=COUNT, help="Denoising steps (default: pico's own).")
-@click.option("--guidance", type=NOT_NEGATIVE, help="Default: pico's own.")
+@click.option("--guidance", type=NOT_NEGATIVE, help="Guidance scale (default: pico's own).")
 @click.option("--seed", type=SEED, default=0, show_default=True)
 @click.option("--by", type=click.Choice(["pair", "subject", "style"]), help="Print the shares of each, worst first.")
 @click.option("--json", type=PATH, help="Write all scores there.")
@@ -219,13 +212,13 @@ def basis(**given: Any) -> None:
 
 
 denoiser_options = together(
-    click.option("--width", type=COUNT, default=1024, show_default=True, help="Of the denoiser: n x 128."),
-    click.option("--blocks", type=COUNT, default=1, show_default=True, help="Of each of FLUX's two kinds."),
-    click.option("--side", type=COUNT, default=16, show_default=True, help="Of the picture, in tokens."),
+    click.option("--width", type=COUNT, default=1024, show_default=True, help="Width of the denoiser, n x 128."),
+    click.option("--blocks", type=COUNT, default=1, show_default=True, help="Blocks of each of FLUX's kinds."),
+    click.option("--side", type=COUNT, default=16, show_default=True, help="Side of the picture in tokens."),
     click.option("--rank", type=COUNT, default=16, show_default=True),
     click.option("--rounds", type=COUNT, default=30, show_default=True),
     click.option("--quick", is_flag=True, help="A quarter of the width, few rounds: does it run?"),
-    click.option("--device", help="Default: a CUDA device if there is one, else the CPU."),
+    click.option("--device", help="Device (default: a CUDA device if there is one, else the CPU)."),
 )
 """Options of a benchmark on one FLUX denoiser of random weights."""
 
@@ -233,9 +226,9 @@ denoiser_options = together(
 @speed.command()
 @denoiser_options
 @click.option("--batch-size", type=COUNT, default=1, show_default=True)
-@click.option("--dtypes", type=Names(), default="float32,bfloat16", show_default=True, help="Of the frozen denoiser.")
-@click.option("--methods", help="Separated by ';' (default: all).")
-@click.option("--seconds", type=NOT_NEGATIVE, default=150, show_default=True, help="At most, for a dtype.")
+@click.option("--dtypes", type=Names(), default="float32,bfloat16", show_default=True, help="Of the denoiser.")
+@click.option("--methods", help="Methods, separated by ';' (default: all).")
+@click.option("--seconds", type=NOT_NEGATIVE, default=150, show_default=True, help="Longest time for a dtype.")
 @click.option("--json", type=PATH, default=OUT / "training.json", show_default=True)
 def training(**given: Any) -> None:
     """A training step: time and memory beside LoRA, PiSSA, OLoRA, MiCA and the published layer."""
@@ -246,8 +239,8 @@ def training(**given: Any) -> None:
 
 @speed.command()
 @denoiser_options
-@click.option("--dtype", default="float32", show_default=True, help="Of the denoiser and its adapters.")
-@click.option("--seconds", type=NOT_NEGATIVE, default=90, show_default=True, help="At most, for a table.")
+@click.option("--dtype", default="float32", show_default=True, help="Precision of all weights.")
+@click.option("--seconds", type=NOT_NEGATIVE, default=90, show_default=True, help="Longest time for a table.")
 @click.option("--only", type=Names(), default="composed,changing,mixed,layers,merging", show_default=True)
 @click.option("--json", type=PATH, default=OUT / "inference.json", show_default=True)
 def inference(**given: Any) -> None:
@@ -259,10 +252,10 @@ def inference(**given: Any) -> None:
 
 @speed.command()
 @click.option("--clients", type=COUNT, default=32, show_default=True)
-@click.option("--rounds", type=COUNT, default=3, show_default=True, help="Of each side.")
+@click.option("--rounds", type=COUNT, default=3, show_default=True, help="Rounds of each side.")
 @click.option("--each", type=COUNT, default=4, show_default=True, help="Requests of a client in a round.")
 @click.option("--steps", type=COUNT, default=20, show_default=True, help="Denoising steps for throughput.")
-@click.option("--batch-size", type=COUNT, default=16, show_default=True, help="Of the server.")
+@click.option("--batch-size", type=COUNT, default=16, show_default=True, help="Batch size of the server.")
 @click.option("--requests", type=COUNT, default=2000, show_default=True, help="While memory is watched, at 2 steps.")
 @click.option("--quick", is_flag=True, help="One round of one request each of 8 steps, 100 requests.")
 @click.option("--nodes", type=COUNT, default=1, show_default=True, help="Ray nodes of this machine, an engine each.")
@@ -280,5 +273,42 @@ def serve(**given: Any) -> None:
 def integrity(**given: Any) -> None:
     """The digest of an adapter's file: its cost as a share of the time that loading takes."""
     from qrlora.lab.speed import integrity as times
+
+    _measured(times.main, given)
+
+
+@speed.command()
+@click.option("--writers", type=at_least(2), default=8, show_default=True, help="Processes at once.")
+@click.option("--operations", type=COUNT, default=1000, show_default=True, help="Of all together.")
+@click.option("--json", type=PATH, default=OUT / "registry.json", show_default=True)
+def registry(**given: Any) -> None:
+    """The registry's commits a second on SQLite and PostgreSQL, by one writer and by several at once."""
+    from qrlora.lab.speed import registry as times
+
+    _measured(times.main, given)
+
+
+@speed.command()
+@click.option("--products", type=COUNT, default=100_000, show_default=True)
+@click.option("--styles", type=COUNT, default=20, show_default=True)
+@click.option("--each", type=COUNT, default=1, show_default=True, help="Pictures of a product in a style.")
+@click.option("--workers", type=COUNT, default=64, show_default=True, help="Cards.")
+@click.option("--card", default="a card", show_default=True, help="Name of the card, for the report.")
+@click.option("--seconds", type=NOT_NEGATIVE, default=3.0, show_default=True, help="Of the card for a picture.")
+@click.option("--training-seconds", type=NOT_NEGATIVE, default=0, show_default=True, help="Of the card for an adapter.")
+@click.option("--batch-size", type=COUNT, default=8, show_default=True)
+@click.option("--picture-mb", type=NOT_NEGATIVE, default=1.5, show_default=True, help="Of a picture's file.")
+@click.option("--adapter-mb", type=NOT_NEGATIVE, default=47, show_default=True, help="Of an adapter's file.")
+@click.option("--bandwidth-mb", type=NOT_NEGATIVE, default=1000, show_default=True, help="Of the storage, in a second.")
+@click.option("--sqlite-rate", type=NOT_NEGATIVE, help="Registry commits in a second (default: measured here).")
+@click.option("--postgresql", metavar="URL", help="Database to measure commits on.")
+@click.option("--postgresql-rate", type=NOT_NEGATIVE, help="Instead of measuring.")
+@click.option("--rounds", type=COUNT, default=300, show_default=True, help="Of each measurement.")
+@click.option("--against", multiple=True, type=PATH, help="Folder of a catalog that ran; may be given several times.")
+@click.option("--plot", type=PATH, help="Write an SVG of pictures a second over cards.")
+@click.option("--json", type=PATH, default=OUT / "catalog.json", show_default=True)
+def catalog(**given: Any) -> None:
+    """A catalog on many cards, simulated with measured times: hours, storage, where it saturates."""
+    from qrlora.lab.speed import catalog as times
 
     _measured(times.main, given)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import rich_click as click
 
 from qrlora.apps.cli.command import Options, command
+from qrlora.apps.cli.recorded import referable
 from qrlora.apps.cli.train import RecipeCommand, recipe_of, recipe_options
 
 if TYPE_CHECKING:
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 @click.option("--json", is_flag=True, help="print everything as JSON, in bytes and seconds")
 @click.option("--no-time", is_flag=True, help="leave out the times, which take a while")
 @recipe_options
+@referable()
 def run_plan(options: Options) -> None:
     """Print the plan as a table, or as JSON."""
     from qrlora.models.training.plan import plan
@@ -33,7 +35,7 @@ def run_plan(options: Options) -> None:
 
 
 def table(plan: Plan) -> str:
-    """The plan for people: a column a method."""
+    """Format the plan for a terminal: a column a method."""
     recipe, estimates = plan.recipe, list(plan.estimates.values())
     first = estimates[0]
     rows = {

@@ -9,18 +9,20 @@ import socket
 import sys
 import threading
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 import rich_click as click
 
 from qrlora._reading import read_text
-from qrlora.apps.cli.command import Options, command
-from qrlora.apps.cli.shared import COUNT, PATH, model_options, null_space_option
+from qrlora.apps.cli.command import Options, command, hold
+from qrlora.apps.cli.permission import permission_options, place_of, rules_of
+from qrlora.apps.cli.recorded import recorder_here, referable
+from qrlora.apps.cli.shared import COUNT, PATH, check_there, model_options, null_space_option
 from qrlora.errors import QrloraError
 
 if TYPE_CHECKING:
-    from qrlora.apps.serving.app import Limits
-    from qrlora.apps.serving.protocol import Facts
+    from qrlora.apps.serving.protocol import Facts, Limits, Permission
 
 KEY_VARIABLE = "QRLORA_API_KEY"
 RAY_SETTINGS = {
@@ -37,39 +39,59 @@ RAY_SETTINGS = {
     "Needs pip install 'qrlora[serve]', on Ray 'qrlora[cluster]'. Ctrl-C lets running requests finish; a second one "
     "does not. See docs/serve.md.",
 )
-@click.option("--adapters", type=PATH, required=True, metavar="DIR", help="folder of adapter files")
+@click.option("--adapters", type=PATH, metavar="DIR", help="folder of adapter files")
+@click.option(
+    "--adapter",
+    multiple=True,
+    type=PATH,
+    metavar="FILE",
+    help="in place of a folder: adapter files, or registry:NAME@alias, each served by its name; given again",
+)
+@click.option("--record", is_flag=True, help="record every picture in the registry before it is sent; not on Ray")
 @model_options
 @click.option("--host", default="127.0.0.1", help="address to listen on (default: this machine alone)")
-@click.option("--port", type=COUNT, default=8000, help="default: 8000")
+@click.option("--port", type=COUNT, default=8000, help="port to listen on (default: 8000)")
 @click.option(
     "--api-key-file", type=PATH, metavar="FILE", help=f"keys, one a line (or ${KEY_VARIABLE}; default: none needed)"
 )
 @null_space_option
 @click.option("--batch-size", type=COUNT, default=8, help="pictures made at once (default: 8)")
-@click.option("--queue", type=COUNT, default=256, help="most pictures that may wait (default: 256)")
-@click.option("--max-side", type=COUNT, metavar="PIXELS", help="default: twice the model's own")
-@click.option("--max-steps", type=COUNT, default=100, help="denoising steps (default: 100)")
+@click.option("--queue", type=COUNT, default=256, help="most pictures waiting (default: 256)")
+@click.option("--max-side", type=COUNT, metavar="PIXELS", help="longest side (default: twice the model's own)")
+@click.option("--max-steps", type=COUNT, default=100, help="most denoising steps of a request (default: 100)")
 @click.option("--threads", type=COUNT, help="processor cores of an engine (default: all, in equal shares)")
-@click.option("--engines", type=COUNT, default=1, help="copies of the base model; several run on Ray Serve")
+@click.option("--engines", type=COUNT, default=1, help="copies of the base model; more than one run on Ray Serve")
 @click.option(
     "--address",
     metavar="HOST:PORT",
     help="join the Ray cluster there (auto: this machine's), or start one that ends with the server: local "
     "(default: no Ray)",
 )
+@permission_options
+@referable()
 def run_serve(options: Options) -> None:
     """Serve until told to stop."""
+    rules_of(options)  # what is wrong with them is said at once
     keys = _api_keys(options.api_key_file)
+    if options.adapter:
+        options.adapters = _gathered(options)
+    if options.adapters is None:
+        raise QrloraError("nothing to serve", expected="--adapters DIR, or --adapter FILE", got="neither")
     if not options.adapters.is_dir():
         got = "a file" if options.adapters.exists() else "nothing there"
         raise QrloraError(f"{options.adapters} is no folder", expected="a folder of adapters", got=got)
     if options.address in (None, "local"):
         _check_free(options.host, options.port)
     elif options.address != "auto":
-        _check_there(options.address)
+        check_there(options.address)
     on_ray = options.address or options.engines > 1
+    if options.record and (on_ray or not recorder_here()):
+        got = "several processes" if on_ray else "no registry"
+        expected = "one engine without --address, and --registry PLACE"
+        raise QrloraError("pictures cannot be recorded", expected=expected, got=got, remedy="leave --record out")
     try:
-        from qrlora.apps.serving.app import Limits
+        import qrlora.apps.serving.app  # noqa: F401
+        from qrlora.apps.serving.protocol import Limits
 
         if on_ray:
             os.environ.update({**RAY_SETTINGS, **os.environ})
@@ -86,15 +108,47 @@ def run_serve(options: Options) -> None:
         batch_size=options.batch_size,
         queue_length=options.queue,
         null_space=options.null_space,
+        permission=_permission(options),
     )
     (_run_on_ray if on_ray else _run_here)(options, limits)
+
+
+def _permission(options: Options) -> Permission | None:
+    """The rules that requests have to keep; None if no registry or policy is in play."""
+    from qrlora.apps.serving.protocol import Permission
+
+    place = place_of(options)
+    if not place and not options.policy and not options.require_approval:
+        return None
+    if options.require_approval and not place:
+        from qrlora.operations.registry import default_place
+
+        place = default_place()
+    return Permission(place, options.policy, options.require_approval, options.model)
 
 
 def _run_here(options: Options, limits: Limits) -> None:
     from qrlora.apps.serving import local
 
     what = (options.model, options.adapters, options.dtype, options.threads)
-    local.run(*what, options.host, options.port, limits, lambda facts: _say_ready(facts, options, limits))
+    recorder = recorder_here() if options.record else None
+    record = recorder.of_server(options.model, options.adapters, options.null_space) if recorder else None
+    local.run(*what, options.host, options.port, limits, lambda facts: _say_ready(facts, options, limits), record)
+
+
+def _gathered(options: Options) -> Path:
+    """A folder with links to the adapters that are named one by one."""
+    if options.adapters:
+        raise QrloraError("adapters in two ways", expected="--adapters DIR or --adapter FILE", got="both")
+    folder = Path(hold(TemporaryDirectory(prefix="qrlora-")))
+    for path in options.adapter:
+        if (folder / path.name).exists():
+            got = f"two called {path.stem}"
+            raise QrloraError("adapters of one name", expected="each by a name of its own", got=got)
+        if not path.is_file():
+            raise QrloraError(f"no adapter {path}", expected="a file, or registry:NAME@alias", got="no such file")
+        (folder / path.name).symlink_to(path.resolve())
+    return folder
 
 
 def _run_on_ray(options: Options, limits: Limits) -> None:
@@ -127,7 +181,7 @@ def _api_keys(path: Path | None) -> tuple[str, ...]:
 
 
 def _check_free(host: str, port: int) -> None:
-    """Said at once, not after the model is loaded."""
+    """Check that the port is free, before the model is loaded."""
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as trial:
         trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -137,20 +191,6 @@ def _check_free(host: str, port: int) -> None:
             raise QrloraError(
                 what, expected="a free port of this machine", got=error, remedy="name another --port"
             ) from error
-
-
-def _check_there(address: str) -> None:
-    """Said at once: Ray itself tries for minutes."""
-    host, _, port = address.rpartition(":")
-    try:
-        socket.create_connection((host, int(port)), timeout=10).close()
-    except (OSError, ValueError, OverflowError) as error:
-        raise QrloraError(
-            f"no Ray cluster at {address}",
-            expected="HOST:PORT of a cluster's head node, auto or local",
-            got=error,
-            remedy="start one there: ray start --head --port 6379",
-        ) from error
 
 
 def _say_ready(facts: Facts, options: Options, limits: Limits) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import socket
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -23,9 +24,9 @@ if TYPE_CHECKING:
     from qrlora.method.adapter import Adapter
     from qrlora.method.basis import Basis
 
-ADAPTER_HELP = "adapter file, with a weight if not 1: mug.safetensors:0.9"
+ADAPTER_HELP = "adapter file or registry:NAME@alias, with a weight if not 1: mug.safetensors:0.9"
 OVERWRITE_HELP = "A file named by -o is replaced if it is there; a default name never is."
-MODEL_HELP = "base model: pico (embedded), a folder in the diffusers layout, or a hub id"
+MODEL_HELP = "base model: pico (small, in this package), a folder in the diffusers layout, or a hub id"
 PATH = click.Path(path_type=Path)
 REFRESH = 0.1
 """Seconds between two paintings of a progress bar, each of which takes some milliseconds."""
@@ -71,13 +72,15 @@ class Names(click.ParamType):
 
 
 def weights(text: str) -> list[float]:
-    """`0,0.5,1` as numbers."""
+    """Parse `0,0.5,1` as numbers."""
     return [NUMBER(part.strip()) for part in text.split(",")]
 
 
 def weighted_path(text: str) -> tuple[Path, float]:
-    """`file:weight`, or a file alone at weight 1. A colon that is part of the path stays there."""
+    """Parse `file:weight`, or a file alone at weight 1. A colon of a path or of a reference stays there."""
     path, colon, weight = text.rpartition(":")
+    if path in ("registry", "registry:sha256"):
+        return Path(text), 1.0
     if colon and path and not Path(text).exists():
         try:
             return Path(path), plain_float(weight)
@@ -96,21 +99,21 @@ seed_options = together(
         multiple=True,
         type=SEED,
         callback=lambda _ctx, _param, value: list(value) or None,
-        help="may be given several times (default: 0)",
+        help="seed of a picture; may be given several times (default: 0)",
     ),
-    click.option("--seeds", type=COUNT, metavar="COUNT", help="that many seeds, from --seed on"),
+    click.option("--seeds", type=COUNT, metavar="COUNT", help="this many seeds, counted on from --seed"),
 )
 
 
 def seeds_of(options: Options) -> list[int]:
-    """The seeds asked for."""
+    """Return the seeds asked for."""
     seeds = options.seed or [0]
     return list(range(seeds[0], seeds[0] + options.seeds)) if options.seeds else seeds
 
 
 model_options = together(
     click.option("--model", default="pico", help=MODEL_HELP + " (default: pico)"),
-    click.option("--dtype", type=DTYPE, default="float32", help="of the weights (default: float32)"),
+    click.option("--dtype", type=DTYPE, default="float32", help="precision of the base model (default: float32)"),
 )
 
 sampling_options = together(
@@ -131,7 +134,7 @@ null_space_option = click.option(
 
 
 def check_null_space(strength: float | None, adapters: int) -> None:
-    """QrloraError if a projection is asked for and there are no other adapters to project out of."""
+    """Raise QrloraError if a projection is asked for and there are no other adapters to project out of."""
     if strength and adapters < 2:
         raise QrloraError(
             "null-space projection needs several adapters",
@@ -142,7 +145,7 @@ def check_null_space(strength: float | None, adapters: int) -> None:
 
 
 def null_space_of(strength: float | None, adapters: Sequence[Adapter]) -> float:
-    """The strength asked for, else the default for these adapters."""
+    """Return the strength asked for, else the default for these adapters."""
     from qrlora.method.composition import default_strength
 
     return default_strength(adapters) if strength is None else strength
@@ -212,9 +215,9 @@ def load_weighted(parts: Sequence[tuple[Path, float]], model: str | None) -> lis
 
 
 def load_adapters(paths: Sequence[Path], model: str | None) -> list[Adapter]:
-    """The adapters in these files. The layers of a foreign LoRA are found by the names of the base model's modules: of
-    the one asked for, else of the one that an adapter among them needs; without either by those of the known families.
-    """
+    """Load the adapters in these files. The layers of a foreign LoRA are found by the names of the base model's
+    modules: of the one asked for, else of the one that an adapter among them needs; without either by those of the
+    known families."""
     from qrlora.models.exchange import LayerNames, is_ours, load_any
     from qrlora.models.families import load_structure
 
@@ -233,7 +236,7 @@ def load_adapters(paths: Sequence[Path], model: str | None) -> list[Adapter]:
 
 
 def say_left_out(path: Path, adapter: Adapter) -> None:
-    """One line on stderr about what was in a foreign file besides the denoiser's layers."""
+    """Print one line on stderr about parts of a foreign file besides the denoiser's layers."""
     from qrlora.models.exchange import left_out_of
 
     names = left_out_of(adapter)
@@ -242,7 +245,7 @@ def say_left_out(path: Path, adapter: Adapter) -> None:
 
 
 def bases_of(model: str | None, adapters: Sequence[Adapter]) -> list[Basis | None]:
-    """The basis of each adapter that stands on one, from the model asked for or the one it names.
+    """Return the basis of each adapter that stands on one, from the model asked for or the one it names.
 
     Where there is but one model, the adapters that stand on none have to fit it too.
     """
@@ -274,7 +277,7 @@ def claim(path: Path, size: int = 0, *, folder: bool = False) -> None:
 
 
 def check_room_for(path: Path, adapter: Adapter, spelling: str) -> None:
-    """OutputError unless there is room for this adapter's file."""
+    """Raise OutputError unless there is room for this adapter's file."""
     from qrlora.method.adapter.file import tensor_shapes
 
     shapes = tensor_shapes(adapter.metadata, adapter.shapes, spelling)
@@ -297,3 +300,17 @@ def refuse_default_output(options: Options, default: str) -> None:
 def refuse_to_replace(path: Path) -> None:
     if path.exists():
         raise QrloraError(f"{path} is already there", remedy="name the output with -o (a named file is replaced)")
+
+
+def check_there(address: str) -> None:
+    """Said at once: Ray itself tries for minutes."""
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host, int(port)), timeout=10).close()
+    except (OSError, ValueError, OverflowError) as error:
+        raise QrloraError(
+            f"no Ray cluster at {address}",
+            expected="HOST:PORT of a cluster's head node, auto or local",
+            got=error,
+            remedy="start one there: ray start --head --port 6379",
+        ) from error

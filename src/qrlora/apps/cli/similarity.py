@@ -10,6 +10,7 @@ import rich_click as click
 
 from qrlora._files import make_folder, write_atomically
 from qrlora.apps.cli.command import Options, command
+from qrlora.apps.cli.recorded import referable
 from qrlora.apps.cli.shared import MODEL_HELP, PATH, bases_of, check_png, claim, json_option, load_adapters
 from qrlora.errors import QrloraError
 
@@ -22,9 +23,10 @@ from qrlora.errors import QrloraError
 @click.argument("first", type=PATH)
 @click.argument("second", type=PATH)
 @click.option("--model", help=f"{MODEL_HELP} (default: the one each adapter names)")
-@click.option("--files-only", is_flag=True, help="only what the files alone can tell")
+@click.option("--files-only", is_flag=True, help="only what follows from the files, without the base model")
 @json_option
 @click.option("--plot", type=PATH, metavar="PNG", help="also plot them, layer by layer")
+@referable()
 def run_similarity(options: Options) -> None:
     """Print the cosines, and draw them if asked."""
     if options.plot:

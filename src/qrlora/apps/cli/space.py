@@ -11,6 +11,7 @@ import rich_click as click
 
 from qrlora._files import make_folder, write_atomically
 from qrlora.apps.cli.command import Group, Options, command
+from qrlora.apps.cli.recorded import recorder_here, referable, shown
 from qrlora.apps.cli.shared import (
     COUNT,
     OVERWRITE_HELP,
@@ -36,17 +37,18 @@ SHOWN = 5
 
 @click.group(cls=Group)
 def space() -> None:
-    """Span a space by adapters of one role, in which the next one is a point (train --space)."""
+    """Build a space from adapters of one role, to train the next one as a point of it (train --space)."""
 
 
 @command(
     "build",
-    "Write the space of adapters on one basis: mean and principal components of their ΔR",
+    "Write the space of adapters that share a basis: mean and principal components of their ΔR",
     OVERWRITE_HELP,
 )
 @click.argument("files", nargs=-1, required=True, type=PATH, metavar="ADAPTER...", help="two adapter files or more")
-@click.option("-o", "--output", type=PATH, help=f"the space (default: {DEFAULT})")
-@click.option("--components", type=COUNT, help="how many to keep (default: one less than adapters)")
+@click.option("-o", "--output", type=PATH, help=f"file to write (default: {DEFAULT})")
+@click.option("--components", type=COUNT, help="principal components to keep (default: one less than adapters)")
+@referable(".space.safetensors")
 def run_build(options: Options) -> None:
     """Write the space of the adapters and say how much of them its components hold."""
     if options.output is None:
@@ -57,8 +59,10 @@ def run_build(options: Options) -> None:
 
     built = Space.of(load_adapters(options.files, None), options.components)
     save_space(built, options.output)
+    if recorder := recorder_here():
+        recorder.spanned(options.output, options.files)
     print(
-        f"{options.output}: {built.count} components of {len(built.members)} adapters, "
+        f"{shown(options.output)}: {built.count} components of {len(built.members)} adapters, "
         f"{sum(built.shares[: built.count]):.1%} of their variance, {options.output.stat().st_size:,} bytes"
     )
 
@@ -76,10 +80,11 @@ def run_build(options: Options) -> None:
     metavar="I",
     help="sample a picture at -2 to 2 standard deviations of component I, from 1; needs -o",
 )
-@click.option("-o", "--output", type=PATH, help="the picture of --walk")
-@click.option("--prompt", help="of --walk (default: the role's caption, with the trigger of the space)")
-@click.option("--seed", type=SEED, default=0, help="of --walk (default: 0)")
+@click.option("-o", "--output", type=PATH, help="PNG to write the walk to")
+@click.option("--prompt", help="prompt of the walk (default: the role's caption, with the trigger of the space)")
+@click.option("--seed", type=SEED, default=0, help="seed of the walk (default: 0)")
 @sampling_options
+@referable()
 def run_show(options: Options) -> None:
     """Print what the space is, where an adapter is in it; sample a walk."""
     if (options.walk is None) != (options.output is None):
@@ -107,13 +112,13 @@ def run_show(options: Options) -> None:
 
 
 def describe(path: Path, space: Space, placed: Projection | None) -> dict[str, Any]:
-    """Everything `show` knows, as JSON values."""
+    """Return everything that `show` prints, as JSON values."""
     from dataclasses import asdict
 
     meta = space.mean.metadata
     names = ("role", "trigger", "rank", "alpha", "family", "base_model", "licence")
     return {
-        "file": str(path),
+        "file": shown(path),
         "bytes": path.stat().st_size,
         "digest": space.digest,
         "components": space.count,
@@ -162,7 +167,7 @@ def _columns(columns: Sequence[int]) -> str:
 
 
 def _walk(space: Space, options: Options) -> None:
-    """One picture, from left to right at -2 to 2 standard deviations of the component."""
+    """Write one picture, from left to right at -2 to 2 standard deviations of the component."""
     import torch
     from PIL import Image
 

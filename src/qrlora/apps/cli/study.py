@@ -24,7 +24,7 @@ KEY = "key.json"
     "stays here: with it --tally counts the files that the page saved.",
 )
 @click.argument(
-    "folders", nargs=-1, type=PATH, metavar="[FOLDER...]", help="two or more; pictures of one name are compared"
+    "folders", nargs=-1, type=PATH, metavar="[FOLDER...]", help="two or more; pictures of the same name are compared"
 )
 @click.option("--question", help="what to choose by (default: which picture do you like better?)")
 @pictures_option("--reference", "shown above every pair")
@@ -34,10 +34,10 @@ KEY = "key.json"
     type=WHOLE,
     default=4,
     metavar="COUNT",
-    help="trials with a right answer, to find who guesses (default: 4)",
+    help="trials with a right answer, to exclude people who guess (default: 4)",
 )
-@click.option("--by-order", is_flag=True, help="compare first with first, whatever their names")
-@click.option("--seed", type=SEED, default=0, help="of all random choices (default: 0)")
+@click.option("--by-order", is_flag=True, help="compare pictures by their order instead of by name")
+@click.option("--seed", type=SEED, default=0, help="seed of all random choices (default: 0)")
 @click.option("--tally", cls=Several, type=PATH, metavar="JSON...", help="count these files instead")
 @click.option("--key", type=PATH, help=f"with --tally: the study's key (default: {DEFAULT_OUTPUT}/{KEY})")
 @click.option(

@@ -13,6 +13,7 @@ import rich_click as click
 
 from qrlora._files import make_folder
 from qrlora.apps.cli.command import Command, Options, Several, check_one_of, command, hold, print_and_exit, together
+from qrlora.apps.cli.recorded import recorder_here, referable, shown
 from qrlora.apps.cli.shared import OVERWRITE_HELP, PATH, Bar, refuse_to_replace
 from qrlora.errors import QrloraError
 
@@ -36,7 +37,7 @@ recipe_options = together(
     click.option("--style", cls=Several, metavar="IMAGE...", help="pictures or a folder of the style to train on"),
     click.option("--images", cls=Several, metavar="IMAGE...", help="other pictures for the recipe's role"),
 )
-"""What to train, as a recipe file, as options, or both; the recipe's other fields are added by `RecipeCommand`."""
+"""Train by a recipe file, by options, or both; the recipe's other fields are added by `RecipeCommand`."""
 
 
 class RecipeCommand(Command):
@@ -73,7 +74,7 @@ def _recipe_fields() -> list[click.Parameter]:
 
 
 def recipe_of(options: Options) -> Recipe:
-    """The recipe that file and options make together."""
+    """Return the recipe that file and options make together."""
     from qrlora.models.training.recipe import Recipe
 
     check_one_of(options, "subject", "style", "images")
@@ -91,7 +92,7 @@ def recipe_of(options: Options) -> Recipe:
     cls=RecipeCommand,
 )
 @click.option("--resume", is_flag=True, help="continue an interrupted run from its newest checkpoint")
-@click.option("--restart", is_flag=True, help="give up an earlier run's checkpoints, and begin anew")
+@click.option("--restart", is_flag=True, help="delete an earlier run's checkpoints, and begin anew")
 @click.option(
     "--judge",
     metavar="NAME",
@@ -100,6 +101,7 @@ def recipe_of(options: Options) -> Recipe:
 )
 @print_and_exit("--schema", "print the JSON Schema of recipes, for editors, and end", _schema)
 @recipe_options
+@referable(".safetensors")
 def run_train(options: Options) -> None:
     """Train one adapter and say what came of it."""
     from qrlora.models.training.outputs import held
@@ -134,12 +136,14 @@ def run_train(options: Options) -> None:
     PartialState().destroy_process_group()
     if not main:
         return
+    if recorder := recorder_here():
+        recorder.trained(output, recipe)
     count = adapter.parameters()
     what = f"{count.trained:,} trained parameters, {count.ratio:.3f} of a LoRA of the same rank"
     if place := adapter.metadata.provenance.get("space"):
         what = f"{1 + len(place['coordinates'])} coefficients of {place['name']}"
         what += f", and a remainder with {place['remainder']:.1%} of ‖ΔR‖²" if recipe.space_remainder else ""
-    print(f"{output}: {what}; call it with {recipe.trigger!r}, as in {recipe.text!r}")
+    print(f"{shown(output)}: {what}; call it with {recipe.trigger!r}, as in {recipe.text!r}")
 
 
 def _shown_if_long() -> Callable[[str, int, int], None]:

@@ -12,6 +12,7 @@ import rich_click as click
 
 from qrlora.apps.cli.command import Decorator, Options, command, together
 from qrlora.apps.cli.evaluate import weights_options
+from qrlora.apps.cli.recorded import recorder_here, referable, shown
 from qrlora.apps.cli.shared import (
     COUNT,
     NUMBER,
@@ -57,19 +58,23 @@ def _aim_options(side: str) -> tuple[Decorator, Decorator]:
 @click.argument(
     "adapters", nargs=-1, required=True, type=PATH, metavar="ADAPTER...", help="adapter files, subject and style first"
 )
-@click.option("--prompt", multiple=True, help="may be given several times (default: from the adapters)")
+@click.option("--prompt", multiple=True, help="prompt; may be given several times (default: from the adapters)")
 @together(*_aim_options("subject"), *_aim_options("style"))
-@click.option("--budget", type=COUNT, default=120, metavar="PICTURES", help="pictures in all (default: 120)")
+@click.option("--budget", type=COUNT, default=120, metavar="PICTURES", help="most pictures to sample (default: 120)")
 @click.option(
-    "--per-block", type=COUNT, metavar="PARTS", help="weights of so many parts of each adapter, by blocks of the model"
+    "--per-block",
+    type=COUNT,
+    metavar="PARTS",
+    help="split each adapter into parts by blocks, each with a weight",
 )
-@click.option("--highest", type=NUMBER, default=1.5, help="largest weight (default: 1.5)")
-@click.option("--seed", type=SEED, default=0, help="of the search, and of the first picture (default: 0)")
+@click.option("--highest", type=NUMBER, default=1.5, help="largest weight tried (default: 1.5)")
+@click.option("--seed", type=SEED, default=0, help="seed of the search and of the first picture (default: 0)")
 @null_space_option
 @sampling_options
 @weights_options
 @json_option
 @click.option("-o", "--output", type=PATH, default=Path(DEFAULT_OUTPUT), help="folder (default: tune/)")
+@referable()
 def run_tune(options: Options) -> None:
     """Search, print the frontier and write the report."""
     if options.output == Path(DEFAULT_OUTPUT):
@@ -90,14 +95,16 @@ def run_tune(options: Options) -> None:
     prompts = options.prompt or [default_prompt(adapters)]
     tuned = _tuned(options, adapters, prompts, aims)
     page = report(tuned).write(options.output)
+    if recorder := recorder_here():
+        recorder.reported(page, tuned.data(), [recorder.artifact(path) for path in options.adapters])
     if options.json:
         print(json.dumps(tuned.data(), indent=2, ensure_ascii=False))
     else:
-        print("\n".join([*lines(tuned), str(page)]))
+        print("\n".join([*lines(tuned), shown(page)]))
 
 
 def default_prompt(adapters: Sequence[Adapter]) -> str:
-    """The published one for both: "a <c> dog in <s> style", from what the adapters say of themselves."""
+    """Return the published prompt for both: "a <c> dog in <s> style", from the adapters' triggers and nouns."""
     by_role = {adapter.metadata.role: adapter.metadata for adapter in adapters}
     if "subject" not in by_role or "style" not in by_role:
         remedy = '--prompt "a photo of a <c> mug in <s> style", with their triggers'
@@ -217,7 +224,7 @@ def _command(options: Options, parts: list[Adapter], weights: Sequence[float], p
     from qrlora.quality.search.page import command
 
     if not options.per_block:
-        paths = [str(path) for path in options.adapters]
+        paths = [shown(path).partition(" ")[0] for path in options.adapters]
         return command(list(zip(paths, weights, strict=True)), prompt, options.model, options.null_space)
     file = options.output / f"point-{place}.safetensors"
     save_adapter(Composition(list(zip(parts, weights, strict=True)), options.null_space).adapter(), file)

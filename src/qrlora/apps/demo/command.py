@@ -26,7 +26,7 @@ def run(
     budget: Budget | None = None,
     say: Say | None = None,
 ) -> Path:
-    """The whole demo; returns the path of its page.
+    """Run the whole demo; return the path of its page.
 
     Args:
         out: folder for report.html, report.json, summary.png, the two pictures and the adapter files.

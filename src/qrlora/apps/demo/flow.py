@@ -12,7 +12,6 @@ from statistics import fmean
 from typing import Any
 
 import numpy as np
-import torch
 from jaxtyping import Bool, UInt8
 
 from qrlora.apps.demo.plan import (
@@ -60,7 +59,7 @@ class Answer:
     likeness: float | None = None
 
     def share(self, part: str) -> Share | None:
-        """The share of pictures in which ``part``, of `right`, holds; None if not known."""
+        """Return the share of pictures in which ``part``, of `right`, holds; None if not known."""
         verdicts = self.right.get(part)
         return None if verdicts is None else Share.of(verdicts)
 
@@ -102,7 +101,7 @@ class Setting:
         return Answer(wanted, np.stack([np.asarray(image) for image in images]))
 
     def judged(self, answer: Answer, picture: Task | None = None) -> Answer:
-        """The answer with its verdicts; with ``picture``, also how like the user's own picture it is."""
+        """Return the answer with its verdicts; with ``picture``, also how like the user's own picture it is."""
         anything = {"subject": next(iter(world.SUBJECTS)), "style": next(iter(world.STYLES))}
         asked = {part: [getattr(w, part) or name for w in answer.wanted] for part, name in anything.items()}
         verdict = self.judge.verdict(answer.pixels, **asked, colour=[w.colour for w in answer.wanted])
@@ -119,8 +118,7 @@ class Setting:
         from qrlora.models.training.pictures import read_picture
 
         own = np.asarray(read_picture(picture.file, answer.pixels.shape[1]))[None]
-        features = self.judge.look(np.concatenate([own, answer.pixels]))["subject"][0]
-        return float(torch.nn.functional.cosine_similarity(features[:1], features[1:]).mean())
+        return fmean(self.judge.likeness("subject", answer.pixels, own))
 
 
 @dataclass(frozen=True)
@@ -139,12 +137,12 @@ class Outcome:
     command: str
 
     def share(self, method: str, name: str, part: str) -> Share | None:
-        """One score."""
+        """Return one score."""
         return self.answers[method][name].share(part)
 
 
 def load(model: str, judge: Judge | None, budget: Budget, seed: int, say: Say | None) -> Setting:
-    """The base model and the judge. Imports were paid for before; weights are read here."""
+    """Load the base model and the judge. Their modules are imported before; weights are read here."""
     started = time.perf_counter()
     say = say or _stderr(started)
     say("load: base model and judge")
@@ -259,7 +257,7 @@ def _save(
 
 
 def _interference(setting: Setting, pair: tuple[Adapter, Adapter]) -> dict[str, float]:
-    """From the files alone: cosine of the two ΔW; on a basis also the row space they share."""
+    """Return the interference from the files alone: cosine of the two ΔW; on a basis also the row space they share."""
     if not pair[0].metadata.on_basis:
         return {"cosine": similarity(*pair).total["delta_w"]}
     total = Composition([(adapter, 1.0) for adapter in pair]).interference().total

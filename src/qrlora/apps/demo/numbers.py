@@ -21,7 +21,7 @@ PACKAGES = ("qrlora", "torch", "peft", "diffusers", "transformers")
 
 
 def data(outcome: Outcome) -> dict[str, Any]:
-    """Everything a program may want to know of a run. Parameters and file sizes are the subject adapter's."""
+    """Return the results of a run as JSON values. Parameters and file sizes are the subject adapter's."""
     budget, setting, sizes = outcome.setting.budget, outcome.setting, outcome.file_bytes
     parameters = {method: pair[0].parameters().trained for method, pair in outcome.learned.items()}
     return {
@@ -52,7 +52,7 @@ def versions() -> dict[str, str]:
 
 
 def crosstalk_of(sets: dict[str, Answer]) -> dict[str, float | None]:
-    """`lab.tasks.crosstalk` of one method's pictures."""
+    """Return `lab.tasks.crosstalk` of one method's pictures."""
     alone = {part: sets[f"{part}_alone"].among.get(part) for part in ("subject", "style")}
     return crosstalk(alone, sets["composed"].among)
 

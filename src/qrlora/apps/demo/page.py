@@ -49,7 +49,7 @@ TITLES = {
 
 
 def report(outcome: Outcome) -> Report:
-    """The page and its data."""
+    """Make the page and its data."""
     setting = outcome.setting
     model = "pico, the model that ships with qrlora" if setting.model == "pico" else setting.model
     size = sum(p.numel() for p in setting.family.denoiser_of(setting.pipe).parameters())

@@ -79,7 +79,7 @@ def _with_seeds(rows: list[LabelledPrompt], pictures: int, first: int) -> list[L
 
 
 def recipe_of(task: Task, budget: Budget, seed: int, method: str) -> dict[str, Any]:
-    """The recipe of one method for one task; all but RECIPES and the learning rate is common to all methods."""
+    """Return the recipe of one method for one task; all but RECIPES and the learning rate is common to all methods."""
     common = recipe_fields(
         task,
         rank=budget.rank,
@@ -93,11 +93,11 @@ def recipe_of(task: Task, budget: Budget, seed: int, method: str) -> dict[str, A
 
 
 def null_space_of(method: str, pair: Sequence[Adapter]) -> float:
-    """Strength of null-space projection in a method's compositions: the package's own choice for its default method;
-    the other methods are summed."""
+    """Return the strength of null-space projection in a method's compositions: the package's default for its default
+    method, 0 for the others."""
     return default_strength(pair) if method == DEFAULT else 0.0
 
 
 def weights_of(method: str, subject: Task, style: Task) -> tuple[float, float]:
-    """Weights of subject and style where a method of METHODS composes them."""
+    """Return the weights of subject and style where a method of METHODS composes them."""
     return balance_of(COMPOSED if method == DEFAULT else method, subject.name, style.name)

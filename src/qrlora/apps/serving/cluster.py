@@ -22,9 +22,11 @@ from ray.serve.config import ProxyLocation
 from ray.serve.schema import LoggingConfig
 
 from qrlora.apps.quiet import hush
-from qrlora.apps.serving.app import Limits, Service, create_app
-from qrlora.apps.serving.protocol import Event, Facts, Picture, Settings
+from qrlora.apps.serving.app import create_app
+from qrlora.apps.serving.protocol import Event, Facts, Limits, Settings
+from qrlora.apps.serving.service import Service
 from qrlora.errors import ModelError, QrloraError
+from qrlora.models.request import Request
 
 NAME = "qrlora"
 OBJECT_STORE_BYTES = 256 * 2**20  # pictures on their way from an engine to the front
@@ -41,7 +43,7 @@ class EngineReplica:
 
         self.engine = Engine(*arguments)
 
-    async def run(self, settings: Settings, pictures: Sequence[Picture], progress: bool) -> AsyncIterator[Event]:
+    async def run(self, settings: Settings, pictures: Sequence[Request], progress: bool) -> AsyncIterator[Event]:
         async for event in self.engine.run(settings, pictures, progress):
             yield event
 
@@ -50,12 +52,12 @@ class EngineReplica:
 
 
 class RemoteEngines:
-    """All engine replicas, of which Serve picks a free one for each batch."""
+    """All engine replicas; Serve picks a free one for each batch."""
 
     def __init__(self, handle: Any):
         self.handle = handle
 
-    async def run(self, settings: Settings, pictures: Sequence[Picture], progress: bool) -> AsyncIterator[Event]:
+    async def run(self, settings: Settings, pictures: Sequence[Request], progress: bool) -> AsyncIterator[Event]:
         events = self.handle.options(stream=True).run.remote(settings, pictures, progress)
         try:
             async for event in events:
@@ -69,7 +71,7 @@ class RemoteEngines:
 
 @serve.ingress()
 class Front:
-    """The HTTP application, its queue and its batches: one process, which the pictures' makers outnumber."""
+    """The HTTP application, its queue and its batches, in one process in front of all engines."""
 
     def __init__(self, engines: Any, limits: Limits):
         self.service = Service(RemoteEngines(engines), limits)
@@ -103,7 +105,7 @@ class Place:
 
 
 def start(model: str, folder: Path, dtype: str, place: Place, limits: Limits) -> Any:
-    """Start all of it, and wait until it serves; returns a handle of `Front`.
+    """Start front and engines, and wait until they serve; return a handle of `Front`.
 
     Raises:
         QrloraError: no such cluster, no room on it, or it serves already, elsewhere or the same.
@@ -168,13 +170,17 @@ def _join(place: Place) -> int:
 
 
 def _listen(place: Place) -> None:
-    """Serve on that port of every node that needs it."""
+    """Listen on the port on every node that needs it."""
     where = ProxyLocation.HeadOnly if place.address == "local" else ProxyLocation.EveryNode
     # What this process is told of Serve, its controller has to know, wherever it runs.
     told = {name: value for name, value in os.environ.items() if name.startswith("RAY_SERVE_")}
     http = {"host": place.host, "port": place.port}
     controller = {"runtime_env": {"env_vars": told}}
-    serve.start(proxy_location=where, http_options=http, logging_config=QUIET, controller_options=controller)
+    try:
+        serve.start(proxy_location=where, http_options=http, logging_config=QUIET, controller_options=controller)
+    except TimeoutError as error:
+        remedy = "start again once the machine is less busy, or set RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S higher"
+        raise QrloraError("Ray Serve did not start in time", got=error, remedy=remedy) from error
     # A Serve that was there before keeps its own address, and says so in its log alone.
     connected: Any = serve.context._get_global_client()
     there, running = connected.http_config, list(serve.status().applications)

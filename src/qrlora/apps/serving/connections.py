@@ -19,7 +19,9 @@ from typing import Any
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from qrlora.apps.serving.app import Service, create_app, error_response
+from qrlora.apps.serving.answer import error_response
+from qrlora.apps.serving.app import create_app
+from qrlora.apps.serving.service import Service
 from qrlora.errors import QrloraError, RequestError
 
 log = logging.getLogger(__name__)
@@ -35,7 +37,7 @@ WAITING_IN_KERNEL = 2048
 
 
 class Connection(H11Protocol):
-    """One connection. Whoever has to send a request, or to read an answer, has `header_seconds` for it.
+    """One connection, whose client has `header_seconds` to send a request or to read an answer.
 
     When there are more than `most`, the one that has waited longest for its client to send the rest of a request is
     closed; if the server is busy with all of them, the new one is answered 503.
@@ -54,7 +56,7 @@ class Connection(H11Protocol):
 
     @property
     def waits_for_request(self) -> bool:
-        """The client has to send the rest of a request, and an answer of ours is not under way."""
+        """Return True if the client has to send the rest of a request, and no answer is under way."""
         return (not self._answering or self.cycle.more_body) and not self.transport.get_write_buffer_size()
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -154,7 +156,7 @@ def connections_for(wanted: int) -> int:
 
 
 class OncePerSecond(logging.Filter):
-    """Passes one record a second of each text: what clients can cause without end must not fill a disk."""
+    """Log filter that passes one record a second of each text, so that no client can fill a disk."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Pictures wait here, and go to the engines in batches of different compositions."""
+"""Queue pictures, and send them to the engines in batches of different compositions."""
 
 from __future__ import annotations
 
@@ -7,29 +7,30 @@ import logging
 import math
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from qrlora.apps.serving.metrics import Metrics
-from qrlora.apps.serving.protocol import Engines, Made, Picture, Refused, Settings, Step
+from qrlora.apps.serving.protocol import Engines, Made, Refused, Settings, Step
 from qrlora.errors import RequestError
+from qrlora.models.request import Request
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(eq=False)
 class Job:
-    """The pictures of one request, and what has happened to them that it has not been told yet."""
+    """The pictures of one request, and the events that it has not been sent yet."""
 
     settings: Settings
-    pictures: Sequence[Picture]
+    pictures: Sequence[Request]
     progress: bool
     events: asyncio.Queue[tuple[int, Step | Made | RequestError]] = field(default_factory=asyncio.Queue)
     withdrawn: bool = False
     ended: bool = False
 
     async def follow(self) -> AsyncIterator[tuple[int, Step | Made]]:
-        """Steps (if `progress`) and pictures as they are made, each with the picture's index in the request.
+        """Yield steps (if `progress`) and pictures as they are made, each with the picture's index in the request.
 
         Raises:
             RequestError: a picture cannot be made.
@@ -44,12 +45,13 @@ class Job:
             yield index, event
 
 
+Record = Callable[[Request, Settings, bytes], None]
 Place = tuple[Job, int]
 """One picture of a request."""
 
 
 class Dispatcher:
-    """The queue, and who empties it. Everything here happens in one event loop.
+    """The queue, and the tasks that empty it. Everything here happens in one event loop.
 
     A batch is what waits with the settings of the picture that waits longest. Of engines that are free at the same
     time, each takes its share.
@@ -60,6 +62,8 @@ class Dispatcher:
         batch_size: most pictures of a batch.
         queue_length: most pictures that may wait.
         linger: seconds that a batch which is not full waits for others to join.
+        record: told of every picture before its request is; called in another thread. Where it fails, the picture is
+            not handed out.
     """
 
     def __init__(
@@ -71,9 +75,11 @@ class Dispatcher:
         batch_size: int = 8,
         queue_length: int = 256,
         linger: float = 0.01,
+        record: Record | None = None,
     ):
         self.engines, self.metrics = engines, metrics
         self.at_once, self.batch_size, self.queue_length, self.linger = at_once, batch_size, queue_length, linger
+        self.record = record
         self.draining = False
         self._waiting: deque[Place] = deque()
         self._running: dict[asyncio.Task[None], dict[int, Place]] = {}
@@ -83,7 +89,7 @@ class Dispatcher:
         metrics.waiting.set_function(lambda: len(self._waiting))
         metrics.running.set_function(lambda: sum(map(len, self._running.values())))
 
-    def submit(self, settings: Settings, pictures: Sequence[Picture], progress: bool = False) -> Job:
+    def submit(self, settings: Settings, pictures: Sequence[Request], progress: bool = False) -> Job:
         """Queue the pictures of a request.
 
         Raises:
@@ -125,7 +131,7 @@ class Dispatcher:
             )
 
     async def drain(self, seconds: float) -> None:
-        """Take no more requests, and finish those there are; what takes longer than this is told so and ended."""
+        """Refuse new requests and finish those there are; end, with an error, those that take longer than this."""
         self.draining = True
         until = time.monotonic() + seconds
         while (self._waiting or self._running) and time.monotonic() < until:
@@ -152,7 +158,7 @@ class Dispatcher:
                 del self._running[batch]
 
     def _take(self) -> list[Place]:
-        """This engine's share of what waits with the settings of the first."""
+        """Take this engine's share of the waiting pictures that have the settings of the first."""
         if not self._waiting:
             return []
         settings = self._waiting[0][0].settings
@@ -174,6 +180,9 @@ class Dispatcher:
                         if job.progress:
                             job.events.put_nowait((index, event))
                 else:
+                    if isinstance(event, Made) and self.record:
+                        what = (pictures[event.index], places[0][0].settings, event.png)
+                        await asyncio.get_running_loop().run_in_executor(None, self.record, *what)
                     self.metrics.pictures.inc(isinstance(event, Made))
                     job, index = owed.pop(event.index)
                     told = _as_request_error(event) if isinstance(event, Refused) else event

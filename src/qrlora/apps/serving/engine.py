@@ -16,13 +16,15 @@ import torch
 
 from qrlora._reading import visible
 from qrlora.apps.serving.names import check_spelling
-from qrlora.apps.serving.protocol import Event, Facts, Made, Picture, Refused, Settings, Step
-from qrlora.errors import MismatchError, PictureError, QrloraError, printable
+from qrlora.apps.serving.protocol import Event, Facts, Made, Refused, Settings, Step
+from qrlora.errors import AdapterFileError, MismatchError, PictureError, QrloraError, printable
 from qrlora.method.adapter import Adapter
-from qrlora.method.composition import Live, default_strength
+from qrlora.method.composition import Live
 from qrlora.models.exchange import LayerNames, is_ours, left_out_of, load_any
 from qrlora.models.families import EMBEDDED, load_pipeline, size_unit
-from qrlora.models.generation import Request, generate_mixed, not_finite
+from qrlora.models.generation import generate_mixed, not_finite
+from qrlora.models.request import Request
+from qrlora.operations.provenance.canonical import file_digest
 
 log = logging.getLogger(__name__)
 
@@ -32,7 +34,7 @@ REASON_CHARACTERS = 2000
 
 
 class Stopped(Exception):
-    """Nobody waits for this batch any more."""
+    """Raised in a batch that nobody waits for any more."""
 
 
 class Shelf:
@@ -46,11 +48,12 @@ class Shelf:
         self._names = names
         self.adapters: dict[str, Adapter] = {}
         self.left_out: dict[str, str] = {}
+        self.digests: dict[str, str] = {}
         self._stamps: dict[str, tuple[int, int] | None] = {}
         self._lock = threading.Lock()
 
     def scan(self) -> None:
-        """Read what came or changed since the last time, and forget what went."""
+        """Read files that are new or changed since the last time, and forget those that are gone."""
         with self._lock:
             files = {printable(path.stem): path for path in visible(self.folder) if path.suffix == ".safetensors"}
             for name in set(self._stamps) - set(files):
@@ -62,9 +65,18 @@ class Shelf:
                 self._forget(name)
                 self._stamps[name] = stamp
                 try:
-                    self.adapters[name] = _read(path, self._names)
+                    digest = file_digest(path)
+                    adapter = _read(path, self._names)
+                    if file_digest(path) != digest:
+                        raise AdapterFileError(f"{path.name} changed while it was read", remedy="it is read again")
+                    self.adapters[name], self.digests[name] = adapter, digest
                 except Exception as error:  # whatever one file makes a reader raise: the others are served
                     self.left_out[name] = self.reason(name, error)
+
+    def snapshot(self) -> tuple[dict[str, Adapter], dict[str, str]]:
+        """Return the adapters, and the digests of the files that they were read from."""
+        with self._lock:
+            return dict(self.adapters), dict(self.digests)
 
     def reason(self, name: str, error: Exception) -> str:
         """Return the reason why an adapter is not served, for responses and for the log."""
@@ -78,7 +90,7 @@ class Shelf:
         return said if known else f"its file cannot be read ({type(error).__name__})"
 
     def _forget(self, name: str) -> None:
-        for known in (self._stamps, self.adapters, self.left_out):
+        for known in (self._stamps, self.adapters, self.digests, self.left_out):
             known.pop(name, None)
 
 
@@ -100,7 +112,7 @@ def _read(path: Path, names: LayerNames) -> Adapter:
 
 
 class Engine:
-    """Makes pictures one batch at a time, in a thread of its own.
+    """One base model that makes pictures one batch at a time, in a thread of its own.
 
     Args:
         model, dtype: as `load_pipeline` takes them.
@@ -119,7 +131,7 @@ class Engine:
         denoiser = self.family.denoiser_of(self.pipe)
         self.shelf = Shelf(Path(folder), LayerNames(self.family, denoiser))
         self.shelf.scan()
-        self._served = dict(self.shelf.adapters)
+        self._served, self._digests = self.shelf.snapshot()
         self._refused: dict[str, tuple[Adapter, str]] = {}
         try:
             self.live = Live(denoiser, self._served)
@@ -129,7 +141,7 @@ class Engine:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="engine")
 
     def close(self) -> None:
-        """Ends when the running batch has; the adapters come off the pipeline."""
+        """End once the running batch has, and take the adapters off the pipeline."""
         self._thread.shutdown()
         self.live.__exit__(None, None, None)
 
@@ -137,7 +149,7 @@ class Engine:
         """Return the served adapters, new files included, while a batch may be running."""
         await asyncio.get_running_loop().run_in_executor(None, self.shelf.scan)
         steps, guidance = self.family.sampling(self.pipe)
-        read, left_out = dict(self.shelf.adapters), self._left_out()
+        (read, digests), left_out = self.shelf.snapshot(), self._left_out()
         adapters = {
             name: {key: _told(getattr(adapter.metadata, key)) for key in ("role", "trigger", "licence")}
             for name, adapter in read.items()
@@ -152,10 +164,11 @@ class Engine:
             guidance=guidance,
             adapters=adapters,
             left_out=left_out,
+            digests={name: digests[name] for name in adapters},
         )
 
-    async def run(self, settings: Settings, pictures: Sequence[Picture], progress: bool) -> AsyncIterator[Event]:
-        """As `Engines.run`."""
+    async def run(self, settings: Settings, pictures: Sequence[Request], progress: bool) -> AsyncIterator[Event]:
+        """Make a batch, as `Engines.run` says."""
         loop, stop = asyncio.get_running_loop(), threading.Event()
         events: asyncio.Queue[Event | None] = asyncio.Queue()
 
@@ -179,12 +192,12 @@ class Engine:
     def _make(
         self,
         settings: Settings,
-        pictures: Sequence[Picture],
+        pictures: Sequence[Request],
         progress: bool,
         tell: Callable[[Event], None],
         stop: threading.Event,
     ) -> None:
-        """Runs in the engine's thread."""
+        """Make a batch, in the engine's thread."""
 
         def on_step(done: int, of: int) -> None:
             if stop.is_set():
@@ -197,8 +210,7 @@ class Engine:
         self.shelf.scan()
         self._serve_scanned()
         makable = self._makable(pictures, tell)
-        made = [pictures[i] for i in makable]
-        requests = [Request(one.prompt, one.seed, one.composition, self._strength(one)) for one in made]
+        requests = [pictures[i] for i in makable]
         options: dict[str, Any] = {"steps": settings.steps, "guidance": settings.guidance, "resolution": settings.side}
         options |= {"batch_size": max(1, len(requests)), "on_step": on_step}
         try:
@@ -219,8 +231,8 @@ class Engine:
             image.save(stream, "PNG")
             tell(Made(index, stream.getvalue()))
 
-    def _makable(self, pictures: Sequence[Picture], tell: Callable[[Event], None]) -> list[int]:
-        """Return the indices of the pictures whose prompt and adapters are in order; the others are told refused."""
+    def _makable(self, pictures: Sequence[Request], tell: Callable[[Event], None]) -> list[int]:
+        """Return the indices of the pictures whose prompt and adapters are in order; send a refusal for the others."""
         makable: list[int] = []
         for index, picture in enumerate(pictures):
             try:
@@ -230,32 +242,31 @@ class Engine:
                 tell(Refused(index, error))
         return makable
 
-    def _check(self, picture: Picture) -> None:
-        """One request's prompt and adapters, so that what is wrong with them is not the whole batch's fault."""
+    def _check(self, picture: Request) -> None:
+        """Check one request's prompt and adapters, so that its fault does not fail the whole batch."""
         self.family.prompt_options(self.pipe, [picture.prompt])
         for name in picture.composition:
             if name not in self._served:
                 raise MismatchError(
-                    f"adapter {name!r} is served no more",
+                    f"adapter {name!r} is no longer served",
                     got=self._left_out().get(name, "its file is gone"),
                     remedy="GET /v1/models lists those that are",
                 )
+            if picture.digests is not None and picture.digests.get(name) != self._digests[name]:
+                raise MismatchError(
+                    f"the file of adapter {name!r} was replaced after its use was permitted", remedy="ask again"
+                )
         self.live.check(picture.composition)
 
-    def _strength(self, picture: Picture) -> float:
-        if picture.null_space is not None:
-            return picture.null_space
-        return default_strength([self._served[name] for name in picture.composition])
-
     def _left_out(self) -> dict[str, str]:
-        """Files that are not served, and why: unreadable, or read and refused, and not changed since."""
+        """Return the files that are not served, and why: unreadable, or read and refused, and not changed since."""
         read, refused = dict(self.shelf.adapters), dict(self._refused)
         there = {name: reason for name, (adapter, reason) in refused.items() if read.get(name) is adapter}
         return {**self.shelf.left_out, **there}
 
     def _serve_scanned(self) -> None:
-        """Put on the denoiser what the shelf has, and take off what it has no more."""
-        wanted = dict(self.shelf.adapters)
+        """Put new adapters of the shelf on the denoiser, and take off those that are gone."""
+        wanted, self._digests = self.shelf.snapshot()
         for name, adapter in list(self._served.items()):
             if wanted.get(name) is not adapter:
                 self.live.remove(name)

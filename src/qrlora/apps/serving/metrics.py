@@ -7,6 +7,7 @@ from typing import Any
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 
 SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100)
+FAST = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1)
 SIZES = (1, 2, 4, 8, 16, 32, 64)
 
 
@@ -29,8 +30,11 @@ class Metrics:
         self.batch_compositions = Histogram(
             "batch_compositions", "Different compositions of a batch", buckets=SIZES, **common
         )
+        self.permission_seconds = Histogram(
+            "permission_seconds", "Time to check a request's permission", buckets=FAST, **common
+        )
         self.batch_seconds = Histogram("batch_seconds", "Time of a batch", buckets=SECONDS, **common)
 
     def text(self) -> bytes:
-        """All of them, in Prometheus' text format."""
+        """Return all metrics in Prometheus' text format."""
         return generate_latest(self.registry)

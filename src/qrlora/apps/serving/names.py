@@ -50,7 +50,7 @@ def composition_of(model: str | None, field: object, base: str, adapters: Collec
     if not isinstance(field, Mapping):
         expected = '{"NAME": WEIGHT, ...}'
         raise RequestError(
-            "a composition that is no map", param="composition", expected=expected, got=repr(field)[:100]
+            "`composition` is not a JSON object", param="composition", expected=expected, got=repr(field)[:100]
         )
     return _checked(list(field.items()), "composition", base, adapters)
 

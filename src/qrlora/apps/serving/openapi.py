@@ -1,4 +1,4 @@
-"""The OpenAPI document: what a request may hold on the model that is served, and every status with its answer."""
+"""The OpenAPI document: the fields of a request for the served model, and every status with its answer."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ MEANING = {
     400: "A value, field or body that cannot be used",
     401: "No API key, or a wrong one",
     404: "No such model, adapter, picture or path",
-    408: "The body did not come in time",
+    408: "The body did not arrive in time",
     413: "The body is too large",
     429: "The queue is full; Retry-After says when to come back",
     500: "A fault of the server",
@@ -67,11 +67,11 @@ ANSWERS: dict[str, dict[str, Any]] = {
     "/health": {"application/json": _object("status", status=TEXT)},
     "/metrics": {"text/plain": TEXT},
 }
-"""What a request is answered that is fulfilled, by its path and the media type."""
+"""Successful responses by path and media type."""
 
 
 def document(app: FastAPI, request: Mapping[str, Any], facts: Facts, limits: Limits) -> dict[str, Any]:
-    """The document of this application, with the bounds of these facts and limits.
+    """Return the OpenAPI document of this application, with the bounds of these facts and limits.
 
     request: the JSON schema of a request for pictures.
     """
@@ -97,7 +97,7 @@ def _responses(path: str, refused: Iterable[int]) -> dict[str, Any]:
 
 
 def bounded(request: Mapping[str, Any], facts: Facts, limits: Limits) -> dict[str, Any]:
-    """The request's schema with what this model and these limits allow."""
+    """Return the request's schema with what this model and these limits allow."""
     properties = dict(request["properties"])
     largest = largest_side(facts, limits.side)
     sizes = [f"{side}x{side}" for side in range(facts.unit, largest + 1, facts.unit)]

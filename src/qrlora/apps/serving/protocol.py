@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from qrlora.errors import QrloraError
+from qrlora.models.request import Request
 
 
 class Settings(NamedTuple):
@@ -15,17 +17,6 @@ class Settings(NamedTuple):
     steps: int
     guidance: float
     side: int
-
-
-@dataclass(frozen=True)
-class Picture:
-    """What makes one picture, besides its settings: prompt, seed, adapters' weights by name, and the strength of their
-    null-space projection (None: `default_strength` of these adapters)."""
-
-    prompt: str
-    seed: int
-    composition: Mapping[str, float]
-    null_space: float | None = None
 
 
 @dataclass(frozen=True)
@@ -46,7 +37,7 @@ class Made:
 
 @dataclass(frozen=True)
 class Refused:
-    """Picture `index` of the batch cannot be made, which its request is to blame for."""
+    """Picture `index` of the batch cannot be made, by a fault of its request."""
 
     index: int
     error: QrloraError
@@ -65,6 +56,7 @@ class Facts:
         steps, guidance: where a request names none.
         adapters: name -> what is known of it (role, trigger, licence).
         left_out: file of the folder -> why it is not served.
+        digests: name of an adapter -> `sha256:…` of its file.
     """
 
     model: str
@@ -75,17 +67,35 @@ class Facts:
     guidance: float
     adapters: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     left_out: Mapping[str, str] = field(default_factory=dict)
+    digests: Mapping[str, str] = field(default_factory=dict)
 
 
 @runtime_checkable
 class Engines(Protocol):
     """One engine, or many that look like one."""
 
-    def run(self, settings: Settings, pictures: Sequence[Picture], progress: bool) -> AsyncIterator[Event]:
+    def run(self, settings: Settings, pictures: Sequence[Request], progress: bool) -> AsyncIterator[Event]:
         """Make a batch; `Step`s only if `progress`. Closing the iterator, or cancelling who waits for it, ends it."""
 
     async def facts(self) -> Facts:
         """Return the served adapters, including files added or removed since."""
+
+
+@dataclass(frozen=True)
+class Permission:
+    """Rules that every request's composition has to keep.
+
+    Attributes:
+        registry: folder or URL of the registry with the policy and the approvals; None if only a file has rules.
+        policy: file of more rules.
+        approval: serve only what is approved.
+        model: whose files are hashed when the server starts.
+    """
+
+    registry: str | None
+    policy: Path | None
+    approval: bool
+    model: str
 
 
 @dataclass(frozen=True)
@@ -104,6 +114,7 @@ class Limits:
             adapters.
         kept_bytes, kept_seconds: how many pictures asked for as urls are kept, and for how long.
         drain_seconds: how long requests may take to end when shutting down.
+        permission: rules that the compositions have to keep; None if any may be asked for.
     """
 
     api_keys: Sequence[str] = ()
@@ -122,3 +133,4 @@ class Limits:
     kept_bytes: int = 256 * 2**20
     kept_seconds: float = 3600
     drain_seconds: float = 60
+    permission: Permission | None = None

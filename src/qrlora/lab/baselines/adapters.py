@@ -29,21 +29,15 @@ from torch import Tensor, nn
 
 from qrlora.errors import RecipeError
 from qrlora.lab.baselines.deltas import Delta, Learned
-from qrlora.lab.baselines.directions import Directions, activation, base_of
+from qrlora.lab.baselines.directions import Directions, activation, base_of, positive_qr
+from qrlora.lab.baselines.training import Attached, train_attached
 from qrlora.lab.tasks import RECIPES
 from qrlora.method.basis import clipping
 from qrlora.method.tuner import QRLoraConfig, QRLoraLayer
 from qrlora.method.tuner.factors import BasisColumns
 from qrlora.models.families import ModelFamily
-from qrlora.models.training.loop import (
-    ADAPTER_NAME,
-    Attached,
-    Losses,
-    Progress,
-    adapter_on,
-    peft_config,
-    train_attached,
-)
+from qrlora.models.training.attach import ADAPTER_NAME, adapter_on, peft_config
+from qrlora.models.training.prepare import Losses
 from qrlora.models.training.recipe import Recipe
 
 Attach = Callable[[Any, ModelFamily, Recipe, Losses], AbstractContextManager[Attached[Learned]]]
@@ -54,7 +48,7 @@ Prepare = Callable[[Mapping[str, Any], Recipe], None]
 
 @dataclass(frozen=True)
 class AdapterMethod:
-    """One row of the comparison: what it is called, what it does, where it comes from, how it goes on a denoiser.
+    """A training method of the comparison: its name, a description, its source, and how it is attached to a denoiser.
 
     version: raised whenever the same recipe would train another ΔW than before, so that old results are not reused.
     """
@@ -75,34 +69,17 @@ class TrainingResult:
     losses: tuple[float, ...]
 
 
-def train_delta(method: str, recipe: Recipe, *, pipe: Any, family: ModelFamily) -> Learned:
-    """ΔW of every layer after the recipe's steps by a method of ADAPTERS; `pipe` comes back bit for bit as it was.
+def train_method(
+    method: str, recipe: Recipe, *, pipe: Any, family: ModelFamily, beside: Sequence[Recipe] = ()
+) -> TrainingResult:
+    """Train a method of ADAPTERS for the recipe's steps; `pipe` comes back bit for bit as it was.
 
     The recipe's own method, and fields that the method decides (columns where all own the first, triangular,
     train_basis), have no effect; its output is not written. Raises RecipeError for an unknown method; else as `train`.
+
+    beside: recipes whose pictures and captions are trained on too, all else being the first recipe's. With one of them
+    half of each batch is of either picture, so each is seen as often as alone only in twice the steps.
     """
-    return train_method(method, recipe, pipe=pipe, family=family).learned
-
-
-def train_joint(method: str, recipes: Sequence[Recipe], *, pipe: Any, family: ModelFamily) -> Learned:
-    """One adapter trained on all recipes' pictures and captions at once: the ceiling of what merging could reach.
-
-    All but pictures, captions and triggers is taken from the first recipe. Half of each batch is of either of two
-    pictures, so that each is seen as often as alone only in twice the steps. Errors: as `train_delta`.
-    """
-    return train_method(method, recipes[0], pipe=pipe, family=family, beside=recipes[1:]).learned
-
-
-def train_method(
-    method: str,
-    recipe: Recipe,
-    *,
-    pipe: Any,
-    family: ModelFamily,
-    beside: Sequence[Recipe] = (),
-    progress: Callable[[Progress], None] | None = None,
-) -> TrainingResult:
-    """As `train_delta`, with what was measured on the way. beside: recipes whose pictures are learned from too."""
     if method not in ADAPTERS:
         raise RecipeError(f"no adapter method {method!r}", expected=", ".join(ADAPTERS), got=method)
     losses: list[float] = []
@@ -114,13 +91,10 @@ def train_method(
             counted.append(_trained(denoiser, attached.parameters))
             yield attached
 
-    def note(done: Progress) -> None:
-        losses.append(done.loss)
-        if progress:
-            progress(done)
-
     recipe = recipe.replace(output=None, sample_every=0, checkpoint_every=0, log_with="none")
-    learned = train_attached(attach, recipe, pipe=pipe, family=family, beside=beside, progress=note)
+    learned = train_attached(
+        attach, recipe, pipe=pipe, family=family, beside=beside, progress=lambda done: losses.append(done.loss)
+    )
     return TrainingResult(learned, counted[0], tuple(losses))
 
 
@@ -249,7 +223,7 @@ def _full(denoiser: Any, family: ModelFamily, recipe: Recipe, _: Losses) -> Iter
 
 
 def is_target(name: str, targets: str | Sequence[str]) -> bool:
-    """Whether PEFT would adapt the layer of this name: a pattern matches names whole, a list their ends."""
+    """Return True if PEFT would adapt the layer of this name: a pattern matches whole names, a list their ends."""
     if isinstance(targets, str):
         return re.fullmatch(targets, name) is not None
     return any(name == target or name.endswith(f".{target}") for target in targets)
@@ -265,7 +239,7 @@ def _restore(denoiser: nn.Module, before: Mapping[str, Tensor]) -> None:
 
 
 def _begins_in_the_base(layer: Any) -> bool:
-    """Whether an adapter that has not trained yet is not zero, because as much was taken out of the base weight."""
+    """Return True if an untrained adapter is not zero, because as much was taken out of the base weight."""
     stock = isinstance(layer, LoraLayer) and not isinstance(layer, QRLoraLayer)
     return stock and all(bool(part[ADAPTER_NAME].weight.any()) for part in (layer.lora_A, layer.lora_B))
 
@@ -315,8 +289,7 @@ def _random(layers: Mapping[str, Any], recipe: Recipe) -> None:
 def orthonormal(size: int, count: int, seed: str) -> Float[Tensor, "size count"]:
     """Random orthonormal columns (uniformly distributed ones, by QR with positive pivots), a function of the seed."""
     generator = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(seed.encode()).digest()[:7], "big"))
-    q, r = torch.linalg.qr(torch.randn(size, count, generator=generator, dtype=torch.float64))
-    return (q * torch.where(r.diagonal() < 0, -1.0, 1.0).double()).float()
+    return positive_qr(torch.randn(size, count, generator=generator, dtype=torch.float64)).float()
 
 
 class RotatedColumns(BasisColumns):
@@ -379,10 +352,7 @@ _ROWS = (
         _by_recipe("qrlora_published"),
     ),
     AdapterMethod(
-        "qrlora_dense",
-        "the same with a dense ΔR",
-        "arXiv 2507.04599, without the triangle",
-        _by_recipe("qrlora_dense"),
+        "qrlora_dense", "the same with a dense ΔR", "arXiv 2507.04599, without the triangle", _by_recipe("qrlora_dense")
     ),
     AdapterMethod(
         "qrlora_trained",

@@ -20,8 +20,6 @@ from torch import Tensor, nn
 from qrlora._files import write_atomically
 from qrlora._reading import parsing
 from qrlora.errors import AdapterFileError, MismatchError
-from qrlora.method.adapter import Adapter
-from qrlora.method.basis import Basis
 
 NOTHING = 1e-12
 """Singular values below this share of the largest are none."""
@@ -87,7 +85,7 @@ class Delta:
 
     @property
     def reads(self) -> Float[Tensor, "rank in"]:
-        """As many rows, with the row space of ΔW: R · down where up = Q R; float64."""
+        """Rows that span the row space of ΔW: R · down where up = Q R; float64."""
         if self.factors is None:
             return self.whole.double()
         return torch.linalg.qr(self.factors[0].double()).R @ self.factors[1].double()
@@ -95,11 +93,6 @@ class Delta:
     def with_rows(self, rows: Float[Tensor, "rank in"]) -> Delta:
         """ΔW with another factor on the input side."""
         return Delta(matrix=rows) if self.factors is None else Delta(self.factors[0], rows)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of its numbers."""
-        return self.whole.nbytes if self.factors is None else sum(factor.nbytes for factor in self.factors)
 
     def decomposed(self) -> tuple[Float[Tensor, "out k"], Float[Tensor, " k"], Float[Tensor, "k in"]]:
         """(U, s, Vᵀ) in float64, of what is not zero; of factors by QR of each and an SVD of the small core."""
@@ -143,27 +136,8 @@ def total(parts: Sequence[Delta]) -> Delta:
 
 
 def scaled(learned: Learned, weight: float) -> Learned:
-    """All of it at another strength."""
+    """Scale every ΔW."""
     return {name: delta.scaled(weight) for name, delta in learned.items()}
-
-
-def nbytes(learned: Learned) -> int:
-    """Bytes of all its numbers."""
-    return sum(delta.nbytes for delta in learned.values())
-
-
-def of_adapter(adapter: Adapter, basis: Basis | None = None) -> Learned:
-    """ΔW of an adapter in its factors. `basis` is the one it stands on, if it does.
-
-    Raises MismatchError if the basis is missing or another one.
-    """
-    if basis is not None and adapter.metadata.on_basis:
-        adapter.check_basis(basis)
-    learned = {}
-    for name, delta in adapter.deltas.items():
-        up = adapter.up(name, None if basis is None or not adapter.metadata.on_basis else basis[name].q)
-        learned[name] = Delta(up.detach().cpu().float(), adapter.scaling * delta.detach().cpu().float())
-    return learned
 
 
 def save_learned(path: Path | str, learned: Learned, metadata: Mapping[str, str] | None = None) -> None:
@@ -192,12 +166,6 @@ def load_learned(path: Path | str) -> Learned:
             raise ValueError(error.what) from error
 
 
-def metadata_of(path: Path | str) -> dict[str, str]:
-    """The metadata that `save_learned` was given."""
-    with safe_open(path, framework="pt") as file:
-        return dict(file.metadata() or {})
-
-
 def base_weights(denoiser: nn.Module, names: Sequence[str]) -> dict[str, nn.Parameter]:
     """The weight of each of these layers. Raises MismatchError that lists those that the denoiser lacks."""
     modules = dict(denoiser.named_modules())
@@ -221,8 +189,8 @@ class Overlay:
         self._shown: Learned = {}
 
     @torch.no_grad()
-    def show(self, learned: Learned, weight: float = 1.0) -> None:
-        """Base weights + weight · ΔW, summed in float32. A layer whose ΔW is the very one it shows is left alone."""
+    def show(self, learned: Learned) -> None:
+        """Base weights + ΔW, summed in float32. A layer whose ΔW is the very one it shows is left alone."""
         layers = base_weights(self._denoiser, list({**self._copies, **learned}))
         for name, parameter in layers.items():
             original = self._copies.setdefault(name, parameter.detach().clone())
@@ -233,8 +201,8 @@ class Overlay:
                 if delta.numel() != parameter.numel():
                     got = f"{tuple(delta.shape)} for {tuple(parameter.shape)}"
                     raise MismatchError(f"{name}: ΔW of another shape", expected=tuple(parameter.shape), got=got)
-                parameter.copy_(original.float() + weight * delta.reshape(parameter.shape))
-        self._shown = learned if weight == 1.0 else {}  # at another strength nothing may be taken for shown
+                parameter.copy_(original.float() + delta.reshape(parameter.shape))
+        self._shown = learned
 
     @torch.no_grad()
     def lift(self) -> None:
@@ -245,14 +213,14 @@ class Overlay:
 
 
 @contextlib.contextmanager
-def applied(denoiser: nn.Module, learned: Learned, weight: float = 1.0) -> Iterator[None]:
-    """The denoiser with weight · ΔW in its weights, for the duration; afterwards as it was, bit for bit.
+def applied(denoiser: nn.Module, learned: Learned) -> Iterator[None]:
+    """The denoiser with ΔW in its weights, for the duration; afterwards as it was, bit for bit.
 
     Raises MismatchError if a layer is missing or of another shape.
     """
     overlay = Overlay(denoiser)
     try:
-        overlay.show(learned, weight)
+        overlay.show(learned)
         yield
     finally:
         overlay.lift()

@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from qrlora.models.training.loop import Losses
+from qrlora.models.training.prepare import Losses
 
 PASSES = 4
 """Forward passes on the training picture that `activation` looks at."""
@@ -64,5 +64,10 @@ def _listening(layers: Mapping[str, Any], moments: dict[str, Tensor]) -> Iterato
 
 
 def _in_qr_coordinates(u: Float[Tensor, "out rank"], weight: Float[Tensor, "out in"]) -> Float[Tensor, "out rank"]:
-    o, r = torch.linalg.qr(u.T @ weight)
-    return (u @ (o * torch.where(r.diagonal() < 0, -1.0, 1.0).double())).float()
+    return (u @ positive_qr(u.T @ weight)).float()
+
+
+def positive_qr(matrix: Float[Tensor, "rows columns"]) -> Float[Tensor, "rows rank"]:
+    """Q of the QR decomposition with positive pivots, which is unique; float64."""
+    q, r = torch.linalg.qr(matrix)
+    return q * torch.where(r.diagonal() < 0, -1.0, 1.0).double()

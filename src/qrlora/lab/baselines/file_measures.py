@@ -71,14 +71,10 @@ def between(a: Learned, b: Learned) -> dict[str, float]:
     return found
 
 
-def effective_rank(delta: Delta, share: float = SHARE) -> int:
-    """The fewest singular directions that hold this share of ‖ΔW‖²; 0 if it is zero."""
-    return _effective(delta.decomposed()[1], share)
-
-
-def _effective(values: Float[Tensor, " k"], share: float = SHARE) -> int:
+def _effective(values: Float[Tensor, " k"]) -> int:
+    """The fewest singular directions that hold SHARE of ‖ΔW‖²; 0 if it is zero."""
     energy = values.square().cumsum(0)
-    return int((energy < share * energy[-1]).sum()) + 1 if len(values) else 0
+    return int((energy < SHARE * energy[-1]).sum()) + 1 if len(values) else 0
 
 
 def _layer(a: Delta, b: Delta) -> _Layer:

@@ -1,6 +1,6 @@
-"""Every way to put several ΔW together that the bench compares, and how the result is drawn with.
+"""The ways to merge several ΔW that the bench compares, and sampling with the result.
 
-    merged = MERGES["nplora"](subject, style, context, soft=1.0)
+    merged = MERGES["null_space"]([subject, style], context, strength=1.0)
     with drawing(denoiser, merged) as on_step:
         one_batch(pipe, family, jobs, on_step=on_step)
 
@@ -12,13 +12,13 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from peft.utils import merge_utils
-from torch import Tensor, nn
+from torch import nn
 
 from qrlora.errors import MismatchError
 from qrlora.lab.baselines.context import Context
@@ -27,8 +27,10 @@ from qrlora.lab.baselines.ziplora import zipped
 from qrlora.method.composition.null_space import DEFAULT_STRENGTH, project_rows, row_space
 from qrlora.models.generation import OnStep
 
-DEFAULT_K = 256
-"""How many entries K-LoRA looks at where a ΔW has no rank that would say."""
+DENSITY = 0.5
+"""The share of entries that TIES keeps of each part and layer."""
+ALPHA, BETA, DEFAULT_K = 1.5, 0.5, 256
+"""Of K-LoRA, as in its paper; DEFAULT_K entries are compared where a ΔW has no rank that would say how many."""
 
 
 @runtime_checkable
@@ -36,7 +38,7 @@ class Schedule(Protocol):
     """ΔW that changes while a picture is made."""
 
     def at(self, progress: float) -> Learned:
-        """What is used when this share of the denoising steps is done: from 0 (noise alone) to 1."""
+        """Return the ΔW to use when this share of the denoising steps is done: from 0 (noise alone) to 1."""
 
 
 Combine = Callable[..., "Learned | Schedule"]
@@ -45,13 +47,11 @@ Combine = Callable[..., "Learned | Schedule"]
 
 @dataclass(frozen=True)
 class Merge:
-    """One row of the comparison.
+    """A merge of the comparison.
 
     Attributes:
         several: takes any number of parts; otherwise two, subject and style.
-        once: what becomes of each part, if that holds for all weights: the parts are then summed, at any.
-        runs: whether it runs the base model, and so needs a context with one.
-        options: names of what it lets be tuned.
+        once: transforms each part, if the same for all weights: the parts are then summed at any weights.
         version: raised whenever the same parts would be merged otherwise than before, as a method's.
     """
 
@@ -60,26 +60,15 @@ class Merge:
     source: str
     combine: Combine
     several: bool = False
-    runs: bool = False
-    options: tuple[str, ...] = ()
     once: Callable[..., list[Learned]] | None = None
     version: int = 1
 
-    def __call__(
-        self, subject: Learned, style: Learned, context: Context | None = None, **options: Any
-    ) -> Learned | Schedule:
-        """Subject and style merged. Raises MismatchError for an option it lacks, or a context without what it needs."""
-        return self.of([subject, style], context, **options)
-
-    def of(self, parts: Sequence[Learned], context: Context | None = None, **options: Any) -> Learned | Schedule:
-        """Any number of parts merged. Raises MismatchError if it takes two, and as a call."""
+    def __call__(self, parts: Sequence[Learned], context: Context | None = None, **options: Any) -> Learned | Schedule:
+        """These parts merged. Raises MismatchError for a number of parts that it does not take."""
         if len(parts) != 2 and not (self.several and parts):
             expected = "one part or more" if self.several else "two parts, subject and style"
             raise MismatchError(f"{self.name} cannot merge these", expected=expected, got=len(parts))
-        if unknown := sorted(options.keys() - set(self.options)):
-            expected = ", ".join(self.options) or "no options"
-            raise MismatchError(f"{self.name} has no option {unknown[0]}", expected=expected, got=unknown)
-        return self.combine(parts, context or Context(), **options)
+        return self.combine(parts, context, **options)
 
 
 def direct_sum(parts: Sequence[Learned], context: Context | None = None) -> Learned:
@@ -107,30 +96,15 @@ def ziplora(parts: Sequence[Learned], context: Context, **options: Any) -> Learn
     return direct_sum(zipped(parts, context, **options))
 
 
-def ties(parts: Sequence[Learned], context: Context | None = None, *, density: float = 0.5) -> Learned:
+def ties(parts: Sequence[Learned], context: Context | None = None) -> Learned:
     """TIES (Yadav et al. 2023, arXiv 2306.01708) by PEFT's own function, on ΔW itself rather than on the factors:
-    the largest entries of each, the sign that has more weight, the mean of those that agree with it.
-
-    density: share of the entries that is kept, of each part and layer, above 0 and below 1.
+    the DENSITY largest entries of each, the sign that has more weight, the mean of those that agree with it.
     """
-    return _layerwise(parts, lambda own: _by_peft(merge_utils.ties, own, density))
 
+    def combine(own: Sequence[Delta]) -> Delta:
+        return Delta(matrix=merge_utils.ties([delta.dense() for delta in own], torch.ones(len(own)), DENSITY))
 
-def dare(parts: Sequence[Learned], context: Context | None = None, *, density: float = 0.5) -> Learned:
-    """DARE (Yu et al. 2024, arXiv 2311.03099) by PEFT's own function, on ΔW itself: entries dropped at random, the
-    rest divided by the share that is left, summed. Draws follow the context's seed.
-
-    density: the share that is left.
-    """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(context.seed if context else 0)
-        return _layerwise(parts, lambda own: _by_peft(merge_utils.dare_linear, own, density))
-
-
-def _by_peft(function: Callable[..., Tensor], own: Sequence[Delta], density: float) -> Delta:
-    if not 0 < density < 1:
-        raise MismatchError("no such density", expected="above 0 and below 1", got=density)
-    return Delta(matrix=function([delta.dense() for delta in own], torch.ones(len(own)), density))
+    return _layerwise(parts, combine)
 
 
 def _layerwise(parts: Sequence[Learned], combine: Callable[[Sequence[Delta]], Delta]) -> Learned:
@@ -141,34 +115,25 @@ def _layerwise(parts: Sequence[Learned], combine: Callable[[Sequence[Delta]], De
 
 @dataclass(frozen=True)
 class KLora:
-    """K-LoRA's choice in every layer: the subject's ΔW until α · progress + β is more than `ratios[layer]`."""
+    """K-LoRA's choice in every layer: the subject's ΔW until ALPHA · progress + BETA is more than `ratios[layer]`."""
 
     subject: Learned
     style: Learned
     ratios: dict[str, float]
-    alpha: float
-    beta: float
 
     def at(self, progress: float) -> Learned:
         """As `Schedule`."""
-        scale = self.alpha * progress + self.beta
+        scale = ALPHA * progress + BETA
         chosen = {name: self.subject if ratio >= scale else self.style for name, ratio in self.ratios.items()}
         return self.subject | self.style | {name: part[name] for name, part in chosen.items()}
 
 
-def klora(
-    parts: Sequence[Learned],
-    context: Context | None = None,
-    *,
-    k: int | None = None,
-    alpha: float = 1.5,
-    beta: float = 0.5,
-) -> Schedule:
+def klora(parts: Sequence[Learned], context: Context | None = None) -> Schedule:
     """K-LoRA (Ouyang et al. 2025, arXiv 2502.18461): in each layer and step one of the two, whose largest entries
     weigh more: S_c, S_s are the sums of the K largest |ΔW|, and the subject is taken if S_c >= γ (α t / T + β) S_s.
 
-    γ = Σ |ΔW_c| / Σ |ΔW_s| over all layers; α, β and K = r_c r_s (as many entries as the product of the ranks; k, if it
-    is given) are the paper's. Adapted: the paper chooses in attention layers; here every target matrix of both streams
+    γ = Σ |ΔW_c| / Σ |ΔW_s| over all layers; α, β and K = r_c r_s (as many entries as the product of the ranks) are
+    the paper's. Adapted: the paper chooses in attention layers; here every target matrix of both streams
     of an MMDiT, feed-forward too, makes its own choice.
     """
     subject, style = parts
@@ -178,9 +143,9 @@ def klora(
     for name in subject.keys() & style.keys():
         a, b = subject[name], style[name]
         factored = a.factors is not None and b.factors is not None
-        count = k or (a.rank * b.rank if factored else DEFAULT_K)
+        count = a.rank * b.rank if factored else DEFAULT_K
         ratios[name] = _largest(a, count) / max(gamma * _largest(b, count), torch.finfo(torch.float32).tiny)
-    return KLora(subject, style, ratios, alpha, beta)
+    return KLora(subject, style, ratios)
 
 
 def _largest(delta: Delta, k: int) -> float:
@@ -188,36 +153,19 @@ def _largest(delta: Delta, k: int) -> float:
     return float(entries.topk(min(k, entries.numel())).values.sum())
 
 
-def blora(
-    parts: Sequence[Learned],
-    context: Context | None = None,
-    *,
-    subject_blocks: Collection[int] | None = None,
-    style_blocks: Collection[int] | None = None,
-) -> Learned:
+def blora(parts: Sequence[Learned], context: Context | None = None) -> Learned:
     """B-LoRA (Frenkel et al. 2024, arXiv 2403.14572) and SplitFlux (arXiv 2511.15258): a part only in its own blocks.
 
     The papers find them by prompting blocks apart: in SDXL's UNet the fourth and fifth for content and style, in FLUX's
     single-stream blocks early ones for content and later ones for style. Adapted to an MMDiT of joint blocks: numbered
-    from 0 in the order of the network; by default the subject has the first half and the style the rest. With both
-    given, blocks in neither get nothing. (The papers also train in those blocks alone: restrict `targets` for that.)
+    in the order of the network, the subject has the first half and the style the rest. (The papers also train in those
+    blocks alone.)
     """
     subject, style = parts
     blocks = blocks_of(subject | style)
     count = max(blocks.values(), default=-1) + 1
-    if subject_blocks is None:
-        subject_blocks = set(range(count)) - set(style_blocks) if style_blocks is not None else range((count + 1) // 2)
-    if style_blocks is None:
-        style_blocks = set(range(count)) - set(subject_blocks)
-    strange = sorted((set(subject_blocks) | set(style_blocks)) - set(range(count)))
-    if strange or set(subject_blocks) & set(style_blocks):
-        raise MismatchError(
-            "blocks that cannot be shared out",
-            expected=f"each of the blocks 0 to {count - 1} given at most once",
-            got=f"subject {sorted(subject_blocks)}, style {sorted(style_blocks)}",
-        )
-    kept = {name: delta for name, delta in subject.items() if blocks[name] in set(subject_blocks)}
-    return kept | {name: delta for name, delta in style.items() if blocks[name] in set(style_blocks)}
+    own = {name: subject if block < (count + 1) // 2 else style for name, block in blocks.items()}
+    return {name: part[name] for name, part in own.items() if name in part}
 
 
 def blocks_of(learned: Learned) -> dict[str, int]:
@@ -235,10 +183,8 @@ _ROWS = (
         "after NP-LoRA, arXiv 2511.11051",
         null_space,
         several=True,
-        options=("strength",),
     ),
-    Merge("ties", "trimmed, one sign elected", "arXiv 2306.01708", ties, several=True, options=("density",)),
-    Merge("dare", "dropped at random, rescaled", "arXiv 2311.03099", dare, several=True, options=("density",)),
+    Merge("ties", "trimmed, one sign elected", "arXiv 2306.01708", ties, several=True),
     Merge(
         "ziplora",
         "a learned coefficient for every column",
@@ -246,21 +192,13 @@ _ROWS = (
         ziplora,
         once=zipped,
         several=True,
-        runs=True,
-        options=("penalty", "learning_rate", "steps", "report"),
         version=2,
     ),
-    Merge("klora", "one of the two, by layer and step", "arXiv 2502.18461", klora, options=("k", "alpha", "beta")),
-    Merge(
-        "blora",
-        "the subject in some blocks, the style in the others",
-        "arXiv 2403.14572, arXiv 2511.15258",
-        blora,
-        options=("subject_blocks", "style_blocks"),
-    ),
+    Merge("klora", "one of the two, by layer and step", "arXiv 2502.18461", klora),
+    Merge("blora", "the subject in some blocks, the style in the others", "arXiv 2403.14572, arXiv 2511.15258", blora),
 )
 MERGES: dict[str, Merge] = {row.name: row for row in _ROWS}
-"""Name -> merge. Joint training, the ceiling, is `adapters.train_joint`."""
+"""Name -> merge. Joint training, the ceiling, is `compare.cells.joint`."""
 
 
 @contextlib.contextmanager

@@ -40,13 +40,12 @@ def zipped(
     parts: every pair is kept apart.
 
     Args:
-        report: told of every step, from 1: its error, and the mean |m₁ ∘ m₂|.
+        report: called after every step with its number (from 1), its error and the mean |m₁ ∘ m₂|.
 
     Raises:
-        MismatchError: the context has no base model, or a layer is no Linear.
+        MismatchError: a layer is no Linear.
         TrainingError: the error is no longer finite.
     """
-    context.check(parts)
     mergers = [{n: nn.Parameter(torch.ones(d.shape[1])) for n, d in part.items()} for part in parts]
     optimizer = torch.optim.Adam([m for part in mergers for m in part.values()], lr=learning_rate)
     context.denoiser.requires_grad_(False)
@@ -67,7 +66,7 @@ def zipped(
 def _error(
     i: int, step: int, parts: Sequence[Learned], mergers: Sequence[Mergers], context: Context
 ) -> Float[Tensor, ""]:
-    """How far the merged denoiser is from part i alone, on what that part was trained on."""
+    """The merged denoiser's squared error against part i alone, on what that part was trained on."""
     call = context.call(i, step)
     with torch.no_grad(), _added(context, [(parts[i], None)]):
         target = context.run(call)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
@@ -22,6 +21,7 @@ from torch.nn.functional import cosine_similarity
 from qrlora.lab.baselines.adapters import is_target, orthonormal
 from qrlora.lab.baselines.context import Context
 from qrlora.lab.baselines.deltas import Learned, applied
+from qrlora.lab.baselines.directions import positive_qr
 from qrlora.method.adapter import Adapter
 from qrlora.method.basis import Basis, layer_basis
 from qrlora.method.composition import similarity
@@ -135,8 +135,7 @@ def nearest_orthonormal(weights: Mapping[str, Tensor], rank: int) -> dict[str, f
         u, values, vh = u[:, :rank], values[:rank], vh[:rank]
         forms = {"columns": matrix[:, :rank], "core": (u * values @ vh)[:, :rank], "scaled": u * values}
         for form, a in forms.items():
-            q, r = torch.linalg.qr(a)
-            ways = {"polar": polar_factor(a), "qr": q * torch.where(r.diagonal() < 0, -1.0, 1.0).double()}
+            ways = {"polar": polar_factor(a), "qr": positive_qr(a)}
             away = {way: float((a - x).norm() / a.norm()) for way, x in ways.items()}
             for way, distance in away.items():
                 found.setdefault(f"{form}_{way}", []).append(distance)
@@ -214,19 +213,3 @@ def held_out_loss(context: Context, part: int, learned: Learned, draws: int = 16
     """The loss on a part's picture under noise that training did not draw, the same for every ΔW asked about."""
     with applied(context.denoiser, learned):
         return fmean(context.loss(context.call(part, 10_000 + number)) for number in range(draws))
-
-
-@dataclass(frozen=True)
-class Spread:
-    """Mean, standard deviation and number of some values."""
-
-    mean: float
-    deviation: float
-    n: int
-
-    @classmethod
-    def of(cls, values: Sequence[float]) -> Spread:
-        """Of these values; the deviation is the sample's, 0 for one."""
-        middle = fmean(values)
-        squares = sum((value - middle) ** 2 for value in values)
-        return cls(middle, math.sqrt(squares / max(1, len(values) - 1)), len(values))

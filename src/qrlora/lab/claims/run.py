@@ -20,18 +20,17 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, stdev
 from types import SimpleNamespace
 from typing import Any
 
 from qrlora._files import write_atomically
-from qrlora.errors import DataError
 from qrlora.lab.baselines.adapters import train_method
 from qrlora.lab.baselines.context import Context
 from qrlora.lab.baselines.file_measures import between
 from qrlora.lab.claims import measures as claims
-from qrlora.lab.compare.cells import weights_digest
-from qrlora.lab.compare.plan import rate_of
+from qrlora.lab.compare.identity import weights_digest
+from qrlora.lab.compare.plan import chosen, rate_of
 from qrlora.lab.speed.common import machine
 from qrlora.lab.tasks import RECIPES, Task, recipe_fields, task
 from qrlora.method.basis import Basis
@@ -67,7 +66,7 @@ class Bench:
         return Recipe.of({"model": "pico", **RECIPES[PUBLISHED], **common, **fields})
 
     def train_delta(self, method: str, task: Task, **fields: Any) -> tuple[Any, float]:
-        """What was learned, and its loss under new noise."""
+        """Train; return the result and its loss under new noise."""
         recipe = self.recipe(task, **fields)
         found = train_method(method, recipe, pipe=self.pipe, family=self.family)
         context = Context(self.pipe, self.family, [recipe])
@@ -76,15 +75,12 @@ class Bench:
 
 def main(options: SimpleNamespace) -> None:
     """Measure the claims wanted. Raises DataError for a claim or task that is not known."""
-    names = [*world.SUBJECTS, *world.STYLES]
-    for noun, wanted, known in (("claim", options.only or CLAIMS, list(CLAIMS)), ("task", options.tasks, names)):
-        if unknown := [name for name in wanted if name not in known]:
-            raise DataError(f"no {noun} {unknown[0]!r}", expected=", ".join(known), got=unknown[0])
-    measure(options, list(options.only or CLAIMS))
+    chosen("task", options.tasks, [*world.SUBJECTS, *world.STYLES])
+    measure(options, chosen("claim", options.only or CLAIMS, list(CLAIMS)))
 
 
 def measure(options: SimpleNamespace, wanted: Sequence[str]) -> None:
-    """Every claim wanted, printed and written as it is found; what the file has of others stays."""
+    """Measure every claim wanted; print and write each as it is found. Other claims in the file stay."""
     pipe, family = load_pipeline("pico", device="cpu")
     with tempfile.TemporaryDirectory() as folder:
         tasks = []
@@ -127,7 +123,7 @@ def nearest(bench: Bench) -> Found:
 
 
 def tasks(bench: Bench) -> Found:
-    """All pairs of tasks; LoRA once from one start (one seed), and once from a start of its own for each task."""
+    """Compare all pairs of tasks; LoRA once from one start (one seed), and once from a start of each task's own."""
     made: dict[str, list[dict[str, Any]]] = {
         PUBLISHED: [{"method": "qrlora"}] * len(bench.tasks),
         "qrlora_trained": [{"method": "qrlora", "train_basis": True}] * len(bench.tasks),
@@ -151,7 +147,7 @@ def convergence(bench: Bench) -> Found:
     steps = bench.options.steps
     window = max(1, steps // 6)
     found = {}
-    for rate, method in itertools.product(map(float, bench.options.rates), METHODS):
+    for rate, method in itertools.product(bench.options.rates, METHODS):
         runs = [bench.train_delta(method, task, learning_rate=rate, cooldown_steps=0) for task in bench.ends]
         row: dict[str, float] = {"trained": runs[0][0].trained}
         for mark in sorted({max(window, steps // 4), max(window, steps // 2), steps}):
@@ -161,24 +157,29 @@ def convergence(bench: Bench) -> Found:
 
 
 def stability(bench: Bench) -> Found:
-    """Of each task alone, over seeds of start and noise; then the mean over the tasks."""
+    """Measure the spread over seeds of start and noise, for each task alone; return the mean over the tasks."""
     found = {}
     for method in METHODS:
-        spreads, cosines, energies = [], [], []
+        losses, cosines, energies = [], [], []
         for end in bench.ends:
             runs = [bench.train_delta(method, end, seed=seed) for seed in range(bench.options.seeds)]
-            spreads.append(claims.Spread.of([loss for _, loss in runs]))
+            losses.append([loss for _, loss in runs])
             pairs = [between(a.learned, b.learned) for (a, _), (b, _) in itertools.combinations(runs, 2)]
             cosines += [pair["cosine"] for pair in pairs]
-            energies.append(claims.Spread.of([between(run.learned, run.learned)["energy_a"] for run, _ in runs]))
+            energies.append([between(run.learned, run.learned)["energy_a"] for run, _ in runs])
         found[method] = {
-            "loss": fmean(one.mean for one in spreads),
-            "loss_deviation": fmean(one.deviation for one in spreads),
-            "relative_deviation": fmean(one.deviation / one.mean for one in spreads),
+            "loss": fmean(map(fmean, losses)),
+            "loss_deviation": fmean(map(deviation, losses)),
+            "relative_deviation": fmean(deviation(each) / fmean(each) for each in losses),
             "cosine_of_seeds": fmean(cosines) if cosines else 1.0,
-            "size_deviation": fmean(one.deviation / one.mean for one in energies),
+            "size_deviation": fmean(deviation(each) / fmean(each) for each in energies),
         }
     return found
+
+
+def deviation(values: Sequence[float]) -> float:
+    """The sample's standard deviation; 0 for one value."""
+    return stdev(values) if len(values) > 1 else 0.0
 
 
 CLAIMS: dict[str, Callable[[Bench], Found]] = {

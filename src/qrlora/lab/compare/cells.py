@@ -1,16 +1,12 @@
 """One measurement each: train an adapter, look at it alone, in a composition, over weights, among many.
 
-A cell is a few names and numbers; what it gives is a record of JSON values, and for those that draw a strip of the
-pictures. Both lie in the bench's folder under the cell's digest, which is of everything that decides the result: the
-base model's and the judge's weights, the plan's numbers, the learning rates, and the versions of method and merge. So
-nothing is done twice, a run can be interrupted anywhere, and a record of another model is never taken for one of this.
-Adapters and pictures do not depend on the judge: another one, or another measure, looks at the pictures that are there.
+A cell gives a record of JSON values, and those that sample give a strip of pictures. Both lie in the bench's folder
+under the cell's digest (`identity`), so nothing is done twice, and a run can be interrupted anywhere.
 """
 
 from __future__ import annotations
 
 import functools
-import hashlib
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -24,121 +20,28 @@ import torch
 from jaxtyping import Float, UInt8
 from PIL import Image
 
-import qrlora.pico as pico
 from qrlora._files import make_folder, write_atomically
-from qrlora.lab.baselines.adapters import ADAPTERS, train_method
+from qrlora.lab.baselines.adapters import train_method
 from qrlora.lab.baselines.context import Context
 from qrlora.lab.baselines.deltas import Learned, load_learned, save_learned, scaled
 from qrlora.lab.baselines.file_measures import between
 from qrlora.lab.baselines.merges import MERGES, Schedule, drawing
-from qrlora.lab.compare.plan import ROWS, Scope, balance_of, joint_rate_of, rate_of
+from qrlora.lab.compare.identity import Cell, Record, digest_of, rates_of, weights_digest
+from qrlora.lab.compare.plan import ROWS, Scope, balance_of, rate_of
 from qrlora.lab.tasks import TRAINING_STYLE, TRAINING_SUBJECT, LabelledPrompt, Task, recipe_fields, task_of_world
 from qrlora.models.families import load_pipeline
 from qrlora.models.generation import one_batch, or_black
 from qrlora.models.training.pictures import open_picture
 from qrlora.models.training.recipe import Recipe
 from qrlora.pico import world
-from qrlora.pico.judge import WEIGHTS, Judge
+from qrlora.pico.judge import Judge
 from qrlora.quality.images.png import png_bytes
 
-VERSION = 2
-"""Of what a record means: another number, and old records are not taken for new ones. Pictures are."""
-MADE = 1
-"""Of how adapters and pictures are made: another number, and all of them are made anew."""
-Record = dict[str, Any]
 UNRELATED = (("mug", "ink"), ("lamp", "clay"), ("bottle", "risograph"), ("chair", "pixel"))
 """Seen pairs that no adapter should touch: asked for without a trigger, to see how far the pictures drift."""
-MAKING = ("train", "once")
-"""Kinds of cells that make what others look at, and look at nothing."""
 BATCH = 8
 TRUE_SCENES = 3_000_000
 """Scene seed of the first true render that pictures are held against: none that the base or the judge was made of."""
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One measurement. kind: a key of KINDS. row: of ROWS ("" for an adapter's own cells); adapter: its method.
-
-    rates, weights: instead of the tuned ones, for tuning: of the subject, then of the style, as far as there are both.
-    """
-
-    kind: str
-    adapter: str
-    seed: int
-    subject: str = ""
-    style: str = ""
-    row: str = ""
-    many: int = 0
-    rates: tuple[float, ...] = ()
-    weights: tuple[float, ...] = ()
-
-    @property
-    def said(self) -> str:
-        """For a reader: "pair lora+ties teapot chalk seed 0"."""
-        parts = (self.kind, self.row or self.adapter, self.subject, self.style, f"{self.many or ''}")
-        at = "".join(f" at {', '.join(f'{x:g}' for x in each)}" for each in (self.rates, self.weights) if each)
-        return " ".join(part for part in parts if part) + f" seed {self.seed}{at}"
-
-    def rate(self, role: str) -> float | None:
-        """Instead of the tuned one; None: the tuned one."""
-        return self.rates[0 if role == "subject" else -1] if self.rates else None
-
-    def training(self, subject: str = "", style: str = "") -> Cell:
-        """The cell of an adapter that this one looks at."""
-        rate = self.rate("subject" if subject else "style")
-        return Cell("train", self.adapter, self.seed, subject, style, rates=(rate,) if rate else ())
-
-
-@functools.cache
-def weights_digest(judged: bool = True) -> str:
-    """Of pico, and its judge: what was measured on others says nothing about these."""
-    digest = hashlib.sha256()
-    judges = [WEIGHTS / "judge.safetensors", WEIGHTS / "judge.json"] if judged else []
-    for file in sorted(pico.path().rglob("*.safetensors")) + judges:
-        digest.update(file.read_bytes())
-    return digest.hexdigest()[:16]
-
-
-def digest_of(cell: Cell, scope: Scope, judged: bool = True) -> str:
-    """Of everything that decides the cell's record, or, not judged, its adapter or pictures."""
-    judged = judged and cell.kind not in MAKING
-    version = VERSION if judged else MADE
-    decides: dict[str, Any] = {"version": version, "weights": weights_digest(judged), "cell": cell.__dict__}
-    decides |= {name: getattr(scope, name) for name in ("steps", "batch_size", "rank")}
-    each = cell.many // 2
-    parts = {"subject": scope.subjects[:each], "style": scope.styles[:each]}
-    names = [(role, name) for role in parts for name in (parts[role] if each else [getattr(cell, role)]) if name]
-    decides["rates"] = _rates(cell, names, scope)
-    if cell.kind not in MAKING:
-        count = {"alone": "alone", "grid": "grid_weights"}.get(cell.kind, "pictures")
-        decides |= {name: getattr(scope, name) for name in ("denoising_steps", "guidance", count)}
-    if cell.many:
-        decides["among"] = names
-    if cell.row:
-        decides["options"] = dict(ROWS[cell.row].options)
-    if cell.row and cell.kind not in ("grid", *MAKING):
-        subjects, styles = ([name for role, name in names if role == one] for one in parts)
-        pairs = zip(subjects, styles, strict=True)
-        decides["balance"] = [cell.weights or balance_of(cell.row, a, b, scope.balance) for a, b in pairs]
-    decides |= _versions(cell)
-    return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:20]
-
-
-def _rates(cell: Cell, names: Sequence[tuple[str, str]], scope: Scope) -> Sequence[float]:
-    """The cell's own, or the tuned ones for these (role, name); what is trained jointly has one for both."""
-    if cell.rates:
-        return cell.rates
-    if cell.row and ROWS[cell.row].joint:
-        return [joint_rate_of(cell.row, cell.subject, cell.style, scope.rates)]
-    return [rate_of(cell.adapter, role, name, scope.rates) for role, name in names]
-
-
-def _versions(cell: Cell) -> dict[str, int]:
-    """Of the cell's method and merge, where one has changed since it was first measured."""
-    versions = {"adapter_version": ADAPTERS[cell.adapter].version}
-    if cell.row and not ROWS[cell.row].joint:
-        versions["merge_version"] = MERGES[ROWS[cell.row].merge].version
-    return {name: version for name, version in versions.items() if version != 1}
 
 
 @dataclass(frozen=True)
@@ -323,7 +226,7 @@ def merged_of(
     if merge.once:
         parts = once(bench, cell, functools.partial(merge.once, parts, context, **options), len(parts))
         merge, options = MERGES["sum"], {}
-    return merge.of([scaled(part, weight) for part, weight in zip(parts, weights, strict=True)], context, **options)
+    return merge([scaled(part, weight) for part, weight in zip(parts, weights, strict=True)], context, **options)
 
 
 def once(bench: Bench, cell: Cell, make: Callable[[], list[Learned]], count: int) -> list[Learned]:
@@ -340,7 +243,7 @@ def joint(bench: Bench, cell: Cell, tasks: Sequence[Task]) -> Learned:
     """One adapter trained on both at once, in twice the steps, so that each picture is seen as often as alone."""
     file = bench.file(replace(cell, kind="once", weights=()), "adapters")
     if not file.exists():
-        (rate,) = _rates(cell, (), bench.scope)
+        (rate,) = rates_of(cell, (), bench.scope)
         recipes = [bench.recipe(task, cell.adapter, cell.seed, rate) for task in tasks]
         longer = {"steps": 2 * bench.scope.steps, "cooldown_steps": bench.scope.steps}
         recipes[0] = recipes[0].replace(**longer)

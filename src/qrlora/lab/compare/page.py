@@ -16,7 +16,8 @@ from PIL import Image
 
 from qrlora._files import make_folder, write_atomically
 from qrlora.lab.compare import about
-from qrlora.lab.compare.cells import MEASURES, Cell, Record, digest_of, weights_digest
+from qrlora.lab.compare.cells import MEASURES
+from qrlora.lab.compare.identity import Cell, Record, digest_of, weights_digest
 from qrlora.lab.compare.plan import BASELINE, COMPOSED, DEFAULT, ROWS, Scope
 from qrlora.lab.compare.plots import (
     Plot,
@@ -85,7 +86,7 @@ def write(folder: Path, scope: Scope, records: Sequence[Record], command: str) -
 
 
 def _data(scope: Scope, records: Sequence[Record], command: str, rows: Sequence[str]) -> dict[str, Any]:
-    """What was asked for, at which rates and weights, and how the seeds agree: for report.json."""
+    """Plan, rates, weights and the agreement of seeds, for report.json."""
     return {
         "command": command,
         "weights": weights_digest(),
@@ -189,7 +190,7 @@ def _pair(scope: Scope, row: str, pair: tuple[str, str]) -> Cell:
 
 
 def _sheet(trained_on: Sequence[Image.Image], drawn: Mapping[str, Path]) -> UInt8[np.ndarray, "h w 3"]:
-    """What was learned from in the first row, then a row for every method, in blocks side by side."""
+    """Lay out the training pictures in the first row, then a row for every method, in blocks side by side."""
     strips = {row: open_picture(file).image for row, file in drawn.items()}
     side = next(iter(strips.values())).height
     count = min(SHOWN, next(iter(strips.values())).width // side)
@@ -209,8 +210,7 @@ def _sheet(trained_on: Sequence[Image.Image], drawn: Mapping[str, Path]) -> UInt
 
 
 def _jpeg(pixels: UInt8[np.ndarray, "h w 3"]) -> bytes:
-    """In full colour: 256 colours for all of a sheet change those of its smaller things, and as PNG it is four times as
-    large."""
+    """Encode in full colour: a palette of 256 changes the colours of small things, and a PNG is four times as large."""
     stream = io.BytesIO()
     Image.fromarray(pixels).save(stream, "JPEG", quality=92, subsampling=0)
     return stream.getvalue()

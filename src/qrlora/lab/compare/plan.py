@@ -22,7 +22,7 @@ COMPOSED = f"{DEFAULT}+null_space"
 
 @dataclass(frozen=True)
 class Row:
-    """One row of the table: a training method (``baselines.adapters.ADAPTERS``) and how two of its adapters are merged
+    """A row of the table: a training method (``baselines.adapters.ADAPTERS``) and how two of its adapters are merged
     (``baselines.merges.MERGES``, or "joint": one adapter trained on both). options: of the merge."""
 
     name: str
@@ -37,7 +37,7 @@ class Row:
 
     @property
     def rated(self) -> str:
-        """What its learning rates are kept under: joint training has its own."""
+        """The name its learning rates are stored under: joint training has its own."""
         return self.name if self.joint else self.adapter
 
 
@@ -69,7 +69,7 @@ ANY = "any"
 
 @dataclass(frozen=True)
 class Scope:
-    """On what, and how much. Adapters are the demo's: the same steps, batch, rank and noise levels for all methods.
+    """Rows, tasks and sizes of a run. Steps, batch, rank and noise levels are the demo's, the same for all methods.
 
     pictures: of every composed pair; alone: of every adapter alone. grid_weights: of both, in the frontier. rates,
     balance: as the functions of these names have them.
@@ -142,7 +142,7 @@ def chosen(noun: str, wanted: Iterable[str], known: Sequence[str]) -> tuple[str,
 
 
 def rates() -> Rates:
-    """Those that the package has; ``qrlora lab compare --tune`` chose them on none of the half that they are for."""
+    """The packaged learning rates; ``qrlora lab compare --tune`` chose them on none of the half that they are for."""
     return _packaged()["chosen"]
 
 
@@ -159,7 +159,7 @@ def _packaged() -> dict[str, Any]:
 
 
 def half_of(role: str, name: str | None) -> str:
-    """Every second reserved part is in one half, "even", the others in the other, "odd"; any other name in "even"."""
+    """The half of a part: reserved ones are "even" and "odd" in turn; any other name is "even"."""
     names = world.RESERVED_SUBJECTS if role == "subject" else world.RESERVED_STYLES
     return "odd" if name in names and names.index(name) % 2 else "even"
 
@@ -171,12 +171,12 @@ def key_of(subject: str | None, style: str | None) -> str:
 
 
 def rate_of(adapter: str, role: str, name: str | None, known: Rates | None = None) -> float:
-    """For one part, of the rates given or the package's. Raises DataError if the method has not been tuned."""
+    """The learning rate for one part, by `known` or as packaged. Raises DataError if the method has not been tuned."""
     return _rates_of(adapter, known)[role][half_of(role, name)]
 
 
 def joint_rate_of(row: str, subject: str, style: str, known: Rates | None = None) -> float:
-    """For a subject and a style that a row trains on together; as `rate_of`."""
+    """The learning rate of a row that trains on subject and style together; else as `rate_of`."""
     return _rates_of(row, known)[half_of("subject", subject)][half_of("style", style)]
 
 

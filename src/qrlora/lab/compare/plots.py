@@ -16,7 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from qrlora.lab.compare.cells import Record
+from qrlora.lab.compare.identity import Record
 from qrlora.lab.compare.plan import BASELINE, COMPOSED, DEFAULT
 from qrlora.lab.compare.tables import Estimate, alone, distance
 from qrlora.quality.search.search import frontier
@@ -51,7 +51,7 @@ def _pixels(figure: Figure) -> UInt8[np.ndarray, "h w 3"]:
 
 
 def subject_against_style(found: Mapping[str, Mapping[str, Any]]) -> Plot:
-    """Every row at its means, with its intervals, by a number that stands for it beside the plot."""
+    """Plot every row at its means, with its intervals, by a number explained beside the plot."""
     figure, axes = _figure(max(6, 0.16 * len(found)))
     order = sorted(found, key=lambda row: -found[row]["among_subject"].value - found[row]["among_style"].value)
     for number, row in enumerate(order, 1):
@@ -121,7 +121,7 @@ def across_weights(records: Sequence[Record]) -> Plot | None:
 
 
 def with_many(records: Sequence[Record]) -> Plot | None:
-    """Both recognised, and drift, against how many adapters are composed."""
+    """Plot both recognised, and drift, against the number of composed adapters."""
     found: dict[str, dict[int, list[tuple[float, float]]]] = defaultdict(lambda: defaultdict(list))
     for record in records:
         if record["kind"] == "many":
@@ -146,7 +146,7 @@ def with_many(records: Sequence[Record]) -> Plot | None:
 
 
 def freedom(records: Sequence[Record]) -> Plot | None:
-    """How well each part is learned alone, against how far it is from what the base has seen, by how much of Q trains.
+    """Plot the score of each part alone against its distance from seen parts, by how much of Q trains.
 
     None unless two methods of FREEDOM were measured.
     """
@@ -180,25 +180,26 @@ def freedom(records: Sequence[Record]) -> Plot | None:
     return Plot("freedom", "How much of Q to free, against how far the part is from the base", said, _pixels(figure))
 
 
-def foretelling(told: Mapping[str, Mapping[str, Any]], measure: str = "cosine") -> Plot | None:
+def foretelling(told: Mapping[str, Mapping[str, Any]]) -> Plot | None:
     """Crosstalk of every pair against the cosine of its two ΔW."""
-    if measure not in told or not told[measure]["points"]:
+    if "cosine" not in told or not told["cosine"]["points"]:
         return None
+    cosine = told["cosine"]
     figure, axes = _figure()
-    rows = list(dict.fromkeys(point[0] for point in told[measure]["points"]))
+    rows = list(dict.fromkeys(point[0] for point in cosine["points"]))
     other = itertools.cycle(colormaps["tab20"].colors[1:])  # type: ignore[attr-defined]  # the first is like lora's
     for row in rows:
-        points = [(p[1], p[2]) for p in told[measure]["points"] if p[0] == row]
-        correlation = told[measure].get(row)
+        points = [(p[1], p[2]) for p in cosine["points"] if p[0] == row]
+        correlation = cosine.get(row)
         colour = COLOURS.get(row) or (OTHER if correlation is None else next(other))
         label = row if correlation is None else f"{row}: {correlation:+.2f}"
         across, up = zip(*points, strict=True)
         axes.scatter(across, up, s=12, label=label, color=colour)
-    axes.set(xlabel=f"{measure} of the two ΔW, from the files", ylabel="crosstalk, from the pictures")
+    axes.set(xlabel="cosine of the two ΔW, from the files", ylabel="crosstalk, from the pictures")
     figure.legend(loc="outside right upper", fontsize=7, title="rank correlation within", title_fontsize=7)
-    whole = told[measure]["all"]
+    whole = cosine["all"]
     said = "" if whole is None else f"Rank correlation over all pairs of all methods: {whole:+.2f}. "
-    others = ", ".join(f"{n} {e['all']:+.2f}" for n, e in told.items() if n != measure and e["all"] is not None)
+    others = ", ".join(f"{n} {e['all']:+.2f}" for n, e in told.items() if n != "cosine" and e["all"] is not None)
     return Plot(
         "foretold", "What the files foretell", f"{said}Of other measures of the files: {others}.", _pixels(figure)
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import multiprocessing
 import os
@@ -19,7 +18,8 @@ import torch
 
 from qrlora._files import write_atomically
 from qrlora.errors import DataError
-from qrlora.lab.compare.cells import KINDS, Bench, Cell, Record, digest_of
+from qrlora.lab.compare.cells import KINDS, Bench
+from qrlora.lab.compare.identity import Cell, Record, digest_of
 from qrlora.lab.compare.plan import ROWS, Scope
 
 Say = Callable[[str], None]
@@ -105,7 +105,7 @@ def run(folder: Path, scope: Scope, workers: int, say: Say, given: Sequence[Reco
 
 
 def missing(folder: Path, scope: Scope, cells: Sequence[Cell], given: Sequence[Record] = ()) -> list[Cell]:
-    """Those that have no record yet."""
+    """The cells without a record."""
     known = known_records(folder, scope, cells, given)
     return [cell for cell in cells if digest_of(cell, scope) not in known]
 
@@ -158,30 +158,18 @@ def _do(cell: Cell) -> float:
 
 
 def write_records(file: Path, records: Sequence[Record]) -> None:
-    """One record a line, numbers rounded to what they can bear."""
+    """Write one record a line, floats rounded to five digits."""
     lines = "".join(json.dumps(rounded(record)) + "\n" for record in records)
     write_atomically(file, lines.encode())
 
 
-@functools.singledispatch
 def rounded(value: Any) -> Any:
     """JSON values with five digits of every float."""
-    return value
-
-
-@rounded.register
-def _(value: float) -> Any:
-    return float(f"{value:.5g}")
-
-
-@rounded.register
-def _(value: dict) -> Any:
-    return {key: rounded(part) for key, part in value.items()}
-
-
-@rounded.register
-def _(value: list) -> Any:
-    return [rounded(part) for part in value]
+    if isinstance(value, float):
+        return float(f"{value:.5g}")
+    if isinstance(value, dict):
+        return {key: rounded(part) for key, part in value.items()}
+    return [rounded(part) for part in value] if isinstance(value, list) else value
 
 
 def facts(scope: Scope) -> Record:

@@ -15,7 +15,8 @@ from PIL import Image
 from scipy.stats import bootstrap, spearmanr
 
 from qrlora.lab import tasks
-from qrlora.lab.compare.cells import TRUE_SCENES, Record
+from qrlora.lab.compare.cells import TRUE_SCENES
+from qrlora.lab.compare.identity import Record
 from qrlora.lab.compare.plan import ROWS
 from qrlora.pico import world
 
@@ -26,23 +27,10 @@ SCENES = 6
 Pairs = dict[tuple[str, str], float]
 """(subject, style) -> a value, in the mean over seeds."""
 PER_PAIR: tuple[str, ...] = (
-    *(
-        "both",
-        "subject",
-        "style",
-        "recognised",
-        "among_subject",
-        "among_style",
-        "named",
-        "p_subject",
-        "p_style",
-        "obedience",
-        "leaked_subject",
-        "leaked_style",
-    ),
-    *("diversity", "energy", "excess", "merge_seconds"),
-    *("cosine", "rows_shared"),
-)
+    "both", "subject", "style", "recognised", "among_subject", "among_style", "named", "p_subject", "p_style",
+    "obedience", "leaked_subject", "leaked_style", "diversity", "energy", "excess", "merge_seconds", "cosine",
+    "rows_shared",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -135,8 +123,7 @@ def table(records: Sequence[Record], rows: Sequence[str]) -> dict[str, dict[str,
     """Row -> measure -> Estimate (None where nothing was measured); "trained": numbers trained for both adapters."""
     found: dict[str, dict[str, Any]] = {}
     for row in rows:
-        values = {name: by_pair(records, row, name) for name in PER_PAIR}
-        values |= {"crosstalk": crosstalk(records, row), "crosstalk_named": crosstalk(records, row, "p")}
+        values = _measures(records, row, PER_PAIR)
         found[row] = {name: estimate(list(pairs.values())) if pairs else None for name, pairs in values.items()}
         found[row]["trained"] = trained(records, ROWS[row].adapter)
         for role in ("subject", "style"):
@@ -148,7 +135,7 @@ def table(records: Sequence[Record], rows: Sequence[str]) -> dict[str, dict[str,
 
 @functools.cache
 def distance(role: str, name: str) -> float:
-    """How far a part is from what pico has seen: the same scenes with it and with the nearest seen part in its place,
+    """Distance of a part from what pico has seen: the same scenes with it and with the nearest seen part in its place,
     root mean square difference of the renders in levels of 255. It asks no model. Subjects are compared in the flat
     style, each stretched to the whole picture, so that it is their form that counts and not where they stand."""
     fixed = {} if role == "style" else {"style": "flat"}
@@ -188,19 +175,19 @@ def trained(records: Iterable[Record], adapter: str) -> float | None:
 def against(records: Sequence[Record], row: str, baseline: str) -> dict[str, Estimate | None]:
     """The row beside the baseline on the pairs that both have: differences (row less baseline) and ratios of means."""
     found: dict[str, Estimate | None] = {}
-    measures: dict[str, Callable[[str], Pairs]] = {
-        name: lambda who, name=name: by_pair(records, who, name)  # type: ignore[misc]
-        for name in ("both", "recognised", "named")
-    }
-    measures["crosstalk"] = lambda who: crosstalk(records, who)
-    measures["crosstalk_named"] = lambda who: crosstalk(records, who, "p")
-    for name, of in measures.items():
-        mine, others = of(row), of(baseline)
-        pairs = sorted(mine.keys() & others.keys())
-        a, b = [mine[pair] for pair in pairs], [others[pair] for pair in pairs]
+    own, other = (_measures(records, who, ("both", "recognised", "named")) for who in (row, baseline))
+    for name in own:
+        pairs = sorted(own[name].keys() & other[name].keys())
+        a, b = [own[name][pair] for pair in pairs], [other[name][pair] for pair in pairs]
         found[f"{name}_difference"] = estimate([x - y for x, y in zip(a, b, strict=True)]) if pairs else None
         found[f"{name}_ratio"] = ratio(a, b) if pairs else None
     return found
+
+
+def _measures(records: Sequence[Record], row: str, names: Sequence[str]) -> dict[str, Pairs]:
+    """These measures of a row by pair, and its crosstalk by either score."""
+    found = {name: by_pair(records, row, name) for name in names}
+    return found | {"crosstalk": crosstalk(records, row), "crosstalk_named": crosstalk(records, row, "p")}
 
 
 ROUNDED = 7

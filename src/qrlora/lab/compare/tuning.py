@@ -30,7 +30,7 @@ from typing import Any
 from qrlora._files import write_atomically
 from qrlora.lab.baselines.adapters import ADAPTERS
 from qrlora.lab.baselines.merges import MERGES
-from qrlora.lab.compare.cells import Cell, Record, digest_of, weights_digest
+from qrlora.lab.compare.identity import Cell, Record, digest_of, weights_digest
 from qrlora.lab.compare.plan import ANY, ROWS, Balance, Rates, Scope, key_of
 from qrlora.lab.compare.run import Say, adapters_of, known_records, missing, rounded, run_stages
 from qrlora.pico import world
@@ -44,10 +44,7 @@ WEIGHTS = (*SUMMED, (2.0, 1.0), (2.0, 1.4), (2.0, 2.0))
 """Of subject and style in a composition."""
 EQUAL = tuple(weights for weights in WEIGHTS if weights[0] == weights[1])
 """Of what was trained together."""
-TASKS = {
-    "subject": {"even": "rocket", "odd": "robot"},
-    "style": {"even": "gold", "odd": "candy"},
-}
+TASKS = {"subject": {"even": "rocket", "odd": "robot"}, "style": {"even": "gold", "odd": "candy"}}
 """Role -> half of the reserved parts -> what is trained to choose for it: nothing of that half."""
 HALVES = ("even", "odd")
 PICTURES = 4
@@ -65,7 +62,7 @@ KEPT = (*SCORED, "p_subject", "p_style", "among_subject", "among_style")
 
 
 def cells_alone(scope: Scope) -> list[Cell]:
-    """Each adapter alone, at each of its rates."""
+    """Cells of each adapter alone, at each of its rates."""
     return [
         Cell("alone", adapter, 0, *((name, "") if role == "subject" else ("", name)), rates=(rate,))
         for adapter in adapters_of(scope)
@@ -110,7 +107,7 @@ def cells_weighed(rows: Iterable[str]) -> list[Cell]:
 
 
 def weights_of(row: str) -> tuple[tuple[float, float], ...]:
-    """Those that are tried."""
+    """The weights tried for a row."""
     return EQUAL if ROWS[row].joint else WEIGHTS
 
 
@@ -180,7 +177,7 @@ def tune(folder: Path, scope: Scope, workers: int, say: Say) -> tuple[Rates, Bal
 
 
 def summary(rates: Rates, balance: Balance) -> str:
-    """What was chosen, a line for each method and row."""
+    """The choices, a line for each method and row."""
     lines = []
     for adapter, found in rates.items():
         each = [f"{role} {' or '.join(f'{rate:g}' for rate in halves.values())}" for role, halves in found.items()]
@@ -209,12 +206,12 @@ def _versions(chosen: Iterable[str], rows: Iterable[str]) -> dict[str, int]:
 
 
 def _is_sum(row: str) -> bool:
-    """Whether a version of its rates says all."""
+    """Return True if the version of its method alone decides a row."""
     return ROWS[row].joint or ROWS[row].merge == "sum"
 
 
 def _kept(folder: Path) -> dict[str, Any]:
-    """What an earlier run chose in this folder, of this model and judge, for methods and merges as they are now."""
+    """The choices of earlier runs in this folder that still hold: same model and judge, same versions."""
     nothing: dict[str, Any] = {"chosen": {}, "balance": {}, "weighed": {}, "tried": []}
     old = dict(nothing)
     for file in (folder / FILE, folder / TRIED):
@@ -277,7 +274,7 @@ def _at_best(composed: Iterable[Record]) -> dict[tuple[Any, ...], float]:
 
 
 def scores(records: Iterable[Record]) -> Weighed:
-    """What each row's compositions got, from records of `cells_weighed`."""
+    """Scores of each row's compositions, from records of `cells_weighed`."""
     found: dict[tuple[str, str], dict[tuple[float, ...], list[float]]] = {}
     for record in records:
         of_pair = found.setdefault((record["row"], key_of(record["subject"], record["style"])), {})
@@ -302,7 +299,7 @@ def balance(weighed: Weighed) -> Balance:
 
 
 def _best(weights: Sequence[tuple[float, float]], scored: Sequence[list[list[float]]]) -> tuple[float, float]:
-    """Of these, given the scores of several pairs at each of them; the first of equal ones."""
+    """The best of these weights, given the scores of several pairs at each of them; the first of equal ones."""
     means = [fmean(map(fmean, at)) for at in zip(*scored, strict=True)]
     return weights[means.index(max(means))]
 

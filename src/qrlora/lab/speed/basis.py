@@ -43,12 +43,7 @@ SHAPES = {
 }
 """The shapes (out, in) of the weights that are adapted by default."""
 WHOLE = {
-    "flux.1": {
-        (3072, 3072): 19 * 8 + 38 * 3,
-        (12288, 3072): 19 * 2 + 38,
-        (3072, 12288): 19 * 2,
-        (3072, 15360): 38,
-    },
+    "flux.1": {(3072, 3072): 19 * 8 + 38 * 3, (12288, 3072): 19 * 2 + 38, (3072, 12288): 19 * 2, (3072, 15360): 38}
 }
 """All attention and feed-forward matrices of a model: 418 of FLUX.1-dev's."""
 
@@ -72,7 +67,7 @@ def warm_up() -> None:
 
 
 def compare(arguments: SimpleNamespace) -> dict[str, dict[str, float]]:
-    """Every way on every weight, printed; way -> its time to `fast`'s, and the least energy, of all together."""
+    """Time every way on every weight; way -> its time to `fast`'s, and the least energy, of all together."""
     ways = WAYS | (PEFT if arguments.peft else {})
     bounds = (BOUND, NEEDED)
     totals, least, count = dict.fromkeys([*ways, NEEDED], 0.0), dict.fromkeys([*ways, NEEDED], 1.0), 0
@@ -165,7 +160,7 @@ def two_products(weight: Tensor, rank: int) -> Tensor:
 
 
 def steps_needed(weight: Tensor, rank: int) -> int:
-    """Of how many steps (a product from either side) the Krylov space first holds 0.999 of the best energy."""
+    """The least steps (a product from either side) whose Krylov space holds 0.999 of the best energy."""
     best, block = layer_basis(weight, rank).energy * float(weight.double().square().sum()), block_width(rank)
     x = torch.randn(weight.shape[1], block, generator=torch.Generator().manual_seed(2))
     left = torch.linalg.qr(weight @ x).Q

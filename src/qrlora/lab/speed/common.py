@@ -47,6 +47,13 @@ def machine(device: str) -> dict[str, Any]:
     }
 
 
+def settle(options: SimpleNamespace) -> None:
+    """Choose the device that the options leave open; a quick run has a quarter of the width and few rounds."""
+    options.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if options.quick:
+        options.width, options.rounds, options.seconds = options.width // 4, FEWEST_ROUNDS, 0.0
+
+
 def report(options: SimpleNamespace, device: str, **found: Any) -> None:
     """Write what was found where `--json` says, with what was asked for and the machine's facts."""
     asked = {name: value for name, value in vars(options).items() if name != "json"}
@@ -77,7 +84,7 @@ def flux(width: int, blocks: int, device: str, dtype: torch.dtype) -> Any:
 
 
 def conditions(n: int, device: str, dtype: torch.dtype) -> dict[str, Tensor]:
-    """What `n` prompts are to FLUX."""
+    """Random encodings of `n` prompts, as FLUX takes them."""
     return {
         "encoder_hidden_states": torch.randn(n, TEXT_TOKENS, TEXT_WIDTH, device=device).to(dtype),
         "pooled_projections": torch.randn(n, POOLED_WIDTH, device=device).to(dtype),
@@ -85,7 +92,7 @@ def conditions(n: int, device: str, dtype: torch.dtype) -> dict[str, Tensor]:
 
 
 def take_turns(arms: Mapping[str, Callable[[], object]], rounds: int, seconds: float, device: str) -> Times:
-    """Every arm once a round, in turning order, for so many rounds or seconds; a few rounds are always taken."""
+    """Run every arm once a round, in turning order, for so many rounds or seconds; a few rounds are always taken."""
     times: Times = {name: [] for name in arms}
     order, started = list(arms), time.perf_counter()
     for number in range(WARM_UP + rounds):

@@ -33,7 +33,6 @@ from torch import Tensor, nn
 
 from qrlora import Adapter, Live, QRLoraConfig, adapter_from_model
 from qrlora.lab.speed.common import (
-    FEWEST_ROUNDS,
     LATENT_CHANNELS,
     TEXT_TOKENS,
     Times,
@@ -41,9 +40,10 @@ from qrlora.lab.speed.common import (
     flux,
     ratios,
     report,
+    settle,
     spread,
+    take_turns,
 )
-from qrlora.lab.speed.common import take_turns as turns
 from qrlora.method.adapter import remove_adapters
 from qrlora.method.composition.batched import batched
 from qrlora.models.families.flux import FLUX
@@ -55,9 +55,7 @@ MERGED = (3072, 12288)
 
 def main(options: SimpleNamespace) -> None:
     """Measure, print, write."""
-    options.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if options.quick:
-        options.width, options.rounds, options.seconds = options.width // 4, FEWEST_ROUNDS, 0.0
+    settle(options)
     warnings.filterwarnings("ignore", "Already found a `peft_config`")
     tables = {"composed": composed, "changing": changing, "mixed": mixed, "layers": layers, "merging": merging}
     with tempfile.TemporaryDirectory() as cache, torch.no_grad():
@@ -97,7 +95,7 @@ class Bench:
         return Live(self.twin(), {str(number): adapter for number, adapter in enumerate(adapters)})
 
     def inputs(self, n: int) -> dict[str, Tensor]:
-        """Of one denoising step of n pictures."""
+        """Inputs of one denoising step of n pictures."""
         device, side = self.options.device, self.options.side
         return {
             "hidden_states": torch.randn(n, side**2, 4 * LATENT_CHANNELS, device=device).to(self.dtype),
@@ -112,7 +110,7 @@ class Bench:
         return lambda: denoiser(**inputs, **more, return_dict=False)
 
     def take(self, arms: dict[str, Callable[[], object]]) -> Times:
-        return turns(arms, self.options.rounds, self.options.seconds, self.options.device)
+        return take_turns(arms, self.options.rounds, self.options.seconds, self.options.device)
 
 
 def composed(bench: Bench) -> dict[str, Any]:
@@ -157,7 +155,7 @@ def changing(bench: Bench) -> dict[str, Any]:
 
 
 def mixed(bench: Bench) -> dict[str, Any]:
-    """One step for each of n pictures, each with an adapter of its own."""
+    """Time a step of n pictures, each with an adapter of its own."""
     results = {}
     config = LoraConfig(**bench.common, init_lora_weights=False)
     loras = get_peft_model(bench.twin(), config, "0", autocast_adapter_dtype=False).eval()
@@ -210,7 +208,7 @@ def adapted(bench: Bench, config: Any, weight: Tensor, names: list[str]) -> Any:
 
 
 def layers(bench: Bench) -> dict[str, Any]:
-    """What adapters add to one layer for eight pictures, the base's product left out; that product beside it."""
+    """Time what adapters add to one layer for eight pictures, and the base's product beside it."""
     results: dict[str, Any] = {}
     n, rank, width = max(PICTURES), bench.options.rank, bench.options.width
     tokens = bench.options.side**2 + TEXT_TOKENS

@@ -64,7 +64,7 @@ def measure(options: SimpleNamespace, folder: Path) -> dict[str, Any]:
     warnings.filterwarnings("ignore", message="Already found a `peft_config`")
     files, loras = make_adapters(folder)
     jobs = make_jobs(options.clients * options.each)
-    baseline = rival_of(loras, options.steps)
+    baseline = baseline_of(loras, options.steps)
     pipe, family = load_pipeline("pico")
     bare = lambda batch: one_batch(pipe, family, [job[:2] for job in batch], options.steps)  # noqa: E731
     baseline(jobs[0])  # warm
@@ -130,7 +130,7 @@ def make_jobs(count: int) -> list[Job]:
     return jobs
 
 
-def rival_of(loras: Path, steps: int) -> Callable[[Job], np.ndarray]:
+def baseline_of(loras: Path, steps: int) -> Callable[[Job], np.ndarray]:
     """One picture by diffusers alone: switch to its composition, call the pipeline."""
     pipe, family = load_pipeline("pico")
     for name in ROLES:
@@ -198,7 +198,7 @@ def batches(jobs: Sequence[Job], size: int) -> list[Sequence[Job]]:
 def each_round(
     ask: Callable[[Any], Any], jobs: Sequence[Any], clients: int, processes: Sequence[psutil.Process] = ()
 ) -> dict[str, Any]:
-    """Every job once, from that many clients at the same time; the processor seconds of these processes with it."""
+    """Do every job once, from that many clients at the same time; counts the processor seconds of these processes."""
 
     def timed(job: Any) -> tuple[float, Any]:
         started = time.perf_counter()

@@ -25,16 +25,7 @@ from peft import LoraConfig
 from torch import Tensor, nn
 
 from qrlora import QRLoraConfig
-from qrlora.lab.speed.common import (
-    FEWEST_ROUNDS,
-    LATENT_CHANNELS,
-    conditions,
-    flux,
-    ratios,
-    report,
-    spread,
-    take_turns,
-)
+from qrlora.lab.speed.common import LATENT_CHANNELS, conditions, flux, ratios, report, settle, spread, take_turns
 from qrlora.method.basis import layer_basis
 from qrlora.models.families.flux import FLUX
 
@@ -53,10 +44,8 @@ BASELINE = "lora"
 
 def main(options: SimpleNamespace) -> None:
     """Measure, print, write."""
-    options.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    settle(options)
     options.methods = options.methods or ";".join(METHODS)
-    if options.quick:
-        options.width, options.rounds, options.seconds = options.width // 4, FEWEST_ROUNDS, 0.0
     results = {dtype: measure(options, getattr(torch, dtype)) for dtype in options.dtypes}
     report(options, options.device, results=results)
 
@@ -152,7 +141,7 @@ def peak_of_step(arm: Arm, device: str) -> int:
 
 
 def measure(options: SimpleNamespace, dtype: torch.dtype) -> dict[str, Any]:
-    """Every method at one precision of the denoiser: the table, printed too."""
+    """Measure every method at one precision of the denoiser; print and return the table."""
     arms = {method: build(method, options, dtype) for method in options.methods.split(";")}
     steps = {method: arm.step for method, arm in arms.items()}
     times = take_turns(steps, options.rounds, options.seconds, options.device)

@@ -1,4 +1,4 @@
-"""Between an Adapter and the PEFT layers of a denoiser: read one out, put one in.
+"""Attach an Adapter to the PEFT layers of a denoiser, and read one from them.
 
 Works on bare diffusers denoisers (through their `add_adapter`), on `peft.PeftModel`, and on any other module.
 """
@@ -167,7 +167,7 @@ def _root(model: nn.Module) -> nn.Module:
 
 
 def adapted_layers(model: nn.Module, adapter_name: str) -> dict[str, Any]:
-    """LoraLayers by their name in the bare model; Any, because their parts are known at run time only."""
+    """Return the LoraLayers by their name in the bare model; Any, because their parts are known at run time only."""
     modules = _root(model).named_modules()
     return {name: layer for name, layer in modules if isinstance(layer, LoraLayer) and adapter_name in layer.lora_A}
 
@@ -185,7 +185,7 @@ def _config_of(model: nn.Module, adapter_name: str) -> LoraConfig:
     odd = [name for name in ("use_dora", "lora_bias", "modules_to_save") if getattr(config, name)]
     if odd or config.bias != "none":
         raise TunerError(
-            "an adapter that is more than ups and downs cannot be told by them",
+            "an adapter with DoRA, biases or modules_to_save is not determined by its up and down matrices",
             expected="no DoRA, no biases, no modules_to_save",
             got=odd or f"bias={config.bias!r}",
             remedy="train without these options",
@@ -194,7 +194,7 @@ def _config_of(model: nn.Module, adapter_name: str) -> LoraConfig:
 
 
 def _one_scaling(layers: Mapping[str, Any], adapter_name: str, config: LoraConfig) -> float:
-    """s as trained (not as turned up or down since): alpha / r, or alpha / sqrt(r) with rslora, equal in all layers."""
+    """Return s as trained, not as scaled since: alpha / r, or alpha / sqrt(r) with rslora, equal in all layers."""
     found = {(layer.r[adapter_name], layer.lora_alpha[adapter_name]) for layer in layers.values()}
     if len(found) != 1:
         raise TunerError(
@@ -270,7 +270,7 @@ def _config_for(adapter: Adapter) -> LoraConfig:
 
 
 def base_weights(model: nn.Module, layers: Iterable[str], asked_by: AdapterMetadata | None = None) -> dict[str, Tensor]:
-    """The base weight of each of these layers; MismatchError lists those that the model lacks."""
+    """Return the base weight of each of these layers; MismatchError lists those that the model lacks."""
     modules = dict(_root(model).named_modules())
     layers = list(layers)
     _check_there(layers, modules, type(_root(model)).__name__, _base_of(asked_by))
@@ -278,7 +278,7 @@ def base_weights(model: nn.Module, layers: Iterable[str], asked_by: AdapterMetad
 
 
 def basis_of(denoiser: nn.Module, adapter: Adapter) -> Basis | None:
-    """The basis of an adapter, from this denoiser's weights (and the cache); None for a plain LoRA.
+    """Return the basis of an adapter, from this denoiser's weights (and the cache); None for a plain LoRA.
 
     Raises MismatchError if the denoiser lacks a layer of the adapter.
     """

@@ -1,4 +1,4 @@
-"""The container of adapter files: safetensors, read with suspicion.
+"""Check an adapter file as a safetensors container before any number of it is used.
 
 The checks of every LoRA file are here: its kind, dtypes, finite numbers, the hashes that it says of itself. Its sizes
 and its digest are checked by qrlora._tensor_file. All complaints are AdapterFileError, of which `about` names the file.

@@ -83,7 +83,7 @@ def save_adapter(
     if spelling == "compact":
         require(
             adapter.metadata.on_basis,
-            f"a {adapter.metadata.method} adapter carries its own ups and has no compact spelling",
+            f"a {adapter.metadata.method} adapter has up matrices of its own, and no compact spelling",
             expected="method qrlora",
             got=adapter.metadata.method,
             remedy='save it with spelling="lora"',
@@ -136,7 +136,7 @@ def _folded(adapter: Adapter) -> Adapter:
 
 
 def compact_tensors(adapter: Adapter) -> dict[str, Tensor]:
-    """ΔR of every layer as the compact spelling has it."""
+    """Return ΔR of every layer as the compact spelling stores it."""
     meta = adapter.metadata
     tensors = {}
     for name, delta in adapter.deltas.items():
@@ -176,12 +176,12 @@ def _lora_tensors(adapter: Adapter, basis: Basis | None, names: Mapping[str, str
 
 
 def pack(delta: Float[Tensor, "rank in"], columns: tuple[int, ...]) -> Float[Tensor, " kept"]:
-    """The entries of a triangular ΔR that may be non-zero, row after row, of row i those from columns[i] on."""
+    """Return the entries of a triangular ΔR that may be non-zero, row after row, of row i those from columns[i] on."""
     return delta[triangular_mask(columns, delta.shape[1])]
 
 
 def unpack(packed: Float[Tensor, " kept"], columns: tuple[int, ...], width: int) -> Float[Tensor, "rank in"]:
-    """Inverse of `pack`."""
+    """Undo `pack`."""
     delta = packed.new_zeros(len(columns), width)
     delta[triangular_mask(columns, width)] = packed
     return delta
@@ -193,7 +193,7 @@ def tensor_shapes(
     spelling: str,
     names: Mapping[str, str] | None = None,
 ) -> dict[str, list[int]]:
-    """Key and shape of every tensor of a file; `layers` are the shapes of the base weights, `names` as in saving."""
+    """Return key -> shape of a file's tensors; `layers` are the shapes of the base weights, `names` as in saving."""
     keys: dict[str, list[int]] = {}
     for name, shape in layers.items():
         width, rank = math.prod(shape[1:]), meta.rank_in(shape)

@@ -35,7 +35,7 @@ _OTHER_KEYS = ("qrlora.format", "qrlora.layers", "qrlora.recipe_digest")
 
 
 def own(raw: Mapping[str, str]) -> dict[str, str]:
-    """The metadata without what was written for other programs, and without the digest, which is checked before."""
+    """Return the metadata without fields for other programs, and without the digest, which is checked before."""
     return {key: value for key, value in raw.items() if key != DIGEST and not key.startswith(NOTES)}
 
 
@@ -44,7 +44,7 @@ def _to_json(value: Any) -> str:
 
 
 def encode_metadata(adapter: Adapter, spelling: str, names: Mapping[str, str] | None = None) -> dict[str, str]:
-    """The metadata of `adapter` as safetensors wants it, text for text; `names` for the kohya spelling."""
+    """Return the metadata of `adapter` as safetensors stores it, text by key; `names` for the kohya spelling."""
     meta = adapter.metadata
     layers: dict[str, list[Any]] = {
         name: [list(s), adapter.digests.get(name, "")] for name, s in adapter.shapes.items()
@@ -70,7 +70,7 @@ def _decode_field(key: str, text: str) -> Any:
 
 
 def decode_metadata(raw: Mapping[str, str]) -> AdapterMetadata:
-    """Inverse of `encode_metadata`, strict; AdapterFileError lists what is missing, unknown or of a wrong type."""
+    """Undo `encode_metadata`, strictly: AdapterFileError lists what is missing, unknown or of a wrong type."""
     # The version decides what the other keys mean, so it is judged before them.
     if "qrlora.format_version" in raw:
         version = _decode_field("qrlora.format_version", raw["qrlora.format_version"])
@@ -127,7 +127,7 @@ def _resolved(columns: str | list[Any], rank: Any, basis_rank: int) -> list[Any]
 
 
 def decode_layers(text: str) -> tuple[dict[str, tuple[int, ...]], dict[str, str], dict[str, tuple[float, ...]]]:
-    """Shapes, digests and sketches by layer out of the text under `qrlora.layers`."""
+    """Read shapes, digests and sketches by layer from the text under `qrlora.layers`."""
     layers = parse_json(text, "qrlora.layers")
     require(isinstance(layers, dict) and len(layers) > 0, "qrlora.layers names no layers", expected="a JSON object")
     shapes: dict[str, tuple[int, ...]] = {}
@@ -152,7 +152,7 @@ def decode_layers(text: str) -> tuple[dict[str, tuple[int, ...]], dict[str, str]
 
 
 def decode_names(text: str, layers: Mapping[str, Any]) -> dict[str, str]:
-    """Layer -> name out of the text under `qrlora.names`; a name for each layer, no name twice."""
+    """Read layer -> name from the text under `qrlora.names`: a name for each layer, no name twice."""
     names = parse_json(text, "qrlora.names")
     fits = isinstance(names, dict) and all(isinstance(name, str) for name in names.values())
     require(

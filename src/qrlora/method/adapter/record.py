@@ -104,7 +104,7 @@ class AdapterMetadata:
         return tuple(column for column in self.columns if column < held)
 
     def rank_in(self, shape: Sequence[int]) -> int:
-        """Rows of ΔR, or of down, in a layer of this weight; an adapter with its own ups has one rank everywhere."""
+        """Return the rows of ΔR, or of down, in a layer; an adapter with its own ups has one rank everywhere."""
         return len(self.columns_in(shape)) if self.on_basis else self.rank
 
     @property
@@ -137,7 +137,7 @@ class ParameterCount:
 
 
 def triangular_mask(columns: tuple[int, ...], width: int) -> Bool[Tensor, "rank in"]:
-    """True where a triangular ΔR may be non-zero: j >= columns[i], so that the whole basis's R stays a triangle."""
+    """Return where a triangular ΔR may be non-zero: j >= columns[i], so that the whole basis's R stays a triangle."""
     return torch.arange(width)[None, :] >= torch.tensor(columns)[:, None]
 
 
@@ -201,7 +201,7 @@ class Adapter:
             )
 
     def columns(self, layer: str) -> tuple[int, ...]:
-        """The basis columns that the rows of a layer's ΔR belong to."""
+        """Return the basis columns that the rows of a layer's ΔR belong to."""
         return self.metadata.columns_in(self.shapes[layer])
 
     @property
@@ -273,7 +273,7 @@ class Adapter:
         return q[:, list(self.columns(layer))]
 
     def delta_weight(self, layer: str, q: Float[Tensor, "out basis_rank"] | None = None) -> Float[Tensor, "out in"]:
-        """ΔW = s · Q[:, columns] · ΔR in float32; a convolution's stays flattened (reshape to `shapes[layer]`)."""
+        """Return s · Q[:, columns] · ΔR in float32; a convolution's stays flattened (reshape to `shapes[layer]`)."""
         return self.scaling * self.up(layer, q).float() @ self.deltas[layer].float()
 
     @property

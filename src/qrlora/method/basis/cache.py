@@ -57,7 +57,7 @@ class Basis(Mapping[str, LayerBasis]):
         cache_dir: Path | None = None,
         progress: Callable[[int, int, str], None] | None = None,
     ) -> Basis:
-        """Basis of named weights, each taken from the cache on disk or computed and put there.
+        """Return the basis of named weights, each taken from the cache on disk, or computed and put there.
 
         Args:
             weights: layer name -> weight as for :func:`layer_basis`.
@@ -97,7 +97,7 @@ def cached_layer_basis(
     name: str = "",
     cache_dir: Path | None = None,
 ) -> LayerBasis:
-    """:func:`layer_basis` through the cache on disk. ``digest`` is :func:`weight_digest` of ``weight``."""
+    """Return :func:`layer_basis` through the cache on disk. ``digest`` is :func:`weight_digest` of ``weight``."""
     matrix, scale = checked_matrix(weight, rank, algorithm, name)
     rank = clipped_rank(matrix.shape, rank)
     path = cache_path(digest, rank, algorithm=algorithm, seed=seed, cache_dir=cache_dir)
@@ -113,7 +113,7 @@ def cached_layer_basis(
 def cache_path(
     digest: str, rank: int, *, algorithm: str = "fast", seed: int = 0, cache_dir: Path | None = None
 ) -> Path:
-    """File of the Q of a weight in the cache of :func:`cached_layer_basis`, safetensors; it exists once Q was computed.
+    """Return the cache file of a weight's Q, a safetensors file that exists once Q was computed.
 
     rank: of the file's Q, so :func:`clipped_rank` of what the whole basis was asked for.
     """
@@ -122,7 +122,7 @@ def cache_path(
 
 
 def _read_columns(path: Path, matrix: Float[Tensor, "out in"], rank: int) -> Float[Tensor, "out rank"] | None:
-    """Q of the cache; None, with a note, if the file is not what was written."""
+    """Read Q from the cache; None, with a note, if the file is not what was written."""
     found = read_entry(path, path.stem, {"q": (matrix.shape[0], rank)})
     if found is None:
         return None

@@ -1,4 +1,4 @@
-"""From a weight W to Q and R: orthonormal columns and a triangle, Q R the best rank-r approximation of W.
+"""Factor a weight W into Q and R: orthonormal columns and a triangle, Q R the best rank-r approximation of W.
 
 All adapters of one base model train on the same basis (arXiv 2507.04599, section 3.2), so the pair has to be a
 function of the weight alone. It is: with ``diag(R) > 0`` the QR factorisation of the rank-r core is unique, whatever
@@ -47,7 +47,7 @@ class LayerBasis:
 
 
 def layer_basis(weight: Tensor, rank: int, *, algorithm: str = "fast", seed: int = 0, name: str = "") -> LayerBasis:
-    """Basis of one weight: truncated SVD, then ``S_r V_rᵀ = O R`` and ``Q = U_r O`` (arXiv 2507.04599, eq. 3 to 5).
+    """Compute a weight's basis: truncated SVD, then ``S_r V_rᵀ = O R``, ``Q = U_r O`` (arXiv 2507.04599, eq. 3 to 5).
 
     Only the small factor (rank, in) is factored; the (out, in) core never is.
 
@@ -70,8 +70,8 @@ def layer_basis(weight: Tensor, rank: int, *, algorithm: str = "fast", seed: int
 
 
 def clipped_rank(shape: Sequence[int], rank: int) -> int:
-    """Columns that a basis of this rank has in a layer of this weight, (out, in, *kernel): all that its smaller side
-    holds, if that is fewer.
+    """Return how many columns a basis of this rank has in a layer of this weight, (out, in, *kernel): its smaller side
+    at most.
 
     They are the first ones, so column c of the basis is there if c lies below this number, whoever owns it.
     """
@@ -79,8 +79,8 @@ def clipped_rank(shape: Sequence[int], rank: int) -> int:
 
 
 def clipping(columns: Mapping[str, tuple[int, int]]) -> str:
-    """The sentence that names the layers (name -> columns held, columns asked for) with fewer columns than were asked
-    for; empty if there are none."""
+    """Return a text that names the layers (name -> columns held, columns asked for) with fewer columns than asked for,
+    or ""."""
     fewer = [f"{name} ({held} of {asked})" for name, (held, asked) in columns.items() if held < asked]
     more = f" and {len(fewer) - _NAMED} others" if len(fewer) > _NAMED else ""
     listed = ", ".join(fewer[:_NAMED]) + more
@@ -130,7 +130,7 @@ def off_orthonormal(q: Float[Tensor, "out rank"]) -> float:
 
 @contextlib.contextmanager
 def full_precision(device: str) -> Iterator[None]:
-    """Products in float32 whatever the caller allows its own (autocast, TF32): Q has to be the same for everybody."""
+    """Compute in float32 whatever the caller allows its own products (autocast, TF32): Q is the same for everybody."""
     allowed = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
@@ -177,7 +177,7 @@ def checked_matrix(weight: Tensor, rank: int, algorithm: str, name: str) -> tupl
 def orthonormal_columns(
     matrix: Float[Tensor, "out in"], rank: int, algorithm: str, seed: int, name: str
 ) -> Float[Tensor, "out rank"]:
-    """Q of the matrix, computed in float32 with the small factor canonicalised in float64."""
+    """Compute Q of the matrix in float32, the small factor canonicalised in float64."""
     try:
         found = _block_krylov(matrix, rank, seed) if algorithm == "fast" else None
         u, values = found or _full_decomposition(matrix, rank)
@@ -207,7 +207,7 @@ def _full_decomposition(
 
 
 def block_width(rank: int) -> int:
-    """Columns of a Krylov block of ``fast``."""
+    """Return the number of columns of a Krylov block of ``fast``."""
     return rank + max(8, rank // _OVERSAMPLING)
 
 
@@ -321,7 +321,7 @@ def _independent_columns(core: Float[Tensor, "rank in"], tolerance: float) -> li
 
 
 def with_coordinates(matrix: Float[Tensor, "out in"], scale: float, q: Float[Tensor, "out rank"]) -> LayerBasis:
-    """Basis of the weight ``matrix / scale``."""
+    """Return the basis of the weight ``matrix / scale``."""
     r = torch.triu(q.T @ matrix)
     # Row by row and then in float64: one float32 sum over ten million entries is off by 1e-3.
     energies = [float(torch.linalg.vector_norm(part, dim=1).double().square().sum()) for part in (r, matrix)]

@@ -21,7 +21,7 @@ TURNED = 0.03  # how far Q may be from the one an adapter was trained on, as the
 
 
 def weight_digest(weight: Tensor) -> str:
-    """SHA-256 of the shape and of the values as float32, so a half-precision file and its upcast agree."""
+    """Return the SHA-256 of shape and values as float32, so that a half-precision file and its upcast agree."""
     values = weight.detach().to("cpu", torch.float32).contiguous()
     digest = hashlib.sha256(json.dumps(list(values.shape)).encode())
     digest.update(values.flatten().view(torch.uint8).numpy().data)
@@ -29,7 +29,7 @@ def weight_digest(weight: Tensor) -> str:
 
 
 def fingerprint(digests: Mapping[str, str], rank: int, algorithm: str, seed: int, version: int | None = None) -> str:
-    """Identity of the basis of a base model, from the digests of its weights (layer name -> digest).
+    """Return the identity of a base model's basis, from the digests of its weights (layer name -> digest).
 
     version: of the algorithm; this package's unless given.
     """
@@ -45,7 +45,7 @@ def version_of(found: str, digests: Mapping[str, str], rank: int, algorithm: str
 
 
 def sketch(q: Float[Tensor, "out rank"]) -> tuple[float, float, float]:
-    """Three random projections of Q, by which a recomputed Q is checked: zᵀ Q w / sqrt(rank), z and w seeded noise.
+    """Return three random projections of Q, to check a recomputed Q by: zᵀ Q w / sqrt(rank), z and w seeded noise.
 
     Those of Q and of Q' differ by as much as a column does (:func:`turned`), and not by signs of zero or last digits:
     a digest of Q would. So an adapter can carry them, and its basis need not.
@@ -57,7 +57,7 @@ def sketch(q: Float[Tensor, "out rank"]) -> tuple[float, float, float]:
 
 @functools.lru_cache(maxsize=64)
 def _noise_of_sketch(out: int, rank: int) -> tuple[Float[Tensor, "3 out"], Float[Tensor, "3 rank"]]:
-    """z and w. Files hold what :func:`sketch` makes of them, so they stay what they are."""
+    """Return z and w. Files hold what :func:`sketch` makes of them, so they must never change."""
     generator = torch.Generator().manual_seed(0)
     z, w = (torch.randn(3, n, generator=generator, dtype=torch.float32, device="cpu") for n in (out, rank))
     return z, w

@@ -1,4 +1,4 @@
-"""Compositions on a denoiser that runs: changed between two steps, one for each picture of a batch.
+"""Change the composition of a running denoiser between two steps, one composition for each picture of a batch.
 
     with Live(pipe.transformer, {"mug": mug, "chalk": chalk}) as live:
         live.compose([{"mug": 0.9}, {"mug": 1.0, "chalk": 0.5}, {}])
@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from qrlora.errors import MismatchError, TunerError
 from qrlora.method.adapter.attach import adapted_layers, attach, remove_adapters
 from qrlora.method.adapter.record import Adapter
-from qrlora.method.composition.null_space import check_strength, project_out
+from qrlora.method.composition.null_space import check_strength, default_strength, project_out
 from qrlora.method.composition.parts import check_weights
 from qrlora.method.composition.sum import Composition
 from qrlora.method.tuner.factors import DeltaR, DeltaRConv, DeltaRConv1d, DeltaRConv2d, DeltaRConv3d, DeltaRLinear
@@ -41,7 +41,7 @@ all pictures end to end (as Z-Image's embedders get them), in which compositions
 
 
 class BatchedDelta(DeltaR):
-    """``several`` ΔR one above the other in ``weight``: row i of a batch uses the one numbered i modulo ``several``."""
+    """Several ΔR stacked in ``weight``: row i of a batch uses the one numbered i modulo ``several``."""
 
     several = 1
 
@@ -55,7 +55,7 @@ class BatchedDelta(DeltaR):
         self.triangular, self.outside, self.several = False, None, len(deltas)
 
     def down(self) -> Float[Tensor, "inner in"]:
-        """As `DeltaR.down`. TunerError if there are several: no ΔW that could be merged is of them all."""
+        """Return the right factor; TunerError if there are several ΔR, which have no common ΔW to merge."""
         if self.several > 1:
             raise TunerError(
                 "one weight cannot hold several compositions",
@@ -66,7 +66,7 @@ class BatchedDelta(DeltaR):
         return super().down()
 
     def turns(self, x: Tensor) -> int:
-        """Number of times that a batch repeats the ΔR. TunerError if its rows cannot be matched with them."""
+        """Return how often a batch repeats the ΔR. Raises TunerError if its rows cannot be matched with them."""
         turns, left = divmod(len(x), self.several)
         if left or (x.ndim == 2 and turns > MOST_TURNS):
             raise TunerError(
@@ -125,7 +125,7 @@ _BATCHED: dict[type[DeltaR], type[BatchedDelta]] = {
 
 
 def batched(delta: DeltaR) -> BatchedDelta:
-    """The ΔR of a layer, its geometry and columns, as one that holds several."""
+    """Return a layer's ΔR, with its geometry and columns, as one that holds several."""
     made = copy.copy(delta)
     made.__class__ = _BATCHED[type(delta)]
     return cast(BatchedDelta, made)
@@ -170,29 +170,36 @@ class Live:
         """The adapters that a composition may name."""
         return tuple(self._adapters)
 
-    def compose(self, rows: Sequence[Mapping[str, float]], null_space: Sequence[float] | float = 0.0) -> None:
-        """From the next step on, one composition for every picture of a batch, in their order.
+    def compose(
+        self, rows: Sequence[Mapping[str, float]], null_space: Sequence[float | None] | float | None = 0.0
+    ) -> None:
+        """Set one composition for every picture of a batch, in their order, from the next step on.
 
         Args:
             rows: adapters by name with their weights, of any sign; {} is the base model. One row is for all pictures
                 of a batch of any size. n rows serve a batch of n, or of a multiple of n in which every n rows have the
                 same order, as classifier-free guidance makes them.
-            null_space: strength of the null-space projection, as in `Composition`: one for each row, or one for all.
+            null_space: strength of the null-space projection, as in `Composition`: one for each row, or one for all;
+                None is `default_strength` of the row's adapters.
 
         Raises:
             MismatchError: no rows, or as `check`; or a strength that is not from 0 to 1.
         """
         wanted = [dict(row) for row in rows]
-        strengths = [float(null_space)] * len(wanted) if isinstance(null_space, (int, float)) else list(null_space)
-        if len(strengths) != len(wanted):
-            raise MismatchError("strengths that do not fit the rows", expected=len(wanted), got=len(strengths))
-        for strength in strengths:
-            check_strength(strength)
+        given = list(null_space) if isinstance(null_space, Sequence) else [null_space] * len(wanted)
+        if len(given) != len(wanted):
+            raise MismatchError("strengths that do not fit the rows", expected=len(wanted), got=len(given))
+        for strength in given:
+            check_strength(strength or 0.0)
         if not wanted:
             raise MismatchError("no composition", expected="one for every picture, or one for all", got="none")
         for row in wanted:
             self.check(row)
-        self._rows, self._strengths = wanted, strengths
+        self._strengths = [
+            default_strength([self._adapters[name] for name in row]) if strength is None else float(strength)
+            for row, strength in zip(wanted, given, strict=True)
+        ]
+        self._rows = wanted
         self._write()
 
     def check(self, row: Mapping[str, float]) -> None:
@@ -224,7 +231,7 @@ class Live:
             )
 
     def add(self, name: str, adapter: Adapter) -> None:
-        """One more adapter, which no picture uses until `compose` names it; what is composed stays as it is.
+        """Add an adapter, which no picture uses until `compose` names it; the current compositions stay as they are.
 
         Raises:
             MismatchError: the name is taken, or the adapter is not of the others' basis, or not of this denoiser's.
@@ -239,7 +246,7 @@ class Live:
         self._take({**self._adapters, name: adapter})
 
     def remove(self, name: str) -> None:
-        """One adapter fewer; what is composed goes on without it.
+        """Remove an adapter that no current composition uses; these stay as they are.
 
         Raises:
             MismatchError: no such adapter.
@@ -298,7 +305,7 @@ class Live:
 
     @torch.no_grad()
     def _stacked(self, adapters: Sequence[Adapter]) -> dict[str, Tensor]:
-        """Of every layer (adapters, rank * in) float32: s · ΔR of each, on the columns of what is attached."""
+        """Return s · ΔR of each, float32, (adapters, rank * in) by layer, on the columns of what is attached."""
         assert self._attached
         attached, stacks = self._attached[1], {}
         for layer, delta in self._layers.items():
@@ -313,7 +320,7 @@ class Live:
         return stacks
 
     def _hard_projected(self, names: tuple[str, ...]) -> dict[str, Tensor]:
-        """`_stacked` of these adapters after null-space projection at strength 1."""
+        """Return `_stacked` of these adapters after null-space projection at strength 1."""
         if names not in self._projected:
             projected = project_out([(self._adapters[name], 1.0) for name in names], 1.0)
             self._projected[names] = self._stacked([adapter for adapter, _ in projected])

@@ -26,7 +26,7 @@ from qrlora.method.composition.parts import basis_difference, called, known_up, 
 def cosine(
     inner: Float[Tensor, "*some"], first: Float[Tensor, "*#some"], second: Float[Tensor, "*#some"]
 ) -> Float[Tensor, "*some"]:
-    """⟨a, b⟩ / (‖a‖ ‖b‖) from ⟨a, b⟩, ‖a‖² and ‖b‖²; 0 where one of them is zero."""
+    """Return ⟨a, b⟩ / (‖a‖ ‖b‖) from ⟨a, b⟩, ‖a‖² and ‖b‖²; 0 where one of them is zero."""
     norms = first.sqrt() * second.sqrt()
     return torch.where(norms > 0, inner / norms.clamp(min=torch.finfo(inner.dtype).tiny), 0.0)
 
@@ -54,7 +54,7 @@ class LayerInterference:
         shared: Float[Tensor, "parts parts"],
         weights: Float[Tensor, " parts"],
     ) -> LayerInterference:
-        """From ⟨ΔWᵢ, ΔWⱼ⟩, shared row spaces (NaN: not both there, read as 0) and λ; all float64."""
+        """Compute it from ⟨ΔWᵢ, ΔWⱼ⟩, shared row spaces (NaN: not both there, read as 0) and λ; all float64."""
         squares = gram.diagonal()
         energy, total = weights.square() * squares, float(weights @ gram @ weights)
         return cls(
@@ -65,7 +65,7 @@ class LayerInterference:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain lists and numbers, for JSON."""
+        """Return plain lists and numbers, for JSON."""
         return asdict(self)
 
 
@@ -80,7 +80,7 @@ class Interference:
 
     @classmethod
     def of(cls, parts: Sequence[tuple[Adapter, float]]) -> Interference:
-        """From adapters on one basis with their weights λ."""
+        """Compute it for adapters on one basis with their weights λ."""
         found = {}
         for name in union(adapter.shapes for adapter, _ in parts):
             rows = [row_space(adapter.deltas[name]) if name in adapter.deltas else None for adapter, _ in parts]
@@ -97,7 +97,7 @@ class Interference:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain lists and numbers, for JSON."""
+        """Return plain lists and numbers, for JSON."""
         return {
             "parts": list(self.parts),
             "weights": list(self.weights),
@@ -133,7 +133,7 @@ def _shared_rows(rows: Sequence[Float[Tensor, "_ in"] | None]) -> Float[Tensor, 
 
 @dataclass(frozen=True)
 class Similarity:
-    """Cosines of what two adapters are made of, over the layers both adapt; keys absent where they cannot be known.
+    """Cosines of Q, R, ΔR and ΔW of two adapters, over the layers both adapt; keys absent where they cannot be known.
 
     "q", "r"     the bases' columns, and R + s·ΔR (only if both bases are given)
     "delta_r"    s·ΔR in basis coordinates: rows of columns that only one of them owns meet zeros
@@ -147,13 +147,13 @@ class Similarity:
     only_second: tuple[str, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain lists and numbers, for JSON."""
+        """Return plain lists and numbers, for JSON."""
         only = {"only_first": list(self.only_first), "only_second": list(self.only_second)}
         return {"total": self.total, "layers": self.layers, **only}
 
 
 def similarity(a: Adapter, b: Adapter, basis_a: Basis | None = None, basis_b: Basis | None = None) -> Similarity:
-    """Cosine similarities of two adapters per layer and in total, as arXiv 2507.04599 reports them for Q, R and ΔR.
+    """Return the cosines of two adapters per layer and in total, as arXiv 2507.04599 reports them for Q, R and ΔR.
 
     Raises MismatchError if they have no layer in common, or a basis is not the one its adapter was trained on.
     """

@@ -18,25 +18,29 @@ from qrlora.errors import MismatchError
 from qrlora.method.adapter.record import Adapter
 
 DEFAULT_STRENGTH = 0.5
-"""Of a subject composed with a style: better than 0 and 1 with disjoint columns (docs/bench.md)."""
+"""Strength for a subject with a style: better than 0 and 1 with disjoint columns (docs/compare.md)."""
 RANK_TOLERANCE = 1e-10  # of squared singular values, relative: below it a row space has no further dimension
 
 
 def default_strength(adapters: Sequence[Adapter]) -> float:
-    """Strength that commands, server and demo use where none is given: `DEFAULT_STRENGTH` for one subject with one
-    style, else 0, because nothing else was measured."""
-    pair = sorted(adapter.metadata.role for adapter in adapters) == ["style", "subject"]
-    return DEFAULT_STRENGTH if pair else 0.0
+    """Return the strength that commands, server and demo use where none is given: `DEFAULT_STRENGTH` for one subject
+    with one style, else 0, because nothing else was measured."""
+    return strength_of_roles([adapter.metadata.role for adapter in adapters])
+
+
+def strength_of_roles(roles: Sequence[str]) -> float:
+    """Return the default strength of adapters with these roles."""
+    return DEFAULT_STRENGTH if sorted(roles) == ["style", "subject"] else 0.0
 
 
 def check_strength(strength: float) -> None:
-    """MismatchError unless it is from 0 to 1."""
+    """Raise MismatchError unless the strength is from 0 to 1."""
     if not 0 <= strength <= 1:
-        raise MismatchError("no such strength of null-space projection", expected="0 to 1", got=strength)
+        raise MismatchError("strength of null-space projection out of range", expected="0 to 1", got=strength)
 
 
 def project_out(parts: Sequence[tuple[Adapter, float]], strength: float) -> list[tuple[Adapter, float]]:
-    """The parts at their weights, each ΔWᵢ projected: ΔWᵢ (I - strength · V Vᵀ), layer by layer.
+    """Return the parts at their weights, each ΔWᵢ projected: ΔWᵢ (I - strength · V Vᵀ), layer by layer.
 
     V (in, k) spans the row spaces of all other ΔW whose weight is not zero; of ΔW = Q ΔR that is the one of ΔR, so no
     basis is needed. The result is float32, on the basis of the adapter, and no longer triangular.
@@ -69,11 +73,11 @@ def _check_widths(adapters: Sequence[Adapter]) -> None:
     for adapter in adapters:
         for name, delta in adapter.deltas.items():
             if widths.setdefault(name, delta.shape[1]) != delta.shape[1]:
-                raise MismatchError(f"other inputs of {name}", expected=widths[name], got=delta.shape[1])
+                raise MismatchError(f"inputs of other width in {name}", expected=widths[name], got=delta.shape[1])
 
 
 def _read(adapter: Adapter, layer: str) -> Float[Tensor, "rank in"]:
-    """As many rows as the adapter has, with the row space of its ΔW; float64. R · down where up = Q R."""
+    """Return as many rows as the adapter has, with the row space of its ΔW; float64: R · down where up = Q R."""
     rows = adapter.deltas[layer].detach().cpu().double()
     if adapter.metadata.on_basis:
         return rows
@@ -82,7 +86,7 @@ def _read(adapter: Adapter, layer: str) -> Float[Tensor, "rank in"]:
 
 
 def row_space(rows: Float[Tensor, "rank in"]) -> Float[Tensor, "dims in"]:
-    """Orthonormal rows that span the given ones, float64 on the CPU: with A Aᵀ = U Λ Uᵀ they are Λ^(-1/2) Uᵀ A."""
+    """Return orthonormal rows with the span of A's, float64 on the CPU: with A Aᵀ = U Λ Uᵀ they are Λ^(-1/2) Uᵀ A."""
     rows = rows.detach().cpu().double()
     values, vectors = torch.linalg.eigh(rows @ rows.T)
     kept = values > RANK_TOLERANCE * values.max().clamp(min=torch.finfo(values.dtype).tiny)

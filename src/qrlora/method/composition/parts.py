@@ -21,7 +21,7 @@ def called(adapter: Adapter) -> str:
 
 
 def check_weights(parts: Sequence[tuple[Adapter, float]]) -> None:
-    """MismatchError unless there is a part and every weight is finite, as are the numbers it makes of its adapter."""
+    """Raise MismatchError unless there is a part, and every weight and its product with the adapter is finite."""
     bad = [weight for _, weight in parts if not math.isfinite(weight)]
     if not parts or bad:
         raise MismatchError("nothing to compose", expected="adapters with finite weights", got=bad or "no adapters")
@@ -30,7 +30,7 @@ def check_weights(parts: Sequence[tuple[Adapter, float]]) -> None:
 
 
 def check_sum(total: Tensor, parts: Sequence[tuple[Adapter, float]], layer: str) -> Tensor:
-    """The sum of these parts in a layer; MismatchError if it overflows its dtype."""
+    """Return the sum of these parts in a layer; MismatchError if it overflows its dtype."""
     if not bool(torch.isfinite(total).all()):
         raise MismatchError(
             f"{layer}: the sum of {' and '.join(called(adapter) for adapter, _ in parts)} is not finite",
@@ -42,7 +42,7 @@ def check_sum(total: Tensor, parts: Sequence[tuple[Adapter, float]], layer: str)
 
 
 def basis_difference(first: Adapter, second: Adapter) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Descriptions of the bases of two adapters if these differ, else ({}, {}).
+    """Return descriptions of the bases of two adapters if these differ, else ({}, {}).
 
     One basis: equal family, rank, algorithm, version of it, and seed, and in the layers both adapt equal base weights
     and, as far as the sketches of both are known, the same Q.
@@ -71,12 +71,12 @@ def on_one_basis(adapters: Sequence[Adapter]) -> bool:
 
 
 def scaled_down(adapter: Adapter, layer: str) -> Float[Tensor, "rank in"]:
-    """s · ΔR, float64 on the CPU."""
+    """Return s · ΔR, float64 on the CPU."""
     return adapter.scaling * adapter.deltas[layer].detach().cpu().double()
 
 
 def known_up(adapter: Adapter, basis: Basis | None, layer: str) -> Float[Tensor, "out rank"] | None:
-    """The left factor, float64 on the CPU; None if it is columns of a basis that was not given."""
+    """Return the left factor, float64 on the CPU; None if it is columns of a basis that was not given."""
     if adapter.metadata.on_basis and basis is None:
         return None
     return adapter.up(layer, None if basis is None else basis[layer].q).detach().cpu().double()
@@ -85,25 +85,25 @@ def known_up(adapter: Adapter, basis: Basis | None, layer: str) -> Float[Tensor,
 def products(
     a: Float[Tensor, "rank_a width"], b: Float[Tensor, "rank_b width"], rows_a: Sequence[int], rows_b: Sequence[int]
 ) -> Float[Tensor, " products"]:
-    """⟨a, b⟩ over the rows both own, ⟨a, a⟩, ⟨b, b⟩; rows_x[i] is the basis column that row i of x belongs to."""
+    """Return ⟨a, b⟩ over the rows both own, ⟨a, a⟩, ⟨b, b⟩; rows_x[i] is the basis column of row i of x."""
     common = sorted(set(rows_a) & set(rows_b))
     mine, yours = [list(rows_a).index(row) for row in common], [list(rows_b).index(row) for row in common]
     return torch.stack([(a[mine] * b[yours]).sum(), a.square().sum(), b.square().sum()])
 
 
 def union(maps: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-    """All entries of all maps."""
+    """Return all entries of all maps."""
     return {name: value for one in maps for name, value in one.items()}
 
 
 def joined(texts: Iterable[str], by: str) -> str:
-    """The different, non-empty texts in their first order."""
+    """Return the different, non-empty texts in their first order."""
     return by.join(dict.fromkeys(text for text in texts if text))
 
 
 def collected(parts: Sequence[tuple[Adapter, float]], null_space: float = 0.0) -> dict[str, Any]:
-    """Metadata of a composition's origin: every part by name, digest, weight and licence; and the strength of the
-    null-space projection, unless 0."""
+    """Return a composition's origin as metadata: every part by name, digest, weight and licence; and the strength of
+    the null-space projection, unless 0."""
     metas = [adapter.metadata for adapter, _ in parts]
     listed = [
         {

@@ -70,11 +70,11 @@ class Composition:
                 )
 
     def adapter(self) -> Adapter:
-        """The weighted sum of the projected parts as one adapter: float32, alpha = rank, role "composition"."""
+        """Return the weighted sum of the projected parts as one adapter: float32, alpha = rank, role "composition"."""
         return self._filled_by(partial(self._sum, project_out(self.parts, self.null_space)))
 
     def blank(self) -> Adapter:
-        """Zeros on all layers and columns of the parts."""
+        """Return zeros on all layers and columns of the parts."""
         return self._filled_by(lambda _, columns, width: torch.zeros(len(columns), width))
 
     def _filled_by(self, delta: Callable[[str, tuple[int, ...], int], Tensor]) -> Adapter:
@@ -115,13 +115,13 @@ class Composition:
         return check_sum(total.float(), parts, layer)
 
     def energy_kept(self) -> float:
-        """‖Σ λᵢ ΔWᵢ‖² after null-space projection, as a share of the plain sum's; 1 at strength 0."""
+        """Return ‖Σ λᵢ ΔWᵢ‖² after null-space projection, as a share of the plain sum's; 1 at strength 0."""
         sums = [composition.adapter() for composition in (self, Composition(self.parts))]
         kept, whole = (sum(float(d.double().square().sum()) for d in one.deltas.values()) for one in sums)
         return kept / whole if whole else 1.0
 
     def interference(self) -> Interference:
-        """Of the parts before null-space projection, computed from ΔR alone: no base model, no basis, no picture."""
+        """Compute the interference of the parts before null-space projection, from ΔR alone."""
         return Interference.of(self.parts)
 
 
@@ -129,7 +129,7 @@ def _check_on_its_basis(adapter: Adapter) -> None:
     meta = adapter.metadata
     if not meta.on_basis:
         raise MismatchError(
-            f"{called(adapter)} carries its own ups, so there is no shared Q to add on",
+            f"{called(adapter)} has up matrices of its own, so there is no shared Q to add on",
             expected="method qrlora",
             got=f"method {meta.method}",
             remedy=f"{ONTO_BASIS}; {BY_DELTA_WEIGHT}",

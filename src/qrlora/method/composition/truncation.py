@@ -42,7 +42,7 @@ class TruncationLoss:
     energy_kept: float = 1.0
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain lists and numbers, for JSON."""
+        """Return plain lists and numbers, for JSON."""
         return {
             "rank": self.rank,
             "total": self.total,

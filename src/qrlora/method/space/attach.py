@@ -1,4 +1,4 @@
-"""Between a space and the layers of a denoiser: put a fresh adapter on it, read where training took it."""
+"""Put a fresh adapter on a denoiser as a point of a space, and read where training took it."""
 
 from __future__ import annotations
 

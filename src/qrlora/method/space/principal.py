@@ -35,7 +35,7 @@ class Principal:
 
 
 def principal(rows: Sequence[Mapping[str, Tensor]], keep: int | None = None) -> Principal:
-    """Decompose rows of equal names and shapes; keep: components at most (default: all that are not rounding)."""
+    """Decompose rows of equal names and shapes; keep: components at most (default: all above rounding)."""
     n = len(rows)
     gram = torch.zeros(n, n, dtype=torch.float64)
     for _, _, centred in _centred(rows):

@@ -78,7 +78,7 @@ class Space:
 
     @classmethod
     def of(cls, adapters: Sequence[Adapter], components: int | None = None) -> Space:
-        """The space that adapters span; components: how many to keep (default: all, one less than adapters).
+        """Return the space that adapters span; components: how many to keep (default: all, one less than adapters).
 
         Raises MismatchError for fewer than two adapters, the same one twice, more components than there are, and
         adapters that differ in basis, layers, columns, scaling or role: names both values.
@@ -124,7 +124,7 @@ class Space:
         return tuple(variance / sum(self.variances) for variance in self.variances)
 
     def adapter(self, coordinates: Sequence[float], mean: float = 1.0, name: str = "") -> Adapter:
-        """The adapter at these coefficients: ΔR = mean · m + Σ zₖ cₖ, computed in float64."""
+        """Return the adapter at these coefficients: ΔR = mean · m + Σ zₖ cₖ, computed in float64."""
         if len(coordinates) > self.count:
             raise MismatchError("more coordinates than components", expected=self.count, got=len(coordinates))
         z = torch.tensor(list(coordinates), dtype=torch.float64)
@@ -135,7 +135,7 @@ class Space:
         return dataclasses.replace(self.mean, deltas=deltas, name=name)
 
     def project(self, adapter: Adapter) -> Projection:
-        """The point of the space that is nearest to an adapter, by least squares in ΔR. Errors: as `of`."""
+        """Return the point of the space that is nearest to an adapter, by least squares in ΔR. Errors: as `of`."""
         check_alike(self.mean, adapter)
         gram = torch.zeros(1 + self.count, 1 + self.count, dtype=torch.float64)
         against, whole = torch.zeros(1 + self.count, dtype=torch.float64), 0.0

@@ -129,7 +129,7 @@ def least_basis_rank(columns: str | Sequence[int], r: int) -> int:
 
 
 def resolve_columns(columns: str | Sequence[int], r: int, basis_rank: int | None = None) -> tuple[int, ...]:
-    """The column numbers a ``columns`` field stands for, increasing.
+    """Return the column numbers that a ``columns`` field stands for, increasing.
 
     Args:
         columns: as in :class:`QRLoraConfig`.

@@ -75,7 +75,7 @@ class BasisColumns(nn.Module):
         return self._as_convolution(self.q)
 
     def up(self) -> Float[Tensor, "out inner"]:
-        """Left factor of ΔW: Q, whose counterpart is :meth:`DeltaR.down`."""
+        """Return the left factor of ΔW: Q, whose counterpart is :meth:`DeltaR.down`."""
         return self.q
 
     def forward(self, x: Tensor) -> Tensor:
@@ -104,7 +104,7 @@ class TrainedColumns(BasisColumns):
         self.delta_q = nn.Parameter(delta_q)
 
     def up(self) -> Float[Tensor, "out inner"]:
-        """Left factor of ΔW: Q beside ΔQ."""
+        """Return the left factor of ΔW: Q beside ΔQ."""
         return torch.cat([self.q.to(self.delta_q.dtype), self.delta_q], dim=1)
 
 
@@ -136,7 +136,7 @@ class DeltaR(nn.Module):
                 self.weight.copy_(self.delta_r().reshape(self.weight.shape))
 
     def delta_r(self) -> Float[Tensor, "rank in"]:
-        """ΔR as a matrix, zero outside the triangle; differentiable."""
+        """Return ΔR as a matrix, zero outside the triangle; differentiable."""
         matrix = self.weight.flatten(1)
         if self.outside is None:
             return matrix
@@ -147,12 +147,12 @@ class DeltaR(nn.Module):
         return matrix
 
     def down(self) -> Float[Tensor, "inner in"]:
-        """Right factor of ΔW: ΔR, followed by R + ΔR of the columns that train too."""
+        """Return the right factor of ΔW: ΔR, followed by R + ΔR of the columns that train too."""
         delta = self.delta_r()
         return delta if self.r is None else torch.cat([delta, self.r.to(delta.dtype) + delta[: len(self.r)]])
 
     def down_weight(self) -> Tensor:
-        """:meth:`down` in the shape of a LoRA down weight."""
+        """Return :meth:`down` in the shape of a LoRA down weight."""
         return self.down().reshape(-1, *self.weight.shape[1:])
 
 

@@ -116,11 +116,11 @@ class QRLoraLayer(LoraLayer):
             basis.q = basis.q.to(dtype)
 
     def delta_r(self, adapter_name: str) -> Float[Tensor, "rank in"]:
-        """ΔR of an adapter as a matrix, convolutions flattened, zero outside the triangle; without the scaling."""
+        """Return ΔR of an adapter as a matrix, convolutions flattened, 0 outside the triangle, without the scaling."""
         return self.delta(adapter_name).delta_r()
 
     def get_delta_weight(self, adapter: str) -> Tensor:
-        """ΔW of an adapter, scaling included, in the shape of the base weight and the dtype of ΔR."""
+        """Return ΔW of an adapter, scaling included, in the shape of the base weight and the dtype of ΔR."""
         if adapter not in self.own_adapters():
             return self._stock_delta_weight(adapter)
         return self._delta_weight(adapter).to(self.delta(adapter).weight.dtype)
@@ -227,11 +227,11 @@ class QRLoraLayer(LoraLayer):
             )
 
     def own_adapters(self) -> dict[str, BasisColumns]:
-        """The QR-LoRA adapters of this layer, which may carry stock LoRA beside them."""
+        """Return the QR-LoRA adapters of this layer, which may carry stock LoRA beside them."""
         return {name: columns for name, columns in self.lora_B.items() if isinstance(columns, BasisColumns)}
 
     def delta(self, adapter_name: str) -> DeltaR:
-        """ΔR of an adapter, as a module."""
+        """Return the module of an adapter's ΔR."""
         return self.lora_A[adapter_name]  # type: ignore[return-value]
 
     def _delta_weight(self, adapter_name: str) -> Tensor:
@@ -247,7 +247,7 @@ class QRLoraLayer(LoraLayer):
         return delta.T if self.fan_in_fan_out else delta.reshape(weight.shape)
 
     def base_weight(self) -> Tensor:
-        """The base weight (out, in, *kernel) as it was before merging, dequantised where it is quantised."""
+        """Return the base weight (out, in, *kernel) as it was before merging, dequantised where it is quantised."""
         base = self.get_base_layer()
         weight = readable_weight(base) if self._base_copy is None else self._base_copy
         return weight.detach().T if self.fan_in_fan_out else weight.detach()
@@ -284,7 +284,7 @@ class QRLoraLinear(QRLoraLayer, lora.Linear):
     """Adapter layer of a Linear, a transformers Conv1D, or a quantised Linear."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """As PEFT, with its three passes over the whole output (up, times s, added) made one product.
+        """Compute PEFT's forward pass, whose three passes over the output (up, times s, added) are one product here.
 
         What is not the usual case (mixed batches, merged or disabled adapters, a stock LoRA beside) is left to PEFT.
         """
@@ -350,7 +350,7 @@ def is_quantised(layer: nn.Module) -> bool:
 
 
 def readable_weight(layer: nn.Module) -> Tensor:
-    """The weight of a layer as floating-point values, dequantised by its own backend where need be.
+    """Return the weight of a layer as floating-point values, dequantised by its own backend where need be.
 
     Raises:
         TunerError: the backend cannot give the weight back, so there is nothing to take a basis from.

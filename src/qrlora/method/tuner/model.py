@@ -172,7 +172,7 @@ def basis_digests(model: nn.Module, adapter_name: str) -> dict[str, str]:
 
 
 def basis_sketches(model: nn.Module, adapter_name: str) -> dict[str, tuple[float, ...]]:
-    """:func:`qrlora.method.basis.sketch` of Q of every adapted layer, by layer name. Errors: as `basis_digests`."""
+    """Return the :func:`qrlora.method.basis.sketch` of every adapted layer's Q. Errors: as `basis_digests`."""
     found: dict[str, tuple[float, ...]] = {}
     for name, columns in _columns_of(model, adapter_name):
         columns.q  # noqa: B018  raises the error that says the base has no values
@@ -181,7 +181,7 @@ def basis_sketches(model: nn.Module, adapter_name: str) -> dict[str, tuple[float
 
 
 def adapter_fingerprint(model: nn.Module, adapter_name: str) -> str:
-    """Fingerprint of the basis an attached adapter was made on, see :func:`qrlora.method.basis.fingerprint`."""
+    """Return the fingerprint of the basis of an attached adapter, see :func:`qrlora.method.basis.fingerprint`."""
     digests = basis_digests(model, adapter_name)
     rank, algorithm, seed = next(columns for _, columns in _columns_of(model, adapter_name)).basis.key
     return fingerprint(digests, rank, algorithm, seed)

@@ -1,4 +1,4 @@
-"""Adapters in and out of the other programs' worlds.
+"""Import adapters from other programs, and export adapters to them.
 
 names.py         the SDXL UNet's modules under the names that kohya's scripts, ComfyUI, Forge and A1111 use
 keys.py          the keys of a LoRA file, whatever program wrote it

@@ -1,4 +1,4 @@
-"""diffusers' own conversion of LoRA keys, of the family's pipeline: asked where rows go, never given the numbers.
+"""Ask diffusers' own conversion of LoRA keys, of the family's pipeline, where each row goes.
 
 Its converters scale in the file's dtype, some know full-size models only, and what they do not know they drop with a
 log line at best. So they get tracers of rank 1, whose up counts its rows and whose down holds the number of its name:
@@ -21,7 +21,7 @@ from qrlora.models.families import ModelFamily
 
 
 def converted_by_diffusers(tensors: Mapping[str, Tensor], family: ModelFamily, denoiser: nn.Module) -> Any:
-    """The state dict that the family's pipeline makes of these keys, with the alphas where it tells them.
+    """Return the state dict that the family's pipeline makes of these keys, with the alphas where it tells them.
 
     Its converters raise AssertionError, KeyError, ValueError and others alike: AdapterFileError, whatever it is.
     """

@@ -96,7 +96,7 @@ def _write(
     notes: dict[str, str],
     check: Callable[[Path], None],
 ) -> None:
-    """The file: an adapter of ours wherever the form can record which layer is called what."""
+    """Write the file, as an adapter file of ours wherever the form can record which layer is called what."""
     if is_adapter_file(target, family.name):
         names = _names(adapter, family, denoiser) if target == "kohya" else None
         spelling = "lora" if target == "diffusers" else "kohya"

@@ -38,7 +38,7 @@ Pairs = dict[str, tuple[Tensor, Tensor]]
 
 
 def target_of(program: str, family: str) -> str:
-    """The form that a program reads best; a form's own name stays as it is."""
+    """Return the form that a program reads best; a form's own name stays as it is."""
     return program if program in TARGETS else BEST[program].get(family, "diffusers")
 
 
@@ -48,7 +48,7 @@ def is_adapter_file(target: str, family: str) -> bool:
 
 
 def tensors_of(adapter: Adapter, target: str, family: str, shapes: Shapes, basis: Basis | None) -> dict[str, Tensor]:
-    """A file's tensors in kohya or original form, alpha folded in. `shapes` are those of the model's layers.
+    """Return a file's tensors in kohya or original form, alpha folded in. `shapes` are those of the model's layers.
 
     Raises MismatchError if a layer has no original name.
     """

@@ -1,4 +1,4 @@
-"""Import: somebody else's file as an adapter of ours, beside the basis as it is, or on the basis."""
+"""Import another program's file as an adapter, with a basis of its own or projected onto ours."""
 
 from __future__ import annotations
 
@@ -105,6 +105,6 @@ def _own_basis(adapter: Adapter, weights: dict[str, Any]) -> Basis | None:
 
 
 def _with(adapter: Adapter, metadata: dict[str, str]) -> Adapter:
-    """With these fields, where they say something."""
+    """Return the adapter with those of these fields that are given."""
     fields: dict[str, Any] = {name: value for name, value in metadata.items() if value}
     return dataclasses.replace(adapter, metadata=dataclasses.replace(adapter.metadata, **fields))

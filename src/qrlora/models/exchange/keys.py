@@ -46,7 +46,7 @@ _REFUSED = {
 
 
 def without_others(keys: Iterable[str]) -> tuple[list[str], list[str]]:
-    """The keys of the denoiser, and of the others the names without their endings."""
+    """Return the keys of the denoiser, and the names, without their endings, of the others."""
     keys = sorted(keys)
     others = [key for key in keys if LEFT_OUT.fullmatch(key)]
     kept = [key for key in keys if not LEFT_OUT.fullmatch(key)]
@@ -61,7 +61,7 @@ def without_others(keys: Iterable[str]) -> tuple[list[str], list[str]]:
 
 
 def refuse_other_methods(keys: Sequence[str]) -> None:
-    """AdapterFileError naming the method, if some keys belong to one whose ΔW is no product of two small matrices."""
+    """Raise AdapterFileError if keys belong to a method whose ΔW is no product of two small matrices; it names it."""
     found = {method: [key for key in keys if pattern.fullmatch(key)] for method, pattern in _REFUSED.items()}
     found = {method: theirs for method, theirs in found.items() if theirs}
     require(
@@ -100,7 +100,7 @@ def pairs_of(keys: Sequence[str]) -> dict[str, dict[str, str]]:
 
 
 def bare(name: str) -> str:
-    """A layer's name without what programs put before it, and without the older diffusers' attention processor."""
+    """Return a layer's name without the prefixes of programs, and without the older diffusers' attention processor."""
     name = _PREFIX.sub("", name, count=1) if _PREFIX.match(name) else name
     flat = _FLAT_PREFIX.match(name)
     name = name[flat.end() :] if flat else name
@@ -111,7 +111,7 @@ def bare(name: str) -> str:
 
 
 def form_of(names: Mapping[str, object]) -> str:
-    """The program whose way of writing this is, for the record; nothing depends on it."""
+    """Return which program's spelling this is, for the record; nothing depends on it."""
     kinds = {"lora_transformer": "OneTrainer", "lora_unet": "kohya", "diffusion_model": "ai-toolkit"}
     kinds |= {"base_model": "peft", "transformer.": "diffusers", "unet.": "diffusers"}
     return next((kind for start, kind in kinds.items() if all(name.startswith(start) for name in names)), "bare")

@@ -58,7 +58,7 @@ class LayerNames:
         self._layers_per_block = layers if isinstance(layers, int) else LAYERS_PER_BLOCK
 
     def find(self, name: str, height: int, width: int) -> tuple[Piece, ...]:
-        """The layers that `name` means; empty if it names none, or none of that shape."""
+        """Return the layers that `name` means; empty if it names none, or none of that shape."""
         layer = self.layer(name)
         if layer:
             guessed = not self.modules and bool(_ORIGINAL_UNET.match(name)) and not _fits_sdxl(layer, height, width)
@@ -70,7 +70,7 @@ class LayerNames:
         return ()
 
     def layer(self, name: str) -> str:
-        """The layer that diffusers calls so, with dots or underscores, or SDXL's original UNet; empty if none is."""
+        """Return the layer that diffusers calls so, with dots or underscores, or SDXL's original UNet; else ""."""
         flat = name.replace(".", "_")
         if self.modules:
             known = name if name in self.modules else self._flat.get(flat, "")
@@ -104,7 +104,7 @@ def _fits_sdxl(layer: str, height: int, width: int) -> bool:
 
 
 def shapes_of(denoiser: nn.Module) -> dict[str, tuple[int, ...]]:
-    """(out, in, *kernel) of the layers that a LoRA can change; of one with adapters on it, of the layer below them.
+    """Return (out, in, *kernel) of the layers that a LoRA can change, without the adapters that may be on them.
 
     By the layer's own numbers, because a quantised weight has another shape.
     """

@@ -1,4 +1,4 @@
-"""Anybody's LoRA as an adapter, whatever its keys are called: keys.py reads the keys, layer_names.py finds the layers.
+"""Read any LoRA as an adapter, whatever its keys are called: keys.py reads the keys, layer_names.py finds the layers.
 
 Besides ours a file may be a LoRA in any dialect that docs/exchange.md lists, or a published checkpoint, published.py.
 The header alone decides what is read and refused; the tensors are read once, after that. The adapter's ΔW is exactly
@@ -41,7 +41,7 @@ _PEFT = "base_model.model."
 
 @dataclasses.dataclass(frozen=True)
 class _Plan:
-    """What a file's header says is in it. pairs: name in the file -> part -> key; names: without what stands before
+    """Content of a file by its header. pairs: name in the file -> part -> key; names: without what stands before
     them; located: which layers they are; left_out: names of what is no denoiser's."""
 
     pairs: Mapping[str, Mapping[str, str]]
@@ -57,7 +57,7 @@ def load_any(
     alpha: float | None = None,
     names: LayerNames | None = None,
 ) -> Adapter:
-    """An adapter file of ours, a LoRA in any known form, or a published checkpoint as the LoRA that it equals.
+    """Return an adapter file of ours, a LoRA in any known form, or a published checkpoint as the LoRA that it equals.
 
     Keys of text encoders and embeddings are left out; provenance names them, see `left_out_of`.
 
@@ -180,10 +180,10 @@ def _diffusers_config(raw: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _checked_config(config: Any) -> dict[str, Any]:
-    require(isinstance(config, dict), "the LoRA's configuration is no JSON object", expected="{...}", got=config)
+    require(isinstance(config, dict), "the LoRA's configuration is not a JSON object", expected="{...}", got=config)
     require(not config.get("use_dora"), "a DoRA", expected="use_dora false", got=True, remedy="it is no plain LoRA")
     patterns = config.get("alpha_pattern") or {}
-    require(isinstance(patterns, dict), "alpha_pattern is no JSON object", expected="{...}", got=patterns)
+    require(isinstance(patterns, dict), "alpha_pattern is not a JSON object", expected="{...}", got=patterns)
     alphas = {"": config.get("lora_alpha", 1)} | patterns
     wrong = {key: value for key, value in alphas.items() if not is_number(value)}
     require(not wrong, "lora_alpha is no number", expected="a finite number", got=wrong)
@@ -253,7 +253,7 @@ def _filled_up(
 
 
 def _described(adapter: Adapter, raw: Mapping[str, str], path: Path, plan: _Plan) -> Adapter:
-    """With what the file says of itself where ModelSpec's fields say it, and where it came from."""
+    """Return the adapter with the facts in the file's ModelSpec fields, and its origin."""
     source: dict[str, Any] = {"file": path.name, "sha256": file_digest(path), "form": form_of(plan.pairs)}
     if plan.left_out:
         source["left_out"] = list(plan.left_out)

@@ -15,7 +15,7 @@ from qrlora.errors import MismatchError
 
 PREFIX = "lora_unet_"
 LAYERS_PER_BLOCK = 2
-"""Of every published SDXL UNet; a denoiser at hand says so itself."""
+"""Layers per block of every published SDXL UNet; a loaded denoiser has its own number."""
 
 _OUTSIDE = {
     "conv_in": "input_blocks.0.0",
@@ -49,7 +49,7 @@ _WHOLE = re.compile(
 def kohya_names(
     layers: Iterable[str], modules: Iterable[str], layers_per_block: int = LAYERS_PER_BLOCK
 ) -> dict[str, str]:
-    """Layer -> its name in a kohya file. `modules` are all of the UNet's: an upsampler's name depends on its block's.
+    """Return layer -> its name in a kohya file. `modules`: all of the UNet's, as an upsampler is named by its block.
 
     Raises MismatchError listing the layers that have no such name.
     """
@@ -67,7 +67,7 @@ def kohya_names(
 
 
 def flattened(module: str) -> str:
-    """A module's name as a key of a kohya file."""
+    """Return a module's name as a key of a kohya file."""
     return PREFIX + module.replace(".", "_")
 
 

@@ -44,7 +44,7 @@ class Original:
 
     @cached_property
     def pattern(self) -> re.Pattern[str]:
-        """Of the dotted name and of the flattened one."""
+        """The pattern of the dotted name, and of the flattened one."""
         return template(self.name)
 
     def number_of(self, layer: str) -> str | None:
@@ -79,7 +79,7 @@ class Original:
 
 @cache
 def template(name: str) -> re.Pattern[str]:
-    """A pattern for a name in which `#` stands for a number, with its dots or with underscores for them."""
+    """Return a pattern for a name in which `#` stands for a number, with its dots or with underscores for them."""
     return re.compile(re.escape(name).replace(r"\.", "[._]").replace(r"\#", r"(\d+)").replace("#", r"(\d+)"))
 
 
@@ -103,7 +103,7 @@ def _renamed(**names: str) -> tuple[Original, ...]:
 
 
 def _flux_blocks(hidden: Mapping[str, tuple[str, int, int]]) -> tuple[Original, ...]:
-    """What FLUX.1 and FLUX.2 have in common. hidden: of both feed-forwards, original -> (layer, rows, columns)."""
+    """Return the rows common to FLUX.1 and FLUX.2. hidden: both feed-forwards, original -> (layer, rows, columns)."""
     streams = (("img", _QKV, "attn.to_out.0", "ff"), ("txt", _ADDED, "attn.to_add_out", "ff_context"))
     rows: list[Original] = []
     for stream, attention, out, forward in streams:

@@ -1,4 +1,4 @@
-"""Any adapter on a basis: ΔR = Qᵀ ΔW, the nearest ΔW of the form Q ΔR, and how much of the energy that keeps."""
+"""Project any adapter onto a basis: ΔR = Qᵀ ΔW, the nearest ΔW of the form Q ΔR, and the energy that it keeps."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ class EnergyKept:
 
     @classmethod
     def of(cls, kept: Mapping[str, float], whole: Mapping[str, float]) -> EnergyKept:
-        """From squared norms."""
+        """Compute it from squared norms."""
         return cls(_share(sum(kept.values()), sum(whole.values())), {n: _share(kept[n], whole[n]) for n in whole})
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain numbers, for JSON."""
+        """Return plain numbers, for JSON."""
         return {"total": self.total, "layers": dict(self.layers)}
 
 
@@ -53,7 +53,7 @@ def project(
     triangular: bool = False,
     own_basis: Basis | None = None,
 ) -> tuple[Adapter, EnergyKept]:
-    """The adapter as ΔR on columns of `basis`: ΔR = Q[:, columns]ᵀ ΔW, by least squares because QᵀQ = I.
+    """Project the adapter to ΔR on columns of `basis`: ΔR = Q[:, columns]ᵀ ΔW, by least squares because QᵀQ = I.
 
     Args:
         columns: all of the basis's unless given.
@@ -96,7 +96,7 @@ def on_columns(
     whole: Mapping[str, float],
     described: Mapping[str, Any],
 ) -> tuple[Adapter, EnergyKept]:
-    """An adapter on `columns` of `basis` whose ΔR of a layer is coordinates(layer, Q[:, columns]), in float64.
+    """Return an adapter on `columns` of `basis` whose ΔR of a layer is coordinates(layer, Q[:, columns]), in float64.
 
     `whole` is ‖ΔW‖² by layer, complete when all coordinates have been asked for; `described`: fields of `DESCRIPTION`.
     A small layer that has none of the columns keeps nothing and is left out.
@@ -148,7 +148,7 @@ def _check_layers(adapter: Adapter, basis: Basis) -> None:
 def truncated(
     delta: Float[Tensor, "out in"], rank: int
 ) -> tuple[Float[Tensor, "out rank"], Float[Tensor, "rank in"], float]:
-    """The nearest pair of `rank` to ΔW in float32, filled up with zeros if ΔW has fewer; and ‖up down‖².
+    """Return the nearest pair of `rank` to ΔW in float32, filled up with zeros if ΔW has fewer; and ‖up down‖².
 
     Truncated SVD (Eckart and Young 1936): exact up to 1024, beyond it randomised subspace iteration (Halko et al. 2011,
     arXiv 0909.4061, algorithm 4.4) from a generator of its own. What was kept is measured, not assumed.

@@ -34,9 +34,9 @@ _WHOLE = ("up", "down")
 _TWICE = ".to_out.0.to_out.0"
 """The code that saves Q and R whole writes this layer's name twice; nothing else does."""
 ROUNDING = 0.05
-"""How far bfloat16 may move QᵀQ from 1, or QᵀW from s·R; another base weight or a random Q is far beyond it."""
+"""Most that bfloat16 moves QᵀQ from 1, or QᵀW from s·R; another base weight or a random Q is far beyond it."""
 NEAR_ORTHONORMAL = 0.2
-"""Of |QᵀQ - 1|, for a Q that was trained a little; the up of a LoRA starts at zero, at distance 1."""
+"""Largest |QᵀQ - 1| of a Q that was trained a little; the up of a LoRA starts at zero, at distance 1."""
 SAME_CORE = 0.2
 """Least cosine of Q' R' and Q₀ R₀: training turns the core; a LoRA's ΔW or another core is at a cosine near 0."""
 
@@ -59,7 +59,7 @@ def is_published(tensors: Iterable[str]) -> bool:
 
 
 def may_be_whole(keys: Iterable[str]) -> bool:
-    """False if the keys alone say that `is_whole` is false."""
+    """Return False if the keys alone say that `is_whole` is false."""
     return any(_TWICE in key or key.endswith(".lora.up.weight") for key in keys)
 
 
@@ -140,7 +140,7 @@ def _distance_from_identity(gram: Float[Tensor, "rank rank"]) -> float:
 
 
 def as_lora(published: Published, alpha: float | None = None) -> Adapter:
-    """The checkpoint as the plain LoRA that it equals: up = Q, down = ΔR, at alpha / rank (1 unless given)."""
+    """Return the checkpoint as the plain LoRA that it equals: up = Q, down = ΔR, at alpha / rank (1 unless given)."""
     require(
         not published.whole,
         "a basis that was trained and saved whole, Q as lora.up and R as lora.down: no difference to the base weight",
@@ -202,7 +202,7 @@ def _provenance(published: Published) -> dict[str, dict[str, str]]:
 
 
 def on_basis(published: Published, weights: Mapping[str, Tensor], basis: Basis, alpha: float | None = None) -> Adapter:
-    """The checkpoint as ΔR on our basis: the same ΔW, in a file of ΔR alone that composes with every other.
+    """Return the checkpoint as ΔR on our basis: the same ΔW, in a file of ΔR alone that composes with every other.
 
     `weights` and `basis` are the base model's, at the checkpoint's rank. Raises MismatchError if a layer is missing,
     stands on another weight, or was trained at another scaling than `alpha` says.

@@ -1,4 +1,4 @@
-"""Somebody else's safetensors file, read with the same suspicion as our own."""
+"""Read another program's safetensors file, with the checks of our own."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from qrlora.method.adapter.container import (
 
 
 def read_shapes(path: Path) -> tuple[dict[str, list[int]], dict[str, str]]:
-    """Shape of every tensor, and the metadata, by the header alone; errors as `read_tensor_file`."""
+    """Read the shape of every tensor, and the metadata, from the header alone; errors as `read_tensor_file`."""
     with about(path):
         check_is_file(path)
         with path.open("rb") as stream:
@@ -31,7 +31,7 @@ def read_shapes(path: Path) -> tuple[dict[str, list[int]], dict[str, str]]:
 
 
 def read_tensor_file(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """All tensors and the metadata; AdapterFileError for pickles, damage, foreign dtypes and NaN, naming the file."""
+    """Read all tensors and the metadata; AdapterFileError for pickles, damage, foreign dtypes and NaN."""
     with about(path):
         check_is_file(path)
         with path.open("rb") as stream:
@@ -46,7 +46,7 @@ def read_tensor_file(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def file_digest(path: Path) -> str:
-    """SHA-256 of the whole file."""
+    """Return the SHA-256 of the whole file."""
     digest = hashlib.sha256()
     with path.open("rb") as stream:
         while block := stream.read(2**20):

@@ -25,7 +25,7 @@ from qrlora.models.families import ModelFamily
 
 _PARTS = {".lora_down.weight": "down", ".lora_up.weight": "up", ".alpha": "alpha"}
 _ROUNDING = 16
-"""By how many units in the last place of the file's dtype a layer may act otherwise than the adapter's."""
+"""Units in the last place of the file's dtype by which a layer may differ from the adapter's."""
 
 Layers = dict[str, dict[str, Tensor]]
 
@@ -43,7 +43,7 @@ def count_matches(path: str | Path, target: str, family: ModelFamily, denoiser: 
 def check_same(
     path: Path, target: str, family: ModelFamily, denoiser: nn.Module, adapter: Adapter, basis: Basis | None
 ) -> int:
-    """`count_matches` for what `adapter` was written to: every layer of it has to come back with the same ΔW.
+    """Return `count_matches` of a written adapter, whose every layer has to come back with the same ΔW.
 
     ΔW is compared by what it makes of one random vector. A fused layer may bring others back, with a ΔW of zero.
     """
@@ -148,7 +148,7 @@ def _by_kohya_names(
 
 
 def original_names(unet: Any) -> Iterator[tuple[str, str]]:
-    """(diffusers name, original name) of every linear and convolution layer, by walking the blocks and counting.
+    """Yield (diffusers name, original name) of every linear and convolution layer, by walking the blocks and counting.
 
     Made without the arithmetic of names.py, so that each checks the other.
     """

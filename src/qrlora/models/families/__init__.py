@@ -62,11 +62,11 @@ family, `SETTINGS`. Named in words rather than imported, because an embedded mod
 
 INDEX = "model_index.json"
 REMARKS = ("diffusers.configuration_utils", "diffusers.pipelines.pipeline_utils")
-"""Who remarks on what an embedded model is, at warning level."""
+"""Loggers that warn about an embedded model's autoencoder."""
 
 
 def family_of(pipeline: Any) -> ModelFamily:
-    """The family of a pipeline (or of a pipeline class name).
+    """Return the family of a pipeline (or of a pipeline class name).
 
     Raises:
         ModelError: no family describes that class; lists those that exist.
@@ -84,14 +84,14 @@ def family_of(pipeline: Any) -> ModelFamily:
 
 
 def default_device() -> torch.device:
-    """A CUDA device if there is one, else the CPU."""
+    """Return a CUDA device if there is one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def load_pipeline(
     model: str | Path, dtype: torch.dtype = torch.float32, device: torch.device | str | None = None
 ) -> tuple[Any, ModelFamily]:
-    """A base model, ready to generate, and its family.
+    """Load a base model, ready to generate; return the pipeline and its family.
 
     Args:
         model: a name of `EMBEDDED`, a folder in the diffusers layout, or a hub id such as "owner/name".
@@ -112,7 +112,7 @@ def load_pipeline(
 
 
 def load_structure(model: str | Path, dtype: torch.dtype = torch.float32) -> tuple[Any, ModelFamily]:
-    """A base model without its weights, and its family: every network on the meta device, made from its config.
+    """Load a base model without its weights, every network on the meta device; return it and its family.
 
     Of a hub model only configs and tokenizers are fetched. Arguments and errors: as `load_pipeline`.
     """
@@ -184,7 +184,7 @@ def weight_bytes(folder: Path, dtype: torch.dtype) -> int:
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that can still be taken on a device."""
+    """Return the bytes that can still be allocated on a device."""
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
 
 
@@ -231,7 +231,7 @@ def _read_index(path: Path, model: str) -> dict[str, Any]:
 
 
 def from_hub(model: str, download: Callable[..., str], *arguments: Any, **options: Any) -> str:
-    """The path that a function of huggingface_hub downloads of a model to, or had downloaded; ModelError if neither."""
+    """Return the path to which a function of huggingface_hub downloads a part of a model; ModelError if it cannot."""
     remedies: dict[type[Exception], str] = {
         hub_errors.GatedRepoError: f"accept its licence at https://huggingface.co/{model} and run `hf auth login`",
         hub_errors.RepositoryNotFoundError: "check the spelling; if it is private, run `hf auth login` first",
@@ -255,7 +255,7 @@ def from_hub(model: str, download: Callable[..., str], *arguments: Any, **option
 
 @contextlib.contextmanager
 def _quietly(model: str) -> Iterator[None]:
-    """Loading prints one bar per component; the command line has its own progress.
+    """Silence the progress bars of loading: one per component, beside the command line's own.
 
     Of an embedded model diffusers also remarks that its autoencoder is not of the class that the pipeline names, and
     that the autoencoder's config has two values which the class does not take: the pipeline asks for them.

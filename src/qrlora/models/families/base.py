@@ -15,9 +15,13 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from qrlora.errors import DataError
+from qrlora.models.families.objectives import Latents, Mask, Objective, Timesteps
 
 Conditions = Mapping[str, Tensor]
-"""What the denoiser is told besides latents and timesteps: its own keyword arguments, one row per example."""
+"""Keyword arguments of the denoiser besides latents and timesteps, one row per example."""
+ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
+JOINT_ATTENTION = (*ATTENTION, "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+"""Attention projections as diffusers names them; of both streams in an MMDiT."""
 
 
 @dataclass(frozen=True)
@@ -38,11 +42,9 @@ class ModelFamily:
             value, on the CPU. Only needed where the encoders look at values as they go.
         encode_images: `(pipe, images) -> latents`, images `(n, 3, height, width)` float32 in [-1, 1], latents
             `(n, channels, height', width')` in the scale the denoiser works in.
-        sample_timesteps: `(scheduler, n, generator, ...) -> timesteps`, `(n,)` float32 on the CPU, in its units.
-        loss: `(denoiser, scheduler, latents, noise, timesteps, conditions, mask=None, ...) -> scalar` float32; the mask
-            `(n, 1, height', width')` weights the places of each example, see `objectives`.
-        scheduler: diffusers class that adds noise in training; empty if it is the pipeline's own.
-        loss_options, timestep_options: recipe fields that `loss` and `sample_timesteps` take besides, by name.
+        predict: `(denoiser, scheduler, noisy, timesteps, conditions) -> prediction`, the denoiser's call as training
+            makes it; noisy latents and prediction `(n, channels, height', width')`, in the denoiser's dtype.
+        objective: the target of the prediction, and the noise levels.
         largest_side: `pipe -> int`, the longest side in pixels of the pictures it takes, or None if it has no limit.
         few_steps: `pipe -> (steps, guidance)` if its denoiser is distilled to a few steps, else None.
         guidance_argument: the pipeline's name for the scale of classifier-free guidance.
@@ -58,11 +60,8 @@ class ModelFamily:
     prompt_options: Callable[[Any, list[str]], dict[str, Any]]
     encode_prompts: Callable[[Any, list[str]], dict[str, Tensor]]
     encode_images: Callable[[Any, Float[Tensor, "n 3 height width"]], Float[Tensor, "n c h w"]]
-    sample_timesteps: Callable[..., Float[Tensor, " n"]]
-    loss: Callable[..., Float[Tensor, ""]]
-    scheduler: str = ""
-    loss_options: frozenset[str] = frozenset()
-    timestep_options: frozenset[str] = frozenset()
+    predict: Callable[[nn.Module, Any, Latents, Timesteps, Conditions], Latents]
+    objective: Objective
     largest_side: Callable[[Any], int | None] = lambda pipe: None
     few_steps: Callable[[Any], tuple[int, float] | None] = lambda pipe: None
     blank_conditions: Callable[[Any, list[str]], dict[str, Tensor]] | None = None
@@ -74,17 +73,43 @@ class ModelFamily:
         return f"{self.denoiser}."
 
     def denoiser_of(self, pipe: Any) -> nn.Module:
-        """The model inside `pipe` that adapters attach to."""
+        """Return the model inside `pipe` that adapters attach to."""
         return getattr(pipe, self.denoiser)
 
     def sampling(self, pipe: Any) -> tuple[int, float]:
-        """Denoising steps and guidance scale of `pipe` when the caller names none."""
+        """Return denoising steps and guidance scale of `pipe` when the caller names none."""
         return self.few_steps(pipe) or (self.steps, self.guidance)
 
     def training_scheduler(self, pipe: Any) -> Any:
-        """A scheduler in its training state: generating leaves the pipeline's own one set to a few inference steps."""
-        kind = getattr(diffusers, self.scheduler) if self.scheduler else type(pipe.scheduler)
+        """Return a scheduler in its training state; generating leaves the pipeline's own at a few inference steps."""
+        kind = getattr(diffusers, self.objective.scheduler) if self.objective.scheduler else type(pipe.scheduler)
         return kind.from_config(pipe.scheduler.config)
+
+    def loss(
+        self,
+        denoiser: nn.Module,
+        scheduler: Any,
+        latents: Latents,
+        noise: Latents,
+        timesteps: Timesteps,
+        conditions: Conditions,
+        mask: Mask | None = None,
+        /,
+        **options: float,
+    ) -> Float[Tensor, ""]:
+        """Return the training loss of a batch, float32.
+
+        Args:
+            scheduler: of `training_scheduler`.
+            mask: weights of the places of each example, see `objectives`.
+            options: some of `objective.loss_options`.
+        """
+        dtype = next(denoiser.parameters()).dtype
+
+        def predict(noisy: Latents) -> Latents:
+            return self.predict(denoiser, scheduler, noisy.to(dtype), timesteps, conditions)
+
+        return self.objective.loss(predict, scheduler, latents, noise, timesteps, mask, **options)
 
 
 def size_unit(pipe: Any) -> int:
@@ -112,7 +137,7 @@ def refuse_long_prompts(
 
 
 def chat(tokenizer: Any, thinking: bool) -> Callable[[str], str]:
-    """How the pipelines with a Qwen3 text encoder put a prompt to it: as a user's message, answer pending."""
+    """Return how the pipelines with a Qwen3 text encoder wrap a prompt: as a user's message, answer pending."""
 
     def template(prompt: str) -> str:
         messages = [{"role": "user", "content": prompt}]
@@ -124,7 +149,7 @@ def chat(tokenizer: Any, thinking: bool) -> Callable[[str], str]:
 
 @torch.no_grad()
 def encode_images(pipe: Any, images: Float[Tensor, "n 3 height width"]) -> Float[Tensor, "n c h w"]:
-    """Pictures in [-1, 1] to latents in the denoiser's scale, `(z - shift) * scaling`.
+    """Encode pictures in [-1, 1] to latents in the denoiser's scale, `(z - shift) * scaling`.
 
     The autoencoder's mean is taken rather than a draw, so that cached latents are a function of the picture alone.
     """

@@ -10,21 +10,20 @@ from typing import Any
 
 import diffusers
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 
 from qrlora.models.families.base import Conditions, ModelFamily, encode_images, refuse_long_prompts
-from qrlora.models.families.objectives import FLOW_OPTIONS, Mask, flow_loss, flow_timesteps
+from qrlora.models.families.objectives import FLOW, Latents, Timesteps
 from qrlora.models.families.sd3 import SD3
 
 T5_TOKENS, T5_TOKENS_SCHNELL = 512, 256
-"""How much T5 reads: the pipeline's own default, and what schnell was made for (diffusers' page on FLUX)."""
+"""Tokens that T5 reads: the pipeline's own default, and that of schnell (diffusers' page on FLUX)."""
 TRAINING_GUIDANCE = 1.0
-"""What the dev model, distilled with guidance as an input, is told in training."""
+"""Guidance input of the dev model, which is distilled, in training."""
 
 
 def resolution(pipe: Any) -> int:
-    """Side in pixels of the pictures the pipeline makes by default."""
+    """Return the side in pixels of the pictures the pipeline makes by default."""
     return pipe.default_sample_size * pipe.vae_scale_factor
 
 
@@ -41,46 +40,33 @@ def prompt_options(pipe: Any, prompts: list[str]) -> dict[str, Any]:
 
 @torch.no_grad()
 def encode_prompts(pipe: Any, prompts: list[str]) -> dict[str, Tensor]:
-    """Text to `encoder_hidden_states` (n, tokens, features) and `pooled_projections` (n, features)."""
+    """Encode text to `encoder_hidden_states` (n, tokens, features) and `pooled_projections` (n, features)."""
     hidden, pooled, _ = pipe.encode_prompt(prompts, prompt_2=None, **prompt_options(pipe, prompts))
     return {"encoder_hidden_states": hidden, "pooled_projections": pooled}
 
 
 def few_steps(pipe: Any) -> tuple[int, float] | None:
-    """Steps and guidance of schnell, which is distilled to a few steps and has no guidance input to embed."""
+    """Return steps and guidance of schnell, which is distilled to a few steps and has no guidance input to embed."""
     return None if pipe.transformer.config.guidance_embeds else (4, 0.0)
 
 
-def loss(
-    denoiser: nn.Module,
-    scheduler: Any,
-    latents: Float[Tensor, "n c h w"],
-    noise: Float[Tensor, "n c h w"],
-    timesteps: Float[Tensor, " n"],
-    conditions: Conditions,
-    mask: Mask | None = None,
-) -> Float[Tensor, ""]:
-    """Flow matching on packed latents, as diffusers' `train_dreambooth_lora_flux`."""
-    n, channels, height, width = latents.shape
-    dtype, device = next(denoiser.parameters()).dtype, latents.device
-    places = diffusers.FluxPipeline._prepare_latent_image_ids(n, height // 2, width // 2, device, dtype)
-    words = torch.zeros(conditions["encoder_hidden_states"].shape[1], 3, device=device, dtype=dtype)
+def predict(
+    denoiser: nn.Module, scheduler: Any, noisy: Latents, timesteps: Timesteps, conditions: Conditions
+) -> Latents:
+    """Return the velocity of packed latents, as diffusers' `train_dreambooth_lora_flux` computes it."""
+    n, channels, height, width = noisy.shape
+    places = diffusers.FluxPipeline._prepare_latent_image_ids(n, height // 2, width // 2, noisy.device, noisy.dtype)
     config: Any = denoiser.config
-    guidance = torch.full((n,), TRAINING_GUIDANCE, device=device) if config.guidance_embeds else None
-
-    def velocity(noisy: Tensor) -> Tensor:
-        packed = denoiser(
-            hidden_states=diffusers.FluxPipeline._pack_latents(noisy.to(dtype), n, channels, height, width),
-            timestep=timesteps / scheduler.config.num_train_timesteps,
-            guidance=guidance,
-            img_ids=places,
-            txt_ids=words,
-            return_dict=False,
-            **conditions,
-        )[0]
-        return diffusers.FluxPipeline._unpack_latents(packed, height, width, vae_scale_factor=1)
-
-    return flow_loss(velocity, scheduler, latents, noise, timesteps, mask)
+    packed = denoiser(
+        hidden_states=diffusers.FluxPipeline._pack_latents(noisy, n, channels, height, width),
+        timestep=timesteps / scheduler.config.num_train_timesteps,
+        guidance=torch.full((n,), TRAINING_GUIDANCE, device=noisy.device) if config.guidance_embeds else None,
+        img_ids=places,
+        txt_ids=noisy.new_zeros(conditions["encoder_hidden_states"].shape[1], 3),
+        return_dict=False,
+        **conditions,
+    )[0]
+    return diffusers.FluxPipeline._unpack_latents(packed, height, width, vae_scale_factor=1)
 
 
 FLUX = ModelFamily(
@@ -94,8 +80,7 @@ FLUX = ModelFamily(
     prompt_options=prompt_options,
     encode_prompts=encode_prompts,
     encode_images=encode_images,
-    sample_timesteps=flow_timesteps,
-    loss=loss,
-    timestep_options=FLOW_OPTIONS,
+    predict=predict,
+    objective=FLOW,
     few_steps=few_steps,
 )

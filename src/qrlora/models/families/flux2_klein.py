@@ -12,23 +12,23 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from qrlora.models.families.base import Conditions, ModelFamily, chat, refuse_long_prompts
+from qrlora.models.families.base import JOINT_ATTENTION, Conditions, ModelFamily, chat, refuse_long_prompts
 from qrlora.models.families.flux import resolution
-from qrlora.models.families.objectives import FLOW_OPTIONS, Mask, flow_loss, flow_timesteps
+from qrlora.models.families.objectives import FLOW, Latents, Timesteps
 
 TOKENS = 512
 """The pipeline's own default for how much of a prompt is read, and the number every prompt is padded to."""
 
 
 def prompt_options(pipe: Any, prompts: list[str]) -> dict[str, Any]:
-    """How much is read, for `pipe(...)` and `pipe.encode_prompt(...)` alike. Raises DataError for a longer prompt."""
+    """Return the token limit, for `pipe(...)` and `pipe.encode_prompt(...)`. Raises DataError for a longer prompt."""
     refuse_long_prompts(pipe.tokenizer, TOKENS, prompts, chat(pipe.tokenizer, thinking=False))
     return {"max_sequence_length": TOKENS}
 
 
 @torch.no_grad()
 def encode_prompts(pipe: Any, prompts: list[str]) -> dict[str, Tensor]:
-    """Text to `encoder_hidden_states` (n, 512, 3 features): three layers of the text encoder, padding included.
+    """Encode text to `encoder_hidden_states` (n, 512, 3 features): three layers of the text encoder, padding included.
 
     They are the layers that the pipeline reads. The example script reads others by default (10, 20, 30 for 9, 18, 27):
     an adapter trained on those would be told one thing in training and another when it is used.
@@ -37,7 +37,7 @@ def encode_prompts(pipe: Any, prompts: list[str]) -> dict[str, Tensor]:
 
 
 def blank_conditions(pipe: Any, prompts: list[str]) -> dict[str, Tensor]:
-    """As `encode_prompts`, in shape alone."""
+    """Return what `encode_prompts` does, in shape alone."""
     prompt_options(pipe, prompts)
     denoiser = pipe.transformer
     size = (len(prompts), TOKENS, denoiser.config.joint_attention_dim)
@@ -46,8 +46,8 @@ def blank_conditions(pipe: Any, prompts: list[str]) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def encode_images(pipe: Any, images: Float[Tensor, "n 3 height width"]) -> Float[Tensor, "n c h w"]:
-    """Pictures in [-1, 1] to latents in the denoiser's scale: patches of 2 x 2, normalised by the autoencoder's own
-    running mean and variance."""
+    """Encode pictures in [-1, 1] to latents in the denoiser's scale: patches of 2 x 2, normalised by the autoencoder's
+    own running mean and variance."""
     vae = pipe.vae
     mean = vae.encode(images.to(device=vae.device, dtype=vae.dtype)).latent_dist.mode().float()
     centre, variance = (x.float().view(1, -1, 1, 1) for x in (vae.bn.running_mean, vae.bn.running_var))
@@ -56,37 +56,24 @@ def encode_images(pipe: Any, images: Float[Tensor, "n 3 height width"]) -> Float
 
 
 def few_steps(pipe: Any) -> tuple[int, float] | None:
-    """Steps and guidance of the distilled models, as their cards give them."""
+    """Return steps and guidance of the distilled models, as their cards give them."""
     return (4, 1.0) if pipe.config.is_distilled else None
 
 
-def loss(
-    denoiser: nn.Module,
-    scheduler: Any,
-    latents: Float[Tensor, "n c h w"],
-    noise: Float[Tensor, "n c h w"],
-    timesteps: Float[Tensor, " n"],
-    conditions: Conditions,
-    mask: Mask | None = None,
-) -> Float[Tensor, ""]:
-    """Flow matching on packed latents, as diffusers' `train_dreambooth_lora_flux2_klein`. Klein embeds no guidance."""
-    dtype, device = next(denoiser.parameters()).dtype, latents.device
-    places = diffusers.Flux2KleinPipeline._prepare_latent_ids(latents).to(device)
-    words = diffusers.Flux2KleinPipeline._prepare_text_ids(conditions["encoder_hidden_states"]).to(device)
-
-    def velocity(noisy: Tensor) -> Tensor:
-        packed = denoiser(
-            hidden_states=diffusers.Flux2KleinPipeline._pack_latents(noisy.to(dtype)),
-            timestep=timesteps / scheduler.config.num_train_timesteps,
-            guidance=None,
-            img_ids=places,
-            txt_ids=words,
-            return_dict=False,
-            **conditions,
-        )[0]
-        return packed.transpose(1, 2).reshape(latents.shape)
-
-    return flow_loss(velocity, scheduler, latents, noise, timesteps, mask)
+def predict(
+    denoiser: nn.Module, scheduler: Any, noisy: Latents, timesteps: Timesteps, conditions: Conditions
+) -> Latents:
+    """Return the velocity of packed latents, as diffusers' `train_dreambooth_lora_flux2_klein`, without guidance."""
+    packed = denoiser(
+        hidden_states=diffusers.Flux2KleinPipeline._pack_latents(noisy),
+        timestep=timesteps / scheduler.config.num_train_timesteps,
+        guidance=None,
+        img_ids=diffusers.Flux2KleinPipeline._prepare_latent_ids(noisy).to(noisy.device),
+        txt_ids=diffusers.Flux2KleinPipeline._prepare_text_ids(conditions["encoder_hidden_states"]).to(noisy.device),
+        return_dict=False,
+        **conditions,
+    )[0]
+    return packed.transpose(1, 2).reshape(noisy.shape)
 
 
 FLUX2_KLEIN = ModelFamily(
@@ -96,14 +83,7 @@ FLUX2_KLEIN = ModelFamily(
     # The published FLUX.1 set in FLUX.2's names. The single blocks' q, k and v are one matrix with the way into their
     # MLP; as published, the way out of them (to_out, there a plain layer) is left alone.
     targets=(
-        "to_q",
-        "to_k",
-        "to_v",
-        "to_out.0",
-        "add_q_proj",
-        "add_k_proj",
-        "add_v_proj",
-        "to_add_out",
+        *JOINT_ATTENTION,
         "ff.linear_in",
         "ff.linear_out",
         "ff_context.linear_in",
@@ -116,9 +96,8 @@ FLUX2_KLEIN = ModelFamily(
     prompt_options=prompt_options,
     encode_prompts=encode_prompts,
     encode_images=encode_images,
-    sample_timesteps=flow_timesteps,
-    loss=loss,
-    timestep_options=FLOW_OPTIONS,
+    predict=predict,
+    objective=FLOW,
     few_steps=few_steps,
     blank_conditions=blank_conditions,
 )

@@ -13,16 +13,16 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from qrlora.models.families.base import Conditions, ModelFamily, refuse_long_prompts
+from qrlora.models.families.base import JOINT_ATTENTION, Conditions, ModelFamily, refuse_long_prompts
 from qrlora.models.families.flux import resolution
-from qrlora.models.families.objectives import FLOW_OPTIONS, Mask, flow_loss, flow_timesteps
+from qrlora.models.families.objectives import FLOW, Latents, Timesteps
 
 TOKENS = 512
-"""How much of a prompt is read: the default of diffusers' training example, and half of what the pipeline allows."""
+"""Tokens of a prompt that are read: the default of diffusers' training example, half of what the pipeline allows."""
 
 
 def prompt_options(pipe: Any, prompts: list[str]) -> dict[str, Any]:
-    """How much is read, and the negative prompt of the model's card, without which the pipeline does not guide.
+    """Return the token limit, and the negative prompt of the model's card, without which the pipeline does not guide.
 
     Raises:
         DataError: a prompt is longer than that.
@@ -34,7 +34,7 @@ def prompt_options(pipe: Any, prompts: list[str]) -> dict[str, Any]:
 
 @torch.no_grad()
 def encode_prompts(pipe: Any, prompts: list[str]) -> dict[str, Tensor]:
-    """Text to `encoder_hidden_states` (n, 512, features), zero after the last token, and their mask (n, 512).
+    """Encode text to `encoder_hidden_states` (n, 512, features), zero after the last token, and their mask (n, 512).
 
     The pipeline pads to the longest of its prompts; rows of one length are what a dataset can stack.
     """
@@ -50,7 +50,7 @@ def encode_prompts(pipe: Any, prompts: list[str]) -> dict[str, Tensor]:
 
 
 def blank_conditions(pipe: Any, prompts: list[str]) -> dict[str, Tensor]:
-    """As `encode_prompts`: the states in shape alone, the mask in value."""
+    """Return what `encode_prompts` does: the states in shape alone, the mask in value."""
     prompt_options(pipe, prompts)
     ids = pipe.tokenizer([pipe.prompt_template_encode.format(prompt) for prompt in prompts]).input_ids
     length = torch.tensor([len(tokens) - pipe.prompt_template_encode_start_idx for tokens in ids])
@@ -63,7 +63,7 @@ def blank_conditions(pipe: Any, prompts: list[str]) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def encode_images(pipe: Any, images: Float[Tensor, "n 3 height width"]) -> Float[Tensor, "n c h w"]:
-    """Pictures in [-1, 1] to latents in the denoiser's scale: one frame of a video, normalised channel by channel."""
+    """Encode pictures in [-1, 1] to latents in the denoiser's scale: a video's frame, normalised by channel."""
     vae = pipe.vae
     video = images.unsqueeze(2).to(device=vae.device, dtype=vae.dtype)
     latents = vae.encode(video).latent_dist.mode().squeeze(2).float()
@@ -74,33 +74,22 @@ def encode_images(pipe: Any, images: Float[Tensor, "n 3 height width"]) -> Float
     return (latents - mean) / std
 
 
-def loss(
-    denoiser: nn.Module,
-    scheduler: Any,
-    latents: Float[Tensor, "n c h w"],
-    noise: Float[Tensor, "n c h w"],
-    timesteps: Float[Tensor, " n"],
-    conditions: Conditions,
-    mask: Mask | None = None,
-) -> Float[Tensor, ""]:
-    """Flow matching on packed latents, as diffusers' `train_dreambooth_lora_qwen_image`."""
-    n, channels, height, width = latents.shape
-    dtype = next(denoiser.parameters()).dtype
+def predict(
+    denoiser: nn.Module, scheduler: Any, noisy: Latents, timesteps: Timesteps, conditions: Conditions
+) -> Latents:
+    """Return the velocity of packed latents, as diffusers' `train_dreambooth_lora_qwen_image` computes it."""
+    n, channels, height, width = noisy.shape
     read = conditions["encoder_hidden_states_mask"]
     read = read[:, : int(read.sum(1).max())]  # to the longest prompt of the batch, as the pipeline: padding costs time
-
-    def velocity(noisy: Tensor) -> Tensor:
-        packed = denoiser(
-            hidden_states=diffusers.QwenImagePipeline._pack_latents(noisy.to(dtype), n, channels, height, width),
-            timestep=timesteps / scheduler.config.num_train_timesteps,
-            encoder_hidden_states=conditions["encoder_hidden_states"][:, : read.shape[1]],
-            encoder_hidden_states_mask=None if read.all() else read,
-            img_shapes=[[(1, height // 2, width // 2)]] * n,
-            return_dict=False,
-        )[0]
-        return diffusers.QwenImagePipeline._unpack_latents(packed, height, width, vae_scale_factor=1).squeeze(2)
-
-    return flow_loss(velocity, scheduler, latents, noise, timesteps, mask)
+    packed = denoiser(
+        hidden_states=diffusers.QwenImagePipeline._pack_latents(noisy, n, channels, height, width),
+        timestep=timesteps / scheduler.config.num_train_timesteps,
+        encoder_hidden_states=conditions["encoder_hidden_states"][:, : read.shape[1]],
+        encoder_hidden_states_mask=None if read.all() else read,
+        img_shapes=[[(1, height // 2, width // 2)]] * n,
+        return_dict=False,
+    )[0]
+    return diffusers.QwenImagePipeline._unpack_latents(packed, height, width, vae_scale_factor=1).squeeze(2)
 
 
 QWEN_IMAGE = ModelFamily(
@@ -108,29 +97,15 @@ QWEN_IMAGE = ModelFamily(
     pipeline_class="QwenImagePipeline",
     denoiser="transformer",
     # The published FLUX.1 set in Qwen-Image's names: all attention projections and feed-forwards of both streams.
-    targets=(
-        "to_q",
-        "to_k",
-        "to_v",
-        "to_out.0",
-        "add_q_proj",
-        "add_k_proj",
-        "add_v_proj",
-        "to_add_out",
-        "img_mlp.net.0.proj",
-        "img_mlp.net.2",
-        "txt_mlp.net.0.proj",
-        "txt_mlp.net.2",
-    ),
+    targets=(*JOINT_ATTENTION, "img_mlp.net.0.proj", "img_mlp.net.2", "txt_mlp.net.0.proj", "txt_mlp.net.2"),
     steps=50,
     guidance=4.0,
     resolution=resolution,
     prompt_options=prompt_options,
     encode_prompts=encode_prompts,
     encode_images=encode_images,
-    sample_timesteps=flow_timesteps,
-    loss=loss,
-    timestep_options=FLOW_OPTIONS,
+    predict=predict,
+    objective=FLOW,
     guidance_argument="true_cfg_scale",
     blank_conditions=blank_conditions,
 )

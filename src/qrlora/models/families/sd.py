@@ -8,44 +8,31 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 
 from qrlora.models.families.base import Conditions, ModelFamily, encode_images
-from qrlora.models.families.objectives import NOISE_OPTIONS, Mask, noise_loss, noise_timesteps
+from qrlora.models.families.objectives import NOISE, Latents, Timesteps
 from qrlora.models.families.sdxl import SDXL, prompt_options
 
 
 def resolution(pipe: Any) -> int:
-    """Side in pixels of the model's square pictures: latent side times the autoencoder's reduction."""
+    """Return the side in pixels of the model's square pictures: latent side times the autoencoder's reduction."""
     return pipe.unet.config.sample_size * pipe.vae_scale_factor
 
 
 @torch.no_grad()
 def encode_prompts(pipe: Any, prompts: list[str]) -> dict[str, Tensor]:
-    """Text to `encoder_hidden_states` (n, tokens, features)."""
+    """Encode text to `encoder_hidden_states` (n, tokens, features)."""
     prompt_options(pipe, prompts)
     hidden, _ = pipe.encode_prompt(prompts, pipe.device, num_images_per_prompt=1, do_classifier_free_guidance=False)
     return {"encoder_hidden_states": hidden}
 
 
-def loss(
-    denoiser: nn.Module,
-    scheduler: Any,
-    latents: Float[Tensor, "n c h w"],
-    noise: Float[Tensor, "n c h w"],
-    timesteps: Float[Tensor, " n"],
-    conditions: Conditions,
-    mask: Mask | None = None,
-    min_snr_gamma: float | None = None,
-) -> Float[Tensor, ""]:
-    """Noise or v prediction, as diffusers' `train_text_to_image_lora`; `min_snr_gamma` is its `--snr_gamma`."""
-    dtype = next(denoiser.parameters()).dtype
-
-    def predict(noisy: Tensor) -> Tensor:
-        return denoiser(noisy.to(dtype), timesteps, return_dict=False, **conditions)[0]
-
-    return noise_loss(predict, scheduler, latents, noise, timesteps, mask, min_snr_gamma)
+def predict(
+    denoiser: nn.Module, scheduler: Any, noisy: Latents, timesteps: Timesteps, conditions: Conditions
+) -> Latents:
+    """Return noise or v, as diffusers' `train_text_to_image_lora` computes it."""
+    return denoiser(noisy, timesteps, return_dict=False, **conditions)[0]
 
 
 SD = ModelFamily(
@@ -59,8 +46,6 @@ SD = ModelFamily(
     prompt_options=prompt_options,
     encode_prompts=encode_prompts,
     encode_images=encode_images,
-    sample_timesteps=noise_timesteps,
-    loss=loss,
-    scheduler=SDXL.scheduler,
-    loss_options=NOISE_OPTIONS,
+    predict=predict,
+    objective=NOISE,
 )

@@ -8,23 +8,22 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 
-from qrlora.models.families.base import Conditions, ModelFamily, encode_images, refuse_long_prompts
-from qrlora.models.families.objectives import FLOW_OPTIONS, Mask, flow_loss, flow_timesteps
+from qrlora.models.families.base import JOINT_ATTENTION, Conditions, ModelFamily, encode_images, refuse_long_prompts
+from qrlora.models.families.objectives import FLOW, Latents, Timesteps
 
 T5_TOKENS = 256
 """The pipeline's own default for how much T5 reads."""
 
 
 def resolution(pipe: Any) -> int:
-    """Side in pixels of the model's square pictures: latent side times the autoencoder's reduction."""
+    """Return the side in pixels of the model's square pictures: latent side times the autoencoder's reduction."""
     return pipe.transformer.config.sample_size * pipe.vae_scale_factor
 
 
 def largest_side(pipe: Any) -> int:
-    """Longest side in pixels that the denoiser's table of places has room for."""
+    """Return the longest side in pixels for which the denoiser has position embeddings."""
     config = pipe.transformer.config
     return config.pos_embed_max_size * config.patch_size * pipe.vae_scale_factor
 
@@ -46,7 +45,7 @@ def prompt_options(pipe: Any, prompts: list[str]) -> dict[str, Any]:
 
 @torch.no_grad()
 def encode_prompts(pipe: Any, prompts: list[str]) -> dict[str, Tensor]:
-    """Text to the denoiser's `encoder_hidden_states` (n, tokens, features) and `pooled_projections` (n, features).
+    """Encode text to `encoder_hidden_states` (n, tokens, features) and `pooled_projections` (n, features).
 
     Errors: as `prompt_options`.
     """
@@ -60,23 +59,12 @@ def encode_prompts(pipe: Any, prompts: list[str]) -> dict[str, Tensor]:
     return {"encoder_hidden_states": hidden, "pooled_projections": pooled}
 
 
-def loss(
-    denoiser: nn.Module,
-    scheduler: Any,
-    latents: Float[Tensor, "n c h w"],
-    noise: Float[Tensor, "n c h w"],
-    timesteps: Float[Tensor, " n"],
-    conditions: Conditions,
-    mask: Mask | None = None,
-) -> Float[Tensor, ""]:
-    """Flow matching, as diffusers' `train_dreambooth_lora_sd3` without output preconditioning, by which that script
-    weights each example with σ²."""
-    dtype = next(denoiser.parameters()).dtype
-
-    def velocity(noisy: Tensor) -> Tensor:
-        return denoiser(hidden_states=noisy.to(dtype), timestep=timesteps, return_dict=False, **conditions)[0]
-
-    return flow_loss(velocity, scheduler, latents, noise, timesteps, mask)
+def predict(
+    denoiser: nn.Module, scheduler: Any, noisy: Latents, timesteps: Timesteps, conditions: Conditions
+) -> Latents:
+    """Return the velocity, as diffusers' `train_dreambooth_lora_sd3` computes it without output preconditioning, by
+    which that script weights each example with σ²."""
+    return denoiser(hidden_states=noisy, timestep=timesteps, return_dict=False, **conditions)[0]
 
 
 SD3 = ModelFamily(
@@ -84,28 +72,14 @@ SD3 = ModelFamily(
     pipeline_class="StableDiffusion3Pipeline",
     denoiser="transformer",
     # The published FLUX set in SD3's names: all attention projections of both streams, and both feed-forwards.
-    targets=(
-        "to_q",
-        "to_k",
-        "to_v",
-        "to_out.0",
-        "add_q_proj",
-        "add_k_proj",
-        "add_v_proj",
-        "to_add_out",
-        "ff.net.0.proj",
-        "ff.net.2",
-        "ff_context.net.0.proj",
-        "ff_context.net.2",
-    ),
+    targets=(*JOINT_ATTENTION, "ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2"),
     steps=28,
     guidance=7.0,
     resolution=resolution,
     prompt_options=prompt_options,
     encode_prompts=encode_prompts,
     encode_images=encode_images,
-    sample_timesteps=flow_timesteps,
-    loss=loss,
-    timestep_options=FLOW_OPTIONS,
+    predict=predict,
+    objective=FLOW,
     largest_side=largest_side,
 )

@@ -8,78 +8,63 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 
-from qrlora.models.families.base import Conditions, ModelFamily, encode_images, refuse_long_prompts
-from qrlora.models.families.objectives import NOISE_OPTIONS, Mask, noise_loss, noise_timesteps
+from qrlora.models.families.base import ATTENTION, Conditions, ModelFamily, encode_images, refuse_long_prompts
+from qrlora.models.families.objectives import NOISE, Latents, Timesteps
 
 REDUCTION = 8
 """Pixels of a picture's side to one of its latents, for every SDXL autoencoder."""
 
 
 def resolution(pipe: Any) -> int:
-    """Side in pixels of the model's square pictures: latent side times the autoencoder's reduction."""
+    """Return the side in pixels of the model's square pictures: latent side times the autoencoder's reduction."""
     return pipe.default_sample_size * pipe.vae_scale_factor
 
 
 def prompt_options(pipe: Any, prompts: list[str]) -> dict[str, Any]:
-    """Nothing: the pipeline's defaults are what training does. Raises DataError for a prompt that CLIP would cut."""
+    """Return no options: training uses the pipeline's defaults. Raises DataError for a prompt that CLIP would cut."""
     refuse_long_prompts(pipe.tokenizer, pipe.tokenizer.model_max_length, prompts)
     return {}
 
 
 @torch.no_grad()
 def encode_prompts(pipe: Any, prompts: list[str]) -> dict[str, Tensor]:
-    """Text to `encoder_hidden_states` (n, tokens, features) and `text_embeds` (n, features)."""
+    """Encode text to `encoder_hidden_states` (n, tokens, features) and `text_embeds` (n, features)."""
     prompt_options(pipe, prompts)
     hidden, _, pooled, _ = pipe.encode_prompt(prompts, do_classifier_free_guidance=False)
     return {"encoder_hidden_states": hidden, "text_embeds": pooled}
 
 
-def loss(
-    denoiser: nn.Module,
-    scheduler: Any,
-    latents: Float[Tensor, "n c h w"],
-    noise: Float[Tensor, "n c h w"],
-    timesteps: Float[Tensor, " n"],
-    conditions: Conditions,
-    mask: Mask | None = None,
-    min_snr_gamma: float | None = None,
-) -> Float[Tensor, ""]:
-    """Noise or v prediction, as diffusers' `train_text_to_image_lora_sdxl`; `min_snr_gamma` is its `--snr_gamma`.
+def predict(
+    denoiser: nn.Module, scheduler: Any, noisy: Latents, timesteps: Timesteps, conditions: Conditions
+) -> Latents:
+    """Return noise or v, as diffusers' `train_text_to_image_lora_sdxl` computes it.
 
-    The picture's size is told as original and target size, uncropped.
+    The picture's size is given as original and target size, uncropped.
     """
-    dtype = next(denoiser.parameters()).dtype
-    size = [side * REDUCTION for side in latents.shape[-2:]]
-    sizes = torch.tensor([[*size, 0, 0, *size]], dtype=dtype, device=latents.device).expand(len(latents), -1)
-
-    def predict(noisy: Tensor) -> Tensor:
-        return denoiser(
-            noisy.to(dtype),
-            timesteps,
-            encoder_hidden_states=conditions["encoder_hidden_states"],
-            added_cond_kwargs={"text_embeds": conditions["text_embeds"], "time_ids": sizes},
-            return_dict=False,
-        )[0]
-
-    return noise_loss(predict, scheduler, latents, noise, timesteps, mask, min_snr_gamma)
+    size = [side * REDUCTION for side in noisy.shape[-2:]]
+    sizes = noisy.new_tensor([[*size, 0, 0, *size]]).expand(len(noisy), -1)
+    return denoiser(
+        noisy,
+        timesteps,
+        encoder_hidden_states=conditions["encoder_hidden_states"],
+        added_cond_kwargs={"text_embeds": conditions["text_embeds"], "time_ids": sizes},
+        return_dict=False,
+    )[0]
 
 
 SDXL = ModelFamily(
     name="sdxl",
     pipeline_class="StableDiffusionXLPipeline",
     denoiser="unet",
-    targets=("to_q", "to_k", "to_v", "to_out.0"),  # the published set: all attention projections
+    targets=ATTENTION,  # the published set: all attention projections
     steps=30,
     guidance=5.0,
     resolution=resolution,
     prompt_options=prompt_options,
     encode_prompts=encode_prompts,
     encode_images=encode_images,
-    sample_timesteps=noise_timesteps,
-    loss=loss,
-    scheduler="DDPMScheduler",
-    loss_options=NOISE_OPTIONS,
+    predict=predict,
+    objective=NOISE,
 )

@@ -10,31 +10,30 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from qrlora.models.families.base import Conditions, ModelFamily, chat, encode_images, refuse_long_prompts
-from qrlora.models.families.objectives import FLOW_OPTIONS, Mask, flow_loss, flow_timesteps
+from qrlora.models.families.base import ATTENTION, Conditions, ModelFamily, chat, encode_images, refuse_long_prompts
+from qrlora.models.families.objectives import FLOW, Latents, Timesteps
 
 TOKENS = 512
 """The pipeline's own default for how much of a prompt is read."""
 
 
 def resolution(pipe: Any) -> int:
-    """Side in pixels of the pictures the pipeline makes by default."""
+    """Return the side in pixels of the pictures the pipeline makes by default."""
     return 1024
 
 
 def prompt_options(pipe: Any, prompts: list[str]) -> dict[str, Any]:
-    """How much is read, for `pipe(...)` and `pipe.encode_prompt(...)` alike. Raises DataError for a longer prompt."""
+    """Return the token limit, for `pipe(...)` and `pipe.encode_prompt(...)`. Raises DataError for a longer prompt."""
     refuse_long_prompts(pipe.tokenizer, TOKENS, prompts, chat(pipe.tokenizer, thinking=True))
     return {"max_sequence_length": TOKENS}
 
 
 @torch.no_grad()
 def encode_prompts(pipe: Any, prompts: list[str]) -> dict[str, Tensor]:
-    """Text to `captions` (n, 512, features), zero after the last token, and their `mask` (n, 512).
+    """Encode text to `captions` (n, 512, features), zero after the last token, and their `mask` (n, 512).
 
     The denoiser is given each caption without padding; rows of one length are what a dataset can stack.
     """
@@ -48,7 +47,7 @@ def encode_prompts(pipe: Any, prompts: list[str]) -> dict[str, Tensor]:
 
 
 def blank_conditions(pipe: Any, prompts: list[str]) -> dict[str, Tensor]:
-    """As `encode_prompts`: the captions in shape alone, the mask in value."""
+    """Return what `encode_prompts` does: the captions in shape alone, the mask in value."""
     prompt_options(pipe, prompts)
     ids = pipe.tokenizer([chat(pipe.tokenizer, thinking=True)(prompt) for prompt in prompts]).input_ids
     size = (len(prompts), TOKENS, pipe.transformer.config.cap_feat_dim)
@@ -58,28 +57,18 @@ def blank_conditions(pipe: Any, prompts: list[str]) -> dict[str, Tensor]:
     }
 
 
-def loss(
-    denoiser: nn.Module,
-    scheduler: Any,
-    latents: Float[Tensor, "n c h w"],
-    noise: Float[Tensor, "n c h w"],
-    timesteps: Float[Tensor, " n"],
-    conditions: Conditions,
-    mask: Mask | None = None,
-) -> Float[Tensor, ""]:
-    """Flow matching, as diffusers' `train_dreambooth_lora_z_image`.
+def predict(
+    denoiser: nn.Module, scheduler: Any, noisy: Latents, timesteps: Timesteps, conditions: Conditions
+) -> Latents:
+    """Return the velocity, as diffusers' `train_dreambooth_lora_z_image` computes it.
 
     Z-Image counts time from noise (0) to picture (1), and predicts the velocity that way: the others' negative.
     """
-    dtype, total = next(denoiser.parameters()).dtype, scheduler.config.num_train_timesteps
-    captions = [row[kept] for row, kept in zip(conditions["captions"], conditions["mask"], strict=True)]
-
-    def velocity(noisy: Tensor) -> Tensor:
-        frames = list(noisy.to(dtype).unsqueeze(2))  # one frame each, as of a video
-        predicted = denoiser(frames, (total - timesteps) / total, captions, return_dict=False)[0]
-        return -torch.stack(predicted).squeeze(2)
-
-    return flow_loss(velocity, scheduler, latents, noise, timesteps, mask)
+    total = scheduler.config.num_train_timesteps
+    captions = [row[read] for row, read in zip(conditions["captions"], conditions["mask"], strict=True)]
+    frames = list(noisy.unsqueeze(2))  # one frame each, as of a video
+    predicted = denoiser(frames, (total - timesteps) / total, captions, return_dict=False)[0]
+    return -torch.stack(predicted).squeeze(2)
 
 
 Z_IMAGE = ModelFamily(
@@ -87,15 +76,14 @@ Z_IMAGE = ModelFamily(
     pipeline_class="ZImagePipeline",
     denoiser="transformer",
     # The published FLUX.1 set in Z-Image's names: all attention projections and the gated feed-forward.
-    targets=("to_q", "to_k", "to_v", "to_out.0", "feed_forward.w1", "feed_forward.w2", "feed_forward.w3"),
+    targets=(*ATTENTION, "feed_forward.w1", "feed_forward.w2", "feed_forward.w3"),
     steps=50,
     guidance=5.0,
     resolution=resolution,
     prompt_options=prompt_options,
     encode_prompts=encode_prompts,
     encode_images=encode_images,
-    sample_timesteps=flow_timesteps,
-    loss=loss,
-    timestep_options=FLOW_OPTIONS,
+    predict=predict,
+    objective=FLOW,
     blank_conditions=blank_conditions,
 )

@@ -1,4 +1,4 @@
-"""Pictures from prompts, seeds and weighted adapters.
+"""Generate pictures from prompts, seeds and weighted adapters.
 
     pipe, family = load_pipeline("pico")
     generate(pipe, family, ["a photo of a <c> mug"], seeds=[0, 1], adapters=[(mug, 0.9)])
@@ -12,7 +12,6 @@ import contextlib
 import itertools
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -25,6 +24,7 @@ from qrlora.method.adapter import Adapter, attach, remove_adapters
 from qrlora.method.composition import Composition, Live, project_out
 from qrlora.method.composition.parts import check_weights, on_one_basis
 from qrlora.models.families import ModelFamily, size_unit
+from qrlora.models.request import Request
 
 WeightedAdapter = tuple[Adapter, float]
 OnStep = Callable[[int, int], None]
@@ -48,7 +48,7 @@ def generate(
     batch_size: int = 8,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Image.Image]:
-    """One picture per prompt and seed: all seeds of the first prompt, then of the second, and so on.
+    """Generate one picture per prompt and seed: all seeds of the first prompt, then of the second, and so on.
 
     Args:
         pipe: a pipeline of `family`; it comes back without the adapters.
@@ -81,7 +81,7 @@ def generate_jobs(
     batch_size: int = 8,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Image.Image]:
-    """One picture per (prompt, seed) pair, in their order. Arguments and errors: as `generate`."""
+    """Generate one picture per (prompt, seed) pair, in their order. Arguments and errors: as `generate`."""
     images: list[Image.Image | None] = []
     with attached(pipe, family, _as_one(adapters)):
         for start in range(0, len(jobs), batch_size):
@@ -107,7 +107,7 @@ def weight_grid(
     resolution: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Image.Image:
-    """One labelled picture: a prompt and seed at every pair of weights of two adapters. Errors: as `generate`.
+    """Generate one labelled picture: a prompt and seed at every pair of weights of two adapters. Errors: as `generate`.
 
     null_space: strength of their null-space projection, applied where neither weight is 0.
     """
@@ -130,17 +130,6 @@ def weight_grid(
     )
 
 
-@dataclass(frozen=True)
-class Request:
-    """One picture: its prompt, its seed, the weights of the adapters it is made with, by name ({} for none), and the
-    strength of their null-space projection."""
-
-    prompt: str
-    seed: int
-    composition: Mapping[str, float]
-    null_space: float = 0.0
-
-
 def generate_mixed(
     pipe: Any,
     family: ModelFamily,
@@ -153,7 +142,7 @@ def generate_mixed(
     batch_size: int = 8,
     on_step: OnStep | None = None,
 ) -> list[Image.Image]:
-    """One picture per request, in their order; a batch holds different compositions.
+    """Generate one picture per request, in their order; a batch holds different compositions.
 
     Each is the picture that `generate` makes alone with the same adapters and weights, up to rounding: one level of 255
     in float32.
@@ -191,7 +180,7 @@ def weight_sampler(
     batch_size: int = 8,
     **sampling: Any,
 ) -> Iterator[Sampler]:
-    """A function that samples at any weights of these adapters, given in their order; valid inside the context.
+    """Yield a function that samples at any weights of these adapters, given in their order; valid inside the context.
 
     On one basis a batch mixes weights, and changing them is free (composition.Live); other adapters are attached again
     for each change of weights. null_space: strength of the projection. sampling: steps, guidance, resolution, as for
@@ -222,7 +211,7 @@ def weight_sampler(
 
 @contextlib.contextmanager
 def attached(pipe: Any, family: ModelFamily, adapters: Sequence[WeightedAdapter]) -> Iterator[list[str]]:
-    """The pipeline with these adapters active at these weights, for the duration; yields their names in the denoiser.
+    """Attach these adapters at these weights for the duration; yield their names in the denoiser.
 
     Raises:
         MismatchError: an adapter does not belong to this model, or a weight is no finite number.
@@ -262,7 +251,7 @@ def one_batch(
     resolution: int | None = None,
     on_step: OnStep | None = None,
 ) -> list[Image.Image]:
-    """The pictures of these (prompt, seed) pairs in one call of the pipeline as it stands.
+    """Generate the pictures of these (prompt, seed) pairs in one call of the pipeline as it stands.
 
     `on_step` and errors: as `generate_mixed`.
     """
@@ -278,7 +267,7 @@ def _batch(
     resolution: int | None = None,
     on_step: OnStep | None = None,
 ) -> list[Image.Image | None]:
-    """As `one_batch`, with None for a picture whose latents or pixels are not finite."""
+    """Generate as `one_batch` does, with None for a picture whose latents or pixels are not finite."""
     prompts = [prompt for prompt, _ in jobs]
     own, unit = family.resolution(pipe), size_unit(pipe)
     side = own if resolution is None else resolution
@@ -324,7 +313,7 @@ class _Watch:
 
 
 def not_finite(jobs: Sequence[tuple[str, int]], images: Sequence[Image.Image | None] = ()) -> PictureError:
-    """The error about these (prompt, seed) pairs; `images` are all of the call."""
+    """Return the error about these (prompt, seed) pairs; `images` are all of the call."""
     return PictureError(
         f"{len(jobs)} pictures came out as NaN or Inf, and would have been black",
         expected="finite numbers",
@@ -335,7 +324,7 @@ def not_finite(jobs: Sequence[tuple[str, int]], images: Sequence[Image.Image | N
 
 
 def or_black(make: Callable[[], list[Image.Image]]) -> list[Image.Image]:
-    """The pictures that a call makes, black in place of those that are not finite, with a note.
+    """Return the pictures that a call makes, black in place of those that are not finite, with a note.
 
     For sheets beside longer work, which one such picture must not end."""
     try:
@@ -367,8 +356,8 @@ def labelled_grid(
     column_labels: Sequence[str],
     title: str = "",
 ) -> Image.Image:
-    """Pictures of one size in rows, with a label left of each row (which may have several lines) and above each column,
-    and a title above all."""
+    """Arrange pictures of one size in rows, with a label left of each row (which may have several lines) and above each
+    column, and a title above all."""
     enlarge = max(1, -(-SMALLEST_CELL // cells[0][0].width))
     width, height = cells[0][0].width * enlarge, cells[0][0].height * enlarge
     size = max(13, width // 10)

@@ -27,7 +27,7 @@ from qrlora.models.training.recipe import Recipe
 _METADATA = ("step", "run", "loss_scale", "optimizer")
 
 Record = dict[str, Any]
-"""What a checkpoint and the run that continues it must agree on, as JSON values."""
+"""Fields that a checkpoint and the run that continues it must agree on, as JSON values."""
 
 
 def save(

@@ -50,11 +50,11 @@ class Run(Protocol):
     step: int
 
     def adapter(self, provenance: dict[str, Any]) -> Adapter:
-        """The adapter as trained so far."""
+        """Return the adapter as trained so far."""
 
 
 Score = Callable[[Sequence[Image.Image]], float]
-"""How good the pictures of a sample sheet are, prompt after prompt, every seed of each; higher is better."""
+"""Score of the pictures of a sample sheet, prompt after prompt, every seed of each; higher is better."""
 
 TENSORBOARD = "tensorboard"
 PROJECT = "qrlora"
@@ -65,7 +65,7 @@ _SAMPLE_FIELDS = ("sample_prompts", "sample_seeds", "resolution")
 
 
 def check(recipe: Recipe, score: Score | None) -> None:
-    """Say now what could not be done later.
+    """Check before the run what would fail in it.
 
     Raises:
         RecipeError: samples for nobody, a choice without samples, or patience without a score.
@@ -94,7 +94,7 @@ def check(recipe: Recipe, score: Score | None) -> None:
 
 
 def trackers(recipe: Recipe) -> dict[str, Any]:
-    """The arguments of `Accelerator` that say where to log to.
+    """Return the arguments of `Accelerator` that say where to log to.
 
     Raises:
         RecipeError: a tracker that accelerate does not know, whose package is not installed, or that needs an output.
@@ -137,7 +137,7 @@ def _check_tracker(name: str, installed: Sequence[str], recipe: Recipe) -> None:
 
 
 class Sampler:
-    """Makes the same pictures again and again as training goes on.
+    """Sampler of the same pictures at every call, as training goes on.
 
     The prompts are encoded when it is made, so that of the pipeline only the autoencoder has to stay: what
     `encode_prompt` returned then is what the pipeline is given from then on, the same for every family.
@@ -169,7 +169,7 @@ class Sampler:
             yield jobs[start : start + self._recipe.batch_size]
 
     def _encode(self) -> list[Any]:
-        """What the pipeline's own calls of `encode_prompt` return, up to where it would call the denoiser."""
+        """Return what the pipeline's own calls of `encode_prompt` return, up to where it would call the denoiser."""
         encode, returned = self._pipe.encode_prompt, []
 
         def listen(*args: Any, **kwargs: Any) -> Any:
@@ -187,7 +187,7 @@ class Sampler:
         return one_batch(self._pipe, self._family, jobs, resolution=self._recipe.resolution)
 
     def paint(self, denoiser: nn.Module) -> list[Image.Image]:
-        """Every seed of the first prompt, then of the second, and so on, by the denoiser as it stands."""
+        """Sample every seed of the first prompt, then of the second, and so on, with the denoiser as it stands."""
         device = next(denoiser.parameters()).device
         replay = iter(tree_map_only(Tensor, lambda tensor: tensor.to(device), self._encoded))
         for part in self._pipe.components.values():
@@ -197,7 +197,7 @@ class Sampler:
         return [image for batch in self._batches for image in or_black(functools.partial(self._make, batch))]
 
     def sheet(self, images: Sequence[Image.Image], title: str) -> Image.Image:
-        """The pictures with a row for each prompt and a column for each seed."""
+        """Arrange the pictures with a row for each prompt and a column for each seed."""
         rows = [images[i : i + len(self.seeds)] for i in range(0, len(images), len(self.seeds))]
         labels = ["\n".join(textwrap.wrap(prompt, LABEL_WIDTH)) for prompt in self.prompts]
         return labelled_grid(rows, labels, [f"seed {seed}" for seed in self.seeds], title)
@@ -245,7 +245,7 @@ class Selection:
         return bool(self.patience) and since >= self.patience
 
     def described(self, provenance: Mapping[str, Any]) -> Adapter:
-        """The best adapter, with the choice in its provenance."""
+        """Return the best adapter, with the choice in its provenance."""
         assert self.best is not None
         name = getattr(self.score, "__name__", type(self.score).__name__)
         choice = {"by": name, "step": self.best_step, "scores": [list(pair) for pair in self.scores]}
@@ -268,7 +268,7 @@ class Monitor:
 
     @contextlib.contextmanager
     def watching(self, run: Run) -> Iterator[None]:
-        """From before the first step to after the last: trackers are open, and the base model's own sheet is made."""
+        """Open the trackers and make the base model's own sheet before the first step; close them after the last."""
         accelerator = run.accelerator
         if accelerator.log_with:
             fields = self.recipe.record().items()
@@ -297,7 +297,7 @@ class Monitor:
         self._since = time.perf_counter()
 
     def _sample(self, run: Run) -> None:
-        """Pictures by ΔR as it is now: written, logged, scored."""
+        """Sample with ΔR as it is now; write, log and score the pictures."""
         assert self.sampler is not None
         with evaluated(run.optimizer):
             images = self.sampler.paint(run.denoiser)
@@ -337,7 +337,7 @@ class Monitor:
             selection.best = run.adapter({})
 
     def chosen(self, run: Run, provenance: dict[str, Any]) -> Adapter:
-        """The best step's adapter, or the last where nothing is scored."""
+        """Return the best step's adapter, or the last where nothing is scored."""
         return self.selection.described(provenance) if self.selection else run.adapter(provenance)
 
     def keep(self, saved: Path) -> None:

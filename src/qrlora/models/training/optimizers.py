@@ -26,7 +26,7 @@ PACKAGES = {"adamw8bit": "bitsandbytes", "prodigy": "prodigyopt", "schedulefree"
 
 
 def optimizer_for(recipe: Recipe, parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
-    """The recipe's optimiser on these parameters, ready to train.
+    """Return the recipe's optimiser on these parameters, ready to train.
 
     Raises:
         RecipeError: its package is not installed.
@@ -47,7 +47,7 @@ def optimizer_for(recipe: Recipe, parameters: Sequence[nn.Parameter]) -> torch.o
 
 
 def needed(field: str, package: str) -> Any:
-    """The module of an optional package that a recipe's field needs.
+    """Import the optional package that a recipe's field needs.
 
     Raises:
         RecipeError: it is not installed; says how to install it.
@@ -65,7 +65,7 @@ def needed(field: str, package: str) -> Any:
 
 @contextlib.contextmanager
 def evaluated(optimizer: torch.optim.Optimizer) -> Iterator[None]:
-    """The parameters as they are to be used, for the duration; afterwards as they train, bit for bit.
+    """Hold the parameters as they are to be used, for the duration; afterwards as they train, bit for bit.
 
     Both are the same but for schedule-free AdamW, which takes its gradients at another point than the average it gives.
     """

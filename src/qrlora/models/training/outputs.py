@@ -18,14 +18,14 @@ def folder(recipe: Recipe) -> Path:
 
 
 def newest(recipe: Recipe) -> Path | None:
-    """The checkpoint of the most steps, if there is any."""
+    """Return the checkpoint of the most steps, if there is any."""
     if recipe.output is None:
         return None
     return max(folder(recipe).glob("step-*.safetensors"), default=None, key=lambda path: path.name)
 
 
 def path_of(recipe: Recipe, step: int) -> Path:
-    """The file of the checkpoint after `step` steps."""
+    """Return the file of the checkpoint after `step` steps."""
     return folder(recipe) / f"step-{step:06d}.safetensors"
 
 

@@ -6,14 +6,14 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from qrlora.errors import printable
-from qrlora.models.training.dataset import CAPTIONS, Source, find_pictures, metadata_of
+from qrlora.models.training.sources import CAPTIONS, Source, find_pictures, metadata_of
 
 NAMED = 5
 """Files that are named; of more the number is said."""
 
 
 def overview(images: Sequence[Path]) -> str:
-    """For example "3 pictures, 1 captioned by file, 2 by the recipe; not read: b.heic, c.jfif".
+    """Describe the pictures found: "3 pictures, 1 captioned by file, 2 by the recipe; not read: b.heic, c.jfif".
 
     Args:
         images: pictures and folders, as in the recipe.

@@ -1,4 +1,4 @@
-"""Pictures and their masks as the model is shown them: upright, in sRGB, on white where transparent, cut to a size.
+"""Read pictures and masks as the model gets them: upright, in sRGB, on white where transparent, cut to a size.
 
     read_picture(path, 512)                        the central square
     open_picture(path).shown(bucket)               the middle of it, in the shape of a bucket
@@ -23,7 +23,7 @@ from qrlora._reading import parsing
 from qrlora.errors import DataError
 
 FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "TIFF", "BMP", "GIF")
-"""What Pillow may take a file for, whatever its name. Not among them: formats that are programs (PostScript, which
+"""Formats that Pillow may read, whatever the file's name. Not among them: formats that are programs (PostScript, which
 Pillow hands to Ghostscript) or that nobody keeps pictures in. JPEG includes MPO, which phones write."""
 LARGEST_FILE = 2**29
 """Bytes of a picture file: those of the largest picture, uncompressed in 16 bits a channel."""
@@ -63,7 +63,7 @@ def views(flip: bool, shift: int) -> list[View]:
 
 
 def bucket_sizes(resolution: int, unit: int, largest: int | None = None) -> list[Size]:
-    """The shapes that pictures of all aspect ratios are cut to: about ``resolution`` squared pixels each.
+    """Return the shapes that pictures of all aspect ratios are cut to: about ``resolution`` squared pixels each.
 
     Never more, so that what has the memory for squares has it for all of them.
 
@@ -109,7 +109,7 @@ class OpenPicture:
     record: str = ""
 
     def shown(self, size: Size, view: View = PLAIN) -> Image.Image:
-        """The middle of the picture, in this size.
+        """Return the middle of the picture, in this size.
 
         Raises:
             DataError: the picture would have to be enlarged too far.
@@ -125,7 +125,7 @@ class OpenPicture:
         return _cut(self.image, size, Image.Resampling.LANCZOS, view)
 
     def mask(self, file: Path | None, size: Size, view: View = PLAIN) -> Image.Image:
-        """The picture's mask (mode L), cut as `shown` cuts the picture: from a file, else its own transparency.
+        """Return the picture's mask (mode L), cut as `shown` cuts the picture: from a file, else its own transparency.
 
         Raises:
             DataError: an unreadable mask, one of another size, one without white, or no transparency.
@@ -161,12 +161,12 @@ class OpenPicture:
 
 
 def read_picture(path: Path, resolution: int) -> Image.Image:
-    """The central square of a picture file in RGB, `resolution` pixels a side. Errors: as `open_picture`, `shown`."""
+    """Read the central square of a picture file in RGB, `resolution` pixels a side. Errors: as `open_picture`."""
     return open_picture(path).shown((resolution, resolution))
 
 
 def open_picture(path: Path) -> OpenPicture:
-    """A picture file, turned upright (EXIF), in sRGB, on white where transparent.
+    """Read a picture file, turned upright (EXIF), in sRGB, on white where transparent.
 
     Raises:
         DataError: missing, unreadable, too large, animated, or in a format that is not among `FORMATS` or whose
@@ -255,7 +255,7 @@ def _opened(path: Path) -> Image.Image:
 
 
 def _refuse_animation(opened: Image.Image, path: Path) -> None:
-    """More than one frame is a choice that is the user's. (MPO is what phones write: a photograph and its previews.)"""
+    """Refuse several frames: the choice is the user's. (MPO is what phones write: a photograph and its previews.)"""
     frames = getattr(opened, "n_frames", 1)
     if frames > 1 and opened.format != "MPO":
         raise DataError(

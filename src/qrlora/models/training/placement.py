@@ -61,7 +61,7 @@ def module_bytes(module: nn.Module) -> int:
 
 @contextlib.contextmanager
 def encoders_alone(pipe: Any, family: ModelFamily, device: torch.device | str) -> Iterator[None]:
-    """Text encoders and autoencoder on the device; the denoiser where it is and, for the duration, out of the pipeline.
+    """Put text encoders and autoencoder on the device, and take the denoiser out of the pipeline, for the duration.
 
     A pipeline takes its device from whichever of its modules it meets first. Encoding asks the denoiser for facts only.
     """
@@ -109,7 +109,7 @@ def quantise(denoiser: nn.Module, form: str, device: torch.device) -> None:
 
 
 def stored_bytes(denoiser: nn.Module, form: str) -> int:
-    """What the denoiser's own weights take, once their Linear weights are in that form (none if it is empty)."""
+    """Return the bytes of the denoiser's own weights, its Linear weights in that form (as they are if it is empty)."""
     linear = {module for block in blocks(denoiser) for module in block.modules() if _frozen_linear(module)}
     quantised: Any = {module.weight for module in linear} if form else set()
     tensors = [*denoiser.parameters(), *denoiser.buffers()]
@@ -142,6 +142,6 @@ def shard(denoiser: nn.Module, device: torch.device, trained: set[nn.Parameter])
 
 
 def blocks(denoiser: Any) -> list[nn.Module]:
-    """The modules that diffusers declares as units of this model, outer before inner."""
+    """Return the modules that diffusers declares as units of this model, outer before inner."""
     names = set(denoiser._no_split_modules)
     return [module for module in denoiser.modules() if type(module).__name__ in names]

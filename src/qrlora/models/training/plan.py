@@ -28,13 +28,14 @@ from qrlora.method.basis import clipped_rank, layer_basis, weight_digest
 from qrlora.method.tuner import QRLoraConfig, QRLoraLayer, resolve_columns
 from qrlora.method.tuner.factors import TrainedColumns
 from qrlora.models.families import ModelFamily, default_device, free_memory, load_structure
-from qrlora.models.training.dataset import find_pictures
-from qrlora.models.training.loop import ADAPTER_NAME, adapter_on, family_options
+from qrlora.models.training.attach import ADAPTER_NAME, adapter_on
+from qrlora.models.training.batches import family_options
 from qrlora.models.training.optimizers import STATE_BYTES
 from qrlora.models.training.pictures import views
 from qrlora.models.training.placement import module_bytes, stored_bytes
 from qrlora.models.training.recipe import Recipe
 from qrlora.models.training.rehearsal import Pace, Rehearsal
+from qrlora.models.training.sources import find_pictures
 
 PLAIN_LORA: dict[str, Any] = {"method": "lora", "train_basis": False, "space": None, "space_remainder": 0.0}
 FLOAT = 4
@@ -89,13 +90,13 @@ class Plan:
     estimates: dict[str, Estimate]
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything as JSON values."""
+        """Return everything as JSON values."""
         rows = {name: asdict(estimate) for name, estimate in self.estimates.items()}
         return {**vars(self), "recipe": self.recipe.record(), "estimates": rows}
 
 
 def plan(recipe: Recipe, timed: bool = True) -> Plan:
-    """Say what training by `recipe` will take. Nothing is trained and no weight is read.
+    """Estimate what training by `recipe` will take. Nothing is trained and no weight is read.
 
     Args:
         recipe: its pictures need not be there; those that are count.
@@ -138,7 +139,7 @@ def _reserve_basis(layer: QRLoraLayer) -> None:
 
 
 def _estimate(recipe: Recipe, pipe: Any, family: ModelFamily, pace: Pace | None) -> Estimate:
-    """One method: its adapter on the meta device, and one step there."""
+    """Estimate one method: its adapter on the meta device, and one step there."""
     denoiser: Any = family.denoiser_of(pipe).requires_grad_(False)
     plain, stored = module_bytes(denoiser), stored_bytes(denoiser, recipe.quantize)
     with adapter_on(denoiser, family, recipe) as parameters:
@@ -182,8 +183,8 @@ def _estimate(recipe: Recipe, pipe: Any, family: ModelFamily, pace: Pace | None)
 
 
 def rehearse(recipe: Recipe, pipe: Any, family: ModelFamily) -> tuple[Rehearsal, int]:
-    """One forward and backward pass of training, on a pipeline without weights or with them, and the bytes that are
-    held between the two."""
+    """Do one forward and backward pass of training, on a pipeline without weights or with them; return its record, and
+    the bytes that are held between the two."""
     denoiser, scheduler = family.denoiser_of(pipe), family.training_scheduler(pipe)
     options = family_options(recipe, family)[0]
     batches = [_batch(recipe, pipe, family, recipe.batch_size, recipe.resolution)]
@@ -205,7 +206,7 @@ def _batch(recipe: Recipe, pipe: Any, family: ModelFamily, rows: int, side: int 
     latents = family.encode_images(pipe, torch.zeros(rows, 3, side, side, device=pipe.device)).float()
     encode = family.blank_conditions if pipe.device.type == "meta" else None
     conditions = (encode or family.encode_prompts)(pipe, [recipe.text] * rows)
-    timesteps = family.sample_timesteps(family.training_scheduler(pipe), rows, torch.Generator())
+    timesteps = family.objective.timesteps(family.training_scheduler(pipe), rows, torch.Generator())
     return latents, torch.zeros_like(latents), timesteps.to(pipe.device), dict(conditions)
 
 
@@ -252,7 +253,7 @@ def _networks(pipe: Any) -> dict[str, nn.Module]:
 
 
 def _loading_bytes(recipe: Recipe, pipe: Any, family: ModelFamily, device: torch.device) -> int:
-    """What is on the device before the encoders leave it. A GPU sees the denoiser after that, unless it is needed."""
+    """Return the bytes on the device before the encoders leave it; a GPU gets the denoiser after that, if it can."""
     networks = _networks(pipe)
     denoiser = module_bytes(networks.pop(family.denoiser))
     there = denoiser if recipe.preserve or device.type == "cpu" else 0
@@ -266,7 +267,7 @@ def _loading_bytes(recipe: Recipe, pipe: Any, family: ModelFamily, device: torch
 
 
 def _sampling_bytes(recipe: Recipe, pipe: Any, family: ModelFamily) -> int:
-    """What stays in memory to make sample sheets: the autoencoder, and whatever else is no text encoder."""
+    """Return the bytes that stay for sample sheets: the autoencoder, and whatever else is no text encoder."""
     if not recipe.sample_every:
         return 0
     others = {name: part for name, part in _networks(pipe).items() if not name.startswith("text_encoder")}
@@ -274,7 +275,7 @@ def _sampling_bytes(recipe: Recipe, pipe: Any, family: ModelFamily) -> int:
 
 
 def _basis_seconds(pace: Pace, shapes: Iterable[tuple[int, ...]], rank: int) -> float | None:
-    """How long the basis of all layers takes there, by that of one layer of each shape, and the digests of all."""
+    """Estimate the seconds of the basis of all layers from one layer of each shape, and of the digests of all."""
     if not rank:
         return None
     seconds = 0.0

@@ -1,4 +1,4 @@
-"""Keeping a base model what it is while an adapter learns: what it answers on its own way to pictures.
+"""Preserve the base model's predictions for other prompts while an adapter trains.
 
 Prior preservation (Ruiz et al. 2023, "DreamBooth", section 3.3) trains on pictures that the base model made, against
 noise. Here the base model's predictions while it makes them are the target: every denoiser call on the way is recorded,
@@ -29,7 +29,7 @@ class Call:
     prediction: Tensor
 
     def loss(self, denoiser: nn.Module) -> Float[Tensor, ""]:
-        """Mean squared difference from that prediction."""
+        """Return the mean squared difference from that prediction."""
         prediction = denoiser(*self.arguments, **self.keywords)[0]
         return (prediction.float() - self.prediction.float()).pow(2).mean()
 
@@ -41,7 +41,7 @@ class Preservation:
     calls: Sequence[Call]
 
     def draw(self, generator: Generator) -> Call:
-        """One of the calls."""
+        """Return a random call."""
         return self.calls[int(torch.randint(len(self.calls), (1,), generator=generator))]
 
 

@@ -1,4 +1,4 @@
-"""Several processes that take one step together: who they are, whose share is what, and what they agree on.
+"""Divide one training step among several processes.
 
 A process is accelerate's (`accelerate launch`, torchrun), and has a GPU of its own where there are any.
 """
@@ -18,7 +18,7 @@ from qrlora.models.training.recipe import Recipe
 
 
 def processes_here(**tracked: Any) -> Accelerator:
-    """The processes there are. Without a GPU they have to be told so, or accelerate lets each run by itself.
+    """Return accelerate's view of the processes. Without a GPU it has to be told so, or each would run by itself.
 
     tracked: accelerate's options about trackers.
     """
@@ -66,7 +66,7 @@ def check_divisible(recipe: Recipe, processes: int, kind: str, given: bool) -> N
 
 
 def share(recipe: Recipe, micro: int, process: int, processes: int) -> slice:
-    """The rows of a step's forward pass `micro` that one of the processes takes.
+    """Return the rows of a step's forward pass `micro` that one of the processes takes.
 
     A step's `batch_size * accumulation` examples are dealt out in their order, to each process as many (to one); so
     processes divide forward passes where there are few, and take whole ones where there are many.
@@ -82,6 +82,6 @@ def anywhere(accelerator: Accelerator, holds: bool) -> bool:
 
 
 def summed(accelerator: Accelerator, tensor: Tensor) -> Tensor:
-    """The sum over all processes."""
+    """Return the sum of the tensor over all processes."""
     total: Any = accelerator.reduce(tensor, reduction="sum")
     return total

@@ -43,7 +43,7 @@ RESUMABLE = frozenset(
 
 
 def default_caption(role: str, noun: str) -> str:
-    """The published prompts: "a photo of a <c> dog" for a subject, "a cat in <s> style" for a style."""
+    """Return the published prompts: "a photo of a <c> dog" for a subject, "a cat in <s> style" for a style."""
     if role == "subject":
         return f"a photo of a {TRIGGER} {noun}".rstrip()
     noun = noun or "picture"
@@ -52,7 +52,7 @@ def default_caption(role: str, noun: str) -> str:
 
 
 def module_names(text: str) -> str | tuple[str, ...]:
-    """ "to_q,to_k" of the command line as names; anything that is not a list of names is a regular expression."""
+    """Split "to_q,to_k" of the command line into names; what is not a list of names is a regular expression."""
     if re.fullmatch(r"[\w.]+(\s*,\s*[\w.]+)+", text):
         return tuple(part.strip() for part in text.split(","))
     return text
@@ -68,41 +68,43 @@ class Recipe(BaseModel):
 
     model: str = Field("pico", description="base model: pico, a folder in the diffusers layout, or a hub id")
     method: Literal["qrlora", "lora"] = Field("qrlora", description="qrlora, or plain lora for comparison")
-    role: Literal["subject", "style"] = Field(description="what is learned: subject or style")
+    role: Literal["subject", "style"] = Field(description="what the adapter learns: subject or style")
     images: tuple[Path, ...] = Field(
         min_length=1,
-        description="pictures to learn from: one, several, or a folder (captions and masks: docs/data.md)",
+        description="pictures to train on: one, several, or a folder (captions and masks: docs/data.md)",
     )
     num_repeats: tuple[Annotated[int, Field(ge=1)], ...] = Field(
         (), description="how often an epoch shows the pictures of each entry of images: one number each (default: once)"
     )
     buckets: bool = Field(
-        False, description="keep aspect ratios: shapes of about resolution squared pixels instead of squares"
+        False, description="keep aspect ratios: crop to shapes of about resolution squared pixels instead of squares"
     )
-    flip: bool = Field(False, description="learn from the mirror image of every picture, too")
+    flip: bool = Field(False, description="train on the mirror image of every picture, too")
     shift: int = Field(
         0,
         ge=0,
-        description="learn from copies of every picture, moved by this many pixels to each side, too (0: none)",
+        description="train on copies of every picture, moved by this many pixels to each side, too (0: none)",
     )
     alpha_mask: bool = Field(False, description="take a picture's transparency for its mask, unless it has a mask file")
     mask_min_value: float = Field(
-        0.0, ge=0, le=1, description="weight in the loss of what masks leave out; 1 ignores masks"
+        0.0, ge=0, le=1, description="loss weight of the pixels outside the mask; 1 ignores masks"
     )
     trigger: str = Field(
-        min_length=1, description="word that calls the adapter (default: <c> for a subject, <s> for a style)"
+        min_length=1,
+        description="word that calls the adapter in prompts (default: <c> for a subject, <s> for a style)",
     )
     noun: str = Field("", description="what the picture shows, in a word the model knows: dog, house")
     caption: str = Field(
         min_length=1, description=f"caption of pictures that have none of their own; {TRIGGER} stands for the trigger"
     )
-    rank: int = Field(DEFAULT_RANK, ge=1, description="rows of each ΔR")
+    rank: int = Field(DEFAULT_RANK, ge=1, description="rank of the adapter: rows of ΔR in each layer")
     alpha: int = Field(ge=1, description="scaling times rank (default: the rank, so scaling 1)")
     columns: str | tuple[int, ...] = Field(
-        description="columns of the basis: first, subject, style, i/n, or a list (default: the role's own)"
+        description="columns of Q that belong to the adapter: subject or style (disjoint halves), i/n (every n-th "
+        "from i), first, or a list of numbers (default: the role's)"
     )
     basis_rank: int | None = Field(
-        None, ge=1, description="columns of the whole basis (default: as many as columns needs)"
+        None, ge=1, description="rank of the whole basis (default: the least that has those columns)"
     )
     triangular: bool = Field(True, description="keep ΔR upper triangular")
     train_basis: bool = Field(False, description="published mode: train Q and R; cannot be composed exactly")
@@ -111,9 +113,9 @@ class Recipe(BaseModel):
         description="module names (to_q,to_k), or a regular expression, to adapt (default: the family's published set)",
     )
     preserve: tuple[str, ...] = Field(
-        (), description="prompts that the adapter should leave as the base model draws them; separated by ; in a flag"
+        (), description="prompts whose pictures should stay those of the base model; separated by ; in a flag"
     )
-    preserve_weight: float = Field(1.0, gt=0, description="weight of that in the loss")
+    preserve_weight: float = Field(1.0, gt=0, description="weight of preserve in the loss")
     steps: int = Field(200, ge=1, description="optimiser steps")
     batch_size: int = Field(8, ge=1, description="examples per forward pass, of all processes together")
     accumulation: int = Field(1, ge=1, description="forward passes per optimiser step")
@@ -132,16 +134,16 @@ class Recipe(BaseModel):
     )
     warmup_steps: int = Field(0, ge=0, description="first steps, over which the learning rate rises to its value")
     cooldown_steps: int = Field(0, ge=0, description="last steps, over which the learning rate falls to zero")
-    weight_decay: float = Field(1e-4, ge=0, description="weight decay of what trains (in a space 0.1 by default)")
-    space: Path | None = Field(None, description="space of adapters (qrlora space build) to train a point of")
-    space_remainder: float = Field(0.0, ge=0, description="weight of a ΔR that trains freely beside its coefficients")
+    weight_decay: float = Field(1e-4, ge=0, description="weight decay of ΔR (in a space 0.1 by default)")
+    space: Path | None = Field(None, description="space (qrlora space build) to train a point of")
+    space_remainder: float = Field(0.0, ge=0, description="weight of a free ΔR beside the coefficients in the space")
     logit_mean: float | None = Field(
         None,
         description="noise levels in training: mean of their logit, higher is noisier (flow matching; default 0)",
     )
-    logit_std: float | None = Field(None, gt=0, description="and its standard deviation (default 1)")
+    logit_std: float | None = Field(None, gt=0, description="standard deviation of that logit (default 1)")
     min_snr_gamma: float | None = Field(
-        None, gt=0, description="weight of noise levels in the loss: min(SNR, this) / SNR (SDXL, SD; 5 is usual)"
+        None, gt=0, description="min-SNR weighting of the loss: min(SNR, this) / SNR (SDXL, SD; 5 is usual)"
     )
     max_grad_norm: float = Field(1.0, gt=0, description="gradients are scaled down to this norm")
     seed: int = Field(0, ge=0, lt=2**63, description="seed of everything random in the run")
@@ -156,22 +158,22 @@ class Recipe(BaseModel):
         description="store the frozen base in 8 bits (int8) or 4 (nf4); its basis is that of the unquantised weights",
     )
     gradient_checkpointing: bool = Field(
-        False, description="compute activations a second time instead of keeping them: less memory, more time"
+        False, description="recompute activations in the backward pass: less memory, more time"
     )
     offload: bool = Field(
-        False, description="let text encoders and autoencoder work on the CPU; only the denoiser leaves it"
+        False, description="run text encoders and autoencoder on the CPU, and only the denoiser on the GPU"
     )
     fsdp: bool = Field(False, description="divide the frozen base among the processes (FSDP2)")
     checkpoint_every: int = Field(0, ge=0, description="steps between checkpoints (0: only when interrupted)")
-    checkpoints_kept: int = Field(1, ge=1, description="how many checkpoints stay on disk, the newest")
+    checkpoints_kept: int = Field(1, ge=1, description="number of newest checkpoints that stay on disk")
     sample_every: int = Field(
         0, ge=0, description="steps between sheets of sample pictures, written beside the output (0: none)"
     )
     sample_prompts: tuple[str, ...] = Field(
         (),
-        description=f"what they show, with {TRIGGER} for the trigger; separated by ; in a flag (default: the caption)",
+        description=f"prompts of the sheets, {TRIGGER} for the trigger; separated by ; (default: the caption)",
     )
-    sample_seeds: int = Field(2, ge=1, description="pictures of each of these prompts, from seeds counted on from seed")
+    sample_seeds: int = Field(2, ge=1, description="sample pictures of each prompt, from seeds counted on from seed")
     patience: int = Field(
         0, ge=0, description="sheets without a better score after which training stops (0: never); with a judge only"
     )
@@ -181,7 +183,7 @@ class Recipe(BaseModel):
         "(default: tensorboard if it is installed)",
     )
     output: Path | None = Field(None, description="adapter file to write; checkpoints go to a folder beside it")
-    licence: str = Field("", description="licence of the adapter, kept in its metadata")
+    licence: str = Field("", description="licence of the adapter, written into its metadata")
 
     @model_validator(mode="before")
     @classmethod
@@ -276,7 +278,7 @@ class Recipe(BaseModel):
 
     @classmethod
     def of(cls, fields: Mapping[str, Any]) -> Recipe:
-        """The recipe with these fields.
+        """Validate these fields and return the recipe.
 
         Raises:
             RecipeError: naming every unknown (with the nearest known), missing or wrong field.
@@ -304,7 +306,7 @@ class Recipe(BaseModel):
 
     @classmethod
     def file_schema(cls) -> dict[str, Any]:
-        """JSON Schema of a recipe file: what an editor needs to complete and check it.
+        """Return the JSON Schema of a recipe file, by which an editor completes and checks it.
 
         Fields that are filled in by role may be missing, and lists of one may be the one, as `of` takes them.
         """
@@ -325,8 +327,8 @@ class Recipe(BaseModel):
         }
 
     def replace(self, **changes: Any) -> Recipe:
-        """A copy with some fields changed, validated again. A learning rate that is given holds for any number of
-        pictures, as in a recipe file."""
+        """Return a copy with some fields changed, validated again. A learning rate that is given holds for any number
+        of pictures, as in a recipe file."""
         if "learning_rate" in changes:
             changes.setdefault("learning_rate_several", changes["learning_rate"])
         return Recipe.of(self.model_dump() | changes)
@@ -346,13 +348,13 @@ class Recipe(BaseModel):
         return fields
 
     def of_pictures(self, count: int) -> Recipe:
-        """The recipe with the learning rate of so many pictures."""
+        """Return the recipe with the learning rate for this number of pictures."""
         rate = self.learning_rate if count < 2 else self.learning_rate_several
         several = self.learning_rate_several
         return self if rate == self.learning_rate else self.replace(learning_rate=rate, learning_rate_several=several)
 
     def run_record(self) -> dict[str, Any]:
-        """The fields that make two runs the same run: what a checkpoint must agree on to be continued."""
+        """Return the fields that a checkpoint must agree on to be continued."""
         free = RESUMABLE - {"steps"} if self.cooldown_steps else RESUMABLE  # the last steps count from the end
         return {key: value for key, value in self.model_dump(mode="json").items() if key not in free}
 

@@ -1,4 +1,4 @@
-"""A computation rehearsed on torch's meta device: what it would allocate, and how long it would take somewhere else.
+"""Rehearse a computation on torch's meta device: what it would allocate, and how long it would take elsewhere.
 
     with Rehearsal(what_is_there_already) as rehearsal:
         loss = model(inputs)
@@ -27,7 +27,7 @@ from torch.utils._pytree import tree_flatten, tree_iter, tree_unflatten
 from torch.utils.flop_counter import flop_registry
 
 TIMING_SECONDS = 20.0
-"""How long operations are timed for; the rest is reckoned at the pace of those that were."""
+"""Longest time to time operations for; the rest is estimated at the pace of those."""
 ENOUGH_SECONDS = 0.003
 
 _aten: Any = torch.ops.aten
@@ -53,7 +53,7 @@ class _Sizes:
         return cls(tuple(tensor.shape), tensor.stride(), tensor.dtype)
 
     def filled(self, device: torch.device) -> Tensor:
-        """A tensor of these sizes: random numbers, or zeros where they could be indices."""
+        """Return a tensor of these sizes: random numbers, or zeros where they could be indices."""
         last = sum((size - 1) * step for size, step in zip(self.shape, self.stride, strict=True))
         storage = torch.zeros(last + 1 if math.prod(self.shape) else 0, dtype=self.dtype, device=device)
         if self.dtype.is_floating_point:
@@ -78,7 +78,7 @@ class Operation:
         return self.count * max(self.flops, self.elements)
 
     def ready(self, device: torch.device) -> Callable[[], Any]:
-        """The operation on tensors of its sizes, there."""
+        """Return the operation on tensors of its sizes on that device."""
         leaves = [leaf.filled(device) if isinstance(leaf, _Sizes) else leaf for leaf in self.leaves]
         leaves = [device if isinstance(leaf, torch.device) else leaf for leaf in leaves]
         args, kwargs = tree_unflatten(leaves, self.structure)
@@ -100,7 +100,7 @@ def _attention_there(backward: bool, args: Any, kwargs: Any) -> Callable[[], Any
 
 
 class Rehearsal(TorchDispatchMode):
-    """Counts allocations and operations of what happens inside.
+    """Counter of the allocations and operations inside a context.
 
     Attributes:
         live, peak: bytes allocated inside and still there; the most they ever were.
@@ -227,7 +227,7 @@ class Pace:
         return spent + prepared if self.device.type == "cpu" else max(spent, prepared)
 
     def time(self, action: Callable[[], Any], once: bool = False) -> float:
-        """The shortest of a few runs, in seconds; or of one, for what takes long and needs no warming up."""
+        """Time a few runs and return the shortest, in seconds; or `once`, what takes long and needs no warming up."""
         runs = 1 if once or self.device.type == "cpu" else 10  # launches of a GPU overlap
         if not once:
             action()

@@ -12,7 +12,7 @@ from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from alembic.util import CommandError
 from sqlalchemy import Connection, Engine, create_engine, event, text
-from sqlalchemy.exc import DBAPIError, OperationalError
+from sqlalchemy.exc import DatabaseError, DBAPIError, IntegrityError
 from sqlalchemy.orm import Session
 
 from qrlora.errors import RegistryError
@@ -96,9 +96,11 @@ def _session(connection: Connection) -> Iterator[Session]:
     try:
         with connection, Session(connection) as session:
             yield session
-    except OperationalError as error:
+    except IntegrityError:
+        raise  # a fault of ours
+    except DatabaseError as error:
         raise RegistryError(
-            "the registry's database does not answer",
+            "the registry's database does not answer, or is damaged",
             got=str(error.orig).splitlines()[0],
-            remedy="check the disk and the database; try again if many write at once",
+            remedy="check the disk and the database, try again if many write at once; else restore it from a backup",
         ) from error

@@ -10,7 +10,7 @@ from typing import Any
 
 KINDS = (
     *("base", "basis", "adapter", "space", "recipe", "picture", "composition", "brand", "report"),
-    *("policy", "approval", "generated", "export"),
+    *("policy", "approval", "generated", "export", "signature"),
 )
 RELATIONS = (
     "trained_on",  # an adapter, on a picture, with a recipe
@@ -20,6 +20,7 @@ RELATIONS = (
     "approved_by",  # a composition, by an approval
     "generated_by",  # a generated picture, by a composition, adapter or base model
     "exported_from",  # a file for another tool, from an adapter or composition
+    "signed_by",  # anything, by a signature
     "governed_by",  # an approval or a report, by the policy that was in force
 )
 

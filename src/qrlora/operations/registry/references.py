@@ -37,7 +37,7 @@ def check_name(name: str) -> str:
 
 def check_alias(alias: str) -> str:
     """Return the alias. RegistryError unless it can be one: v1, v2 and `latest` are taken by the versions."""
-    if not _ALIAS.fullmatch(alias) or _VERSION.fullmatch(alias) or alias == "latest":
+    if not _ALIAS.fullmatch(alias) or re.fullmatch("v[0-9]+", alias) or alias == "latest":
         raise RegistryError(
             f"{alias[:100]!r} cannot be an alias",
             expected="a lower-case word such as production; v1, v2, … and latest name versions",

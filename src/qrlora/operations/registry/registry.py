@@ -11,12 +11,12 @@ from __future__ import annotations
 import getpass
 import os
 import tempfile
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import Engine, or_, select
+from sqlalchemy import Engine, select
 from sqlalchemy.orm import Session
 
 from qrlora._files import make_folder
@@ -24,9 +24,19 @@ from qrlora.errors import RegistryError
 from qrlora.operations.provenance.audit import GENESIS, Entry, entry_hash
 from qrlora.operations.provenance.canonical import canonical_json, file_digest
 from qrlora.operations.registry.database import connect, reading, writing
+from qrlora.operations.registry.queries import find, load, matching, utc
 from qrlora.operations.registry.records import KINDS, RELATIONS, Artifact, Edge, Link, Move
-from qrlora.operations.registry.references import check_alias, check_name, parse_reference
-from qrlora.operations.registry.schema import AliasMoveRow, AliasRow, ArtifactRow, AuditRow, EdgeRow, TagRow, VersionRow
+from qrlora.operations.registry.references import check_alias, check_name
+from qrlora.operations.registry.schema import (
+    LOGGED,
+    AliasMoveRow,
+    AliasRow,
+    ArtifactRow,
+    AuditRow,
+    EdgeRow,
+    TagRow,
+    VersionRow,
+)
 from qrlora.operations.registry.store import Store, store_at
 
 PLACE, ACTOR = "QRLORA_REGISTRY", "QRLORA_ACTOR"
@@ -34,8 +44,7 @@ PLACE, ACTOR = "QRLORA_REGISTRY", "QRLORA_ACTOR"
 
 def default_place() -> str:
     """Return where the registry is: $QRLORA_REGISTRY, else `~/.local/share/qrlora/registry`."""
-    named = os.environ.get(PLACE)
-    return named or str(Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share", "qrlora", "registry"))
+    return os.environ.get(PLACE) or default_place_of_trust()
 
 
 def default_actor() -> str:
@@ -106,7 +115,8 @@ class Registry:
         tags: Iterable[str] = (),
         keep: bool = True,
     ) -> Artifact:
-        """Add an object, once: what is there already gets the new name, tags and edges, and nothing else of it changes.
+        """Add an object, once: what is there already gets the new name, tags and edges, and the role, owner and licence
+        that it had none of; nothing else of it changes.
 
         Args:
             source: a file, or its bytes.
@@ -123,48 +133,59 @@ class Registry:
             path = source if isinstance(source, Path) else Path(scratch, "bytes")
             if isinstance(source, bytes):
                 path.write_bytes(source)
-            digest, size = file_digest(path), path.stat().st_size
+            row = ArtifactRow(
+                digest=file_digest(path),
+                kind=kind,
+                size=path.stat().st_size,
+                filename=(filename or (source.name if isinstance(source, Path) else ""))[:255],
+                stored=keep,
+                role=role,
+                owner=owner,
+                licence=licence,
+                facts=dict(facts or {}),
+                created_at=_now(),
+                created_by=self.actor,
+            )
+            digest = row.digest
             if keep:
                 self.store.put(digest, path)
-        row = ArtifactRow(
-            digest=digest,
-            kind=kind,
-            size=size,
-            filename=(filename or (source.name if isinstance(source, Path) else ""))[:255],
-            stored=keep,
-            role=role,
-            owner=owner,
-            licence=licence,
-            facts=dict(facts or {}),
-            created_at=_now(),
-            created_by=self.actor,
-        )
-        with writing(self.engine) as session:
-            self._insert(session, row, name, links, tags)
+            with writing(self.engine) as session:
+                if keep and not self.store.has(digest):  # `remove_unreferenced` came between the two
+                    self.store.put(digest, path)
+                self.insert(session, row, name, links, tags)
         return self.get(digest)
 
     def add_record(self, record: Mapping[str, Any], kind: str, **options: Any) -> Artifact:
         """Add an object that is its canonical JSON: a composition, a report, an approval. Options: as `add`."""
         return self.add(canonical_json(record), kind, facts=options.pop("facts", record), **options)
 
-    def _insert(
-        self, session: Session, row: ArtifactRow, name: str | None, links: Sequence[Link], tags: Iterable[str]
+    def insert(
+        self,
+        session: Session,
+        row: ArtifactRow,
+        name: str | None = None,
+        links: Sequence[Link] = (),
+        tags: Iterable[str] = (),
+        number: int | None = None,
     ) -> None:
+        """Add a row with its edges in a transaction of the caller's. number: of the name's version, if not the next."""
         there = session.get(ArtifactRow, row.digest)
         if there is None:
             session.add(row)
             session.flush()
         elif there.kind != row.kind:
             raise RegistryError(f"{row.digest[:19]} is registered as another kind", expected=there.kind, got=row.kind)
-        elif row.stored and not there.stored:
-            there.stored = True
+        else:
+            there.fill_in(row)
+        links, tags = list(links), list(tags)
         for position, link in enumerate(links):
             self._link(session, row.digest, link, position)
         for tag in tags:
             session.merge(TagRow(digest=row.digest, tag=check_alias(tag)))
-        version = self._version(session, name, row.digest) if name else None
-        details = {"kind": row.kind, "name": name, "version": version, "links": len(links)}
-        self._audit(session, "add", row.digest, details)
+        details: dict[str, Any] = {key: getattr(there or row, key) for key in LOGGED}
+        details |= {"facts": (there or row).facts_digest, "links": [vars(link) for link in links], "tags": list(tags)}
+        details |= {"name": name, "version": self._version(session, name, row.digest, number) if name else None}
+        self.audit_in(session, "add", row.digest, details)
 
     def _link(self, session: Session, source: str, link: Link, position: int) -> None:
         if link.relation not in RELATIONS:
@@ -183,7 +204,10 @@ class Registry:
             )
         )
 
-    def _version(self, session: Session, name: str, digest: str) -> int:
+    def _version(self, session: Session, name: str, digest: str, number: int | None) -> int:
+        if number is not None:
+            session.add(VersionRow(name=name, number=number, digest=digest))
+            return number
         newest = session.scalars(select(VersionRow).where(VersionRow.name == name).order_by(VersionRow.number.desc()))
         last = newest.first()
         if last and last.digest == digest:
@@ -195,17 +219,22 @@ class Registry:
     def link(self, source: str, *links: Link) -> None:
         """Add edges between artifacts that are there: a report or an approval that came later."""
         with writing(self.engine) as session:
-            digest = self._digest(session, source)
+            digest = find(session, source)
             for position, link in enumerate(links):
                 self._link(session, digest, link, position)
-            self._audit(session, "link", digest, {"links": [[link.relation, link.target] for link in links]})
+            self.audit_in(session, "link", digest, {"links": [vars(link) for link in links]})
 
     # Finding
 
     def get(self, reference: str) -> Artifact:
         """Return the artifact of a reference (`qrlora.operations.registry.references`)."""
         with reading(self.engine) as session:
-            return self._artifacts(session, [self._digest(session, reference)])[0]
+            return load(session, [find(session, reference)])[0]
+
+    def has(self, digest: str) -> bool:
+        """Return True if this very digest is registered."""
+        with reading(self.engine) as session:
+            return session.get(ArtifactRow, digest) is not None
 
     def path(self, artifact: Artifact | str) -> Path:
         """Return a local file with its bytes, hashed again."""
@@ -240,51 +269,21 @@ class Registry:
         owner: str | None = None,
         licence: str | None = None,
         tag: str | None = None,
+        fact: tuple[str, str] | None = None,
         deprecated: bool = False,
         limit: int = 1000,
     ) -> list[Artifact]:
-        """Return the artifacts that match everything given, newest first; `text` is looked for in names and files."""
-        wanted = select(ArtifactRow.digest).order_by(ArtifactRow.created_at.desc(), ArtifactRow.digest).limit(limit)
+        """Return the artifacts that match everything given, newest first.
+
+        Args:
+            text: looked for in names, file names and triggers.
+            fact: key and value of one of its facts that is a text.
+            deprecated: also those that should no longer be used.
+        """
         exact = {"kind": kind, "role": role, "owner": owner, "licence": licence}
-        for column, value in exact.items():
-            wanted = wanted.where(getattr(ArtifactRow, column) == value) if value else wanted
-        if tag:
-            wanted = wanted.where(ArtifactRow.digest.in_(select(TagRow.digest).where(TagRow.tag == tag)))
-        if not deprecated:
-            wanted = wanted.where(ArtifactRow.deprecated == "")
-        if text:
-            named = select(VersionRow.digest).where(VersionRow.name.contains(text, autoescape=True))
-            matches = ArtifactRow.filename.contains(text, autoescape=True), ArtifactRow.digest.in_(named)
-            wanted = wanted.where(or_(*matches))
+        wanted = matching(text, exact, tag, fact, deprecated).limit(limit)
         with reading(self.engine) as session:
-            return self._artifacts(session, list(session.scalars(wanted)))
-
-    def _digest(self, session: Session, text: str) -> str:
-        reference = parse_reference(text)
-        if reference.digest:
-            found = list(
-                session.scalars(
-                    select(ArtifactRow.digest).where(ArtifactRow.digest.startswith(reference.digest)).limit(2)
-                )
-            )
-        elif reference.alias:
-            row = session.get(AliasRow, (reference.name, reference.alias))
-            found = [row.digest] if row else []
-        else:
-            versions = select(VersionRow.digest).where(VersionRow.name == reference.name)
-            if reference.version:
-                versions = versions.where(VersionRow.number == reference.version)
-            found = list(session.scalars(versions.order_by(VersionRow.number.desc()).limit(1)))
-        if len(found) != 1:
-            got = "several that begin so" if found else "none"
-            remedy = "`qrlora registry search` lists what there is"
-            raise RegistryError(f"no {text[:200]!r} in the registry", expected="one artifact", got=got, remedy=remedy)
-        return found[0]
-
-    def _artifacts(self, session: Session, digests: Sequence[str]) -> list[Artifact]:
-        rows = {row.digest: row for row in _in(session, ArtifactRow, digests)}
-        names, aliases, tags = (_grouped(_in(session, kind, digests)) for kind in (VersionRow, AliasRow, TagRow))
-        return [_artifact(rows[digest], names, aliases, tags) for digest in digests]
+            return load(session, list(session.scalars(wanted)))
 
     # Changing what may change
 
@@ -306,7 +305,7 @@ class Registry:
         """
         check_name(name), check_alias(alias)
         with writing(self.engine) as session:
-            digest = self._digest(session, reference)
+            digest = find(session, reference)
             row = session.get(AliasRow, (name, alias))
             self._check_protected(row, digest, protect, force)
             moved = row is None or row.digest != digest
@@ -317,7 +316,7 @@ class Registry:
             if moved:
                 self._moved(session, name, alias, digest, reason)
             details = {"digest": digest, "protected": row.protected, "reason": reason}
-            self._audit(session, "alias", f"{name}@{alias}", details)
+            self.audit_in(session, "alias", f"{name}@{alias}", details)
 
     def remove_alias(self, name: str, alias: str, *, reason: str = "", force: bool = False) -> None:
         """Remove an alias; its history stays."""
@@ -328,7 +327,7 @@ class Registry:
             self._check_protected(row, "", None, force)
             session.delete(row)
             self._moved(session, name, alias, "", reason)
-            self._audit(session, "remove_alias", f"{name}@{alias}", {"reason": reason})
+            self.audit_in(session, "remove_alias", f"{name}@{alias}", {"reason": reason})
 
     @staticmethod
     def _check_protected(row: AliasRow | None, digest: str, protect: bool | None, force: bool) -> None:
@@ -346,29 +345,29 @@ class Registry:
         """Return the history of a name's aliases, oldest first."""
         with reading(self.engine) as session:
             rows = session.scalars(select(AliasMoveRow).where(AliasMoveRow.name == name).order_by(AliasMoveRow.id))
-            return [Move(row.name, row.alias, row.digest, _utc(row.at), row.by, row.reason) for row in rows]
+            return [Move(row.name, row.alias, row.digest, utc(row.at), row.by, row.reason) for row in rows]
 
     def tag(self, reference: str, *tags: str) -> None:
         """Add tags to an artifact."""
         with writing(self.engine) as session:
-            digest = self._digest(session, reference)
+            digest = find(session, reference)
             for tag in tags:
                 session.merge(TagRow(digest=digest, tag=check_alias(tag)))
-            self._audit(session, "tag", digest, {"tags": list(tags)})
+            self.audit_in(session, "tag", digest, {"tags": list(tags)})
 
     def deprecate(self, reference: str, reason: str) -> None:
         """Say why an artifact should no longer be used; an empty reason takes that back."""
         with writing(self.engine) as session:
-            digest = self._digest(session, reference)
+            digest = find(session, reference)
             session.get_one(ArtifactRow, digest).deprecated = reason
-            self._audit(session, "deprecate", digest, {"reason": reason})
+            self.audit_in(session, "deprecate", digest, {"reason": reason})
 
     # The audit log
 
     def audit(self, action: str, subject: str, details: Mapping[str, Any]) -> None:
         """Write an entry of its own: an approval that was given, a check that refused."""
         with writing(self.engine) as session:
-            self._audit(session, action, subject, details)
+            self.audit_in(session, action, subject, details)
 
     def log(self) -> list[Entry]:
         """Return the audit log from its first entry."""
@@ -379,7 +378,8 @@ class Registry:
                 for row in rows
             ]
 
-    def _audit(self, session: Session, action: str, subject: str, details: Mapping[str, Any]) -> None:
+    def audit_in(self, session: Session, action: str, subject: str, details: Mapping[str, Any]) -> None:
+        """Write an entry in a transaction of the caller's."""
         session.flush()
         tip = session.execute(select(AuditRow.seq, AuditRow.hash).order_by(AuditRow.seq.desc()).limit(1)).first()
         seq, previous = (tip.seq + 1, tip.hash) if tip else (1, GENESIS)
@@ -400,44 +400,3 @@ def default_place_of_trust() -> str:
 
 def _now() -> datetime:
     return datetime.now(timezone.utc)
-
-
-def _utc(at: datetime) -> datetime:
-    """SQLite forgets the zone; all times are written in UTC."""
-    return at if at.tzinfo else at.replace(tzinfo=timezone.utc)
-
-
-def _in(session: Session, kind: type[Any], digests: Collection[str]) -> list[Any]:
-    if not digests:
-        return []
-    order = [column for column in kind.__table__.primary_key.columns]
-    return list(session.scalars(select(kind).where(kind.digest.in_(digests)).order_by(*order)))
-
-
-def _grouped(rows: Sequence[Any]) -> dict[str, list[Any]]:
-    found: dict[str, list[Any]] = {}
-    for row in rows:
-        found.setdefault(row.digest, []).append(row)
-    return found
-
-
-def _artifact(
-    row: ArtifactRow, names: Mapping[str, list[Any]], aliases: Mapping[str, list[Any]], tags: Mapping[str, list[Any]]
-) -> Artifact:
-    return Artifact(
-        digest=row.digest,
-        kind=row.kind,
-        size=row.size,
-        filename=row.filename,
-        stored=row.stored,
-        role=row.role,
-        owner=row.owner,
-        licence=row.licence,
-        created_at=_utc(row.created_at),
-        created_by=row.created_by,
-        deprecated=row.deprecated,
-        names=tuple(f"{one.name}@v{one.number}" for one in names.get(row.digest, ())),
-        aliases=tuple(f"{one.name}@{one.alias}" for one in aliases.get(row.digest, ())),
-        tags=tuple(one.tag for one in tags.get(row.digest, ())),
-        facts=row.facts,
-    )

@@ -8,9 +8,14 @@ from typing import Any
 from sqlalchemy import JSON, BigInteger, Boolean, DateTime, Float, ForeignKey, Index, Integer, MetaData, String, Text
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
+from qrlora.errors import RegistryError
+from qrlora.operations.provenance.canonical import canonical_json, digest_of
+
 DIGEST = String(71)
 """`sha256:` and 64 hexadecimal digits."""
 NAME = String(128)
+LOGGED = ("kind", "role", "owner", "licence", "stored")
+"""Columns of an artifact that the audit log tells."""
 
 
 class Base(DeclarativeBase):
@@ -43,6 +48,21 @@ class ArtifactRow(Base):
     created_by: Mapped[str] = mapped_column(NAME)
     deprecated: Mapped[str] = mapped_column(Text, default="")
     """Why it should no longer be used; empty if it may be."""
+
+    @property
+    def facts_digest(self) -> str:
+        """Digest of the facts, for the audit log."""
+        return digest_of(canonical_json(self.facts))
+
+    def fill_in(self, again: ArtifactRow) -> None:
+        """Take what was not known when it was added first. RegistryError for another role, owner or licence."""
+        for key in ("role", "owner", "licence"):
+            known, said = getattr(self, key), getattr(again, key)
+            if known and said and known != said:
+                remedy = f"leave it out: what was registered with one {key} keeps it"
+                raise RegistryError(f"{self.digest[:19]} has another {key}", expected=known, got=said, remedy=remedy)
+            setattr(self, key, known or said)
+        self.stored = self.stored or again.stored
 
 
 class EdgeRow(Base):

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
+import re
 import secrets
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
-from typing import BinaryIO, Protocol
+from typing import BinaryIO, Protocol, runtime_checkable
 
 import fsspec
 
-from qrlora._files import default_cache_dir, disk_error, make_folder, write_atomically
+from qrlora._files import default_cache_dir, disk_error, make_folder, sweep, write_atomically
 from qrlora.errors import RegistryError
 from qrlora.operations.provenance.canonical import file_digest
 
 
+@runtime_checkable
 class Store(Protocol):
     """Where the bytes of artifacts are. Digests were checked by the caller."""
 
@@ -28,6 +32,9 @@ class Store(Protocol):
 
     def digests(self) -> set[str]:
         """Return all that is there."""
+
+    def sweep(self) -> None:
+        """Remove the temporary files of processes that were killed."""
 
 
 def _place(digest: str) -> str:
@@ -89,6 +96,10 @@ class FolderStore:
     def digests(self) -> set[str]:
         return {f"sha256:{path.name}" for path in self.folder.glob("??/*") if len(path.name) == 64}
 
+    def sweep(self) -> None:
+        for folder in self.folder.glob("??"):
+            sweep(folder)
+
 
 class RemoteStore:
     """Any fsspec file system (`s3://bucket/prefix`, `memory://x`); files are fetched into the cache and checked."""
@@ -134,8 +145,19 @@ class RemoteStore:
             self.fs.rm_file(self._at(digest))
 
     def digests(self) -> set[str]:
-        names = (str(path).rpartition("/")[2] for path in self.fs.find(self.root))
-        return {f"sha256:{name}" for name in names if len(name) == 64}
+        return {f"sha256:{name}" for name in self._names() if len(name) == 64}
+
+    def sweep(self) -> None:
+        """Nothing tells a dead process's file from a living one's there: those of a day ago are dead."""
+        for name in self._names():
+            if re.fullmatch(r"[0-9a-f]{64}\.[0-9a-f]{16}", name):
+                path = f"{self.root}/{name[:2]}/{name}"
+                with contextlib.suppress(NotImplementedError, FileNotFoundError):
+                    if datetime.now(timezone.utc) - self.fs.modified(path) > timedelta(days=1):
+                        self.fs.rm_file(path)
+
+    def _names(self) -> list[str]:
+        return [str(path).rpartition("/")[2] for path in self.fs.find(self.root)]
 
 
 def store_at(where: str | Path) -> Store:

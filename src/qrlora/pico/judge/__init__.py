@@ -130,10 +130,10 @@ class Judge:
         return cls(network, tables, {k: np.array(v) for k, v in facts["limits"].items()})
 
     @torch.inference_mode()
-    def look(self, pictures: UInt8[np.ndarray, "n h w 3"], batch: int = 64) -> dict[str, tuple[Tensor, Tensor]]:
+    def look(self, pictures: UInt8[np.ndarray, "n h w 3"]) -> dict[str, tuple[Tensor, Tensor]]:
         """{"subject" | "style": (features (n, 48), probabilities (n, names + 1))}, in float32."""
         parts = []
-        for chunk in torch.from_numpy(pictures).split(batch):
+        for chunk in torch.from_numpy(pictures).split(64):
             parts.append(self.network(chunk.permute(0, 3, 1, 2).float() / 127.5 - 1))
         return {
             f: (torch.cat([p[f][0] for p in parts]), torch.cat([p[f][1] for p in parts]).softmax(1)) for f in parts[0]
@@ -209,20 +209,38 @@ class Judge:
             distance=beyond,
         )
 
-    def scorer(self, name: str) -> Callable[[Sequence[Image.Image]], float]:
-        """A score of pictures that should show this subject, or be in this style, whatever else they are: the mean of
-        the probability of its name and of being right, each a half. 1 is perfect.
+    def likeness(
+        self, part: str, pictures: UInt8[np.ndarray, "n h w 3"], references: UInt8[np.ndarray, "m h w 3"]
+    ) -> list[float]:
+        """Return for each picture the mean cosine of its features of a part ("subject" or "style") to the references'.
+
+        It needs no name, so it also measures what pico's world has no word for.
+        """
+        features = self.look(np.concatenate([references, pictures]))[part][0]
+        whole = torch.nn.functional.normalize(features, dim=1)
+        return [float(cosine) for cosine in (whole[len(references) :] @ whole[: len(references)].T).mean(1)]
+
+    def objective(self, part: str, name: str) -> Callable[[UInt8[np.ndarray, "n h w 3"]], Float[np.ndarray, " n"]]:
+        """A score of each picture that should show this subject, or be in this style, whatever else it is: the mean of
+        the probability of its name and of being right. 1 is perfect.
 
         Raises DataError if pico's world has no such subject or style.
         """
-        part = "style" if name in STYLES else "subject"
         _positions(part, name, list(STYLES if part == "style" else SUBJECTS), 1)
         asked = {"subject": next(iter(SUBJECTS)), "style": next(iter(STYLES)), part: name}
 
+        def score(pictures: UInt8[np.ndarray, "n h w 3"]) -> Float[np.ndarray, " n"]:
+            verdict = self.verdict(pictures, **asked)
+            return (getattr(verdict, part) + getattr(verdict, f"p_{part}")) / 2
+
+        return score
+
+    def scorer(self, name: str) -> Callable[[Sequence[Image.Image]], float]:
+        """The mean of `objective` over pictures."""
+        of = self.objective("style" if name in STYLES else "subject", name)
+
         def score(pictures: Sequence[Image.Image]) -> float:
-            verdict = self.verdict(np.stack([np.asarray(picture.convert("RGB")) for picture in pictures]), **asked)
-            right, probability = getattr(verdict, part), getattr(verdict, f"p_{part}")
-            return float(right.mean() + probability.mean()) / 2
+            return float(of(np.stack([np.asarray(picture.convert("RGB")) for picture in pictures])).mean())
 
         score.__name__ = f"pico's judge, asked for {name}"
         return score
@@ -236,7 +254,7 @@ def _counters(network: Network) -> dict[str, Tensor]:
 def _positions(
     noun: str, asked: str | Sequence[str | None] | None, names: list[str], n: int
 ) -> Int64[np.ndarray, " n"]:
-    """Where each name asked for stands in ``names``; -1 for a colour left open."""
+    """Positions in ``names`` of the names asked for; -1 for a colour left open."""
     each = [asked] * n if asked is None or isinstance(asked, str) else list(asked)
     if len(each) != n:
         raise DataError(f"a {noun} for every picture is needed", expected=n, got=len(each))

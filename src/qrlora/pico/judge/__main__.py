@@ -7,7 +7,6 @@ network of a trained judge.
 
 from __future__ import annotations
 
-import argparse
 import json
 import platform
 import sys
@@ -18,27 +17,30 @@ from itertools import repeat
 from pathlib import Path
 from typing import Any
 
+import click
 import cv2
 import numpy as np
 import torch
-import torch.nn.functional as F
 from jaxtyping import UInt8
 from safetensors.torch import save
-from torch import Tensor, nn
+from torch import Tensor
 
 import qrlora.pico as pico
 from qrlora._files import claimed, write_atomically
 from qrlora._interrupts import ended
 from qrlora.pico import model, world
 from qrlora.pico.judge import WEIGHTS, Judge, defects
-from qrlora.pico.judge.network import Network, optimisers
-from qrlora.pico.pretraining.run import Run, log, trapezoid
+from qrlora.pico.judge.network import Network
+from qrlora.pico.judge.training import IGNORE, halved, train
+from qrlora.pico.pretraining.plan import options_of
+from qrlora.pico.pretraining.run import log
 from qrlora.quality.metrics.colours import VISIBLE, quantiles
 
 SUBJECTS, STYLES = list(world.SUBJECTS), list(world.STYLES)
 PAIRS = [(s, t) for s in SUBJECTS for t in STYLES]
-NONE_SUBJECT, NONE_STYLE, IGNORE = len(SUBJECTS), len(STYLES), -100
+NONE_SUBJECT, NONE_STYLE = len(SUBJECTS), len(STYLES)
 COLOURS, BACKGROUNDS = list(world.COLOURS), list(world.BACKGROUNDS)
+PATH = click.Path(path_type=Path)
 
 
 @dataclass(frozen=True)
@@ -61,10 +63,10 @@ class Plan:
 # ---------------------------------------------------------------- pictures
 
 
-def rendered(work: Path, plan: Plan, workers: int = 2) -> list[np.ndarray]:
+def rendered(work: Path, plan: Plan) -> list[np.ndarray]:
     """Every turn: pictures (448, 128, 128, 4) uint8 of all pairs, the subject's mask as fourth channel."""
     paths = [work / f"turn-{i:02d}.npy" for i in range(plan.train_turns + plan.limit_turns + plan.fresh_turns)]
-    with ProcessPoolExecutor(workers) as pool:
+    with ProcessPoolExecutor(2) as pool:
         list(pool.map(_render_turn, paths, repeat(plan), range(len(paths))))
     return [np.load(path, mmap_mode="r") for path in paths]
 
@@ -112,7 +114,7 @@ class Examples:
         if kind == "texture":
             picture = rng.choice(np.array(defects.TEXTURE_DEFECTS))(picture, rng)
         elif kind == "shape":
-            picture = (defects.melted if rng.random() < 0.5 else defects.scrambled)(picture, rng)
+            picture = defects.misshapen(picture, rng)
         elif kind == "colour":
             label, picture = self._colour(rng, s, picture, rng.choice(np.array(defects.COLOUR_DEFECTS))(picture, rng))
         elif kind == "ground":
@@ -142,28 +144,6 @@ class Examples:
         if rng.random() < 0.6:
             return (NONE_SUBJECT, IGNORE), defects.blended(picture, other, rng)
         return (NONE_SUBJECT, t), defects.halved(picture, other, rng)
-
-
-def train_network(work: Path, plan: Plan, turns: list[np.ndarray]) -> Network:
-    """Cross-entropy on both factors, each with one more name: "none of these", the label of its defects."""
-    torch.manual_seed(plan.seed)
-    network = Network(len(SUBJECTS), len(STYLES)).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    both = optimisers(network, plan.muon_lr, plan.adam_lr)
-    run = Run(work, "judge", {"network": network}, both, plan.steps, trapezoid)
-    run.restore()
-    examples = Examples(turns)
-
-    def loss_of(step: int) -> Tensor:
-        rng = np.random.default_rng((plan.seed, 3, step))
-        pictures, subjects, styles = zip(*(examples.draw(rng) for _ in range(plan.batch)), strict=True)
-        found = network(torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2) * 2 - 1)
-        return sum(
-            F.cross_entropy(found[factor][1], torch.tensor(labels), label_smoothing=0.02)
-            for factor, labels in (("subject", subjects), ("style", styles))
-        )  # type: ignore[return-value]
-
-    run.go(loss_of, every=100)
-    return network
 
 
 # ---------------------------------------------------------------- what true renders look like
@@ -235,7 +215,7 @@ def measure(judge: Judge, pictures: UInt8[np.ndarray, "n h w 3"], colour: int) -
 
 
 def limits_of(judge: Judge, turns: list[np.ndarray], first: int, plan: Plan) -> dict[str, np.ndarray]:
-    """For each subject, or style, the distance that the share ``plan.accepted`` of its renders keeps.
+    """Limits by subject, or style: the distance that the share ``plan.accepted`` of its renders keeps.
 
     The renders are looked at as pico's autoencoder gives them back: what is judged is the picture, not the last
     sharpness of its pixels, which no picture that pico makes can have. Subjects in wrong colours count as subjects.
@@ -286,15 +266,9 @@ def scores(judge: Judge, turns: list[np.ndarray], first: int) -> dict[str, float
     }  # fmt: skip
 
 
-def _halved(network: nn.Module) -> dict[str, Tensor]:
-    """Matrices in half precision; vectors (norms, biases) as they are. Batch norm's counters are left out."""
-    state = {k: v for k, v in network.state_dict().items() if not k.endswith("num_batches_tracked")}
-    return {k: (v.half() if v.ndim > 1 else v).contiguous() for k, v in state.items()}
-
-
 def export(work: Path, plan: Plan, target: Path, network: Network, turns: list[np.ndarray]) -> None:
     """Set the limits, score, and write judge.safetensors and judge.json."""
-    weights = _halved(network)
+    weights = halved(network)
     network.load_state_dict({k: v.float() for k, v in weights.items()}, strict=False)
     judge = Judge(network, {}, {})
     judge.tables = tables_of(judge, turns[: plan.train_turns], plan.seed)
@@ -316,23 +290,26 @@ def export(work: Path, plan: Plan, target: Path, network: Network, turns: list[n
     log(work, "judge-export", **measured)
 
 
-def main() -> int:
-    """Run what is left to do."""
-    parser = argparse.ArgumentParser(prog="python -m qrlora.pico.judge", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--work", type=Path, required=True, help="folder for pictures, checkpoints and the log")
-    parser.add_argument("--target", type=Path, default=WEIGHTS, help="folder for judge.safetensors and judge.json")
-    for name, value in asdict(Plan()).items():
-        parser.add_argument("--" + name.replace("_", "-"), type=type(value), default=value)
-    args = parser.parse_args()
-    plan = Plan(**{name: getattr(args, name) for name in asdict(Plan())})
+@click.command()
+@click.option("--work", type=PATH, required=True, help="Folder of pictures, checkpoints and the log.")
+@click.option("--target", type=PATH, default=WEIGHTS, show_default=True, help="Folder of the trained judge.")
+@options_of(Plan)
+def main(work: Path, target: Path, **plan: Any) -> None:
+    """Train pico's judge: what is left to do of it."""
+    sys.exit(ended("qrlora.pico.judge", lambda: run(work, target, Plan(**plan))))
+
+
+def run(work: Path, target: Path, plan: Plan) -> int:
+    """Render, train, export; the exit code."""
     cv2.setNumThreads(1)
-    with claimed(args.work, folder=True), claimed(args.target, folder=True):
-        turns = rendered(args.work, plan)
+    with claimed(work, folder=True), claimed(target, folder=True):
+        turns = rendered(work, plan)
         known = Judge.load(Path(plan.start)).network if plan.start else None
-        network = known or train_network(args.work, plan, turns[: plan.train_turns])
-        export(args.work, plan, args.target, network, turns)
+        examples = Examples(turns[: plan.train_turns])
+        network = known or train(work, "judge", plan, (len(SUBJECTS), len(STYLES)), examples.draw, 3)
+        export(work, plan, target, network, turns)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(ended("qrlora.pico.judge", main))
+    main()

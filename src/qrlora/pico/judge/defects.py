@@ -114,15 +114,11 @@ def halved(one: Picture, other: Picture, rng: Random) -> Picture:
 # ---------------------------------------------------------------- defects of what is drawn
 
 
-def melted(picture: Picture, rng: Random) -> Picture:
-    """Shape lost."""
-    return _warp(picture, rng, rng.uniform(9, 15), 28)
-
-
-def scrambled(picture: Picture, rng: Random) -> Picture:
-    """Quarters in another order, none where it was."""
+def misshapen(picture: Picture, rng: Random) -> Picture:
+    """Shape lost, or quarters in another order and none where it was."""
+    if rng.random() < 0.5:
+        return _warp(picture, rng, rng.uniform(9, 15), 28)
     h, w = picture.shape[0] // 2, picture.shape[1] // 2
     quarters = [picture[:h, :w], picture[:h, w:], picture[h:, :w], picture[h:, w:]]
-    order = [(1, 0, 3, 2), (2, 3, 0, 1), (3, 2, 1, 0), (1, 3, 0, 2)][rng.integers(4)]
-    a, b, c, d = (quarters[i] for i in order)
-    return np.concatenate([np.concatenate([a, b], 1), np.concatenate([c, d], 1)], 0)
+    a, b, c, d = (quarters[i] for i in [(1, 0, 3, 2), (2, 3, 0, 1), (3, 2, 1, 0), (1, 3, 0, 2)][rng.integers(4)])
+    return np.vstack([np.hstack([a, b]), np.hstack([c, d])])

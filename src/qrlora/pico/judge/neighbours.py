@@ -8,10 +8,10 @@ nameless pictures that the judge would call right in a reserved style.
 
 from __future__ import annotations
 
-import argparse
 import json
 from dataclasses import replace
 
+import click
 import cv2
 import numpy as np
 
@@ -22,34 +22,30 @@ from qrlora.pico.world import nameless, wide
 _SUBJECTS = ("mug", "car", "chair", "guitar")
 
 
-def pictures(style: str, each: int = 1) -> np.ndarray:
+def pictures(style: str) -> np.ndarray:
     """Renders (n, 128, 128, 3) of the same few subjects in a style."""
-    rng, found = np.random.default_rng(5), []
-    for turn in range(each):
-        for subject in _SUBJECTS:
-            scene = wide.posed(rng, world.Scene(subject, style, "red", "white", turn, world.sample_scene(0).pose))
-            found.append(wide.render(replace(scene, pose=world.sample_scene(turn).pose))[0])
-    return np.stack(found)
+    rng, pose = np.random.default_rng(5), world.sample_scene(0).pose
+    scenes = [wide.posed(rng, world.Scene(subject, style, "red", "white", 0, pose)) for subject in _SUBJECTS]
+    return np.stack([wide.render(replace(scene, pose=pose))[0] for scene in scenes])
 
 
 def distances(judge: Judge, shown: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """To each reserved style, in units of its limit: the mean over pictures, and the share called right."""
+    """Distances to each reserved style, in units of its limit, mean over pictures; and the shares called right."""
     away, right = [], []
     for style in world.RESERVED_STYLES:
-        verdict = judge.verdict(shown, (_SUBJECTS * len(shown))[: len(shown)], style)
+        verdict = judge.verdict(shown, _SUBJECTS, style)
         away.append(verdict.distance["style"].mean())
         right.append(verdict.style.mean())
     return np.array(away), np.array(right)
 
 
-def main() -> None:
-    """Print one JSON object a reserved style."""
-    parser = argparse.ArgumentParser(prog="python -m qrlora.pico.judge.neighbours", description=__doc__)
-    parser.add_argument("--styles", type=int, default=nameless.STYLE_COUNT, help="how many nameless styles to look at")
-    count = parser.parse_args().styles
+@click.command()
+@click.option("--styles", default=nameless.STYLE_COUNT, show_default=True, help="Nameless styles, from the first.")
+def main(styles: int) -> None:
+    """Measure the distance of nameless styles from reserved ones: a JSON object a reserved style."""
     cv2.setNumThreads(1)
     judge = Judge.load()
-    found = [distances(judge, pictures(f"style {number}")) for number in range(count)]
+    found = [distances(judge, pictures(f"style {number}")) for number in range(styles)]
     away, right = (np.stack(part) for part in zip(*found, strict=True))
     named = np.stack([distances(judge, pictures(style))[0] for style in world.SEEN_STYLES])
     own = {style: distances(judge, pictures(style))[0][i] for i, style in enumerate(world.RESERVED_STYLES)}

@@ -9,34 +9,38 @@ stays. Resumable; writes ``judge-wide.safetensors`` and ``judge-wide.json`` to D
 
 from __future__ import annotations
 
-import argparse
 import json
 import multiprocessing
+import sys
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
+import click
 import cv2
 import numpy as np
 import torch
-import torch.nn.functional as F
 from safetensors.torch import save
-from torch import Tensor
 
 from qrlora._files import write_atomically
+from qrlora._interrupts import ended
 from qrlora.pico import world
 from qrlora.pico.judge import defects
-from qrlora.pico.judge.network import Network, optimisers
-from qrlora.pico.pretraining.run import Run, log, trapezoid
+from qrlora.pico.judge.network import Network
+from qrlora.pico.judge.training import IGNORE, halved, train
+from qrlora.pico.pretraining.plan import options_of
+from qrlora.pico.pretraining.run import log
 from qrlora.pico.world import nameless, wide
 from qrlora.pico.world.canvas import Pose
 from qrlora.pico.world.drawings import SETS, THINGS, designers
 
 SUBJECTS = [*world.SUBJECTS, *(t for t in THINGS if t not in world.SUBJECTS)]
 STYLES = [*world.STYLES, *(s.name for s in SETS)]
-NONE_SUBJECT, NONE_STYLE, IGNORE = len(SUBJECTS), len(STYLES), -100
+NONE_SUBJECT, NONE_STYLE = len(SUBJECTS), len(STYLES)
 SHARD, _FIRST = 500, 2_000_000_000
+PATH = click.Path(path_type=Path)
 
 
 @dataclass(frozen=True)
@@ -95,28 +99,8 @@ def example(shards: list[np.ndarray], rng: np.random.Generator) -> tuple[np.ndar
     if kind > 0.82:
         picture, style = rng.choice(np.array(defects.TEXTURE_DEFECTS))(picture, rng), NONE_STYLE
     elif kind > 0.7:
-        picture = (defects.melted if rng.random() < 0.5 else defects.scrambled)(picture, rng)
-        subject, style = NONE_SUBJECT, IGNORE
+        picture, subject, style = defects.misshapen(picture, rng), NONE_SUBJECT, IGNORE
     return defects.mild(picture, rng), subject, style
-
-
-def train(work: Path, plan: Plan, shards: list[np.ndarray]) -> Network:
-    """Cross-entropy on both factors."""
-    torch.manual_seed(plan.seed)
-    network = Network(len(SUBJECTS), len(STYLES)).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    both = optimisers(network, plan.muon_lr, plan.adam_lr)
-    run = Run(work, "judge-wide", {"network": network}, both, plan.steps, trapezoid, seconds=(300.0, 60.0))
-    run.restore()
-
-    def loss_of(step: int) -> Tensor:
-        rng = np.random.default_rng((plan.seed, 7, step))
-        pictures, subjects, styles = zip(*(example(shards, rng) for _ in range(plan.batch)), strict=True)
-        found = network(torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2) * 2 - 1)
-        subject = F.cross_entropy(found["subject"][1], torch.tensor(subjects), label_smoothing=0.02)
-        return subject + F.cross_entropy(found["style"][1], torch.tensor(styles), label_smoothing=0.02)
-
-    run.go(loss_of)
-    return network
 
 
 @torch.inference_mode()
@@ -134,29 +118,27 @@ def scores(network: Network, shards: list[np.ndarray], first: int) -> dict[str, 
     return {f"named_{factor}": round(float(np.concatenate(hits).mean()), 4) for factor, hits in right.items()}
 
 
-def main() -> None:
-    """Run what is left to do."""
-    parser = argparse.ArgumentParser(
-        prog="python -m qrlora.pico.judge.wide", description=(__doc__ or "").split("\n")[0]
-    )
-    parser.add_argument(
-        "--work", type=Path, required=True, help="folder for pictures, checkpoints, the log, the result"
-    )
-    for name, value in asdict(Plan()).items():
-        parser.add_argument("--" + name, type=type(value), default=value)
-    args = parser.parse_args()
-    plan = replace(Plan(), **{name: getattr(args, name) for name in asdict(Plan())})
-    args.work.mkdir(parents=True, exist_ok=True)
-    shards = rendered(args.work, plan)
-    seen = plan.shards - plan.fresh
-    network = train(args.work, plan, shards[:seen])
+@click.command()
+@click.option("--work", type=PATH, required=True, help="Folder of pictures, checkpoints, the log and the result.")
+@options_of(Plan)
+def main(work: Path, **options: Any) -> None:
+    """Train a judge that knows the wide world: what is left to do of it."""
+    plan = Plan(**options)
+    sys.exit(ended("qrlora.pico.judge.wide", lambda: run(work, plan)))
+
+
+def run(work: Path, plan: Plan) -> int:
+    """Render, train, measure, write; the exit code."""
+    work.mkdir(parents=True, exist_ok=True)
+    shards, seen = rendered(work, plan), plan.shards - plan.fresh
+    draw, sizes = partial(example, shards[:seen]), (len(SUBJECTS), len(STYLES))
+    network = train(work, "judge-wide", plan, sizes, draw, 7, seconds=(300.0, 60.0))
     measured = scores(network, shards[seen:], seen)
-    weights = {k: v.half() if v.ndim > 1 else v for k, v in network.state_dict().items()}
-    weights = {k: v.contiguous() for k, v in weights.items() if not k.endswith("num_batches_tracked")}
     facts = {"plan": asdict(plan), "scores": measured, "subjects": SUBJECTS, "styles": STYLES}
-    write_atomically(args.work / "judge-wide.safetensors", save(weights))
-    write_atomically(args.work / "judge-wide.json", (json.dumps(facts, indent=1) + "\n").encode())
-    log(args.work, "judge-wide", **measured)
+    write_atomically(work / "judge-wide.safetensors", save(halved(network)))
+    write_atomically(work / "judge-wide.json", (json.dumps(facts, indent=1) + "\n").encode())
+    log(work, "judge-wide", **measured)
+    return 0
 
 
 if __name__ == "__main__":

@@ -8,38 +8,36 @@ renders, encodes and trains at once, for as long as it is left to. The same code
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import sys
 from collections.abc import Callable
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+from typing import Any
+
+import click
 
 from qrlora._files import claimed
 from qrlora._interrupts import ended
 from qrlora.pico import WEIGHTS
-from qrlora.pico.pretraining.plan import Plan
+from qrlora.pico.pretraining.plan import Plan, options_of
 
 SMALL = "render,autoencoder,latents,denoiser,decoder,export"
+PATH = click.Path(path_type=Path)
 
 
-def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m qrlora.pico.pretraining", description=(__doc__ or "").split("\n\n")[0]
-    )
-    parser.add_argument(
-        "--work", type=Path, required=True, help="folder for pictures, latents, checkpoints and the log"
-    )
-    parser.add_argument("--stages", default=SMALL, help=f"comma-separated; default: {SMALL}")
-    parser.add_argument("--target", type=Path, default=WEIGHTS / "pipeline")
-    for name, value in asdict(Plan()).items():
-        parser.add_argument("--" + name.replace("_", "-"), type=type(value), default=value)
-    return parser.parse_args()
+@click.command()
+@click.option("--work", type=PATH, required=True, help="Folder of pictures, latents, checkpoints and the log.")
+@click.option("--stages", default=SMALL, show_default=True, help="Separated by commas.")
+@click.option("--target", type=PATH, default=WEIGHTS / "pipeline", show_default=True)
+@options_of(Plan)
+def main(work: Path, stages: str, target: Path, **plan: Any) -> None:
+    """Train pico, by the stages named."""
+    sys.exit(ended("qrlora.pico.pretraining", lambda: run(work, stages.split(","), target, Plan(**plan))))
 
 
-def main() -> int:
-    """Run the stages named on the command line; the exit code.
+def run(work: Path, asked: list[str], target: Path, plan: Plan) -> int:
+    """Run these stages; the exit code.
 
     The trainer is imported here: processes that only render import this file too, and should not load torch for it.
     """
@@ -47,8 +45,6 @@ def main() -> int:
 
     from qrlora.pico.pretraining import autoencoder, denoiser, export, pictures, wide
 
-    args = _arguments()
-    plan = Plan(**{name: getattr(args, name) for name in asdict(Plan())})
     if plan.threads:
         torch.set_num_threads(plan.threads)
     stages: dict[str, Callable[[Path, Plan], None]] = {
@@ -58,16 +54,15 @@ def main() -> int:
         "denoiser": denoiser.denoiser_stage,
         "decoder": autoencoder.decoder_stage,
         "wide": wide.wide_stage,
-        "export": partial(export.export_stage, target=args.target),
+        "export": partial(export.export_stage, target=target),
     }
-    asked = args.stages.split(",")
     with contextlib.ExitStack() as claims:
-        for folder in (args.work, args.target) if "export" in asked else (args.work,):
+        for folder in (work, target) if "export" in asked else (work,):
             claims.enter_context(claimed(folder, folder=True))
         for stage in asked:
-            stages[stage](args.work, plan)
+            stages[stage](work, plan)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(ended("qrlora.pico.pretraining", main))
+    main()

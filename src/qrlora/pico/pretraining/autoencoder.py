@@ -13,7 +13,7 @@ from torch import Tensor
 from qrlora._files import write_atomically
 from qrlora.pico import model
 from qrlora.pico.pretraining.muon import Muon
-from qrlora.pico.pretraining.pictures import CHUNK, chunks, tensor
+from qrlora.pico.pretraining.pictures import CHUNK, chunks, linear_autoencoder, tensor
 from qrlora.pico.pretraining.plan import Plan
 from qrlora.pico.pretraining.run import Run, saved, trapezoid
 
@@ -47,10 +47,8 @@ def autoencoder_stage(work: Path, plan: Plan) -> None:
 
 def decoder_stage(work: Path, plan: Plan) -> None:
     """Train the decoder on top of the linear one. The encoder is frozen, so latents and denoiser stay valid."""
-    vae = model.autoencoder()
-    vae.load_state_dict(torch.load(work / "autoencoder.pt", weights_only=True)["modules"]["vae"])
+    vae = linear_autoencoder(work, plan)
     vae.encoder.requires_grad_(False)
-    vae = vae.to(plan.device, memory_format=torch.channels_last)
     pictures = [np.load(p, mmap_mode="r") for p in chunks(work, plan, "pictures")]
     trained = [p for p in vae.parameters() if p.requires_grad]
     kernels, rest = [p for p in trained if p.ndim == 4], [p for p in trained if p.ndim < 4]

@@ -21,9 +21,13 @@ from qrlora.pico.pretraining.plan import Plan
 from qrlora.pico.pretraining.run import Run, trapezoid
 from qrlora.pico.pretraining.text import embed, words
 
+Batch = Callable[[int], tuple[Tensor, list[str], np.random.Generator]]
+"""step -> (latents, captions, the step's random generator)"""
+
 
 def _muon_dtype(plan: Plan) -> torch.dtype:
-    """Of Muon's iteration. With bfloat16 units it takes 0.3 to 0.5 of its time in float32, without them many times."""
+    """The dtype of Muon's iteration. With bfloat16 units it takes 0.3 to 0.5 of its time in float32, else
+    many times."""
     half = plan.muon_bf16 > 0
     if plan.muon_bf16 < 0:
         half = plan.device != "cpu" or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
@@ -42,8 +46,8 @@ def optimisers(pipe: Any, plan: Plan) -> list[torch.optim.Optimizer]:
     return [muon, torch.optim.AdamW(rest, plan.adam_lr, betas=(0.9, 0.98), weight_decay=0.01, fused=True)]
 
 
-def batches(work: Path, plan: Plan) -> Callable[[int], tuple[Tensor, list[str], np.random.Generator]]:
-    """step -> (latents, captions, the step's random generator)."""
+def batches(work: Path, plan: Plan) -> Batch:
+    """Batches of the small world's pictures."""
     facts = json.loads((work / "latents.json").read_text())
     latents = np.concatenate([np.load(p) for p in chunks(work, plan, "latents")])
     scenes, focus = scenes_of(plan), set(filter(None, plan.focus.split(",")))
@@ -73,17 +77,21 @@ def batches(work: Path, plan: Plan) -> Callable[[int], tuple[Tensor, list[str], 
 
 
 def denoiser_stage(work: Path, plan: Plan) -> None:
-    """Flow matching (Lipman et al. 2022; SD3, Esser et al. 2024): predict noise - latents at logit-normal times."""
+    """Train the denoiser and both text encoders on the small world."""
     pipe = model.load(Path(plan.start)) if plan.start else model.build(words(work, plan), plan.seed)
+    train(work, "denoiser", plan, pipe, batches(work, plan), partial(trapezoid, cool=plan.cool))
+
+
+def train(work: Path, name: str, plan: Plan, pipe: Any, batch: Batch, schedule: Any, **run: Any) -> None:
+    """Flow matching (Lipman et al. 2022): predict the velocity, noise - latents; see `flow_loss`."""
     parts = {n: getattr(pipe, n).to(plan.device) for n in ("transformer", "text_encoder", "text_encoder_2")}
-    run = Run(work, "denoiser", parts, optimisers(pipe, plan), plan.denoiser_steps, partial(trapezoid, cool=plan.cool))
-    run.restore()
-    batch = batches(work, plan)
+    training = Run(work, name, parts, optimisers(pipe, plan), plan.denoiser_steps, schedule, **run)
+    training.restore()
     fast = torch.compile(pipe.transformer) if plan.compile else pipe.transformer
-    run.go(partial(flow_loss, pipe=pipe, fast=fast, batch=batch, plan=plan))
+    training.go(partial(flow_loss, pipe=pipe, fast=fast, batch=batch, plan=plan))
 
 
-def flow_loss(step: int, *, pipe: Any, fast: Any, batch: Callable, plan: Plan) -> Tensor:
+def flow_loss(step: int, *, pipe: Any, fast: Any, batch: Batch, plan: Plan) -> Tensor:
     """Mean squared error of the velocity, noise - latents, at logit-normal times (SD3, Esser et al. 2024)."""
     z, captions, rng = batch(step)
     z = z.to(plan.device)

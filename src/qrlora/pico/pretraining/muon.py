@@ -48,12 +48,12 @@ class Muon(torch.optim.Optimizer):
         return torch.lerp(p.grad, state["momentum"], beta).flatten(1)  # Nesterov
 
 
-def orthogonalise(m: Float[Tensor, "b rows columns"], steps: int = 5) -> Float[Tensor, "b rows columns"]:
+def orthogonalise(m: Float[Tensor, "b rows columns"]) -> Float[Tensor, "b rows columns"]:
     """The nearest matrix with singular values near 1, by the quintic Newton-Schulz iteration of Muon."""
     tall = m.shape[-2] > m.shape[-1]
     x = m.mT if tall else m
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
-    for _ in range(steps):
+    for _ in range(5):
         a = x @ x.mT
         x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
     return x.mT if tall else x

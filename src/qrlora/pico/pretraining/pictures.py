@@ -6,6 +6,7 @@ import json
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -41,13 +42,13 @@ def chunks(work: Path, plan: Plan, kind: str) -> list[Path]:
     return known + [work / f"novel-{kind}-{i:04d}.npy" for i in range(plan.novelties // CHUNK)]
 
 
-def render_stage(work: Path, plan: Plan, workers: int = 2) -> None:
+def render_stage(work: Path, plan: Plan) -> None:
     """Render picture i from scene seed i, in files of ``CHUNK`` pictures; those with something nameless after them."""
     scenes = scenes_of(plan)
     files = [(p, scenes[i * CHUNK : (i + 1) * CHUNK]) for i, p in enumerate(chunks(work, plan, "pictures"))]
     todo = [(path, part) for path, part in files if not path.exists()]
     check_room(work, len(todo) * CHUNK * world.SIZE**2 * 3, folder=True)
-    with ProcessPoolExecutor(workers) as pool:
+    with ProcessPoolExecutor(2) as pool:
         for done, _ in enumerate(pool.map(_render_chunk, *zip(*todo, strict=True)) if todo else []):
             log(work, "render", step=done + 1, of=len(todo))
 
@@ -57,12 +58,17 @@ def tensor(pictures: np.ndarray) -> Float[Tensor, "b 3 h w"]:
     return torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
+def linear_autoencoder(work: Path, plan: Plan) -> Any:
+    """The autoencoder that the stage of this name left, on the plan's device."""
+    vae = model.autoencoder()
+    vae.load_state_dict(torch.load(work / "autoencoder.pt", weights_only=True)["modules"]["vae"])
+    return vae.to(plan.device, memory_format=torch.channels_last)
+
+
 @torch.no_grad()
 def latents_stage(work: Path, plan: Plan) -> None:
     """Encode every picture once; the scale to unit variance goes into the autoencoder's config."""
-    vae = model.autoencoder()
-    vae.load_state_dict(torch.load(work / "autoencoder.pt", weights_only=True)["modules"]["vae"])
-    vae = vae.to(plan.device, memory_format=torch.channels_last).eval()
+    vae = linear_autoencoder(work, plan).eval()
     for source, target in zip(chunks(work, plan, "pictures"), chunks(work, plan, "latents"), strict=True):
         if not target.exists():
             parts = tensor(np.load(source)).split(50)

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Any
+
+import click
 
 
 @dataclass(frozen=True)
@@ -36,3 +40,15 @@ class Plan:
     warm: float = 0.02  # the first share of the wide world's steps, in which the learning rates rise
     ema: float = 0.999  # decay of the moving average that is exported after training on the wide world
     start: str = ""  # a saved pipeline to train further, instead of starting from nothing
+
+
+def options_of(plan: type) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Give a click command an option for every field of a plan."""
+
+    def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
+        for one in reversed(fields(plan)):
+            flag = "--" + one.name.replace("_", "-")
+            command = click.option(flag, type=type(one.default), default=one.default, show_default=True)(command)
+        return command
+
+    return decorate

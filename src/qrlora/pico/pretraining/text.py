@@ -54,14 +54,8 @@ def wide_words() -> list[str]:
 
     Names of reserved things and styles are not among them: these words stay as new as the things.
     """
-    texts = [
-        *wide.SEEN_THINGS,
-        *wide.DESIGNERS,
-        *world.COLOURS,
-        *world.BACKGROUNDS,
-        *world.SEEN_SUBJECTS,
-        *world.SEEN_STYLES,
-    ]
+    texts = [*wide.SEEN_THINGS, *wide.DESIGNERS, *world.COLOURS, *world.BACKGROUNDS]
+    texts += [*world.SEEN_SUBJECTS, *world.SEEN_STYLES]
     texts += [fact for facts in wide.DESCRIPTIONS.values() for fact in facts]
     texts += [fact for number in range(nameless.STYLE_COUNT) for fact in nameless.description(number)]
     texts += ["a photo of picture in style background small on the left right at top bottom"]

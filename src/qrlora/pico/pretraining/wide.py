@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import multiprocessing
-from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from itertools import repeat
@@ -16,10 +15,10 @@ from torch import Tensor
 
 from qrlora._files import write_atomically
 from qrlora.pico import model
-from qrlora.pico.pretraining.denoiser import flow_loss, optimisers
+from qrlora.pico.pretraining.denoiser import Batch, train
 from qrlora.pico.pretraining.pictures import CHUNK, tensor
 from qrlora.pico.pretraining.plan import Plan
-from qrlora.pico.pretraining.run import Run, log, trapezoid
+from qrlora.pico.pretraining.run import log, trapezoid
 from qrlora.pico.pretraining.text import widen
 from qrlora.pico.world import wide
 
@@ -37,7 +36,7 @@ class Shards:
         self.workers = plan.threads or multiprocessing.cpu_count()
 
     def count(self, step: int) -> int:
-        """How many shards a step draws from."""
+        """The number of shards that a step draws from."""
         return min(self.plan.wide, self.plan.first_shards + step // self.plan.shard_steps)
 
     def at(self, step: int) -> list[np.ndarray]:
@@ -67,8 +66,8 @@ class Shards:
         return torch.cat(parts).numpy()
 
 
-def batches(shards: Shards, plan: Plan, scale: float) -> Callable[[int], tuple[Tensor, list[str], np.random.Generator]]:
-    """step -> (latents, captions, the step's random generator)."""
+def batches(shards: Shards, plan: Plan, scale: float) -> Batch:
+    """Batches of the shards that are there at a step."""
 
     def batch(step: int) -> tuple[Tensor, list[str], np.random.Generator]:
         rng = np.random.default_rng((plan.seed, 5, step))
@@ -89,13 +88,6 @@ def wide_stage(work: Path, plan: Plan) -> None:
         raise SystemExit("the wide world starts from a trained pipeline; got no --start; give the folder of one")
     pipe = widen(model.load(Path(plan.start)))
     vae = pipe.vae.to(plan.device, memory_format=torch.channels_last).eval()
-    parts = {n: getattr(pipe, n).to(plan.device) for n in ("transformer", "text_encoder", "text_encoder_2")}
-    schedule = partial(trapezoid, warm=plan.warm, cool=plan.cool)
-    run = Run(
-        work, "wide", parts, optimisers(pipe, plan), plan.denoiser_steps, schedule, ema=plan.ema,
-        seconds=(300.0, 60.0), keep_last=True,
-    )  # fmt: skip
-    run.restore()
     batch = batches(Shards(work, plan, vae), plan, float(pipe.vae.config.scaling_factor))
-    fast = torch.compile(pipe.transformer) if plan.compile else pipe.transformer
-    run.go(partial(flow_loss, pipe=pipe, fast=fast, batch=batch, plan=plan))
+    schedule = partial(trapezoid, warm=plan.warm, cool=plan.cool)
+    train(work, "wide", plan, pipe, batch, schedule, ema=plan.ema, seconds=(300.0, 60.0), keep_last=True)

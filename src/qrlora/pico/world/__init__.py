@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Float, UInt8
 
 from qrlora.pico.world import novel
-from qrlora.pico.world.canvas import SIZE, Pose, rasterise, shrink
+from qrlora.pico.world.canvas import SIZE, Pose, finished, rasterise, shrink
 from qrlora.pico.world.palette import BACKGROUNDS, COLOURS, palette
 from qrlora.pico.world.styles import OWN_GROUND, RESERVED_STYLES, SEEN_STYLES, STYLES
 from qrlora.pico.world.subjects import RESERVED_SUBJECTS, SEEN_SUBJECTS, SUBJECTS
@@ -81,7 +81,7 @@ def render(scene: Scene) -> tuple[UInt8[np.ndarray, "h w 3"], Float[np.ndarray, 
     canvas = rasterise(parts, scene.pose)
     style = STYLES[scene.style] if scene.style else novel.style(scene.seed)
     picture = style(canvas, palette(scene.colour, scene.background))
-    return (np.clip(shrink(picture), 0, 1) * 255 + 0.5).astype(np.uint8), shrink(canvas.mask)
+    return finished(picture), shrink(canvas.mask)
 
 
 _PHRASES = (

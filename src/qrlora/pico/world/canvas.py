@@ -97,6 +97,11 @@ def shrink(image: np.ndarray) -> np.ndarray:
     return cv2.resize(image, (SIZE, SIZE), interpolation=cv2.INTER_AREA)
 
 
+def finished(picture: np.ndarray) -> UInt8[np.ndarray, "h w 3"]:
+    """A picture in [0, 1] at the size and in the levels that are shown."""
+    return (np.clip(shrink(picture), 0, 1) * 255 + 0.5).astype(np.uint8)
+
+
 @lru_cache(maxsize=64)
 def noise(seed: int, period: float) -> np.ndarray:
     """Smooth noise in [-1, 1] with features ``period`` pixels wide: a material, the same in every picture."""

@@ -41,17 +41,8 @@ _FILLS = ("solid", "hollow", "patterned", "patterned", "patterned", "two-tone", 
 _SHADES = ("none", "none", "shaded side", "rounded shading", "lit from above", "bevelled edges", "glossy")
 _OUTLINES = ("none", "thin", "thick", "bold", "thick", "double", "dashed", "stitched", "shaky", "glowing", "offset")
 _FINISHES = (
-    "none",
-    "none",
-    "none",
-    "grainy",
-    "posterised",
-    "scan lines",
-    "soft light",
-    "vignette",
-    "paper",
-    "misprinted",
-)
+    "none", "none", "none", "grainy", "posterised", "scan lines", "soft light", "vignette", "paper", "misprinted",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -126,14 +117,8 @@ def _drawn(rng: np.random.Generator) -> Recipe:
 
 def _reserved(r: Recipe) -> bool:
     """Return True if a recipe has what makes one of the reserved styles."""
-    slanted = r.fill == "patterned" and r.pattern in (
-        "hatched",
-        "diamond",
-        "checked",
-        "zigzag",
-        "striped",
-        "upright striped",
-    )
+    slants = ("hatched", "diamond", "checked", "zigzag", "striped", "upright striped")
+    slanted = r.fill == "patterned" and r.pattern in slants
     chalk = r.level == "dark" and r.pattern == "scribbled" and r.fill == "patterned"
     candy = slanted and r.contrast == "pale" and r.rim != "none"
     gold = r.level == "dark" and (r.ground_pattern == "rays" or (r.paper == "gold" and r.tones == "two-colour"))
@@ -309,13 +294,8 @@ def _finished(r: Recipe, out: Picture) -> Picture:
     if r.finish == "paper":
         return out * (0.95 + 0.05 * noise(23, 3) + 0.03 * noise(24, 14))[..., None]
     if r.finish == "misprinted":
-        return np.dstack(
-            [
-                warp(np.ascontiguousarray(out[..., 0]), 1.5, 0.0),
-                out[..., 1],
-                warp(np.ascontiguousarray(out[..., 2]), -1.5, 1.0),
-            ]
-        )
+        red, green, blue = (np.ascontiguousarray(out[..., i]) for i in range(3))
+        return np.dstack([warp(red, 1.5, 0.0), green, warp(blue, -1.5, 1.0)])
     return out
 
 

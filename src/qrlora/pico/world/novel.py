@@ -20,9 +20,8 @@ import numpy as np
 
 from qrlora.pico.world.canvas import SCALE, SIZE, WIDE, Canvas, grid, noise, warp
 from qrlora.pico.world.palette import Palette
-from qrlora.pico.world.shapes import TONES, Part, curve, ellipse, polygon, rect
+from qrlora.pico.world.shapes import TONES, Part, curve, ellipse, fit, flip, mirror, polygon, rect
 from qrlora.pico.world.styles import Picture, mix
-from qrlora.pico.world.subjects import _fit, _flip, _mirror
 
 Style = Callable[[Canvas, Palette], Picture]
 Rng = np.random.Generator
@@ -41,7 +40,7 @@ def _half(rng: Rng) -> np.ndarray:
     """A closed symmetric outline through random points."""
     n = int(rng.integers(3, 7))
     points = list(zip(rng.uniform(0.08, 0.62, n), np.linspace(-0.9, 0.9, n), strict=True))
-    return _mirror((curve if rng.random() < 0.6 else polygon)(*points))
+    return mirror((curve if rng.random() < 0.6 else polygon)(*points))
 
 
 def _blob(rng: Rng) -> np.ndarray:
@@ -73,10 +72,10 @@ def thing(rng: Rng) -> list[Part]:
     parts = [Part(_half(rng) if rng.random() < 0.6 else _blob(rng), "main")]
     for _ in range(int(rng.integers(2, 6))):
         part = _detail(rng)
-        pair = replace(part, points=_flip(part.points))
+        pair = replace(part, points=flip(part.points))
         added = [part, pair] if rng.random() < 0.35 else [part]
         parts = added + parts if rng.random() < 0.3 else parts + added
-    return _fit(*parts)
+    return fit(*parts)
 
 
 # ---------------------------------------------------------------- styles
@@ -111,7 +110,7 @@ def _colour(rng: Rng, light: tuple[float, float]) -> np.ndarray:
 
 
 def _tones(rng: Rng, p: Palette) -> np.ndarray:
-    """What becomes of the palette's tones: themselves, paler, deeper, or steps between two colours by lightness."""
+    """The palette's tones changed at random: themselves, paler, deeper, or steps between two colours by lightness."""
     kind = rng.integers(5)
     if kind < 2:
         return p.tones

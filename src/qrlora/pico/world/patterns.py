@@ -67,7 +67,7 @@ def pattern(name: str, period: int, tilt: int = 0) -> Float[np.ndarray, "h w"]:
 
 @lru_cache(maxsize=32)
 def cells(kind: str, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """For every sample the row and column of the middle of its piece; and the joints between pieces, 1 on a joint."""
+    """Row and column of the middle of each sample's piece; and the joints between pieces, 1 on a joint."""
     x, y = grid()
     if kind == "brick":
         row = np.floor(y / (size / 2))

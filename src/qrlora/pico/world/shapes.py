@@ -68,3 +68,41 @@ def curve(*points: tuple[float, float], n: int = 12, closed: bool = False) -> np
     for a, b, c, d in zip(p[:-3], p[1:-2], p[2:-1], p[3:], strict=True):
         spans.append(0.5 * (2 * b + (c - a) * t + (2 * a - 5 * b + 4 * c - d) * t**2 + (3 * b - a - 3 * c + d) * t**3))
     return np.concatenate(spans if closed else [*spans, p[-2:-1]])
+
+
+def fit(*parts: Part, size: float = 0.9) -> list[Part]:
+    """Move and scale the parts together so that the drawing, strokes included, is centred and fills [-size, size]."""
+    low = np.min([p.points.min(0) - (p.width or 0) / 2 for p in parts], axis=0)
+    high = np.max([p.points.max(0) + (p.width or 0) / 2 for p in parts], axis=0)
+    scale, centre = 2 * size / (high - low).max(), (low + high) / 2
+    return [Part((p.points - centre) * scale, p.tone, p.width and p.width * scale, p.closed) for p in parts]
+
+
+def flip(points: np.ndarray) -> np.ndarray:
+    """Return the mirror image in the vertical axis."""
+    return points * [-1.0, 1.0]
+
+
+def mirror(half: np.ndarray) -> np.ndarray:
+    """Return a closed symmetric outline from its right half, given from top to bottom."""
+    return np.concatenate([half, flip(half)[::-1]])
+
+
+def hoop(top: float, bottom: float, y0: float, y1: float, sag: float) -> np.ndarray:
+    """Return a band round a cylinder seen from slightly above: half widths top and bottom, from y0 to y1."""
+    return np.concatenate([arc(0, y0, top, sag, 180, 0), arc(0, y1, bottom, sag, 0, 180)])
+
+
+def stroke(*points: tuple[float, float], tone: str = "dark", width: float = 0.08) -> Part:
+    """Return a stroke through straight segments."""
+    return Part(polygon(*points), tone, width)
+
+
+def pointed_leaf(x: float, y: float, angle: float, length: float, width: float) -> tuple[Part, Part]:
+    """Return a pointed leaf that grows from (x, y), angle degrees clockwise from upright, and its midrib."""
+    a = np.radians(angle)
+    turn = np.array([[np.cos(a), np.sin(a)], [-np.sin(a), np.cos(a)]])
+    tip = [(0, -length), (width * 0.7, -length * 0.72), (width, -length * 0.45)]
+    half = curve(*tip, (width * 0.55, -length * 0.12), (0, 0))
+    rib = polygon((0, -0.05), (0, -length * 0.7))
+    return Part(mirror(half) @ turn + [x, y], "main"), Part(rib @ turn + [x, y], "light", 0.07)

@@ -312,14 +312,7 @@ STYLES: dict[str, Callable[[Canvas, Palette], Picture]] = {
 RESERVED_STYLES = ("chalk", "mosaic", "candy", "gold")
 SEEN_STYLES = tuple(s for s in STYLES if s not in RESERVED_STYLES)
 OWN_GROUND = (
-    "ink",
-    "neon",
-    "blueprint",
-    "stained glass",
-    "engraving",
-    "risograph",
-    "embroidery",
-    "watercolour",
+    "ink", "neon", "blueprint", "stained glass", "engraving", "risograph", "embroidery", "watercolour",
     *RESERVED_STYLES,
-)
+)  # fmt: skip
 """Styles that bring their own background: captions name no background for them."""

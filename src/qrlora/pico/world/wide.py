@@ -20,7 +20,7 @@ from jaxtyping import Float, UInt8
 
 from qrlora.pico import world
 from qrlora.pico.world import Scene, nameless, native, novel
-from qrlora.pico.world.canvas import Pose, rasterise, shrink
+from qrlora.pico.world.canvas import Pose, finished, rasterise, shrink
 from qrlora.pico.world.drawings import SEEN_THINGS, SETS, Drawing, variants
 from qrlora.pico.world.palette import BACKGROUNDS, COLOURS, palette, rgb
 
@@ -130,7 +130,7 @@ def render(scene: Scene) -> tuple[UInt8[np.ndarray, "h w 3"], Float[np.ndarray, 
     if any(s.name == scene.style for s in SETS):
         assert drawing is not None, f"{scene.style} has not drawn {scene.subject}"
         picture, mask = native.draw(drawing, scene.pose, drawing.stretch(rng), rgb(BACKGROUNDS[scene.background]))
-        return _bytes(picture), shrink(mask)
+        return finished(picture), shrink(mask)
     if drawing:
         parts = drawing.parts(rng)
     elif scene.subject.startswith("thing "):
@@ -139,18 +139,14 @@ def render(scene: Scene) -> tuple[UInt8[np.ndarray, "h w 3"], Float[np.ndarray, 
         parts = world.SUBJECTS[scene.subject](rng)
     canvas, colours = rasterise(parts, scene.pose), palette(scene.colour, scene.background)
     if scene.style.startswith("style "):
-        return _bytes(nameless.draw(int(scene.style[6:]), canvas, colours)), shrink(canvas.mask)
-    return _bytes(world.STYLES[scene.style](canvas, colours)), shrink(canvas.mask)
+        return finished(nameless.draw(int(scene.style[6:]), canvas, colours)), shrink(canvas.mask)
+    return finished(world.STYLES[scene.style](canvas, colours)), shrink(canvas.mask)
 
 
 def render_range(first: int, count: int) -> UInt8[np.ndarray, "n h w 3"]:
     """The pictures of scenes ``first`` to ``first + count``, on one core: for a process of its own."""
     cv2.setNumThreads(1)
     return np.stack([render(sample(number))[0] for number in range(first, first + count)])
-
-
-def _bytes(picture: np.ndarray) -> UInt8[np.ndarray, "h w 3"]:
-    return (np.clip(shrink(picture), 0, 1) * 255 + 0.5).astype(np.uint8)
 
 
 # ---------------------------------------------------------------- captions

@@ -19,8 +19,8 @@ from PIL import Image, ImageOps
 
 from qrlora._reading import inside, parse_json, visible
 from qrlora.errors import DataError
-from qrlora.models.training.dataset import MASK, SUFFIXES, caption_beside
 from qrlora.models.training.pictures import open_picture
+from qrlora.models.training.sources import MASK, SUFFIXES, caption_beside
 
 SMALLEST = 16
 """Least side in pixels."""
@@ -47,11 +47,11 @@ class MeasuredPicture:
         return Image.fromarray(self.pixels)
 
     def fitted(self, width: int, height: int) -> UInt8[np.ndarray, "height width 3"]:
-        """The centre crop at another size, as for training."""
+        """Return the centre crop at another size, as for training."""
         return np.asarray(ImageOps.fit(self.image, (width, height), Image.Resampling.LANCZOS))
 
     def fitted_mask(self, width: int, height: int) -> Float[np.ndarray, "height width"] | None:
-        """The mask, cropped in the same way."""
+        """Return the mask, cropped in the same way."""
         if self.mask is None:
             return None
         whole = Image.fromarray((255 * self.mask + 0.5).astype(np.uint8))
@@ -97,7 +97,7 @@ class Colours:
         return rgb2lab(self.rgb[None].astype(np.float64) / 255)[0]
 
     def differences(self, hexes: Sequence[str]) -> Float[np.ndarray, "k targets"]:
-        """CIEDE2000 differences (CIE 142-2001; Sharma et al. 2005) between these colours and `hexes` (#rrggbb)."""
+        """Return CIEDE2000 (CIE 142-2001; Sharma et al. 2005) between these colours and `hexes` (#rrggbb)."""
         from skimage.color import deltaE_ciede2000, rgb2lab
 
         targets = rgb2lab(np.array([[_rgb(code) for code in hexes]]) / 255)[0]
@@ -110,7 +110,7 @@ def _rgb(code: str) -> list[float]:
 
 
 def hex_colour(text: str) -> str:
-    """A colour as #rrggbb, also from rrggbb and #rgb. Raises ValueError for anything else."""
+    """Return a colour as #rrggbb, also from rrggbb and #rgb. Raises ValueError for anything else."""
     digits = text.strip().removeprefix("#").lower()
     if re.fullmatch(r"[0-9a-f]{3}", digits):
         digits = "".join(2 * digit for digit in digits)
@@ -120,7 +120,7 @@ def hex_colour(text: str) -> str:
 
 
 def load_pictures(paths: Iterable[Path]) -> list[MeasuredPicture]:
-    """The pictures in these files and folders; those of a folder in the order of their names.
+    """Load the pictures in these files and folders; those of a folder in the order of their names.
 
     Raises:
         DataError: a path that is neither, a folder without pictures, or an unusable picture or mask.
@@ -129,7 +129,7 @@ def load_pictures(paths: Iterable[Path]) -> list[MeasuredPicture]:
 
 
 def picture_files(paths: Iterable[Path]) -> list[Path]:
-    """The files that `load_pictures` reads, in order; masks are left out."""
+    """Return the files that `load_pictures` reads, in order; masks are left out."""
     files: list[Path] = []
     for path in paths:
         if not path.is_dir():
@@ -147,7 +147,7 @@ def picture_files(paths: Iterable[Path]) -> list[Path]:
 
 
 def load_picture(path: Path) -> MeasuredPicture:
-    """A picture with its mask and prompt.
+    """Load a picture with its mask and prompt.
 
     The mask is `mug.mask.png` beside `mug.png`, or else the transparency. The prompt is the content of `mug.txt`, or
     else the one that `qrlora generate` stored in the file.

@@ -22,7 +22,7 @@ direction falls along a given one."""
 
 
 def quantiles(pictures: UInt8[np.ndarray, "n h w 3"]) -> Float[np.ndarray, "n 144"]:
-    """The colours of each picture: ``BINS`` mean values in each of ``DIRECTIONS``, in Lab units less (50, 0, 0).
+    """Return the colours of each picture: ``BINS`` mean values in each of ``DIRECTIONS``, in Lab units less (50, 0, 0).
 
     The mean absolute difference of two rows is the sliced Wasserstein distance (Bonneel et al. 2015, "Sliced and Radon
     Wasserstein barycenters of measures", first order) of two pictures' colours: the mean CIE 1976 colour difference by

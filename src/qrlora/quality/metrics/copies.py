@@ -26,7 +26,7 @@ Warp = Float[np.ndarray, "2 3"]
 
 
 def copy_score(picture: UInt8[np.ndarray, "h w 3"], other: UInt8[np.ndarray, "h2 w2 3"]) -> float:
-    """Edge agreement of two pictures after registration, in [0, 1]; colours are ignored.
+    """Return the edge agreement of two pictures after registration, in [0, 1]; colours are ignored.
 
     The other picture and its mirror image are registered to the first by matched keypoints (SIFT, Lowe 2004, with
     RANSAC) and by maximising the correlation (ECC, Evangelidis and Psarakis 2008). The score is the F-measure of
@@ -96,12 +96,12 @@ def _agreement(ours: Grey, theirs: Grey, warp: Warp) -> float:
 
 
 def edges_of(grey: Grey) -> Bool[np.ndarray, "h w"]:
-    """Canny's edges (1986) of a slightly blurred picture; its two thresholds are of 8-bit gradients."""
+    """Return Canny's edges (1986) of a slightly blurred picture; its two thresholds are of 8-bit gradients."""
     return cv2.Canny(cv2.GaussianBlur(grey, (0, 0), 1.0), 40, 100) > 0
 
 
 def edge_agreement(ours: Bool[np.ndarray, "h w"], theirs: Bool[np.ndarray, "h w"], tolerance: float) -> float:
-    """F-measure of edges that have an edge of the other within `tolerance` pixels (Martin, Fowlkes and Malik 2004).
+    """Return the F-measure of edges within `tolerance` pixels of an edge of the other (Martin, Fowlkes and Malik 2004).
 
     0 if either has fewer than LEAST_EDGE pixels of edge.
     """

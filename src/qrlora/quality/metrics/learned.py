@@ -47,27 +47,27 @@ class FeatureNetworks:
         self._texts: dict[str, Tensor] = {}
 
     def load(self, name: str) -> Any:
-        """The network with this name in NETWORKS."""
+        """Load the network with this name in NETWORKS."""
         if name not in self._networks:
             self._networks[name] = NETWORKS[name].load(self.weights[name], self.device)
         return self._networks[name]
 
     def similarity(self, name: str, picture: MeasuredPicture, reference: MeasuredPicture) -> float:
-        """Cosine of the features of two pictures."""
+        """Return the cosine of the features of two pictures."""
         return float(self.features(name, picture) @ self.features(name, reference))
 
     def text_similarity(self, picture: MeasuredPicture, text: str) -> float:
-        """Cosine of the CLIP features of a picture and a text; the text is truncated to CLIP's length."""
+        """Return the cosine of the CLIP features of a picture and a text, which is truncated to CLIP's length."""
         if text not in self._texts:
             self._texts[text] = normalize(self.load("clip").text_features(text), dim=-1)
         return float(self.features("clip", picture) @ self._texts[text])
 
     def distance(self, picture: MeasuredPicture, reference: MeasuredPicture) -> float:
-        """LPIPS of a picture and a reference cropped to its size."""
+        """Return LPIPS of a picture and a reference cropped to its size."""
         return self.load("lpips")(picture, reference)
 
     def features(self, name: str, picture: MeasuredPicture) -> Float[Tensor, " features"]:
-        """The normalised features of a picture, float32 on the CPU."""
+        """Return the normalised features of a picture, float32 on the CPU."""
         if (name, picture) not in self._features:
             self._features[name, picture] = normalize(self.load(name)(picture), dim=-1)
         return self._features[name, picture]
@@ -85,19 +85,19 @@ class Network:
 
     @torch.inference_mode()
     def __call__(self, picture: MeasuredPicture) -> Float[Tensor, " features"]:
-        """Features of a picture, preprocessed as the network's configuration says, by Pillow on every machine."""
+        """Return a picture's features; it is preprocessed as the network's configuration says, by Pillow everywhere."""
         pixels = self.processor(images=picture.image, return_tensors="pt")["pixel_values"].to(self.device)
         return self.vector(self.module, pixels)[0].float().cpu()
 
     @torch.inference_mode()
     def text_features(self, text: str) -> Float[Tensor, " features"]:
-        """Features of a text, in the space of the pictures."""
+        """Return the features of a text, in the space of the pictures."""
         tokens = self.tokenizer([text], padding=True, truncation=True, return_tensors="pt").to(self.device)
         return _projected(self.module.get_text_features(**tokens))[0].float().cpu()
 
 
 def _projected(found: Any) -> Tensor:
-    """transformers returns the projection itself, or since 5.2 an output with the projection as its pooler_output."""
+    """Return the projection: transformers returns it itself, or since 5.2 as the pooler_output of its output."""
     return found if isinstance(found, Tensor) else found.pooler_output
 
 
@@ -196,7 +196,7 @@ TOWER = {
 
 
 def style_network(checkpoint: Mapping[str, Any]) -> tuple[Any, Float[Tensor, "width features"]]:
-    """The tower (transformers' CLIPVisionModel) and the style head of a CSD checkpoint.
+    """Return the tower (transformers' CLIPVisionModel) and the style head of a CSD checkpoint.
 
     Raises:
         ModelError: missing or unexpected tensors; the error lists all of them.

@@ -24,7 +24,7 @@ class Share:
 
     @classmethod
     def of(cls, verdicts: Iterable[Any]) -> Share:
-        """The proportion of true verdicts, for example in a boolean array."""
+        """Return the proportion of true verdicts, for example in a boolean array."""
         listed = [bool(verdict) for verdict in verdicts]
         return cls(sum(listed), len(listed))
 
@@ -47,7 +47,7 @@ class Share:
 
 
 def difference(a: Share, b: Share) -> tuple[float, tuple[float, float]]:
-    """a - b and its 95 % interval, each in [-1, 1], from the two score intervals (Newcombe 1998, method 10).
+    """Return a - b and its 95 % interval, each in [-1, 1], from the two score intervals (Newcombe 1998, method 10).
 
     The pictures are taken as independent; seeds shared by both sides make the true interval a little narrower.
     """

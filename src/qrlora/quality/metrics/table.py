@@ -75,7 +75,7 @@ class Metric:
 def select_metrics(
     names: Sequence[str] | None, pictures: Sequence[MeasuredPicture], references: References
 ) -> list[Metric]:
-    """The metrics with these names. None: all that need no network and whose inputs are given; "all": with networks.
+    """Select metrics by name. None: all that need no network and whose inputs are given; "all": with networks.
 
     Raises:
         DataError: an unknown name, or a metric whose inputs are missing.
@@ -123,7 +123,7 @@ def compute_metrics(
     networks: FeatureNetworks | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[dict[str, float | None]]:
-    """For each picture its values by name of the metric; None where it lacks the mask or prompt.
+    """Compute for each picture its values by name of the metric; None where it lacks the mask or prompt.
 
     Raises:
         ModelError: a network's weights are missing.

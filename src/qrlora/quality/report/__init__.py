@@ -35,6 +35,7 @@ class Picture:
     Attributes:
         marks: (property, whether it is right), shown under the picture with a tick or a cross.
         enlarge: integer factor of a Lanczos resize before embedding, because browsers blur what they enlarge.
+        href: what a click on it opens, from the page's folder.
     """
 
     pixels: UInt8[np.ndarray, "h w 3"]
@@ -42,9 +43,10 @@ class Picture:
     caption: str = ""
     marks: Sequence[tuple[str, bool]] = ()
     enlarge: int = 1
+    href: str = ""
 
     def embedded(self) -> tuple[str, int, int]:
-        """The picture as a data URI, with its width and height in pixels."""
+        """Return the picture as a data URI, with its width and height in pixels."""
         image = Image.fromarray(self.pixels)
         size = self.enlarge * image.width, self.enlarge * image.height
         image = image.resize(size, Image.Resampling.LANCZOS) if self.enlarge > 1 else image
@@ -100,14 +102,22 @@ class Figures:
 
 
 @dataclass(frozen=True)
+class Link:
+    """A cell of a table that leads to another file, from the page's folder."""
+
+    text: str
+    href: str
+
+
+@dataclass(frozen=True)
 class Table:
     """A table. The first column holds row headers; a row of one cell is a heading for the rows under it.
 
-    A Share is shown as a bar with its confidence interval, None as a dash.
+    A Share is shown as a bar with its confidence interval, a Link as a link, None as a dash.
     """
 
     header: Sequence[str]
-    rows: Sequence[Sequence[str | Share | None]]
+    rows: Sequence[Sequence[str | Share | Link | None]]
     note: str = ""
 
 
@@ -161,7 +171,7 @@ class Report:
     footer: str = ""
 
     def html(self) -> str:
-        """The page as one string."""
+        """Return the page as one string."""
         return page("report.html", report=self)
 
     def write(self, folder: Path, beside: Mapping[str, bytes] | None = None) -> Path:
@@ -180,12 +190,12 @@ class Report:
 
 
 def page(template: str, **values: Any) -> str:
-    """A template of this package, filled."""
+    """Render a template of this package."""
     return _environment().get_template(template).render(values)
 
 
 def render(block: Any) -> str:
-    """The HTML of one block, marked as safe. Raises TypeError for anything else."""
+    """Render one block as HTML, marked as safe. Raises TypeError for anything else."""
     if not isinstance(block, get_args(Block)):
         raise TypeError(
             f"expected a block of a report ({', '.join(t.__name__ for t in get_args(Block))}), got {block!r}"

@@ -39,7 +39,7 @@ class TuningResult:
     settings: Mapping[str, Any]
 
     def data(self) -> dict[str, Any]:
-        """JSON values."""
+        """Return JSON values."""
         front = {id(one): i for i, one in enumerate(self.result.frontier)}
         confirmed = sorted(self.result.confirmed, key=lambda one: one.mean, reverse=True)
         return {
@@ -71,12 +71,12 @@ def _facts(one: Candidate) -> dict[str, Any]:
 
 
 def weights_text(tuned: TuningResult, one: Candidate) -> str:
-    """The weights of a candidate as text: teapot 0.9, chalk 0.7."""
+    """Return the weights of a candidate as text: teapot 0.9, chalk 0.7."""
     return ", ".join(f"{name} {weight:g}" for name, weight in zip(tuned.parameters, one.weights, strict=True))
 
 
 def lines(tuned: TuningResult) -> list[str]:
-    """The frontier as lines of text for a terminal."""
+    """Return the frontier as lines of text for a terminal."""
     text = []
     for i, one in enumerate(tuned.result.frontier):
         balanced = "  (balanced)" if one is tuned.result.balanced else ""
@@ -93,7 +93,7 @@ def _score_text(one: Candidate, side: int) -> str:
 
 
 def report(tuned: TuningResult) -> Report:
-    """The report of a search."""
+    """Make the report of a search."""
     result, data = tuned.result, tuned.data()
     figures = [
         Figure(str(len(result.frontier)), "points on the frontier", f"of {len(result.confirmed)} that were confirmed"),
@@ -162,7 +162,7 @@ def _columns(points: Sequence[Scores]) -> tuple[list[float], list[float]]:
 
 
 def command(parts: Sequence[tuple[str, float]], prompt: str, model: str, null_space: float = 0.0) -> str:
-    """The `qrlora generate` command that samples at these weights and this null-space strength."""
+    """Return the `qrlora generate` command that samples at these weights and this null-space strength."""
     adapters = " ".join(f"--adapter {shlex.quote(f'{path}:{weight:g}')}" for path, weight in parts)
     base = "" if model == "pico" else f" --model {shlex.quote(model)}"
     adapters += f" --null-space {null_space:g}" if len(parts) > 1 else ""  # also 0, which may not be the default

@@ -103,11 +103,11 @@ class PictureCache:
         make_folder(folder)
 
     def sample(self, weights: Weights, number: int) -> Sample:
-        """The weights with the prompt and the seed of this number."""
+        """Return the weights with the prompt and the seed of this number."""
         return weights, self.prompts[number % len(self.prompts)], self.seed + number // len(self.prompts)
 
     def pictures(self, samples: Iterable[tuple[Weights, int]]) -> list[MeasuredPicture]:
-        """The pictures of these weights and numbers, in order."""
+        """Return the pictures of these weights and numbers, in order."""
         wanted = [self.sample(*one) for one in samples]
         missing = [one for one in dict.fromkeys(wanted) if not self._file(one).is_file()]
         self.progress(len(wanted) - len(missing))
@@ -131,7 +131,7 @@ class PictureCache:
 def cached_scores(
     cache: PictureCache, subject: Objective, style: Objective
 ) -> Callable[[Sequence[tuple[Weights, int]]], list[Scores]]:
-    """The `score` argument of `search`: both objectives of cached samples."""
+    """Return the `score` argument of `search`: both objectives of cached samples."""
 
     def score(samples: Sequence[tuple[Weights, int]]) -> list[Scores]:
         pictures = cache.pictures(samples)
@@ -141,7 +141,7 @@ def cached_scores(
 
 
 def metric_objective(metrics: Sequence[Metric], references: References, networks: Any = None) -> Objective:
-    """The mean of metrics, each scaled to [0, 1] by its range and inverted if lower is better."""
+    """Return the mean of metrics, each scaled to [0, 1] by its range and inverted if lower is better."""
 
     def score(pictures: Sequence[MeasuredPicture]) -> list[float]:
         rows = compute_metrics(pictures, references, metrics, networks)

@@ -163,7 +163,7 @@ def _mean(scores: Sequence[Scores]) -> Scores:
 
 
 def frontier(points: Sequence[tuple[float, float]]) -> list[int]:
-    """Indices of the points that no other dominates (Pareto), by descending first score; of equal points one."""
+    """Return the indices of the points that no other dominates (Pareto), by descending first score, equals once."""
     best: list[int] = []
     for i in sorted(range(len(points)), key=lambda i: points[i], reverse=True):
         if not best or points[i][1] > points[best[-1]][1]:
@@ -172,7 +172,7 @@ def frontier(points: Sequence[tuple[float, float]]) -> list[int]:
 
 
 def ranked(points: Sequence[Scores]) -> list[int]:
-    """All indices by non-dominated sorting, and within one frontier by crowding distance (NSGA-II, Deb et al. 2002)."""
+    """Rank indices by non-dominated sorting, within one frontier by crowding distance (NSGA-II, Deb et al. 2002)."""
     left, order = list(range(len(points))), []
     while left:
         layer = [left[i] for i in frontier([points[i] for i in left])]

@@ -44,7 +44,7 @@ def make_study(
     seed: int = 0,
     by_order: bool = False,
 ) -> tuple[str, dict[str, Any]]:
-    """The page (HTML) and its key (JSON values).
+    """Make the page (HTML) of a study, and its key (JSON values).
 
     Args:
         arms: at least two, by name. All pairs of arms are compared, on pictures with the same file name.
@@ -131,7 +131,7 @@ class _StudyBuilder:
         return self.rng.bytes(5).hex()
 
     def picture(self, arm: str | None, picture: MeasuredPicture) -> str:
-        """The token of a picture, the same in all trials."""
+        """Return the token of a picture, the same in all trials."""
         shown = (arm, picture)
         if shown not in self._tokens:
             self._tokens[shown] = token = self.token()
@@ -159,13 +159,13 @@ class _StudyBuilder:
         self.kinds[self.trials[-1]["id"]]["right"] = right
 
     def shown(self) -> dict[str, str]:
-        """Token -> data URI in random order, which gives no arm away."""
+        """Return token -> data URI in random order, which gives no arm away."""
         tokens = list(self._sources)
         return {tokens[place]: self._sources[tokens[place]] for place in self.rng.permutation(len(tokens))}
 
 
 def degrade(image: Image.Image) -> np.ndarray:
-    """A copy that loses under any question: 8 blocks a side, colours inverted."""
+    """Return a copy that loses under any question: 8 blocks a side, colours inverted."""
     coarse = ImageOps.invert(image).resize((8, 8), Image.Resampling.BOX)
     return np.asarray(coarse.resize(image.size, Image.Resampling.NEAREST))
 

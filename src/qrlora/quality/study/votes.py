@@ -1,4 +1,4 @@
-"""Count of the votes of a preference study.
+"""Count the votes of a preference study.
 
     count = count_votes([json.loads(file.read_text()) for file in files], key)
     count.pairs["ours", "theirs"].share      # share of ours among the votes that are not ties
@@ -80,7 +80,7 @@ class VoteCount:
     question: str
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON values."""
+        """Return JSON values."""
         return {
             "question": self.question,
             "arms": list(self.arms),
@@ -268,7 +268,7 @@ def _pair(pair: tuple[str, str], votes: Sequence[Vote], key: Mapping[str, Any]) 
 def bradley_terry(
     arms: Sequence[str], pairs: Mapping[tuple[str, str], Pair], rounds: int = 2000
 ) -> dict[str, Strength]:
-    """Bradley-Terry strengths with mean zero by the MM algorithm (Hunter 2004); a tie is half a vote for each side.
+    """Compute Bradley-Terry strengths with mean zero by the MM algorithm (Hunter 2004); a tie is half a vote for each.
 
     One tie is added to every pair, so that an arm which wins or loses every vote stays finite. The intervals come from
     the information matrix and take votes as independent.
@@ -301,7 +301,7 @@ def _by_trial(votes: Sequence[Vote]) -> dict[str, list[Vote]]:
 
 
 def _agreement(votes: Sequence[Vote]) -> dict[str, Share]:
-    """For each rater, the share of other raters' votes on the same trials that agree."""
+    """Return for each rater the share of other raters' votes on the same trials that agree."""
     same: dict[str, list[bool]] = {}
     for together in _by_trial(votes).values():
         for one, other in itertools.permutations(together, 2):
@@ -310,7 +310,7 @@ def _agreement(votes: Sequence[Vote]) -> dict[str, Share]:
 
 
 def krippendorff(votes: Sequence[Vote]) -> float | None:
-    """Krippendorff's alpha of nominal values (2011, "Computing Krippendorff's alpha-reliability"): 1 is perfect
+    """Compute Krippendorff's alpha of nominal values (2011, "Computing Krippendorff's alpha-reliability"): 1 is perfect
     agreement, 0 is chance. None if no trial has two votes, or all votes are equal."""
     units = [Counter(v.choice for v in together) for together in _by_trial(votes).values() if len(together) > 1]
     total: Counter[str] = sum(units, Counter())
@@ -323,7 +323,7 @@ def krippendorff(votes: Sequence[Vote]) -> float | None:
 
 
 def lines(found: VoteCount) -> list[str]:
-    """The outcome as lines of text for a terminal."""
+    """Return the outcome as lines of text for a terminal."""
     text = [found.question, f"{len(found.raters)} raters, {sum(found.raters.values())} votes"]
     for (a, b), pair in found.pairs.items():
         text.append(f"{a} against {b}: {_share_text(pair.share)} of the votes without ties; {pair.ties} ties")
@@ -346,7 +346,7 @@ def _share_text(share: Share | None) -> str:
 
 
 def report(found: VoteCount) -> Report:
-    """The report of a study."""
+    """Make the report of a study."""
     rows: list[list[str | Share | None]] = [
         [f"{a} against {b}", pair.share, str(pair.ties), pair.raters] for (a, b), pair in found.pairs.items()
     ]

@@ -28,7 +28,7 @@ _SIZE = 1.8  # of a drawing's longer side, in subject units: as the hand-drawn s
 
 @dataclass(frozen=True)
 class DesignerSet:
-    """One designer's icons. trained: whether the base model may see them. spoken: what captions call the look.
+    """One designer's icons. trained: whether the base model may see them.
 
     most: at most about so many things are taken. disc: every icon lies on a disc, which is left out.
     """
@@ -37,7 +37,6 @@ class DesignerSet:
     package: str
     version: str
     licence: str
-    spoken: str
     trained: bool = True
     most: int | None = None
     disc: bool = False
@@ -49,13 +48,13 @@ class DesignerSet:
 
 
 SETS = (
-    DesignerSet("fluent", "@iconify-json/fluent-emoji-flat", "1.2.6", "MIT", "fluent"),
-    DesignerSet("noto", "@iconify-json/noto", "1.2.9", "Apache-2.0", "noto"),
-    DesignerSet("twemoji", "@iconify-json/twemoji", "1.2.5", "CC-BY-4.0", "twemoji"),
-    DesignerSet("iconpark", "@iconify-json/icon-park", "1.2.4", "Apache-2.0", "iconpark"),
-    DesignerSet("kameleon", "@iconify-json/streamline-kameleon-color", "1.2.2", "CC-BY-4.0", "kameleon", disc=True),
-    DesignerSet("gradient", "@iconify-json/fluent-emoji", "1.2.7", "MIT", "gradient", trained=False, most=150),
-    DesignerSet("plump", "@iconify-json/streamline-plump-color", "1.2.2", "CC-BY-4.0", "plump", trained=False),
+    DesignerSet("fluent", "@iconify-json/fluent-emoji-flat", "1.2.6", "MIT"),
+    DesignerSet("noto", "@iconify-json/noto", "1.2.9", "Apache-2.0"),
+    DesignerSet("twemoji", "@iconify-json/twemoji", "1.2.5", "CC-BY-4.0"),
+    DesignerSet("iconpark", "@iconify-json/icon-park", "1.2.4", "Apache-2.0"),
+    DesignerSet("kameleon", "@iconify-json/streamline-kameleon-color", "1.2.2", "CC-BY-4.0", disc=True),
+    DesignerSet("gradient", "@iconify-json/fluent-emoji", "1.2.7", "MIT", trained=False, most=150),
+    DesignerSet("plump", "@iconify-json/streamline-plump-color", "1.2.2", "CC-BY-4.0", trained=False),
 )
 
 

@@ -7,7 +7,6 @@ contours on a grid of ``UNITS``. Needs ``svgelements`` (the ``test`` extra); rea
 
 from __future__ import annotations
 
-import argparse
 import colorsys
 import io
 import json
@@ -20,6 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import click
 import cv2
 import numpy as np
 
@@ -221,19 +221,17 @@ def _trace_job(job: tuple[int, str, str, float, float, bool]) -> list[TracedPart
     return trace(*job[2:])
 
 
-def main() -> None:
-    """Convert, write the data file, and say how much is in it."""
-    parser = argparse.ArgumentParser(prog="python -m qrlora.pico.world.drawings.convert", description=__doc__)
-    parser.add_argument("folder", type=Path, help="folder with the archives that npm pack writes")
-    parser.add_argument("--target", type=Path, default=DATA)
-    args = parser.parse_args()
-    missing = [source for source in SETS if not (args.folder / source.archive).exists()]
-    if missing:
+@click.command()
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--target", type=click.Path(path_type=Path), default=DATA, show_default=True)
+def main(folder: Path, target: Path) -> None:
+    """Convert the archives that npm pack wrote to FOLDER, write the data file, and print how much is in it."""
+    if missing := [source for source in SETS if not (folder / source.archive).exists()]:
         wanted = " ".join(f"{source.package}@{source.version}" for source in missing)
-        parser.error(f"{args.folder} lacks {len(missing)} of {len(SETS)} packages; there: npm pack {wanted}")
-    drawings = convert(args.folder)
+        raise click.UsageError(f"{folder} lacks {len(missing)} of {len(SETS)} packages; there: npm pack {wanted}")
+    drawings = convert(folder)
     data = packed(drawings)
-    write_atomically(args.target, data)
+    write_atomically(target, data)
     for number, source in enumerate(SETS):
         print(f"{source.name:10} {sum(s == number for s, _, _ in drawings):5} drawings")
     print(f"{len({name for _, name, _ in drawings})} things, {len(data)} bytes")

@@ -31,7 +31,7 @@ def listed(section: str) -> dict[str, str]:
 
 
 def of_emoji(icon: str) -> str | None:
-    """What an icon of an emoji set is called here, or None if it is no thing."""
+    """The name of an icon of an emoji set, or None if it is no thing."""
     other = listed("emoji")
     if icon not in other and _LEFT_OUT.search(icon):
         return None

@@ -54,7 +54,7 @@ class Area:
 
 
 def areas(body: str, width: float, height: float, faint: float = 0.45) -> list[Area]:
-    """What an SVG body shows, in painter's order, without shapes of less opacity than ``faint`` (shadows, gloss)."""
+    """The areas of an SVG body, in painter's order, without shapes of less opacity than ``faint`` (shadows, gloss)."""
     text = (
         f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
         f'width="{width}" height="{height}" viewBox="0 0 {width} {height}">{body}</svg>'

@@ -1,0 +1,201 @@
+"""`qrlora pilot`."""
+
+from __future__ import annotations
+
+import importlib.resources
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import rich_click as click
+
+from qrlora._files import make_folder, write_all
+from qrlora.apps.cli.command import Group, Options, command, print_and_exit
+from qrlora.apps.cli.shared import PATH, Bar, json_option, refuse_to_replace
+from qrlora.errors import QrloraError
+
+if TYPE_CHECKING:
+    from qrlora.operations.pilot import Pilot, Scorer
+
+SAMPLES = ("teapots", "icons")
+LINE = click.argument("line", type=PATH, help="the project file, line.toml")
+REGISTRY = click.option(
+    "--registry",
+    metavar="PLACE",
+    help="registry that remembers it (default: $QRLORA_REGISTRY, else beside the project)",
+)
+
+
+@click.group("pilot", cls=Group)
+def pilot() -> None:
+    """Go from one picture to several styles to the whole line, with figures and a decision after each stage.
+
+    Begin with `qrlora pilot new line.toml`.
+    """
+
+
+def _schema() -> str:
+    from qrlora.operations.pilot import Line
+
+    return json.dumps(Line.file_schema(), indent=2, ensure_ascii=False)
+
+
+@command("new", "Write a project file to begin with, and the sample's pictures beside it")
+@click.argument("line", type=PATH, help="where to write it")
+@click.option("--sample", type=click.Choice(SAMPLES), default="teapots", help="what it is of (default: teapots)")
+@print_and_exit("--schema", "print the JSON Schema of project files, and end", _schema)
+def new(options: Options) -> None:
+    """Copy a sample project."""
+    make_folder(options.line.parent)
+    sample = importlib.resources.files("qrlora.operations") / "pilot" / "samples" / options.sample
+    contents: dict[Path, bytes] = {}
+    for name in ("line.toml", "brand.toml", "products.csv", "policy.toml"):
+        path = options.line if name == "line.toml" else options.line.parent / name
+        contents[path] = (sample / name).read_bytes()
+    for picture in (sample / "pictures").iterdir():
+        contents[options.line.parent / "pictures" / picture.name] = picture.read_bytes()
+    for path in contents:
+        refuse_to_replace(path)
+    write_all(contents, make_folder=True)
+    print(*contents, sep="\n")
+    print(f"next: qrlora pilot run {options.line}")
+
+
+@command("run", "Run the next stage, and write its reports")
+@LINE
+@REGISTRY
+@click.option("--stage", type=click.Choice(["one_picture", "several_styles", "line"]), help="run this one again")
+@json_option
+def run(options: Options) -> int:
+    """Run a stage; returns 1 if the gate recommends a no-go."""
+    found = _opened(options)
+    bars: dict[str, Bar] = {}
+
+    def show(what: str, done: int, of: int) -> None:
+        bars.setdefault(what, Bar(what))(done, of)
+        if done == of:
+            del bars[what]
+
+    result = found.run(options.stage, show)
+    if options.json:
+        print(json.dumps(result.to_dict(), indent=2, ensure_ascii=False))
+    else:
+        for check in result.checks:
+            value = "not measured" if check.value is None else f"{check.value:.3f}"
+            print(f"{check.name}: {value} (limit {check.limit:g}) {'holds' if check.passed else 'does not hold'}")
+        print(*(found.report_folder(result.stage, name) / "report.html" for name in found.line.languages), sep="\n")
+        print(f"{'a go' if result.passes else 'a no-go'} is recommended; a person decides:")
+        print(f"  qrlora pilot decide {options.line} --{'go' if result.passes else 'no-go'} --reason TEXT --key NAME")
+    return 0 if result.passes else 1
+
+
+@command("decide", "Record a signed go or no-go on the stage that has run")
+@LINE
+@REGISTRY
+@click.option("--go/--no-go", default=None, help="go on to the next stage, or not")
+@click.option("--reason", required=True, metavar="TEXT", help="why, in a sentence")
+@click.option("--key", required=True, metavar="NAME", help="your signing key (`qrlora keys new NAME`)")
+def decide(options: Options) -> None:
+    """Sign and record the decision."""
+    from qrlora.operations.provenance.keys import SigningKey, Trust
+
+    if options.go is None:
+        raise click.UsageError("expected --go or --no-go")
+    found = _opened(options)
+    stage = found.next
+    digest = found.decide(
+        options.go, options.reason, SigningKey.load(options.key), Trust.load(found.registry.folder / "trust.json")
+    )
+    print(f"{stage}: {'go' if options.go else 'no-go'}, recorded as {digest[:19]}")
+    if found.next and options.go:
+        print(f"next: qrlora pilot run {options.line}")
+
+
+@command("status", "Print which stages have run, and what was decided")
+@LINE
+@REGISTRY
+@json_option
+def status(options: Options) -> int:
+    """Print the state; returns 1 if a recorded stage or decision does not hold."""
+    from qrlora.operations.pilot import STAGES
+    from qrlora.operations.provenance.keys import Trust
+
+    found = _opened(options)
+    faults = found.verify(Trust.load(found.registry.folder / "trust.json"))
+    if options.json:
+        stages = {name: vars(done) for name, done in found.stages.items()}
+        print(json.dumps({"stages": stages, "next": found.next, "faults": faults}, indent=2))
+        return 1 if faults else 0
+    for stage in STAGES:
+        print(f"{stage}: {_told(found, stage)}")
+    print(*faults, sep="\n")
+    print(f"next: {found.next}" if found.next else "all stages have their go")
+    return 1 if faults else 0
+
+
+def _told(found: Pilot, stage: Any) -> str:
+    done = found.stages.get(stage)
+    if done is None:
+        return "not run"
+    if done.inputs != found.inputs(stage):
+        return "run, but its inputs have changed since: run it again"
+    decided = {None: "no decision yet", True: "go", False: "no-go"}[done.go]
+    return f"run by {done.author}, {'passes' if done.passes else 'does not pass'} the gate, {decided}"
+
+
+@command("study", "Write a blind vote on stage 2: with the adapters, or the same said in words")
+@LINE
+@REGISTRY
+def study(options: Options) -> None:
+    """Write the page to send to people."""
+    found = _opened(options)
+    page = found.make_study()
+    print(f"{page}: send it to people, and put the files they save into {page.parent / 'votes'}")
+    print(f"then: qrlora pilot run {options.line} --stage several_styles")
+
+
+def _opened(options: Options) -> Pilot:
+    try:
+        from qrlora.operations.pilot import Pilot
+        from qrlora.operations.registry import Registry
+    except ModuleNotFoundError as error:
+        remedy = "pip install 'qrlora[registry]'"
+        raise QrloraError("a pilot needs more packages", got=f"no {error.name}", remedy=remedy) from error
+    import os
+
+    from qrlora.operations.pilot import Line
+
+    line = Line.load(options.line)
+    place = options.registry or os.environ.get("QRLORA_REGISTRY") or options.line.with_suffix(".pilot") / "registry"
+    return Pilot.open(options.line, Registry.open(place), scorers_of(line))
+
+
+def scorers_of(line: Any) -> dict[str, Scorer]:
+    """What measures subject and style: the named metrics; on pico its judge's features; else structure and texture."""
+    from qrlora.operations.pilot import metric_scorer
+
+    found: dict[str, Scorer] = {}
+    for role, default in (("subject", "structure"), ("style", "texture")):
+        name = getattr(line.scores, role)
+        found[role] = _judged(role) if not name and line.model == "pico" else metric_scorer(role, name or default)
+    return found
+
+
+def _judged(role: str) -> Scorer:
+    import numpy as np
+
+    from qrlora.operations.pilot import Scorer
+    from qrlora.pico.judge import Judge
+
+    judge = Judge.load()
+
+    def score(pictures: Any, learned_from: Any) -> list[float]:
+        height, width = pictures[0].pixels.shape[:2]
+        references = np.stack([one.fitted(width, height) for one in learned_from])
+        return judge.likeness(role, np.stack([one.pixels for one in pictures]), references)
+
+    return Scorer("the cosine of pico's judge", score)
+
+
+for _command in (new, run, decide, status, study):
+    pilot.add_command(_command)  # type: ignore[arg-type]

@@ -1,0 +1,349 @@
+"""The registry in other commands: what they take by reference, and what they made is recorded.
+
+Nothing of the registry is imported before a command is given `--registry` or a value that begins with `registry:`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import re
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import rich_click as click
+from click import get_current_context
+
+from qrlora._files import default_cache_dir, make_folder
+from qrlora.apps.cli.command import Function, Options, hold
+from qrlora.errors import QrloraError, RegistryError
+
+if TYPE_CHECKING:
+    from qrlora.models.training.recipe import Recipe
+    from qrlora.operations.registry import Artifact, Registry
+
+PREFIX = "registry:"
+MODELS = ("model", "base")
+INPUTS = (
+    *("parts", "adapter", "adapters", "file", "files", "first", "second", "what", "like", "space", "recipe"),
+    *("subject", "style", "images", "training", "brand"),
+)
+"""Parameters of commands that take a file by reference."""
+KEY, PLACE_KEY = "qrlora.recorder", "qrlora.registry"
+
+registry_option = click.option(
+    "--registry",
+    metavar="PLACE",
+    help="folder or database URL of the registry (default: $QRLORA_REGISTRY, else one in your home)",
+)
+recording_option = click.option(
+    "--registry",
+    metavar="PLACE",
+    help="record what is done in this registry, also where nothing is named by registry:NAME (docs/registry.md)",
+)
+
+
+def open_registry(options: Options, *, create: bool = True) -> Registry:
+    """Open the registry that is asked for, until the command ends."""
+    try:
+        from qrlora.operations.registry import Registry
+    except ImportError as error:
+        remedy = "pip install 'qrlora[registry]'"
+        raise QrloraError("the registry needs more packages", got=f"no {error.name}", remedy=remedy) from error
+    opened = Registry.open(options.registry, create=create)
+    hold(contextlib.closing(opened))
+    return opened
+
+
+def referable(suffix: str = "") -> Callable[[Function], Function]:
+    """A command whose inputs and output may be references, and that records what it does.
+
+    suffix: of its output's file; none if it is a folder.
+    """
+
+    def decorate(run: Function) -> Function:
+        @functools.wraps(run)
+        def wrapper(options: Options) -> Any:
+            named = [getattr(options, key, None) for key in (*INPUTS, *MODELS, "output")]
+            recorder = Recorder(open_registry(options)) if options.registry or _refers(named) else None
+            meta = get_current_context().meta
+            meta[KEY], meta[PLACE_KEY] = recorder, options.registry
+            del options.registry
+            if recorder:
+                recorder.resolve(options, suffix)
+            code = run(options)
+            if recorder:
+                recorder.say()
+            return code
+
+        return recording_option(wrapper)
+
+    return decorate
+
+
+def recorder_here() -> Recorder | None:
+    """Return the recorder of the running command; None where no registry is in play."""
+    context = get_current_context(silent=True)
+    return context.meta.get(KEY) if context else None
+
+
+def place_here() -> str | None:
+    """Return where the running command's registry is: that of --registry, or the default one if it has a recorder."""
+    context = get_current_context(silent=True)
+    given: str | None = context.meta.get(PLACE_KEY) if context else None
+    if given or recorder_here() is None:
+        return given
+    from qrlora.operations.registry import default_place
+
+    return default_place()
+
+
+def shown(path: object) -> str:
+    """Return a path as the user knows it: a file that stands in for a reference by the reference."""
+    recorder, text = recorder_here(), str(path)
+    return recorder.shown(Path(text)) if recorder and text else text
+
+
+def _refers(value: Any) -> bool:
+    if isinstance(value, (list, tuple)):
+        return any(map(_refers, value))
+    return isinstance(value, (str, Path)) and str(value).startswith(PREFIX)
+
+
+class Recorder:
+    """The registry of one command: files that stand in for references, and the artifacts that it made."""
+
+    def __init__(self, registry: Registry) -> None:
+        self.registry = registry
+        self.folder = Path(tempfile.mkdtemp(prefix="qrlora-"))
+        hold(contextlib.ExitStack()).callback(shutil.rmtree, self.folder, ignore_errors=True)
+        self.artifacts: dict[str, Artifact] = {}
+        self.references: dict[str, str] = {}
+        self.name: str | None = None
+        self.alias = ""
+        self.made: list[Artifact] = []
+
+    # References
+
+    def resolve(self, options: Options, suffix: str) -> None:
+        """Put files in the place of the references among a command's options."""
+        for key in MODELS:
+            if _refers(value := getattr(options, key, None)):
+                setattr(options, key, self._model(str(value)))
+        for key in INPUTS:
+            if _refers(value := getattr(options, key, None)):
+                setattr(options, key, self._resolved(value))
+        if _refers(given := getattr(options, "output", None)):
+            output = self._output(Path(str(given)).as_posix(), ".png" if getattr(options, "grid", None) else suffix)
+            options.output = output if isinstance(given, Path) else str(output)
+
+    def shown(self, path: Path) -> str:
+        """Return the path, or what it stands for: it, or the folder that it is in."""
+        for one in (path, *path.parents):
+            if reference := self.references.get(str(one)):
+                return "/".join([reference, *path.relative_to(one).parts])
+        return str(path)
+
+    def _resolved(self, value: Any) -> Any:
+        if isinstance(value, (list, tuple)):
+            return type(value)(map(self._resolved, value))
+        if not _refers(value):
+            return value
+        if isinstance(value, Path):
+            return self._file(value.as_posix())
+        found = re.fullmatch(r"(registry:(?:sha256:[0-9a-f]+|[^:]+))(:[^:]+)?", value)
+        reference, weight = found.groups() if found else (value, None)
+        return f"{self._file(reference)}{weight or ''}"
+
+    def _file(self, reference: str) -> Path:
+        """A file with the artifact's bytes, under a name that says what it is."""
+        one = self.registry.get(reference)
+        if one.kind == "base":
+            remedy = "name it with --model"
+            raise RegistryError(f"{reference} is a base model", expected="an artifact with a file", remedy=remedy)
+        self._warn(reference, one)
+        stem = one.names[-1].partition("@")[0].replace("/", "-") if one.names else one.digest[7:19]
+        folder = self.folder / f"{len(self.artifacts)}"
+        folder.mkdir()
+        path = folder / f"{stem}{'.space' if one.kind == 'space' else ''}{Path(one.filename).suffix}"
+        source = self.registry.path(one)
+        try:
+            path.symlink_to(source.resolve())
+        except OSError:  # Windows without the right to make links
+            shutil.copyfile(source, path)
+        self.artifacts[str(path)], self.references[str(path)] = one, f"{reference} ({one.digest[:19]})"
+        return path
+
+    def _model(self, reference: str) -> str:
+        from qrlora.operations.registry.bases import check_base
+
+        one = self.registry.get(reference)
+        if one.kind != "base":
+            raise RegistryError(f"{reference} is no base model", expected="an artifact of kind base", got=one.kind)
+        self._warn(reference, one)
+        model = check_base(self.registry, one)
+        self.artifacts[model] = one
+        return model
+
+    @staticmethod
+    def _warn(reference: str, one: Artifact) -> None:
+        if one.deprecated:
+            print(f"{reference} is deprecated: {one.deprecated}", file=sys.stderr)
+
+    def _output(self, reference: str, suffix: str) -> Path:
+        """Where the command writes what then becomes the newest version of a name.
+
+        It stays there if the command is interrupted, so that training can be resumed.
+        """
+        from qrlora.operations.registry.references import parse_reference
+
+        to = parse_reference(reference)
+        if to.digest or to.version:
+            remedy = "leave out what stands behind the name: versions count themselves"
+            raise RegistryError(f"nothing is written to {reference}", expected="NAME or NAME@alias", remedy=remedy)
+        self.name, self.alias = to.name, to.alias
+        folder = default_cache_dir() / "registry-outputs" / to.name.replace("/", "--")
+        make_folder(folder)
+        path = folder / f"{to.name.replace('/', '-')}{suffix}"
+        self.references[str(path)] = reference
+        return path
+
+    # Recording
+
+    def _add(self, one: Artifact, *, result: bool = True) -> Artifact:
+        """Note what the command made, and move the alias if it is the result asked for."""
+        if result and self.name and self.alias:
+            self.registry.set_alias(self.name, self.alias, one.digest, reason="written by a command")
+        self.made.append(one)
+        return one
+
+    def say(self) -> None:
+        """Print what was recorded, on stderr, and remove what was written on the way into the registry."""
+        for one in self.made:
+            fresh = self.registry.get(one.digest)
+            print(f"recorded: {fresh.kind} {fresh.title} {fresh.digest[:19]}", file=sys.stderr)
+        if self.name and self.made:
+            shutil.rmtree(default_cache_dir() / "registry-outputs" / self.name.replace("/", "--"), ignore_errors=True)
+
+    def artifact(self, path: Path) -> Artifact:
+        """Return the artifact of an input; a file that is not registered is added."""
+        from qrlora.operations.registry.intake import add_file
+
+        if str(path) not in self.artifacts:
+            self.artifacts[str(path)] = add_file(self.registry, path)
+        return self.artifacts[str(path)]
+
+    def base(self, model: str) -> Artifact:
+        """Return the artifact of the base model that was used; one that is not registered is added."""
+        from qrlora.operations.registry.intake import add_base
+
+        if model not in self.artifacts:
+            where = str(Path(model).resolve()) if Path(model).is_dir() else model
+            known = self.registry.search(kind="base", fact=("model", where), deprecated=True)
+            self.artifacts[model] = known[0] if known else add_base(self.registry, model)
+        return self.artifacts[model]
+
+    def trained(self, path: Path, recipe: Recipe) -> None:
+        """An adapter, from its pictures, recipe and base model."""
+        from qrlora.operations.registry.intake import add_adapter
+        from qrlora.quality.images.read import picture_files
+
+        for picture in picture_files(recipe.images):
+            self.artifact(picture)
+        if recipe.space:
+            self.artifact(recipe.space)
+        self._add(add_adapter(self.registry, path, name=self.name, base=self.base(recipe.model)))
+
+    def read(self, path: Path) -> None:
+        """An adapter that was imported, extracted or put on a basis."""
+        from qrlora.operations.registry.intake import add_adapter
+
+        self._add(add_adapter(self.registry, path, name=self.name))
+
+    def spanned(self, path: Path, members: Sequence[Path]) -> None:
+        """A space, from its members."""
+        from qrlora.operations.registry.intake import add_space
+
+        for member in members:
+            self.artifact(member)
+        self._add(add_space(self.registry, path, name=self.name))
+
+    def composition(self, parts: Sequence[tuple[Path, float]], null_space: float, model: str | None) -> Artifact:
+        """What adapters at these weights are together, on the base model that was used, or that they stand on."""
+        from qrlora.operations.registry.bases import base_of
+        from qrlora.operations.registry.intake import add_composition
+
+        found = [(self.artifact(path), weight) for path, weight in parts]
+        base = self.base(model) if model else base_of(self.registry, found[0][0])
+        return self._add(add_composition(self.registry, base, found, null_space), result=False)
+
+    def composed(self, path: Path, parts: Sequence[tuple[Path, float]], null_space: float, model: str | None) -> None:
+        """A composition, and the file that holds it."""
+        from qrlora.operations.registry.intake import add_adapter
+        from qrlora.operations.registry.records import Link
+
+        made = self.composition(parts, null_space, model)
+        self._add(add_adapter(self.registry, path, name=self.name, links=[Link("exported_from", made.digest)]))
+
+    def generated(
+        self,
+        pictures: Mapping[Path, Mapping[str, Any]],
+        parts: Sequence[tuple[Path, float]],
+        null_space: float,
+        model: str,
+    ) -> list[Artifact]:
+        """Pictures, each with its prompt and seed, by a composition or by the base model alone."""
+        from qrlora.operations.registry.intake import add_generated
+
+        origin = self.composition(parts, null_space, model) if parts else self.base(model)
+        keep = self.name is not None
+        add = functools.partial(add_generated, self.registry, origin=origin, name=self.name, keep=keep)
+        return [self._add(add(path, made=made)) for path, made in pictures.items()]
+
+    def of_server(self, model: str, folder: Path, null_space: float | None) -> Callable[[Any, Any, bytes], None]:
+        """Return what records a picture that a server made of the adapters in a folder."""
+        from qrlora.method.composition import default_strength
+        from qrlora.models.exchange import load_any
+        from qrlora.operations.registry.intake import add_generated
+
+        paths = {path.stem: path.resolve() for path in folder.glob("*.safetensors")}
+        known = {str(Path(path).resolve()): one for path, one in self.artifacts.items()}
+        self.artifacts |= known
+        made: dict[Any, Artifact] = {}
+
+        def record(picture: Any, settings: Any, png: bytes) -> None:
+            parts = sorted(picture.composition.items())
+            if (key := (*parts, picture.null_space)) not in made:
+                strength = null_space if picture.null_space is None else picture.null_space
+                if strength is None:
+                    strength = default_strength([load_any(paths[name]) for name, _ in parts])
+                weighted = [(paths[name], weight) for name, weight in parts]
+                made[key] = self.composition(weighted, strength, model) if parts else self.base(model)
+            facts = {"prompt": picture.prompt, "seed": picture.seed, **settings._asdict()}
+            add_generated(self.registry, png, made[key], facts)
+
+        return record
+
+    def reported(self, page: Path, numbers: Mapping[str, Any], about: Iterable[Artifact]) -> None:
+        """A report on artifacts."""
+        from qrlora.operations.registry.intake import add_report
+
+        self._add(add_report(self.registry, page, about, name=self.name, facts=numbers))
+
+    def registered(self, paths: Iterable[Path]) -> list[Artifact]:
+        """Return the artifacts of those pictures that the registry has already."""
+        from qrlora.operations.provenance.canonical import file_digest
+        from qrlora.quality.images.read import picture_files
+
+        digests = [file_digest(path) for path in picture_files(paths)]
+        return [self.registry.get(digest) for digest in dict.fromkeys(digests) if self.registry.has(digest)]
+
+    def exported(self, path: Path, source: Path, facts: Mapping[str, Any]) -> None:
+        """A file for another program."""
+        from qrlora.operations.registry.intake import add_export
+
+        self._add(add_export(self.registry, path, self.artifact(source), name=self.name, facts=facts))

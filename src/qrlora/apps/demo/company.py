@@ -1,0 +1,216 @@
+"""The company's demo: a teapot maker's pilot, from one picture to a signed, approved, marked catalog; then tampering.
+
+Every step is a command that a person would type; each is printed before it runs. `qrlora demo --company`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import shlex
+import shutil
+import sqlite3
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from qrlora.errors import QrloraError
+from qrlora.quality.report import Code, Figure, Figures, Gallery, Picture, Prose, Report, Section
+
+Run = Callable[[list[str]], int]
+PEOPLE = {"ada": ("author",), "ben": ("reviewer",), "cleo": ("reviewer", "operator")}
+STYLES = ("chalk", "gold")
+WEIGHTS = "--adapter registry:teapots/teapot:1 --adapter registry:teapots/{style}:{weight} --null-space 0.5"
+
+
+@dataclass
+class Company:
+    """The folder, who acts, and what was typed and said.
+
+    run: the command line; takes arguments, returns the exit code.
+    """
+
+    folder: Path
+    run: Run
+    actor: str = "ada"
+    typed: list[tuple[str, str, str]] = field(default_factory=list)
+    """Who, the command, and what it printed."""
+
+    def type(self, command: str, expected: tuple[int, ...] = (0,)) -> str:
+        """Run a command, print it and its output; QrloraError if it ends otherwise than it has to."""
+        print(f"\n[{self.actor}] $ qrlora {command}", flush=True)
+        out, err = io.StringIO(), io.StringIO()
+        os.environ["QRLORA_ACTOR"] = self.actor
+        with contextlib.redirect_stdout(_Both(out, sys.stdout)), contextlib.redirect_stderr(_Both(err, sys.stderr)):
+            code = self.run(shlex.split(command))
+        said = (out.getvalue() + err.getvalue()).strip()
+        self.typed.append((self.actor, f"qrlora {command}", said))
+        if code not in expected:
+            raise QrloraError(f"the demo stopped at: qrlora {command}", expected=expected, got=f"exit code {code}")
+        return said
+
+    @contextlib.contextmanager
+    def acting(self, name: str) -> Iterator[None]:
+        """Let another person type."""
+        before, self.actor = self.actor, name
+        try:
+            yield
+        finally:
+            self.actor = before
+
+
+class _Both(io.TextIOBase):
+    """A stream that keeps what is written and passes it on."""
+
+    def __init__(self, kept: io.StringIO, shown: io.TextIOBase) -> None:
+        self.kept, self.shown = kept, shown
+
+    def write(self, text: str) -> int:
+        self.kept.write(text)
+        return self.shown.write(text)
+
+    def flush(self) -> None:
+        self.shown.flush()
+
+
+def demonstrate(folder: Path, run: Run, changes: Mapping[str, str] | None = None) -> Path:
+    """Run the demo in a folder that is made anew; returns its page.
+
+    Args:
+        run: the command line.
+        changes: replacements in the project file, for a quicker run.
+
+    Raises:
+        QrloraError: a step that has to succeed failed, or one that has to be refused was not.
+    """
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    started = time.perf_counter()
+    places = {"QRLORA_KEYS": str(folder / "keys"), "QRLORA_REGISTRY": str(folder / "registry")}
+    before = {name: os.environ.get(name) for name in (*places, "QRLORA_ACTOR")}
+    os.environ.update(places)
+    try:
+        company = Company(folder, run)
+        line = _founded(company, changes or {})
+        _piloted(company, line)
+        refusals = _tampered(company)
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
+    return _page(company, refusals, time.perf_counter() - started)
+
+
+def _founded(company: Company, changes: Mapping[str, str]) -> Path:
+    """Keys, trust, the base model, the policy and the project; returns the project file."""
+    line = company.folder / "line.toml"
+    for name, roles in PEOPLE.items():
+        with company.acting(name):
+            company.type(f"keys new {name}")
+        company.type(f"keys trust {name} --key {name} " + " ".join(f"--role {role}" for role in roles))
+    company.type("keys certificate teapots --organisation 'Teapot Ltd'")
+    company.type(f"pilot new {line}")
+    text = line.read_text()
+    for old, new in changes.items():
+        text = text.replace(old, new)
+    line.write_text(text)
+    company.type("registry add pico --kind base --name pico --licence Apache-2.0")
+    with company.acting("cleo"):
+        company.type(f"policy activate {company.folder / 'policy.toml'} --key cleo --reason 'our first rules'")
+    return line
+
+
+def _piloted(company: Company, line: Path) -> None:
+    """Three stages, each with its decision; approvals of the combinations before the third."""
+    for stage in (1, 2):
+        company.type(f"pilot run {line}", (0, 1))
+        with company.acting("ben"):
+            company.type(f"pilot decide {line} --go --reason 'stage {stage} looks right' --key ben")
+    for style in STYLES:
+        said = company.type(f"approval request {WEIGHTS.format(style=style, weight=1)} --note 'spring catalog'")
+        digest = said.split()[-1]
+        for name in ("ben", "cleo"):
+            with company.acting(name):
+                company.type(f"approval approve {digest} --key {name}")
+    company.type(f"pilot run {line} --c2pa teapots", (0, 1))
+    with company.acting("cleo"):
+        company.type("audit sign --key cleo")
+        company.type(f"pilot decide {line} --go --reason 'the line holds' --key cleo")
+    company.type(f"pilot status {line}")
+    company.type("registry verify")
+
+
+def _tampered(company: Company) -> list[tuple[str, str]]:
+    """Try what has to be refused; returns what was tried, and the refusal."""
+    folder, refused = company.folder, []
+
+    def tried(what: str, command: str, codes: tuple[int, ...] = (1, 2)) -> None:
+        refused.append((what, company.type(command, codes)))
+
+    generate = f"generate --prompt 'a photo of a teal <c> in <s> style' --require-approval -o {folder / 'out.png'} "
+    company.type(generate + WEIGHTS.format(style="chalk", weight=1))
+    tried("One weight is changed from 1 to 0.9.", generate + WEIGHTS.format(style="chalk", weight=0.9))
+    tried(
+        "A forbidden word is in the prompt.",
+        generate.replace("teal", "cheap teal") + WEIGHTS.format(style="gold", weight=1),
+    )
+    picture = _one_picture(folder)
+    data = bytearray(picture.read_bytes())
+    data[len(data) // 2] ^= 1
+    edited = folder / "edited.png"
+    edited.write_bytes(data)
+    company.type(f"who-made {picture}")
+    tried("One bit of a marked picture is changed.", f"who-made {edited}", (0, 1, 2))
+    with sqlite3.connect(folder / "registry" / "registry.db") as database:
+        database.execute("UPDATE audit SET actor = 'ben' WHERE seq = 5")
+    tried("One row of the audit log is edited.", "audit verify")
+    stored = max(
+        (folder / "registry" / "objects").rglob("*"), key=lambda path: path.stat().st_size if path.is_file() else 0
+    )
+    content = bytearray(stored.read_bytes())
+    content[-1] ^= 1
+    stored.chmod(0o644)
+    stored.write_bytes(content)
+    tried("One byte of an adapter in the registry is changed.", "registry verify")
+    return refused
+
+
+def _one_picture(folder: Path) -> Path:
+    found = sorted((folder / "line.pilot" / "catalog").rglob("pictures/**/*.png"))
+    found = found or sorted((folder / "line.pilot" / "catalog").rglob("*.png"))
+    return found[0]
+
+
+def _page(company: Company, refusals: list[tuple[str, str]], seconds: float) -> Path:
+    """The page of the demo: the catalog's pictures, the decisions, and what was refused."""
+    import numpy as np
+    from PIL import Image
+
+    pictures = sorted((company.folder / "line.pilot" / "catalog").rglob("*.png"))[:16]
+    gallery = [Picture(np.asarray(Image.open(path).convert("RGB")), path.parent.name) for path in pictures]
+    figures = [
+        Figure(f"{seconds / 60:.1f} min", "from one picture to the refusals"),
+        Figure(str(len(company.typed)), "commands"),
+    ]
+    commands = "\n".join(f"[{who}] {command}" for who, command, _ in company.typed)
+    sections = [
+        Section(
+            "",
+            [Gallery(gallery), Figures(figures)],
+            "Every picture is marked (C2PA) and recorded; both combinations are approved by two people.",
+        ),
+        Section("Then somebody tampers", [block for what, said in refusals for block in (Prose([what]), Code(said))]),
+        Section("What was typed", [Code(commands)]),
+    ]
+    data = {
+        "commands": [list(one) for one in company.typed],
+        "refusals": [list(one) for one in refusals],
+        "seconds": seconds,
+    }
+    title = "Teapot Ltd: from one picture to the line"
+    return Report(title, "A pilot on the embedded base model", sections, json.loads(json.dumps(data))).write(
+        company.folder
+    )

@@ -1,0 +1,139 @@
+"""State of the application between requests: queue, limits, served adapters, and pictures kept to be fetched."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+from collections import OrderedDict
+from typing import TYPE_CHECKING
+
+from qrlora.apps.serving.dispatch import Dispatcher, Job, Record
+from qrlora.apps.serving.metrics import Metrics
+from qrlora.apps.serving.names import composition_of
+from qrlora.apps.serving.protocol import Engines, Facts, Limits, Settings
+from qrlora.apps.serving.request import ImageRequest, out_of_bounds, side_of
+from qrlora.errors import RequestError
+from qrlora.models.request import Request
+
+if TYPE_CHECKING:
+    from qrlora.apps.serving.permission import Gate
+
+
+class Kept:
+    """Pictures under names that cannot be guessed, until they are too old or take too much memory."""
+
+    def __init__(self, most_bytes: int, seconds: float):
+        self.most_bytes, self.seconds = most_bytes, seconds
+        self._pictures: OrderedDict[str, tuple[float, bytes]] = OrderedDict()
+        self._bytes = 0
+
+    def put(self, png: bytes) -> str:
+        """Keep a picture, and drop the oldest that there is no room for; return its name."""
+        name = secrets.token_urlsafe(24)
+        self._pictures[name] = time.monotonic() + self.seconds, png
+        self._bytes += len(png)
+        self._drop()
+        return name
+
+    def get(self, name: str) -> bytes | None:
+        """Return the picture, or None if it has been dropped."""
+        self._drop()
+        return self._pictures.get(name, (0, None))[1]
+
+    def _drop(self) -> None:
+        while self._pictures:
+            until, png = next(iter(self._pictures.values()))
+            if until > time.monotonic() and self._bytes <= self.most_bytes:
+                return
+            self._pictures.popitem(last=False)
+            self._bytes -= len(png)
+
+
+class Service:
+    """The queue in front of the engines, and what the server knows of them."""
+
+    def __init__(self, engines: Engines, limits: Limits, record: Record | None = None):
+        self.engines, self.limits, self.metrics = engines, limits, Metrics()
+        self.dispatcher = Dispatcher(
+            engines,
+            self.metrics,
+            at_once=limits.at_once,
+            batch_size=limits.batch_size,
+            queue_length=limits.queue_length,
+            record=record,
+        )
+        self.kept = Kept(limits.kept_bytes, limits.kept_seconds)
+        self.gate = _gate(limits)
+        self._facts: Facts | None = None
+        self._looking: asyncio.Task[Facts] | None = None
+
+    async def facts(self) -> Facts:
+        """Return the served models and adapters, as last reported."""
+        return self._facts or await self.look_again()
+
+    async def look_again(self, seconds: float | None = None) -> Facts:
+        """Ask the engines for the served adapters; return the last report if they do not answer in time."""
+        if self._looking is None or self._looking.done():
+            self._looking = asyncio.create_task(self.engines.facts())
+        looking = self._looking  # others may look again before this goes on
+        await asyncio.wait({looking}, timeout=seconds if self._facts else None)
+        if looking.done() or self._facts is None:
+            self._facts = looking.result()
+        return self._facts
+
+    async def drain(self) -> None:
+        """Finish the requests that were begun, and refuse new ones."""
+        await self.dispatcher.drain(self.limits.drain_seconds)
+
+    async def composition(self, model: str | None, field: object) -> dict[str, float]:
+        """Return `composition_of` a request; the adapters' folder is read again before a name is called unknown."""
+        facts = await self.facts()
+        try:
+            return composition_of(model, field, facts.model, facts.adapters)
+        except RequestError as error:
+            if error.status != 404:
+                raise
+        facts = await self.look_again()
+        return composition_of(model, field, facts.model, facts.adapters)
+
+    async def submit(self, wanted: ImageRequest) -> Job:
+        """Queue a request. Raises RequestError for values out of bounds and unknown adapters."""
+        self.dispatcher.refuse_if_draining()
+        limits, facts = self.limits, await self.facts()
+        if len(wanted.prompt) > limits.prompt_characters:
+            raise out_of_bounds("prompt", f"at most {limits.prompt_characters} characters", len(wanted.prompt))
+        count, steps = wanted.n or 1, wanted.steps or facts.steps
+        if count > (most := min(limits.pictures, limits.queue_length)):
+            raise out_of_bounds("n", f"from 1 to {most}", count)
+        if steps > max(limits.steps, facts.steps):
+            raise out_of_bounds("steps", f"from 1 to {max(limits.steps, facts.steps)}", steps)
+        side = side_of(wanted.size, facts, limits.side)
+        composition = await self.composition(wanted.model, wanted.composition)
+        guidance = facts.guidance if wanted.guidance is None else wanted.guidance
+        seed = secrets.randbelow(2**32) if wanted.seed is None else wanted.seed
+        strength = limits.null_space if wanted.null_space is None else wanted.null_space
+        strength, digests = await self._permitted(wanted.prompt, composition, strength)
+        pictures = [Request(wanted.prompt, (seed + i) % 2**63, composition, strength, digests) for i in range(count)]
+        return self.dispatcher.submit(Settings(steps, guidance, side), pictures, progress=bool(wanted.stream))
+
+    async def _permitted(
+        self, prompt: str, composition: dict[str, float], strength: float | None
+    ) -> tuple[float | None, dict[str, str] | None]:
+        """Return the strength and the files' digests that are permitted, where that is asked. RequestError (403)."""
+        if self.gate is None:
+            return strength, None
+        facts = await self.look_again(seconds=1)  # a file may have been replaced
+        composition_of(None, composition, facts.model, facts.adapters)  # or removed
+        with self.metrics.permission_seconds.time():
+            permit = self.gate.permit
+            return await asyncio.get_running_loop().run_in_executor(None, permit, prompt, composition, strength, facts)
+
+
+def _gate(limits: Limits) -> Gate | None:
+    """Return the gate where permission is asked for; nothing of the registry is imported elsewhere."""
+    if limits.permission is None:
+        return None
+    from qrlora.apps.serving.permission import Gate
+
+    return Gate(limits.permission)

@@ -1,0 +1,107 @@
+"""Jobs to workers: never more at once than there is room for, whatever fails on the way.
+
+A pool is where the workers are: `Here` in this process, `cluster.Actors` on Ray.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+from qrlora.operations.catalog.plan import Settings
+
+AHEAD = 2
+"""Jobs given to a worker: the one it does, and the one it does next without waiting for the driver."""
+
+
+@dataclass(frozen=True)
+class Lost:
+    """A worker died with this job.
+
+    Attributes:
+        begun: False if the job waited behind another, so that it is not what killed it.
+    """
+
+    reason: str
+    begun: bool
+
+
+@runtime_checkable
+class Pool(Protocol):
+    """Workers, each of which does one thing at a time."""
+
+    @property
+    def room(self) -> int:
+        """Number of jobs that can be given now."""
+
+    @property
+    def busy(self) -> int:
+        """Number of jobs that were given and are not done."""
+
+    def submit(self, method: str, job: Any) -> None:
+        """Give a job to a method of a worker. Only where there is room."""
+
+    def wait(self) -> list[tuple[Any, Any]]:
+        """Wait for something to happen; return finished jobs, each with its result or `Lost`. What a worker raises is
+        raised here."""
+
+    def close(self) -> None: ...
+
+
+class Here:
+    """The one worker in this process, which is made when it is first needed."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings, self.worker, self.given = settings, None, deque[tuple[str, Any]]()
+
+    @property
+    def room(self) -> int:
+        return 1 - len(self.given)
+
+    @property
+    def busy(self) -> int:
+        return len(self.given)
+
+    def submit(self, method: str, job: Any) -> None:
+        self.given.append((method, job))
+
+    def wait(self) -> list[tuple[Any, Any]]:
+        if self.worker is None:
+            from qrlora.operations.catalog.worker import Worker  # torch, which a catalog that is finished does without
+
+            self.worker = Worker(self.settings)  # type: ignore[assignment]
+        method, job = self.given.popleft()
+        return [(job, getattr(self.worker, method)(job))]
+
+    def close(self) -> None:
+        self.given.clear()
+
+
+def drain(pool: Pool, method: str, jobs: Iterator[Any], finish: Callable[[Any, Any], Iterable[Any]]) -> None:
+    """Give every job to a worker, and what became of it to `finish`, which returns the jobs to give again."""
+    again: deque[Any] = deque()
+    ahead = _Ahead(jobs)
+    while True:
+        while pool.room > 0 and (again or ahead.there()):
+            pool.submit(method, again.popleft() if again else ahead.take())
+        if not (pool.busy or again or ahead.there()):
+            return
+        for job, result in pool.wait():
+            again.extend(finish(job, result))
+
+
+class _Ahead:
+    """An iterator that can tell whether there is more."""
+
+    def __init__(self, jobs: Iterator[Any]) -> None:
+        self.jobs, self.kept = jobs, deque[Any]()
+
+    def there(self) -> bool:
+        if not self.kept:
+            self.kept.extend(job for job in [next(self.jobs, None)] if job is not None)
+        return bool(self.kept)
+
+    def take(self) -> Any:
+        return self.kept.popleft()

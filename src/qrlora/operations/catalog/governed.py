@@ -1,0 +1,93 @@
+"""A catalog where a registry or a policy is in play: what each cell may not do, and what was made is recorded."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from qrlora._files import make_folder, write_atomically
+from qrlora.models.exchange import load_any
+from qrlora.operations.catalog.journal import Outcome
+from qrlora.operations.catalog.plan import Cell, Picture, adapter_name
+from qrlora.operations.catalog.tables import Item, no_registry
+from qrlora.operations.policy.action import Rules, Source, base_in_use, combination_of_files
+from qrlora.operations.provenance.canonical import file_digest
+from qrlora.operations.registry import PREFIX, Artifact, Registry
+from qrlora.operations.registry.intake import add_adapter, add_composition, add_generated
+
+FACTS = ("role", "trigger", "licence", "base_model", "basis_fingerprint")
+
+
+class Governed:
+    """Rules and records of one catalog.
+
+    Args:
+        registry: takes adapters, compositions and generated pictures; None records nothing.
+        rules: each cell is checked by; None permits all.
+    """
+
+    def __init__(self, registry: Registry | None, rules: Rules | None, folder: Path, model: str) -> None:
+        self.registry, self.rules, self.folder = registry, rules, folder
+        needs_base = registry and rules and rules.approval
+        self.base = base_in_use(registry, model) if registry and needs_base else None
+        self.source = functools.lru_cache(maxsize=4096)(_source)
+        self.compositions: dict[tuple[tuple[tuple[str, float], ...], float], Artifact] = {}
+
+    def resolve(self, text: str) -> Path | None:
+        """Return a copy in the catalog's folder, which all workers see, of what registry:NAME@alias names."""
+        if not text.startswith(PREFIX) or self.registry is None:
+            return no_registry(text)
+        artifact = self.registry.get(text)
+        path = self.folder / "adapters" / f"registry-{artifact.digest.removeprefix('sha256:')[:16]}.safetensors"
+        if not path.is_file():
+            make_folder(path.parent)
+            write_atomically(path, self.registry.read(artifact), rescue=False)
+        return path
+
+    def register(self, items: Iterable[Item], adapters: Mapping[str, Path]) -> None:
+        """Add the adapters of a catalog with their tags, so that policies see these."""
+        for item in items:
+            path = adapters[adapter_name(item)]
+            if self.registry and path.is_file():
+                add_adapter(self.registry, path, role=item.role, tags=item.tags)
+
+    def gate(self, cell: Cell, adapters: Mapping[str, Path], use: str) -> str:
+        """Return why a cell may not be made; empty if it may. use: in place of the policy's own, unless empty."""
+        if self.rules is None:
+            return ""
+        files = [adapters[adapter_name(item)] for item in (cell.product, cell.style.item)]
+        parts = [(self.source(file), weight) for file, weight in zip(files, cell.weights, strict=True)]
+        style = cell.style
+        combination = combination_of_files(self.registry, parts, style.null_space, style.prompts, self.base)
+        verdicts = self.rules.verdicts("catalog", replace(combination, use=use or None))
+        lines = [finding.line() for verdict in verdicts for finding in verdict.refusals]
+        if lines and self.registry:
+            what = f"{cell.product.name} in {style.item.name}"
+            rules = sorted({finding.rule for verdict in verdicts for finding in verdict.refusals})
+            self.registry.audit("refused", "catalog", {"what": what, "rules": rules})
+        return "; ".join(dict.fromkeys(lines))
+
+    def record(self, pairs: Sequence[tuple[Picture, Outcome]]) -> None:
+        """Add finished pictures: digest, perceptual hash, and the composition they were made by."""
+        if self.registry is None:
+            return
+        for picture, _ in pairs:
+            made = {"prompt": picture.prompt, "seed": picture.seed, "key": picture.key}
+            composition = self._composition(picture)
+            add_generated(self.registry, self.folder / picture.file, composition, made)
+
+    def _composition(self, picture: Picture) -> Artifact:
+        assert self.registry is not None
+        key = picture.parts, picture.null_space
+        if key not in self.compositions:
+            parts = [(self.registry.get(file_digest(Path(path))), weight) for path, weight in picture.parts]
+            self.compositions[key] = add_composition(self.registry, self.base, parts, picture.null_space)
+        return self.compositions[key]
+
+
+def _source(path: Path) -> Source:
+    adapter = load_any(path)
+    facts = {name: getattr(adapter.metadata, name) for name in FACTS}
+    return Source(path.name, file_digest(path), adapter.digest, facts)

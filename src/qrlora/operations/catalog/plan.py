@@ -1,0 +1,191 @@
+"""The pictures of a catalog: products times styles times prompts times seeds, each under a digest of all its inputs."""
+
+from __future__ import annotations
+
+import functools
+import glob
+import hashlib
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from qrlora.models.training.recipe import Recipe
+from qrlora.operations.catalog.tables import PRODUCT, STYLE, Item, Style
+from qrlora.operations.provenance.canonical import canonical_json, digest_of, file_digest
+from qrlora.quality.brand import BrandSheet
+
+FORMAT = 1
+"""Raised when the same inputs would give other pictures, so that they are made anew."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is the same for every picture of a catalog.
+
+    Attributes:
+        folder: of the catalog; on a cluster one that all machines share.
+        metrics: names; None computes those whose references are there.
+        threads: processor cores of a worker; None leaves torch's own.
+    """
+
+    model: str
+    dtype: str
+    folder: Path
+    steps: int | None = None
+    guidance: float | None = None
+    resolution: int | None = None
+    sheet: BrandSheet | None = None
+    metrics: tuple[str, ...] | None = None
+    threads: int | None = None
+
+    @property
+    def sampling(self) -> dict[str, Any]:
+        """Steps, guidance and resolution, as `generate` takes them."""
+        return {"steps": self.steps, "guidance": self.guidance, "resolution": self.resolution}
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One picture to make.
+
+    Attributes:
+        key: digest of all that decides its pixels.
+        parts: adapter files with weights: the product's, the style's.
+        file: where it goes, from the catalog's folder.
+        references: pictures it is compared with, by role.
+        scored_by: digest of all that decides its scores, but for its pixels.
+    """
+
+    key: str
+    product: str
+    style: str
+    prompt: str
+    seed: int
+    parts: tuple[tuple[str, float], ...]
+    null_space: float
+    file: str
+    references: Mapping[str, str] = field(default_factory=dict)
+    scored_by: str = ""
+
+
+@dataclass(frozen=True)
+class Training:
+    """An adapter to train: what it is for (`adapter_name`), and its recipe with an output."""
+
+    name: str
+    recipe: Recipe
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What became of it; error: empty if it was written."""
+
+    name: str
+    error: str = ""
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A product in a style: one composition, with its pictures."""
+
+    product: Item
+    style: Style
+
+    @property
+    def weights(self) -> tuple[float, float]:
+        """λ of the product and of the style."""
+        return self.product.weight * self.style.product_weight, self.style.item.weight
+
+    @property
+    def count(self) -> int:
+        """Number of its pictures."""
+        return len(self.style.prompts) * len(self.style.seeds)
+
+
+def cells(products: Sequence[Item], styles: Sequence[Style]) -> Iterator[Cell]:
+    """Every product in every style, product by product, so that a batch shares a product's adapter."""
+    return (Cell(product, style) for product in products for style in styles)
+
+
+def pictures(cell: Cell, adapters: Mapping[str, Path], settings: Settings) -> Iterator[Picture]:
+    """The pictures of a cell. adapters: the file of each product and style, by role and folder (`adapter_name`)."""
+    product, style = cell.product, cell.style
+    files = [adapters[adapter_name(item)] for item in (product, style.item)]
+    references = {item.role: str(item.picture) for item in (product, style.item) if item.picture}
+    made = {
+        "format": FORMAT,
+        "model": settings.model,
+        "dtype": settings.dtype,
+        "sampling": settings.sampling,
+        "adapters": [[_digest(str(file)), weight] for file, weight in zip(files, cell.weights, strict=True)],
+        "null_space": style.null_space,
+    }
+    scored_by = _scored_by(settings, references)
+    for index, prompt in enumerate(style.prompts):
+        text = prompt.replace(PRODUCT, product.called).replace(STYLE, style.item.called)
+        for seed in style.seeds:
+            key = digest_of(canonical_json({**made, "prompt": text, "seed": seed})).removeprefix("sha256:")
+            name = f"{index:02d}-seed{seed}-{key[:12]}.png"
+            yield Picture(
+                key=key,
+                product=product.name,
+                style=style.item.name,
+                prompt=text,
+                seed=seed,
+                parts=tuple(zip(map(str, files), cell.weights, strict=True)),
+                null_space=style.null_space,
+                file=f"pictures/{product.folder}/{style.item.folder}/{name}",
+                references=references,
+                scored_by=scored_by,
+            )
+
+
+def adapter_name(item: Item) -> str:
+    """Name of a product or style among the adapters: a product and a style may be called the same."""
+    return f"{item.role}/{item.folder}"
+
+
+def _scored_by(settings: Settings, references: Mapping[str, str]) -> str:
+    sheet = settings.sheet.model_dump(mode="json") if settings.sheet else None
+    logos = [_digest(str(logo.picture)) for logo in settings.sheet.logo] if settings.sheet else []
+    pictures = {role: _digest(path) for role, path in references.items()}
+    metrics = list(settings.metrics) if settings.metrics is not None else None
+    return digest_of(canonical_json({"sheet": sheet, "logos": logos, "references": pictures, "metrics": metrics}))
+
+
+def _digest(path: str) -> str:
+    found = os.stat(path)
+    return _digest_of(path, found.st_mtime_ns, found.st_size)
+
+
+@functools.lru_cache(maxsize=4096)
+def _digest_of(path: str, _changed: int, _size: int) -> str:
+    return file_digest(Path(path))
+
+
+def recipe_digest(record: Mapping[str, Any], picture: Path) -> str:
+    """Digest of a training run: the recipe without where it reads and writes, and the picture's bytes."""
+    said = {key: value for key, value in record.items() if key not in ("images", "output")}
+    digest = hashlib.sha256(canonical_json(said) + file_digest(picture).encode())
+    for beside in sorted(picture.parent.glob(f"{glob.escape(picture.stem)}.*")):  # its mask and its caption
+        if beside != picture and (beside.suffix == ".txt" or ".mask" in beside.suffixes):
+            digest.update(beside.name.encode() + file_digest(beside).encode())
+    return digest.hexdigest()
+
+
+def record_of(picture: Picture, settings: Settings) -> dict[str, Any]:
+    """What is written into the file of a picture, by which it is found again and can be made again."""
+    return {
+        "key": picture.key,
+        "product": picture.product,
+        "style": picture.style,
+        "prompt": [picture.prompt],
+        "seed": picture.seed,
+        "adapter": [f"{Path(path).name}:{weight:g}" for path, weight in picture.parts],
+        "null_space": picture.null_space,
+        "model": settings.model,
+        **settings.sampling,
+    }

@@ -1,0 +1,206 @@
+"""The work of a pilot's stages: adapters and pictures, each made once, found again by the digest of its inputs."""
+
+from __future__ import annotations
+
+import io
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import cycle, islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from qrlora._files import make_folder, write_all, write_atomically
+from qrlora._reading import read_json
+from qrlora.errors import DataError
+from qrlora.method.adapter import Adapter, load_adapter
+from qrlora.method.composition import default_strength, project_out
+from qrlora.models.families import load_pipeline
+from qrlora.models.generation import generate_jobs
+from qrlora.models.training.dataset import find_pictures
+from qrlora.models.training.loop import Progress, train
+from qrlora.models.training.recipe import Recipe
+from qrlora.operations.pilot.costs import Spent
+from qrlora.operations.pilot.line import Item, Line
+from qrlora.operations.provenance.canonical import canonical_json, digest_of, file_digest
+from qrlora.quality.images.read import MeasuredPicture, load_picture, load_pictures
+from qrlora.quality.metrics.table import METRICS, References, compute_metrics, select_metrics
+
+Show = Callable[[str, int, int], None]
+"""Progress: what is being done, how much is done, of how much."""
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """How much of a subject, or of a style, is in a picture.
+
+    score: pictures and the pictures it was learned from -> a number for each picture.
+    """
+
+    name: str
+    score: Callable[[Sequence[MeasuredPicture], Sequence[MeasuredPicture]], list[float]]
+    higher_is_better: bool = True
+
+
+def metric_scorer(role: str, name: str) -> Scorer:
+    """Return a metric of `qrlora evaluate` as a scorer. DataError if there is no such metric of this role."""
+    if name not in METRICS or METRICS[name].needs != (role,):
+        fitting = ", ".join(one.name for one in METRICS.values() if one.needs == (role,))
+        raise DataError(
+            f"no metric of a {role}: {name!r}", expected=fitting, remedy="mend [scores] in the project file"
+        )
+
+    def score(pictures: Sequence[MeasuredPicture], learned_from: Sequence[MeasuredPicture]) -> list[float]:
+        given = list(learned_from)
+        references = References(subject=given) if role == "subject" else References(style=given)
+        rows = compute_metrics(pictures, references, select_metrics([name], pictures, references))
+        return [float(row[name] or 0.0) for row in rows]
+
+    return Scorer(name, score, METRICS[name].better == "higher")
+
+
+@dataclass
+class Work:
+    """A pilot's folder, its base model, and what was spent.
+
+    folder: adapters/, pictures/ and spent.json, all of which survive a kill and are used again.
+    """
+
+    line: Line
+    folder: Path
+    stage: str
+    scorers: Mapping[str, Scorer]
+    show: Show = lambda what, done, of: None
+    spent: list[Spent] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        make_folder(self.folder / "adapters")
+        make_folder(self.folder / "pictures")
+        if self._ledger.is_file():
+            self.spent = [Spent(**one) for one in read_json(self._ledger, "ledger of a pilot", DataError)]
+
+    @property
+    def _ledger(self) -> Path:
+        return self.folder / "spent.json"
+
+    @cached_property
+    def model(self) -> tuple[Any, Any]:
+        """The base model's pipeline and family, loaded when the first picture or adapter needs it."""
+        return load_pipeline(self.line.model)
+
+    def spend(self, what: str, started: float, amount: int) -> None:
+        """Add work to the ledger and write it."""
+        self.spent.append(Spent(self.stage, what, time.perf_counter() - started, amount))
+        write_atomically(self._ledger, json.dumps([vars(one) for one in self.spent], indent=1).encode())
+
+    def recipe(self, item: Item) -> Recipe:
+        """The recipe of the subject or of a style."""
+        role = "subject" if item == self.line.subject else "style"
+        fields: dict[str, Any] = {"role": role, "images": item.picture, "model": self.line.model}
+        fields |= {"licence": self.line.licence, **self.line.training, **item.training}
+        if item.caption:
+            fields["caption"] = item.caption
+        return Recipe.of(fields)
+
+    def adapter_file(self, item: Item) -> Path:
+        """Where the adapter of an item is, or will be: named by the digest of its recipe and pictures."""
+        return self.folder / "adapters" / f"{item.name}-{self._inputs(item)[7:23]}.safetensors"
+
+    def _inputs(self, item: Item) -> str:
+        pictures = [file_digest(source.picture) for source in find_pictures([item.picture])]
+        record = {key: value for key, value in self.recipe(item).run_record().items() if key != "images"}
+        return digest_of(canonical_json([json.loads(json.dumps(record, default=str)), pictures]))
+
+    def adapter(self, item: Item) -> Adapter:
+        """The adapter of an item, trained unless it was: an interrupted training goes on from its checkpoint."""
+        path = self.adapter_file(item)
+        if not path.is_file():
+            recipe = self.recipe(item).replace(output=path)
+            pipe, family = self.model
+            started = time.perf_counter()
+            begun = any(path.with_suffix(".checkpoints").glob("step-*.safetensors"))
+
+            def progress(at: Progress) -> None:
+                self.show(f"train {item.name}", at.step, at.steps)
+
+            train(recipe, pipe=pipe, family=family, resume=begun, progress=progress)
+            self.spend("train", started, recipe.steps)
+        return load_adapter(path)
+
+    def learned_from(self, item: Item) -> list[MeasuredPicture]:
+        """The pictures that an item is learned from."""
+        return load_pictures([item.picture])
+
+    def pictures(
+        self, prompts: Sequence[str], adapters: Sequence[tuple[Item, float]] = (), null_space: float | None = None
+    ) -> list[MeasuredPicture]:
+        """Pictures of these prompts in turn, as many as the project says, each made once.
+
+        Args:
+            adapters: with their weights; none for the base model alone.
+            null_space: strength of null-space projection; the default of these adapters if None.
+        """
+        loaded = [(self.adapter(item), weight) for item, weight in adapters]
+        if null_space is None:
+            null_space = default_strength([adapter for adapter, _ in loaded])
+        settings = self.line.sampling
+        names = [[self.adapter_file(item).name, weight] for item, weight in adapters]
+        options = {name: getattr(settings, name) for name in ("steps", "guidance", "resolution")}
+        common = [self.line.model, names, null_space, options]
+        jobs = [(text, settings.seed + i) for i, text in enumerate(islice(cycle(prompts), settings.pictures))]
+        files = {job: self._picture_file([*common, *job]) for job in jobs}
+        missing = [job for job in jobs if not files[job].is_file()]
+        for start in range(0, len(missing), settings.batch_size):
+            self._generate(missing[start : start + settings.batch_size], files, loaded, null_space, options)
+            self.show("generate", min(start + settings.batch_size, len(missing)), len(missing))
+        return [_with_prompt(load_picture(files[job]), job[0]) for job in jobs]
+
+    def _picture_file(self, inputs: Sequence[Any]) -> Path:
+        return self.folder / "pictures" / f"{digest_of(canonical_json(list(inputs)))[7:39]}.png"
+
+    def _generate(
+        self,
+        jobs: Sequence[tuple[str, int]],
+        files: Mapping[tuple[str, int], Path],
+        adapters: Sequence[tuple[Adapter, float]],
+        null_space: float,
+        options: Mapping[str, Any],
+    ) -> None:
+        pipe, family = self.model
+        started = time.perf_counter()
+        projected = project_out(adapters, null_space)
+        images = generate_jobs(pipe, family, jobs, adapters=projected, batch_size=len(jobs), **options)
+        encoded: dict[Path, bytes] = {}
+        for job, image in zip(jobs, images, strict=True):
+            stream = io.BytesIO()
+            image.save(stream, "PNG")
+            encoded[files[job]] = stream.getvalue()
+        write_all(encoded)
+        self.spend("generate", started, len(jobs))
+
+    def score(self, role: str, item: Item, pictures: Sequence[MeasuredPicture]) -> float:
+        """Mean score of pictures for an item, by the scorer of its role."""
+        return float(np.mean(self.scorers[role].score(pictures, self.learned_from(item))))
+
+    def stored(self) -> int:
+        """Bytes of the adapters and pictures."""
+        places = (self.folder / name for name in ("adapters", "pictures"))
+        return sum(path.stat().st_size for place in places for path in place.rglob("*") if path.is_file())
+
+    def counts(self, items: Sequence[Item]) -> list[dict[str, int]]:
+        """Trained numbers of each adapter, of a LoRA of its rank, and of the adapted weights in full."""
+        found = []
+        for item in items:
+            adapter = self.adapter(item)
+            count = adapter.parameters()
+            full = sum(int(np.prod(shape)) for shape in adapter.shapes.values())
+            found.append({"trained": count.trained, "lora": count.lora_same_rank, "full": full})
+        return found
+
+
+def _with_prompt(picture: MeasuredPicture, prompt: str) -> MeasuredPicture:
+    return MeasuredPicture(picture.name, picture.pixels, picture.mask, prompt)

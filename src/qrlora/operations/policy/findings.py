@@ -1,0 +1,364 @@
+"""Each rule of a policy applied to a combination, and what was found."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import date, datetime, timezone
+from typing import Any
+
+from qrlora.errors import PolicyError, QrloraError, bounded
+from qrlora.operations.policy.combination import Combination, Part, leaves, reports, sources
+from qrlora.operations.policy.licences import ADVICE, compute, licence_of_model
+from qrlora.operations.policy.rules import Policy, ScoreRule, Selector, limits
+from qrlora.operations.provenance.dsse import read_envelope, subjects_of, verify
+from qrlora.operations.provenance.keys import Trust
+from qrlora.operations.registry import Artifact, Registry
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One rule and whether it holds.
+
+    Attributes:
+        rule: its section and field, such as combine.owners.
+        got, expected: as a person reads them.
+        remedy: what to do where it does not hold.
+    """
+
+    rule: str
+    passed: bool
+    got: str
+    expected: str
+    remedy: str = ""
+
+    def line(self) -> str:
+        """Return it as one line; with the remedy if it does not hold."""
+        if self.passed:
+            return f"holds    {self.rule}: {self.got}"
+        return f"refused  {self.rule}: {self.got}; expected {self.expected}. Remedy: {self.remedy}"
+
+
+@dataclass(frozen=True)
+class Case:
+    """What the rules are applied to; `adapters` are those that were trained, compositions taken apart."""
+
+    policy: Policy
+    combination: Combination
+    action: str
+    registry: Registry | None
+    adapters: Sequence[Part]
+    at: datetime
+
+    @classmethod
+    def of(
+        cls, policy: Policy, combination: Combination, action: str, registry: Registry | None, at: datetime | None
+    ) -> Case:
+        """at: the time of the action; now if None."""
+        at = at or datetime.now(timezone.utc)
+        return cls(policy, combination, action, registry, leaves(registry, combination.parts), at)
+
+
+def findings(case: Case) -> list[Finding]:
+    """Apply every rule but that of approvals."""
+    return [finding for rule in RULES for finding in rule(case)]
+
+
+def distinct(artifacts: Sequence[Artifact]) -> list[Artifact]:
+    """Return each artifact once, in their order."""
+    return list({one.digest: one for one in artifacts}.values())
+
+
+def _listed(values: Sequence[str]) -> str:
+    return ", ".join(str(one) for one in values) or "none"
+
+
+def _expiry(case: Case) -> Iterator[Finding]:
+    if until := case.policy.expires:
+        today: date = case.at.date()
+        remedy = "activate a policy that has not expired: `qrlora policy activate`"
+        yield Finding("expires", today <= until, f"the policy ends on {until}", f"a policy in force on {today}", remedy)
+
+
+def _deprecated(case: Case) -> Iterator[Finding]:
+    base = [case.combination.base] if case.combination.base else []
+    for one in distinct([*base, *(part.artifact for part in (*case.combination.parts, *case.adapters))]):
+        if one.deprecated:
+            got = f"{one.title} is deprecated: {one.deprecated}"
+            yield Finding("deprecated", False, got, "nothing deprecated", "use the version that replaces it")
+
+
+def _known_parts(case: Case) -> Iterator[Finding]:
+    for part in case.adapters:
+        if "composition" in (part.artifact.role, part.artifact.facts.get("role")):
+            got = f"the parts of {part.artifact.title} are not in the registry"
+            remedy = "register its parts and compose it again with --registry, or name them in its place"
+            yield Finding("lineage", False, got, "a composition whose parts are known", remedy)
+
+
+def _licence(case: Case) -> Iterator[Finding]:
+    rule = case.policy.licence
+    if rule is None:
+        return
+    asker = rule.asker(case.combination.use)
+    told = _licences(case)
+    try:
+        licence = compute(told.values(), asker)
+    except PolicyError as error:
+        yield Finding("licence.use", False, f"{error.what} ({error.got})", str(error.expected), error.remedy or "")
+        return
+    missing = [name for name, expression in told.items() if not expression]
+    shared = case.action == "export" and licence.conflict
+    got = licence.reasons.get(asker.use) or (licence.conflict if shared else "") or f"{licence.expression}"
+    got += f": {_listed(missing)}" if missing else ""
+    remedy = f"leave out or replace what is under it, or state an agreement in [licence.agreements] ({ADVICE})"
+    passed = asker.use in licence.allows and not shared
+    yield Finding("licence.use", passed, got, f"licences that allow {asker.use} use", remedy)
+
+
+def _licences(case: Case) -> dict[str, str]:
+    """Title -> licence of the base model, the adapters, and all that they were made from."""
+    base = [case.combination.base] if case.combination.base else []
+    found: dict[str, Artifact] = {}
+    ahead = [*base, *(part.artifact for part in case.adapters)]
+    while ahead:
+        one = ahead.pop(0)
+        if one.digest not in found:
+            found[one.digest] = one
+            ahead += sources(case.registry, one) if case.registry and case.registry.has(one.digest) else []
+    told = [one for one in found.values() if one.kind in ("base", "adapter", "picture")]
+    licences = {f"{one.title} ({one.digest[7:15]})": one.licence or _of_model(one) for one in told}
+    if not any(one.kind == "base" for one in told):
+        models = {str(part.artifact.facts.get("base_model") or "") for part in case.adapters} or {""}
+        licences |= {f"base model {model or 'unknown'}": licence_of_model(model) for model in models}
+    return licences
+
+
+def _of_model(artifact: Artifact) -> str:
+    return licence_of_model(str(artifact.facts.get("model", ""))) if artifact.kind == "base" else ""
+
+
+def _combine(case: Case) -> Iterator[Finding]:
+    rule, adapters = case.policy.combine, [part.artifact for part in case.adapters]
+    low, high = rule.adapters
+    count = f"{len(adapters)} adapters"
+    yield Finding(
+        "combine.adapters", low <= len(adapters) <= high, count, f"{low} to {high}", "add or leave out adapters"
+    )
+    if rule.roles:
+        roles = sorted(one.role for one in adapters)
+        allowed = any(roles == sorted(one) for one in rule.roles)
+        expected = "; or ".join(" + ".join(one or "none" for one in roles) for roles in rule.roles)
+        got = " + ".join(one or "none" for one in roles) or "no adapter"
+        yield Finding("combine.roles", allowed, got, expected, "combine adapters of other roles")
+    low_strength, high_strength = rule.null_space
+    if len(adapters) > 1:
+        strength = case.combination.null_space
+        yield Finding(
+            "combine.null_space",
+            low_strength <= strength <= high_strength,
+            f"null-space projection {strength:g}",
+            f"{low_strength:g} to {high_strength:g}",
+            f"give --null-space {low_strength:g} to {high_strength:g}",
+        )
+    yield from _never(case)
+
+
+def _whose(case: Case) -> Iterator[Finding]:
+    rule = case.policy.combine
+    for one in distinct([part.artifact for part in case.adapters]):
+        if rule.owners:
+            remedy = f"use an adapter of {' or '.join(rule.owners)}"
+            got = f"{one.title} is owned by {one.owner or 'nobody'}"
+            yield Finding("combine.owners", one.owner in rule.owners, got, " or ".join(rule.owners), remedy)
+        if rule.required_tags:
+            missing = [tag for tag in rule.required_tags if tag not in one.tags]
+            got = f"{one.title} has the tags {_listed(one.tags)}"
+            remedy = f"`qrlora registry tag` it {_listed(missing)} when it has earned that, or use another"
+            yield Finding("combine.required_tags", not missing, got, _listed(rule.required_tags), remedy)
+        if forbidden := [tag for tag in rule.forbidden_tags if tag in one.tags]:
+            expected = f"none of {_listed(rule.forbidden_tags)}"
+            got = f"{one.title} has the tag {_listed(forbidden)}"
+            yield Finding("combine.forbidden_tags", False, got, expected, "use another adapter")
+
+
+def _never(case: Case) -> Iterator[Finding]:
+    for pair in case.policy.combine.never:
+        for one, other in itertools.permutations([part.artifact for part in case.adapters], 2):
+            if selects(pair.one, one) and selects(pair.other, other):
+                got = f"{one.title} with {other.title}"
+                yield Finding(
+                    "combine.never", False, got, pair.why or "not these two together", "leave one of them out"
+                )
+
+
+def selects(selector: Selector, artifact: Artifact) -> bool:
+    """Return True if the artifact has all that is asked for."""
+    names = {name.rpartition("@")[0] for name in artifact.names}
+    asked = [
+        (selector.role, selector.role == artifact.role),
+        (selector.owner, selector.owner == artifact.owner),
+        (selector.tag, selector.tag in artifact.tags),
+        (selector.name, selector.name in names),
+    ]
+    return all(holds for wanted, holds in asked if wanted is not None)
+
+
+def _weights(case: Case) -> Iterator[Finding]:
+    for rule, part in itertools.product(case.policy.weight, case.adapters):
+        if selects(rule, part.artifact):
+            got, expected = f"{part.artifact.title} at weight {part.weight:g}", limits(rule.at_least, rule.at_most)
+            passed = _within(part.weight, rule.at_least, rule.at_most)
+            yield Finding("weight", passed, got, expected, "give it a weight within these limits")
+
+
+def _within(value: float, at_least: float | None, at_most: float | None) -> bool:
+    """Up to the rounding of a sum of decimal numbers; NaN is in no limits."""
+    low = -math.inf if at_least is None else at_least
+    high = math.inf if at_most is None else at_most
+    return low - 1e-9 <= value <= high + 1e-9
+
+
+def _scores(case: Case) -> Iterator[Finding]:
+    for rule in case.policy.score:
+        if case.action in rule.actions:
+            combinations = [case.combination]
+            if rule.of == "adapter":
+                combinations = [Combination(case.combination.base, (Part(one.artifact),)) for one in case.adapters]
+            yield from (_score(case, rule, one) for one in combinations)
+
+
+def _score(case: Case, rule: ScoreRule, combination: Combination) -> Finding:
+    name, expected = f"score {rule.report}:{rule.value}", limits(rule.at_least, rule.at_most)
+    remedy = f"measure it, register the report as {rule.report} and link it (measured_by)"
+    found = next(_named(case, combination, rule.report), None)
+    if found is None:
+        return Finding(name, False, f"no report {rule.report} of {combination.title}", expected, remedy)
+    try:
+        value = _worst(_at_path(_content(case, found), rule.value), rule)
+    except (PolicyError, KeyError, TypeError, ValueError, IndexError) as error:
+        got = f"{found.title} has no number at {rule.value} ({type(error).__name__})"
+        return Finding(name, False, got, expected, remedy)
+    remedy = "train or combine until it is within these limits, and measure again"
+    return Finding(name, _within(value, rule.at_least, rule.at_most), f"{value:.4g} in {found.title}", expected, remedy)
+
+
+def _named(case: Case, combination: Combination, name: str) -> Iterator[Artifact]:
+    """Yield the reports of this name that measured the combination, newest first."""
+    if case.registry:
+        for report in reports(case.registry, combination):
+            if report.kind == "report" and name in {one.rpartition("@")[0] for one in report.names}:
+                yield report
+
+
+def _content(case: Case, report: Artifact) -> Any:
+    """Return a report's JSON, from its bytes, hashed again: facts might be changed. Of a page, its facts."""
+    data = case.registry.read(report) if case.registry and report.stored else b""
+    return json.loads(data) if data[:1] in (b"{", b"[") else dict(report.facts)
+
+
+def _at_path(value: Any, path: str) -> Any:
+    for step in path.split("."):
+        value = value[int(step)] if isinstance(value, list) else value[step]
+    return value
+
+
+def _worst(value: Any, rule: ScoreRule) -> float:
+    """Return the number that is hardest on the rule; of a square table, off its diagonal and by magnitude."""
+    if isinstance(value, bool):
+        raise TypeError("true is no number")
+    if isinstance(value, (int, float)):
+        return float(value)
+    rows = list(value.values()) if isinstance(value, dict) else list(value)
+    if rows and all(isinstance(row, list) and len(row) == len(rows) for row in rows):
+        rows = [abs(row[j]) for i, row in enumerate(rows) for j in range(len(row)) if i != j and row[j] is not None]
+    numbers = [_worst(row, rule) for row in rows]
+    return max(numbers) if rule.at_most is not None else min(numbers)
+
+
+def _brand(case: Case) -> Iterator[Finding]:
+    rule = case.policy.brand
+    if rule is None or case.action not in rule.actions:
+        return
+    expected = f"{100 * rule.at_least:g} % of the pictures pass the sheet {rule.sheet}"
+    remedy = "evaluate it with that sheet (`qrlora evaluate --brand`), and register the report"
+    try:
+        sheet = case.registry.get(rule.sheet).digest if case.registry else rule.sheet
+    except QrloraError as error:
+        yield Finding("brand", False, error.what, expected, f"register the sheet as {rule.sheet}")
+        return
+    for report in reports(case.registry, case.combination) if case.registry else []:
+        brand = (_content(case, report) or {}).get("brand_sheet") if report.kind == "report" else None
+        if isinstance(brand, dict) and brand.get("digest") == sheet:
+            share = float(brand.get("share") or 0.0)
+            got = f"{100 * share:.3g} % of the pictures pass, in {report.title}"
+            passed = _within(share, rule.at_least, None)
+            yield Finding("brand", passed, got, expected, "train or combine until enough pass, and evaluate again")
+            return
+    yield Finding("brand", False, f"no report on this sheet of {case.combination.title}", expected, remedy)
+
+
+def _forbidden(case: Case) -> Iterator[Finding]:
+    rule = case.policy.forbidden
+    for part in case.adapters:
+        trigger = str(part.artifact.facts.get("trigger") or "")
+        if trigger.casefold() in {one.casefold() for one in rule.triggers}:
+            got = f"{part.artifact.title} is called by {trigger!r}"
+            yield Finding("forbidden.triggers", False, got, "another trigger", "use an adapter with another trigger")
+    yield from forbidden_words(case.policy, case.combination.prompts)
+
+
+def forbidden_words(policy: Policy, prompts: Sequence[str]) -> Iterator[Finding]:
+    """Yield a finding for every prompt with a forbidden word."""
+    for prompt in prompts:
+        folded = f" {' '.join(''.join(c if c.isalnum() else ' ' for c in prompt.casefold()).split())} "
+        for word in (*policy.forbidden.words, *policy.forbidden.triggers):
+            bare = " ".join("".join(c if c.isalnum() else " " for c in word.casefold()).split())
+            if f" {bare} " in folded or (not word.isascii() and word.casefold() in prompt.casefold()):
+                got = f"the prompt {str(bounded(prompt))[:100]!r} has {word!r}"
+                yield Finding("forbidden.words", False, got, f"no {word!r} in a prompt", "write another prompt")
+
+
+def _signatures(case: Case) -> Iterator[Finding]:
+    if not case.policy.signatures.adapters:
+        return
+    for one in distinct([part.artifact for part in case.adapters]):
+        signers, why = signers_of(case.registry, one)
+        remedy = "its author signs it: `qrlora approval sign ADAPTER --key NAME`"
+        got = f"{one.title} is signed by {_listed(signers)}" if signers else f"{one.title}: {why}"
+        yield Finding("signatures.adapters", bool(signers), got, "the signature of an author", remedy)
+
+
+SIGNATURE = "https://qrlora.dev/signature/v1"
+"""Predicate type of an author's signature under an adapter."""
+
+
+def signers_of(registry: Registry | None, artifact: Artifact) -> tuple[list[str], str]:
+    """Return the names of the authors who signed an artifact, and why there are none."""
+    if registry is None:
+        return [], "signatures are kept in a registry, and none is in play"
+    why, names = "not signed", list[str]()
+    trust = trust_of(registry)
+    for edge in registry.edges(artifact.digest, relation="approved_by"):
+        found = registry.get(edge.target)
+        try:
+            said, people = verify(read_envelope(registry.read(found)), trust, at=found.created_at)
+            if said["predicateType"] == SIGNATURE and artifact.digest in subjects_of(said):
+                names += [person.name for person in people if "author" in person.roles]
+        except QrloraError as error:
+            why = f"{error.what} ({error.got})"
+    return list(dict.fromkeys(names)), why
+
+
+def trust_of(registry: Registry) -> Trust:
+    """Return whom the registry trusts to sign as what."""
+    return Trust.load(registry.folder / "trust.json")
+
+
+RULES: tuple[Callable[[Case], Iterator[Finding]], ...] = (
+    *(_expiry, _deprecated, _known_parts, _licence, _combine, _whose),
+    *(_weights, _scores, _brand, _forbidden, _signatures),
+)

@@ -1,0 +1,82 @@
+"""Signatures of registered artifacts: who answers for these bytes.
+
+A signature is an artifact of its own (kind `signature`, the DSSE envelope), with an edge `signed_by` to it from what
+it signs. It is judged as of the time at which the audit log has it, which no signer can choose.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+
+from sqlalchemy import select
+
+from qrlora.errors import SignatureError
+from qrlora.operations.provenance import dsse
+from qrlora.operations.provenance.canonical import canonical_json
+from qrlora.operations.provenance.keys import Person, SigningKey, Trust
+from qrlora.operations.registry.database import reading
+from qrlora.operations.registry.records import Artifact, Link
+from qrlora.operations.registry.registry import Registry
+from qrlora.operations.registry.schema import AuditRow
+
+SIGNATURE = "urn:qrlora:signature:v1"
+"""Predicate type: "I answer for these bytes", with a note."""
+
+
+@dataclass(frozen=True)
+class Signed:
+    """Somebody's signature of an artifact, and when it came into the registry."""
+
+    person: Person
+    at: datetime
+    note: str
+
+
+def trust_path(registry: Registry) -> Path:
+    """Return where the registry's list of trusted people is."""
+    return registry.folder / "trust.json"
+
+
+def sign_artifact(registry: Registry, artifact: Artifact, key: SigningKey, note: str = "") -> Artifact:
+    """Sign an artifact's digest, and add the signature to the registry. RegistryError if its bytes have changed."""
+    if artifact.stored:
+        registry.path(artifact)
+    made = dsse.statement(SIGNATURE, [(artifact.title, artifact.digest)], {"kind": artifact.kind, "note": note})
+    envelope = dsse.sign(made, key)
+    facts = {"subject": artifact.digest, "key_id": key.key_id, "note": note}
+    added = registry.add(canonical_json(envelope), "signature", filename="signature.dsse.json", facts=facts)
+    registry.link(artifact.digest, Link("signed_by", added.digest))
+    return added
+
+
+def verify_artifact(registry: Registry, artifact: Artifact, trust: Trust) -> list[Signed]:
+    """Return who signed an artifact; nobody is an empty list. Its bytes are hashed again, where the registry has them.
+
+    Raises:
+        SignatureError: a signature is forged, revoked, of something else, or was made when its key was not valid.
+        RegistryError: the bytes, of the artifact or a signature, are missing or changed.
+    """
+    if artifact.stored:
+        registry.path(artifact)
+    found = []
+    for edge in registry.edges(artifact.digest, relation="signed_by"):
+        envelope = dsse.read_envelope(registry.read(edge.target))
+        at = _logged(registry, edge.target)
+        statement, people = dsse.verify(envelope, trust, at=at, predicate_type=SIGNATURE)
+        if dsse.subjects_of(statement) != [artifact.digest]:
+            got = dsse.subjects_of(statement)
+            raise SignatureError(f"a signature of something else stands at {artifact.title}", got=got)
+        found += [Signed(person, at, str(statement["predicate"].get("note", ""))) for person in people]
+    return found
+
+
+def _logged(registry: Registry, digest: str) -> datetime:
+    """Return when the audit log says that an artifact came in."""
+    wanted = select(AuditRow.at).where(AuditRow.action == "add", AuditRow.subject == digest).order_by(AuditRow.seq)
+    with reading(registry.engine) as session:
+        at = session.scalars(wanted.limit(1)).first()
+    if at is None:
+        raise SignatureError(f"the audit log has no entry of {digest[:19]}", remedy="`qrlora audit verify` says more")
+    return datetime.fromisoformat(at)

@@ -1,0 +1,209 @@
+"""The staged way: project files, gates, reports, decisions."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from importlib.resources import files
+from pathlib import Path
+
+import pytest
+
+from qrlora.apps.cli import main
+from qrlora.errors import DataError, PolicyError, SignatureError
+from qrlora.operations.pilot import STAGES, Line, Pilot, Scorer
+from qrlora.operations.pilot.costs import Spent, cost_of, projected
+from qrlora.operations.pilot.line import Costs, Gate
+from qrlora.operations.pilot.report import report, texts
+from qrlora.operations.pilot.stages import Group, Result, Row
+from qrlora.operations.provenance.keys import SigningKey, Trust
+from qrlora.operations.registry import Registry
+from qrlora.quality.metrics.shares import Share
+
+SAMPLE = Path(str(files("qrlora.operations") / "pilot" / "samples" / "teapots"))
+QUICK = {
+    "steps = 240": "steps = 2",
+    "cooldown_steps = 120": "cooldown_steps = 1",
+    "pictures = 16": "pictures = 2\nsteps = 2",
+}
+
+
+def brightness(pictures, learned_from):
+    return [float(picture.pixels.mean()) / 255 for picture in pictures]
+
+
+SCORERS = {role: Scorer("brightness", brightness) for role in ("subject", "style")}
+
+
+@pytest.fixture
+def project(tmp_path):
+    folder = tmp_path / "pilot"
+    shutil.copytree(SAMPLE, folder)
+    line = (folder / "line.toml").read_text()
+    for long, short in QUICK.items():
+        assert long in line
+        line = line.replace(long, short)
+    (folder / "line.toml").write_text(line)
+    return folder / "line.toml"
+
+
+@pytest.fixture
+def opened(project, tmp_path):
+    def again(actor: str = "ada") -> Pilot:
+        return Pilot.open(project, Registry.open(tmp_path / "registry", actor=actor), SCORERS)
+
+    return again
+
+
+@pytest.fixture
+def people(tmp_path):
+    """Keys of ada (author and reviewer), ben (reviewer) and eve (unknown), and the trust in the first two."""
+    keys = {name: SigningKey.create(tmp_path / "keys", name) for name in ("ada", "ben", "eve")}
+    trust = Trust.load(tmp_path / "trust.json")
+    trust.add("ada", ["author", "reviewer"], keys["ada"].public_pem)
+    trust.add("ben", ["reviewer"], keys["ben"].public_pem)
+    return keys, trust
+
+
+def result(**changes) -> Result:
+    passing = changes.pop("passing", Share(9, 10))
+    base = Result("several_styles", [Group("a + b", [], 0.5, passing)])
+    return replace(base, **changes)
+
+
+def test_every_text_is_there_in_both_languages():
+    def leaves(table, path=()):
+        for key, value in table.items():
+            if isinstance(value, dict) and not {"en", "ja"} & set(value):
+                yield from leaves(value, (*path, key))
+            else:
+                yield (*path, key), value
+
+    for path, value in leaves(texts()):
+        assert set(value) == {"en", "ja"}, path
+        assert value["en"] != value["ja"]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ('name = "teapot"', 'name = "Tea Pot"', "subject.name"),
+        ("version = 1", "version = 2", "version"),
+        ("[sampling]", "[sampling]\npicures = 3", "picures"),
+        ('"pictures/chalk.png"', '"pictures/none.png"', "none.png"),
+        ('name = "chalk"', 'name = "gold"', "names of their own"),
+        ('composed = ["a photo of a teal {subject} in {style} style"]', 'composed = ["a {subject}"]', "lacks {style}"),
+    ],
+)
+def test_a_project_file_that_cannot_be_used_is_refused(project, old, new, said):
+    text = project.read_text()
+    assert old in text
+    project.write_text(text.replace(old, new))
+    with pytest.raises(DataError, match=said):
+        Line.load(project)
+
+
+def test_the_gate_holds_what_it_is_told_to():
+    good = result(crosstalk=[Row("b", "style", 0.6, 0.5, 0.1)])
+    assert good.passes
+    assert not replace(good, gate=Gate(compliance=0.95)).passes
+    assert not replace(good, gate=Gate(rework=0.05)).passes
+    assert not replace(good, crosstalk=[Row("b", "style", 0.9, 0.5, 0.4)]).passes
+    assert not replace(good, gate=Gate(acceptance=0.5)).passes, "a study that nobody counted is no acceptance"
+    assert replace(good, gate=Gate(acceptance=0.5), acceptance=Share(8, 10)).passes
+    assert not replace(good, stage="line", failed=1).passes
+
+
+def test_a_share_whose_interval_holds_the_limit_is_called_unsure():
+    checks = {check.name: check for check in result(passing=Share(9, 10)).checks}
+    assert checks["compliance"].passed
+    assert not checks["compliance"].sure
+    assert {check.name: check for check in result(passing=Share(500, 500)).checks}["compliance"].sure
+
+
+def test_costs_are_time_times_price():
+    cost = cost_of(3600, 2_000_000_000, Costs(watts=500, per_kwh=0.4, per_hour=2, per_gb_month=0.1))
+    assert cost.kwh == pytest.approx(0.5)
+    assert cost.money == pytest.approx(0.5 * 0.4 + 2 + 0.2)
+    spent = [Spent("one_picture", "train", 10, 100), Spent("one_picture", "generate", 6, 3)]
+    assert projected(200, 5, spent, 0, Costs()).seconds == pytest.approx(20 + 10)
+    assert projected(200, 5, spent[:1], 0, Costs()) is None, "no pace of pictures is known"
+
+
+def test_three_stages_from_one_picture_to_the_line(opened, people, project):
+    keys, trust = people
+    pilot = opened()
+    with pytest.raises(PolicyError, match="one_picture has to be run first"):
+        pilot.run("several_styles")
+    with pytest.raises(PolicyError, match="nothing to decide"):
+        pilot.decide(True, "because", keys["ben"], trust)
+    for stage in STAGES:
+        assert pilot.next == stage
+        found = pilot.run()
+        assert found.stage == stage
+        for language, word in (("en", "The gate"), ("ja", "関門")):
+            assert word in (pilot.report_folder(stage, language) / "report.html").read_text()
+        pilot = opened()  # from its state on disk
+        assert pilot.next == stage, "no stage is done without a decision"
+        pilot.decide(True, "good", keys["ben"], trust)
+    assert pilot.next is None
+    assert pilot.verify(trust) == []
+    assert len(found.groups) == 2
+    assert found.made == 4 * 2 * 2
+    ledger = pilot.folder / "spent.json"
+    before = ledger.read_text()
+    assert opened().run("several_styles").made
+    assert ledger.read_text() == before, "nothing is trained or generated twice"
+
+
+def test_who_may_decide_and_on_what(opened, people, project):
+    keys, trust = people
+    pilot = opened()
+    pilot.run()
+    with pytest.raises(PolicyError, match="own work"):
+        pilot.decide(True, "mine", keys["ada"], trust)
+    with pytest.raises(SignatureError):
+        pilot.decide(True, "mine", keys["eve"], trust)
+    with pytest.raises(PolicyError, match="reason"):
+        pilot.decide(True, " ", keys["ben"], trust)
+    pilot.decide(False, "too soft", keys["ben"], trust)
+    with pytest.raises(PolicyError, match="needs a go"):
+        pilot.run("several_styles")
+    pilot.decide(True, "good enough", keys["ben"], trust)
+    assert opened().verify(trust) == []
+
+    state = pilot.folder / "state.json"
+    forged = json.loads(state.read_text())
+    forged["one_picture"]["go"] = False
+    state.write_text(json.dumps(forged))
+    assert opened().verify(trust) == ["one_picture: the decision was on another go"]
+    forged["one_picture"] |= {"go": True, "author": "ben"}
+    state.write_text(json.dumps(forged))
+    assert opened().verify(trust) == ["one_picture: ben decided on their own work"]
+
+    shutil.copy(project.parent / "pictures" / "gold.png", project.parent / "pictures" / "teapot.png")
+    changed = opened()
+    assert changed.next == "one_picture", "a changed picture voids what was decided"
+    with pytest.raises(PolicyError, match="has to be run first"):
+        changed.run("several_styles")
+
+
+def test_a_report_says_what_it_does_not_show(project):
+    line = Line.load(project)
+    page = report(result(), line, SCORERS, "en", "line.toml").html()
+    assert "blind to much that a person sees" in page
+    assert "No blind study" in page
+    assert "no brand sheet" in report(result(), line.model_copy(update={"brand": None}), SCORERS, "en", "x").html()
+
+
+def test_the_command_line(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("QRLORA_REGISTRY", str(tmp_path / "registry"))
+    line = str(tmp_path / "p" / "line.toml")
+    assert main(["pilot", "new", line, "--sample", "icons"]) == 0
+    assert main(["pilot", "new", line]) == 2
+    assert "already there" in capsys.readouterr().err
+    assert main(["pilot", "status", line]) == 0
+    assert "one_picture: not run" in capsys.readouterr().out
+    assert main(["pilot", "decide", line, "--go", "--reason", "x", "--key", "nobody"]) == 2
+    assert "no private key" in capsys.readouterr().err
