@@ -3,7 +3,7 @@ PYTHON ?= python3
 OUT ?= out/demo
 BIN = $(VENV)/bin
 
-.PHONY: demo demo-company test clean
+.PHONY: demo demo-company docs test clean
 .DEFAULT_GOAL := demo
 
 INSTALL = $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt
@@ -35,6 +35,9 @@ test: $(VENV)/.tools  ## lint, types, import contracts, tests
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python -m pytest -q
+
+docs: $(VENV)/.tools  ## both documentation sites, English and Japanese, into out/site
+	$(BIN)/python docs/build.py
 
 clean:
 	rm -rf $(VENV) out build

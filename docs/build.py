@@ -1,6 +1,6 @@
 """Build the documentation as two sites, English and Japanese: python docs/build.py [--out out/site]
 
-The pages of docs/ are copied, the reference of commands and JSON schemas is generated from the code, links to files outside
+The pages of docs/ are copied, the reference of commands and schemas is generated from the code, links to files outside
 docs/ become plain text, and zensical builds each site in strict mode. Nothing is fetched, by the build or by the pages.
 """
 

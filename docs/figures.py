@@ -39,7 +39,10 @@ def cosines(weight: torch.Tensor) -> None:
     """Cosines of ΔW of two subjects and two styles, shared and disjoint columns."""
     q = layer_basis(weight, 2 * RANK).q
     random = torch.Generator().manual_seed(0)
-    columns = {"shared columns": [range(RANK)] * 4, "disjoint columns": [range(0, 2 * RANK, 2)] * 2 + [range(1, 2 * RANK, 2)] * 2}
+    columns = {
+        "shared columns": [range(RANK)] * 4,
+        "disjoint columns": [range(0, 2 * RANK, 2)] * 2 + [range(1, 2 * RANK, 2)] * 2,
+    }
     figure, both = plt.subplots(1, 2, figsize=(5.6, 2.7), sharey=True)
     names = ["subject 1", "subject 2", "style 1", "style 2"]
     for axes, (title, owned) in zip(both, columns.items(), strict=True):

@@ -6,6 +6,7 @@ import ast
 import contextlib
 import functools
 import itertools
+import json
 import re
 import shlex
 import shutil
@@ -31,6 +32,8 @@ from conftest import BUILDERS
 from qrlora._reading import tomllib
 from qrlora.apps.cli import cli, main
 from qrlora.apps.cli.train import recipe_of
+from qrlora.method.adapter import Adapter, AdapterMetadata, save_adapter
+from qrlora.method.basis import weight_digest
 from qrlora.models.families import FAMILIES
 from qrlora.models.training.recipe import Recipe
 from qrlora.pico import world
@@ -399,3 +402,40 @@ def test_nothing_is_listed_that_no_page_shows_and_every_block_has_a_language() -
         assert kinds <= {"sh", "python", "toml"}, page
         assert len(re.findall(r"^ *```\w*$", page.read_text(), re.MULTILINE)) % 2 == 0, page
         assert not re.search(r"^ *```\w+ \w", page.read_text(), re.MULTILINE), page
+
+
+def test_both_sites_build_without_a_warning_and_ask_nothing_of_others(tmp_path: Path) -> None:
+    subprocess.run([sys.executable, ROOT / "docs" / "build.py", "--out", tmp_path], check=True, capture_output=True)
+    for language, words in (("en", "Does it really separate?"), ("ja", "1枚の画像")):
+        assert words in (tmp_path / language / "index.html").read_text("utf-8")
+        for page in (tmp_path / language).rglob("*.html"):
+            fetched = re.findall(r'(?:src|href)="(https?://[^"]+)"[^>]*(?:script|stylesheet)', page.read_text("utf-8"))
+            fetched += re.findall(r'<script[^>]+src="(https?:[^"]+)', page.read_text("utf-8"))
+            assert not fetched, page
+    commands = (tmp_path / "en" / "commands" / "index.html").read_text("utf-8")
+    assert "qrlora pilot decide" in commands
+    assert "Adapter" in (tmp_path / "en" / "reference" / "index.html").read_text("utf-8")
+
+
+def test_the_example_of_the_file_format_is_what_is_written(tmp_path: Path) -> None:
+    """docs/file-format.md, byte for byte, but for the order of keys."""
+    shown = (ROOT / "docs/file-format.md").read_text("utf-8")
+    payload = re.search(r"^    ((?:[0-9a-f]{2} ){7}[0-9a-f]{2})$", shown, re.MULTILINE)
+    header = re.search(r"^    \{\n(?:    .*\n)+?    \}$", shown, re.MULTILINE)
+    assert payload and header
+    weight = torch.tensor([[2.0, 0, 0], [0, 1, 0]])
+    metadata = AdapterMetadata(
+        **{"method": "qrlora", "rank": 1, "alpha": 1.0, "basis_rank": 2, "columns": (1,), "triangular": True},
+        **{"algorithm": "exact", "basis_fingerprint": "0" * 16, "family": "sd3", "base_model": "pico"},
+        **{"role": "style", "trigger": "<s>", "licence": "CC0-1.0"},
+    )
+    delta = torch.tensor([[0.0, 0.5, -0.25]])
+    save_adapter(
+        Adapter(metadata, {"proj": delta}, {"proj": (2, 3)}, {"proj": weight_digest(weight)}),
+        tmp_path / "a.safetensors",
+    )
+    data = (tmp_path / "a.safetensors").read_bytes()
+    size = int.from_bytes(data[:8], "little")
+    assert json.loads(data[8 : 8 + size]) == json.loads(textwrap.dedent(header[0]))
+    assert data[8 + size :] == bytes.fromhex(payload[1])
+    assert f"is {size} bytes with its padding" in shown

@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from qrlora.errors import QrloraError
 from qrlora.quality.report import Code, Figure, Figures, Gallery, Picture, Prose, Report, Section
@@ -66,12 +67,12 @@ class Company:
 class _Both(io.TextIOBase):
     """A stream that keeps what is written and passes it on."""
 
-    def __init__(self, kept: io.StringIO, shown: io.TextIOBase) -> None:
+    def __init__(self, kept: io.StringIO, shown: Any) -> None:
         self.kept, self.shown = kept, shown
 
     def write(self, text: str) -> int:
         self.kept.write(text)
-        return self.shown.write(text)
+        return int(self.shown.write(text))
 
     def flush(self) -> None:
         self.shown.flush()
