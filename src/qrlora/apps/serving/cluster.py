@@ -174,7 +174,11 @@ def _listen(place: Place) -> None:
     told = {name: value for name, value in os.environ.items() if name.startswith("RAY_SERVE_")}
     http = {"host": place.host, "port": place.port}
     controller = {"runtime_env": {"env_vars": told}}
-    serve.start(proxy_location=where, http_options=http, logging_config=QUIET, controller_options=controller)
+    try:
+        serve.start(proxy_location=where, http_options=http, logging_config=QUIET, controller_options=controller)
+    except TimeoutError as error:  # an OSError, for which the disk would be blamed
+        remedy = "wait until other work on its machines has ended, and start the server again"
+        raise QrloraError("Ray Serve did not start", got=error, remedy=remedy) from error
     # A Serve that was there before keeps its own address, and says so in its log alone.
     connected: Any = serve.context._get_global_client()
     there, running = connected.http_config, list(serve.status().applications)
