@@ -1083,6 +1083,7 @@ def test_the_command_serves_and_ends_gracefully(
         use_and_end(process, f"http://127.0.0.1:{port}", loaded, shelf)
 
 
+@pytest.mark.filterwarnings("ignore:Using extra keyword arguments:DeprecationWarning")
 def test_a_cluster_too_busy_to_serve_is_named_and_not_the_disk(shelf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ray = pytest.importorskip("ray")
     from qrlora.apps.serving import cluster

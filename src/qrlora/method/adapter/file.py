@@ -183,7 +183,7 @@ def pack(delta: Float[Tensor, "rank in"], columns: tuple[int, ...]) -> Float[Ten
 def unpack(packed: Float[Tensor, " kept"], columns: tuple[int, ...], width: int) -> Float[Tensor, "rank in"]:
     """Inverse of `pack`."""
     delta = packed.new_zeros(len(columns), width)
-    kept = packed.split([width - column for column in columns])
+    kept = torch.split(packed, [width - column for column in columns])
     for row, column, part in zip(delta, columns, kept, strict=True):
         row[column:] = part
     return delta
