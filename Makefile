@@ -3,7 +3,7 @@ PYTHON ?= python3
 OUT ?= out/demo
 BIN = $(VENV)/bin
 
-.PHONY: demo demo-company docs test clean
+.PHONY: demo demo-company docs test test-quick clean
 .DEFAULT_GOAL := demo
 
 INSTALL = $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt
@@ -29,12 +29,29 @@ demo: $(VENV)/.ready  ## train a subject and a style on pico, compose them, writ
 demo-company: $(VENV)/.registry  ## a pilot from one picture to an approved, marked catalog; then tampering
 	$(BIN)/qrlora demo --company --out out/company
 
-test: $(VENV)/.tools  ## lint, types, import contracts, tests
+# One process a core (so one thread in each), four at most: each takes a gigabyte or two.
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n logical --maxprocesses 4 --dist worksteal
+
+test: $(VENV)/.tools  ## lint, types, the oldest Python, import contracts, tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/vermin -q -t=3.10- --eval-annotations --exclude long src tests examples
 	$(BIN)/lint-imports
-	$(BIN)/python -m pytest -q
+	$(PYTEST)
+
+# Of every room what takes little time and tells much. A test checks that no room is missing.
+QUICK = \
+	method/test_adapter method/test_bad_files method/test_basis method/test_composition method/test_space \
+	models/test_dataset models/test_families models/test_family_losses models/test_first_losses models/test_recipe \
+	quality/test_brand quality/test_learned quality/test_measures quality/test_report quality/test_study \
+	apps/test_outputs apps/test_reading pico/test_pico \
+	lab/test_baselines_deltas lab/test_baselines_measures lab/test_baselines_merges lab/test_benchmarks lab/test_claims
+
+test-quick: $(VENV)/.tools  ## before each commit: lint, and a minute of tests
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(PYTEST) $(QUICK:%=tests/%.py)
 
 docs: $(VENV)/.tools  ## both documentation sites, English and Japanese, into out/site
 	$(BIN)/python docs/build.py

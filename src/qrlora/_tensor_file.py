@@ -16,6 +16,7 @@ import logging
 import math
 import os
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -34,6 +35,8 @@ MOST_BYTES = 2**33
 MOST_HEADER_BYTES = 10_000_000
 """Enough for thousands of tensors and, in the notes, the tags of a large data set."""
 MOST_TENSORS = 20_000
+BLOCK = 2**23
+"""Bytes read at a time, hashed while the next are read."""
 AGAIN = "download or copy it again"
 
 log = logging.getLogger(__name__)
@@ -180,17 +183,18 @@ def read_tensors(stream: BinaryIO, header: Header) -> tuple[dict[str, Tensor], s
     entries = {key: entry for key, entry in header.items() if key != "__metadata__"}
     places = check_layout(entries, size)
     whole = torch.empty(size, dtype=torch.uint8)
-    into = memoryview(whole.numpy())  # type: ignore[arg-type]
-    read = 0
-    while size > read and (some := stream.readinto(into[read:])):  # type: ignore[attr-defined]
-        read += some
+    into, digest, read = memoryview(whole.numpy()), hashlib.sha256(), 0  # type: ignore[arg-type]
+    with ThreadPoolExecutor(1) as hasher:  # neither hashing nor reading holds the interpreter: they run side by side
+        while size > read and (some := stream.readinto(into[read : read + BLOCK])):  # type: ignore[attr-defined]
+            hasher.submit(digest.update, into[read : read + some])
+            read += some
     require(read == size, "truncated", expected=f"{size} bytes of tensor data", got=read, remedy=AGAIN)
     tensors = {}
     for key, (begin, end) in places.items():
         dtype = _DTYPES[entries[key]["dtype"]]
         part = whole[begin:end] if begin % dtype.itemsize == 0 else whole[begin:end].clone()
         tensors[key] = part.view(dtype).reshape(entries[key]["shape"])
-    return tensors, hashlib.sha256(into).hexdigest()
+    return tensors, digest.hexdigest()
 
 
 def check_layout(entries: Mapping[str, Header], size: int) -> dict[str, tuple[int, int]]:

@@ -37,6 +37,7 @@ from qrlora.pico import world
 ROOT = next(folder for folder in Path(__file__).parents if (folder / "pyproject.toml").exists())
 ENGLISH, JAPANESE = ((ROOT / name).read_text() for name in ("README.md", "README.ja.md"))
 PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())
+MAKEFILE = (ROOT / "Makefile").read_text()
 PYTHONS = ("3.10", "3.11", "3.12", "3.13", "3.14")
 HEAVY = {"torch", "numpy", "scipy", "PIL", "pydantic", "diffusers", "transformers", "peft", "matplotlib", "fastapi"}
 
@@ -133,7 +134,14 @@ def test_metadata_and_continuous_integration_name_the_same_pythons() -> None:
     jobs = yaml.safe_load((ROOT / ".github/workflows/test.yml").read_text())["jobs"]
     assert tuple(jobs["test"]["strategy"]["matrix"]["python"]) == tuple(declared) == PYTHONS
     assert project["requires-python"] == f">={PYTHONS[0]}"
+    assert PROJECT["tool"]["mypy"]["python_version"] == PYTHONS[0] and f"-t={PYTHONS[0]}-" in MAKEFILE
     assert yaml.safe_load((ROOT / "CITATION.cff").read_text())["version"] == project["version"]
+
+
+def test_the_quick_tests_are_of_every_room() -> None:
+    rooms = {path.parent.name for path in (ROOT / "tests").glob("*/test_*.py")}
+    quick = re.findall(r"(\w+)/test_\w+", MAKEFILE)
+    assert set(quick) == rooms
 
 
 def test_every_pin_can_be_installed_on_the_oldest_python() -> None:

@@ -18,13 +18,12 @@ from typing import Any
 import click
 import pytest
 import safetensors.torch
-import tomllib
 from PIL import EpsImagePlugin, Image, ImageFile, features
 from starlette.requests import Request
 
 import qrlora
 from qrlora._files import default_cache_dir
-from qrlora._reading import parse_json, parsing, read_text, read_toml
+from qrlora._reading import parse_json, parsing, read_text, read_toml, tomllib
 from qrlora.apps.cli import main
 from qrlora.apps.cli.serve import _api_keys
 from qrlora.apps.cli.shared import COUNT, NUMBER, SEED, SHARE, WHOLE, weighted_path, weights

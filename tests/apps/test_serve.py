@@ -576,6 +576,7 @@ def test_a_bad_prompt_is_its_own_requests_fault_alone(engine: Engine, loaded: An
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="schemathesis needs Python 3.11")
 @pytest.mark.parametrize("keys", [(), ("secret",)], ids=["open", "keys"])
 def test_schemathesis_finds_nothing(tmp_path: Path, keys: tuple[str, ...]) -> None:
     """Requests made from the OpenAPI document, right and wrong ones, with all of its checks."""
@@ -1046,6 +1047,7 @@ def environment(tmp_path: Path) -> dict[str, str]:
         "PYTHONPATH": sources,
         "QRLORA_CACHE": str(tmp_path / "cache"),
         "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_worker_niceness": "0",  # beside other tests, Ray's 15 let Serve miss its own deadline
     }
 
 
@@ -1082,6 +1084,21 @@ def test_the_command_serves_and_ends_gracefully(
     with started(command(tiny_sd3, shelf, port, *more), "ready at", tmp_path) as (process, said):
         assert any("not served: broken" in line for line in said), "".join(said)
         use_and_end(process, f"http://127.0.0.1:{port}", loaded, shelf)
+
+
+@pytest.mark.filterwarnings("ignore:Using extra keyword arguments:DeprecationWarning")
+def test_a_cluster_too_busy_to_serve_is_named_and_not_the_disk(shelf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ray = pytest.importorskip("ray")
+    from qrlora.apps.serving import cluster
+
+    def late(**_: Any) -> None:
+        raise TimeoutError("HTTP proxies not available after 60s.")
+
+    monkeypatch.setattr(ray, "init", lambda *_, **__: None)
+    monkeypatch.setattr(cluster.serve, "start", late)
+    with pytest.raises(QrloraError, match="Ray Serve did not start") as raised:
+        cluster.start("model", shelf, "float32", cluster.Place(), Limits())
+    assert "not available after 60s" in str(raised.value) and "other work" in str(raised.value)
 
 
 TWO_NODES = """

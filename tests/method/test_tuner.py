@@ -538,6 +538,7 @@ def test_an_unreadable_quantised_base_is_refused(layered):
         get_peft_model(model, QRLoraConfig(r=3, target_modules=["linear"]))
 
 
+@pytest.mark.skipif(torch.__version__ < "2.7", reason="torch 2.6 cannot compile PEFT's own forward in one graph")
 def test_compiled_without_graph_breaks(layered, monkeypatch):
     model, inputs = layered
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # shape checks are no part of a graph

@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import jsonschema
 import pytest
 
+from qrlora._reading import tomllib
 from qrlora.errors import RecipeError
 from qrlora.models.training.recipe import Recipe, default_caption
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 SCHEMA = json.loads((RECIPES / "recipe.schema.json").read_text())

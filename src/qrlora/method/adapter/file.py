@@ -51,7 +51,7 @@ from qrlora.method.adapter.container import (
     read_tensors,
 )
 from qrlora.method.adapter.metadata import decode_layers, decode_metadata, decode_names, encode_metadata, is_number, own
-from qrlora.method.adapter.record import Adapter, AdapterMetadata, require, triangular_mask
+from qrlora.method.adapter.record import Adapter, AdapterMetadata, require
 from qrlora.method.basis import Basis
 
 SPELLINGS = ("compact", "lora", "kohya")
@@ -177,13 +177,15 @@ def _lora_tensors(adapter: Adapter, basis: Basis | None, names: Mapping[str, str
 
 def pack(delta: Float[Tensor, "rank in"], columns: tuple[int, ...]) -> Float[Tensor, " kept"]:
     """Return the entries of a triangular ΔR that may be non-zero, row after row, of row i those from columns[i] on."""
-    return delta[triangular_mask(columns, delta.shape[1])]
+    return torch.cat([row[column:] for row, column in zip(delta, columns, strict=True)])
 
 
 def unpack(packed: Float[Tensor, " kept"], columns: tuple[int, ...], width: int) -> Float[Tensor, "rank in"]:
     """Undo `pack`."""
     delta = packed.new_zeros(len(columns), width)
-    delta[triangular_mask(columns, width)] = packed
+    kept = torch.split(packed, [width - column for column in columns])
+    for row, column, part in zip(delta, columns, kept, strict=True):
+        row[column:] = part
     return delta
 
 

@@ -193,9 +193,10 @@ class Adapter:
             require(got == (out, meta.rank), f"{layer}: up has the wrong shape", expected=(out, meta.rank), got=got)
             return
         if meta.triangular:
-            below = ~triangular_mask(self.columns(layer), width)
+            columns = self.columns(layer)
+            corner = self.deltas[layer].detach()[:, : columns[-1]].cpu()  # what lies right of it is in the triangle
             require(
-                not bool(self.deltas[layer].detach().cpu()[below].any()),
+                not bool(corner[~triangular_mask(columns, columns[-1])].any()),
                 f"{layer}: ΔR is called triangular, but has entries below the diagonal",
                 remedy="set triangular=False, or zero them: ΔR[i, :columns[i]] = 0",
             )
