@@ -46,7 +46,7 @@ QUICK = \
 	models/test_dataset models/test_families models/test_family_losses models/test_first_losses models/test_recipe \
 	quality/test_brand quality/test_learned quality/test_measures quality/test_report quality/test_study \
 	apps/test_outputs apps/test_reading pico/test_pico \
-	lab/test_baselines_deltas lab/test_baselines_measures lab/test_baselines_merges lab/test_benchmarks lab/test_claims
+	lab/test_baselines_deltas lab/test_baselines_measures lab/test_baselines_merges lab/test_benchmarks lab/test_claims operations/test_registry operations/test_policy_rules
 
 test-quick: $(VENV)/.tools  ## before each commit: lint, and a minute of tests
 	$(BIN)/ruff check .

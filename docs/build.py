@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import click
-import tomllib
 
 from qrlora.apps.cli import PANELS, cli
 
@@ -130,7 +129,6 @@ def prepare(language: str, folder: Path) -> Path:
     for page in source.rglob("*.md"):
         page.write_text(_without_outside(page, source), "utf-8")
     settings = (DOCS / f"site.{language}.toml").read_text("utf-8").replace("@SOURCE@", str(DOCS.parent / "src"))
-    tomllib.loads(settings)
     (folder / "zensical.toml").write_text(settings, "utf-8")
     return folder / "zensical.toml"
 
