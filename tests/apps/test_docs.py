@@ -137,11 +137,12 @@ def test_both_languages_show_the_same() -> None:
 ELSEWHERE = {
     "qrlora approval ": "needs people with keys: test_policy_command.py",
     "qrlora pilot ": "minutes, and people with keys: test_pilot.py",
+    "qrlora demo": "minutes: test_demo.py runs it with fewer steps",
+    "qrlora studio": "a browser: test_studio_pages.py",
 }
 """Beginnings of commands that are run by other tests."""
 
 LISTED = {
-    "qrlora demo --subject mine.jpg": "minutes: test_demo.py runs it with fewer steps",
     "qrlora lab compare --small": "minutes: test_bench.py runs smaller ones",
     "qrlora lab compare --tune": "hours: test_bench.py runs smaller ones",
     "qrlora lab compare": "a night: test_bench.py runs smaller ones",
