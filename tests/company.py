@@ -66,7 +66,12 @@ class Company:
     def adapter(self, name: str, *, picture: Artifact | None = None, trigger: str = "", **fields: Any) -> Artifact:
         """An adapter that is as it should be, unless told otherwise."""
         fields = {"owner": "acme", "licence": OURS, "tags": ["released"], **fields}
-        facts = {"trigger": trigger, "basis_fingerprint": "f" * 16, "base_model": "pico"}
+        facts = {
+            "trigger": trigger,
+            "basis_fingerprint": "f" * 16,
+            "base_model": "pico",
+            "role": fields.get("role", ""),
+        }
         links = [Link("based_on", self.base.digest), Link("trained_on", (picture or self.picture).digest)]
         return self.registry.add(f"ΔR of {name}".encode(), "adapter", name=name, facts=facts, links=links, **fields)
 

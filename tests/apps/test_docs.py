@@ -155,6 +155,8 @@ LISTED = {
     "qrlora lab speed basis --shapes sd3.5-medium --peft --rounds 3": "minutes",
     "qrlora lab speed training --dtypes float32": "minutes: test_benchmarks.py runs a smaller table",
     "qrlora lab speed training --width 640 --seconds 90": "minutes: test_benchmarks.py runs a smaller table",
+    "qrlora lab speed studio": "needs a browser: test_studio_shots.py drives one",
+    "qrlora studio": "ends when it is told to: test_studio_pages.py starts it",
     "qrlora space build style.safetensors style-2.safetensors -o styles.space.safetensors": "docs/space.md trains them",
     "qrlora study --tally votes-ann.json votes-bea.json": "needs people: test_study.py makes votes up",
     "qrlora tune mug.safetensors chalk.safetensors --subject mug.png --style chalk.png --style-metrics csd "

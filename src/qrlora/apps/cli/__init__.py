@@ -36,8 +36,9 @@ PANELS = {
     "Operate": {
         "registry": "registry:registry",
         "serve": "serve:run_serve",
-        "catalog": "catalog:run_catalog",
+        "studio": "studio:run_studio",
         "pilot": "pilot:pilot",
+        "catalog": "catalog:run_catalog",
         "policy": "policy:policy",
         "approval": "policy:approval",
         "keys": "keys:keys",

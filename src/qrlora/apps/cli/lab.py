@@ -268,6 +268,17 @@ def serve(**given: Any) -> None:
 
 
 @speed.command()
+@click.option("--moves", type=COUNT, default=12, show_default=True, help="Of a slider, each from rest.")
+@click.option("--browser", type=PATH, help="Chromium or Chrome (default: the one on the path).")
+@click.option("--json", type=PATH, default=OUT / "studio.json", show_default=True)
+def studio(**given: Any) -> None:
+    """How soon the studio's pictures follow a slider, in Chromium."""
+    from qrlora.lab.speed import studio as times
+
+    _measured(times.main, given)
+
+
+@speed.command()
 @click.option("--rounds", type=COUNT, default=7, show_default=True)
 @click.option("--json", type=PATH, default=OUT / "integrity.json", show_default=True)
 def integrity(**given: Any) -> None:

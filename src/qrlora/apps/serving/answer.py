@@ -52,7 +52,7 @@ async def answer(service: Service, request: Request) -> Response:
     if wanted.stream:
         headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
         return _Stream(service, job, _events(service, job, started), media_type="text/event-stream", headers=headers)
-    made = await _while_there(request, _pictures(job), service, job)
+    made = await while_there(request, pictures_of(job), service, job)
     service.metrics.request_seconds.observe(time.perf_counter() - started)
     data: list[dict[str, Any]] = []
     for picture, png in zip(job.pictures, made, strict=True):
@@ -69,7 +69,8 @@ def _kind(job: Job) -> dict[str, str]:
     return {"size": f"{side}x{side}", "output_format": "png", "background": "opaque"}
 
 
-async def _pictures(job: Job) -> list[bytes]:
+async def pictures_of(job: Job) -> list[bytes]:
+    """Return the pictures of a request as PNG, in their order. RequestError if one cannot be made."""
     made: dict[int, bytes] = {}
     async for index, event in job.follow():
         if isinstance(event, Made):
@@ -77,7 +78,7 @@ async def _pictures(job: Job) -> list[bytes]:
     return [made[index] for index in range(len(made))]
 
 
-async def _while_there(
+async def while_there(
     request: Request, pictures: Coroutine[Any, Any, list[bytes]], service: Service, job: Job
 ) -> list[bytes]:
     """Return the pictures; if the client goes first, withdraw the job and raise ClientDisconnect."""

@@ -17,6 +17,7 @@ from functools import partial
 from typing import Any
 
 import uvicorn
+from fastapi import FastAPI
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from qrlora.apps.serving.answer import error_response
@@ -177,13 +178,21 @@ class Server(uvicorn.Server):
 
     Args:
         ready: called once requests are answered.
+        app: the application in front of the service; `create_app` of it if None.
     """
 
-    def __init__(self, service: Service, host: str, port: int, ready: Callable[[], None] = lambda: None):
+    def __init__(
+        self,
+        service: Service,
+        host: str,
+        port: int,
+        ready: Callable[[], None] = lambda: None,
+        app: FastAPI | None = None,
+    ):
         limits = service.limits
         protocol = partial(Connection, connections_for(limits.connections), limits.header_seconds)
         config = uvicorn.Config(
-            create_app(service),
+            app or create_app(service),
             host,
             port,
             loop="asyncio",

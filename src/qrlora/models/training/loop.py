@@ -118,6 +118,7 @@ def train(
     resume: bool = False,
     restart: bool = False,
     score: monitor.Score | None = None,
+    sampled: monitor.Sampled | None = None,
 ) -> Adapter:
     """Train one adapter; write it to `recipe.output` if that is set.
 
@@ -134,6 +135,7 @@ def train(
         restart: remove the checkpoints of an earlier run, once this one is ready for its first step.
         score: of the pictures of a sample sheet. The adapter of the step that scores best is returned and written, and
             training stops after `recipe.patience` sheets without a better one.
+        sampled: called with every sample sheet's step, its pictures, and what returns the adapter of that step.
 
     Raises:
         ModelError, DataError, BasisError, TunerError: the model, the pictures or the basis cannot be used.
@@ -150,7 +152,7 @@ def train(
         ready = prepare(recipe, pipe, family, accelerator, report)
         del pipe  # with it go the encoders, unless it is the caller's
         with adapter_on(ready.denoiser, ready.family, recipe, accelerator) as parameters:
-            run = begin(recipe, ready, accelerator, parameters, score)
+            run = begin(recipe, ready, accelerator, parameters, score, sampled)
             _continue(run, ready, resume, restart)
             return _trained(run, ready.examples, progress, started)
 
@@ -184,6 +186,7 @@ def begin(
     accelerator: Accelerator,
     parameters: dict[str, nn.Parameter],
     score: monitor.Score | None = None,
+    sampled: monitor.Sampled | None = None,
 ) -> Run:
     """Return the run before its first step; its trained parameters are on the denoiser."""
     recipe = recipe.of_pictures(len({example.digest for example in ready.examples if example.view == PLAIN}))
@@ -192,7 +195,7 @@ def begin(
     kept = _base_predictions(recipe, ready.pipe, ready.family, device) if recipe.preserve else None
     ready.pipe = None
     optimizer = optimizer_for(recipe, list(parameters.values()))
-    watch = monitor.Monitor(recipe, ready.sampler, score)
+    watch = monitor.Monitor(recipe, ready.sampler, score, sampled)
     half = next(ready.denoiser.parameters()).dtype == torch.float16
     return Run(
         accelerator, recipe, ready.family, ready.denoiser, ready.scheduler, ready.data, parameters, optimizer, watch,

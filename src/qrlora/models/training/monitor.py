@@ -55,6 +55,8 @@ class Run(Protocol):
 
 Score = Callable[[Sequence[Image.Image]], float]
 """Score of the pictures of a sample sheet, prompt after prompt, every seed of each; higher is better."""
+Sampled = Callable[[int, Sequence[Image.Image], Callable[[], Adapter]], None]
+"""Told of every sample sheet: its step, its pictures, and a function that returns the adapter of that step."""
 
 TENSORBOARD = "tensorboard"
 PROJECT = "qrlora"
@@ -256,8 +258,8 @@ class Selection:
 class Monitor:
     """Everything that watches one run. Of several processes all paint, and the first alone scores, writes and logs."""
 
-    def __init__(self, recipe: Recipe, sampler: Sampler | None, score: Score | None):
-        self.recipe, self.sampler = recipe, sampler
+    def __init__(self, recipe: Recipe, sampler: Sampler | None, score: Score | None, sampled: Sampled | None = None):
+        self.recipe, self.sampler, self.sampled = recipe, sampler, sampled
         self.selection = Selection(score, recipe.patience) if score else None
         self._since = time.perf_counter()
 
@@ -305,6 +307,8 @@ class Monitor:
             self._consider(run, images)
         if not run.accelerator.is_main_process:
             return
+        if self.sampled:
+            self.sampled(run.step, images, functools.partial(run.adapter, {}))
         for tracker in run.accelerator.trackers:
             if hasattr(tracker, "log_images"):  # not all of accelerate's can
                 options = {"dataformats": "NHWC"} if tracker.name == TENSORBOARD else {}

@@ -104,10 +104,11 @@ def _apply(state: State, entry: Entry, details: dict[str, Any]) -> None:
             state["edge", entry.subject, link["relation"], link["target"], str(place)] = numbers
     if entry.action in ("add", "tag"):
         state.update({("tag", entry.subject, tag): True for tag in details["tags"]})
+    alias = ("alias", *entry.subject.split("@", 1))
     if entry.action == "alias":
-        state[("alias", *entry.subject.split("@", 1))] = (details["digest"], details["protected"])
+        state[alias] = (details["digest"], details["protected"])
     elif entry.action == "remove_alias":
-        state.pop(("alias", *entry.subject.split("@", 1)), None)
+        state.pop(alias, None)
     elif entry.action == "deprecate":
         state["deprecated", entry.subject] = details["reason"]
 

@@ -44,7 +44,23 @@ def make_study(
     seed: int = 0,
     by_order: bool = False,
 ) -> tuple[str, dict[str, Any]]:
-    """Make the page (HTML) of a study, and its key (JSON values).
+    """Make the page (HTML) of a study, and its key (JSON values). Arguments and errors: as `study_data`."""
+    options: dict[str, Any] = {"references": references, "trials": trials, "catch": catch, "seed": seed}
+    data, key = study_data(arms, question, by_order=by_order, **options)
+    return page("vote.html", question=question, study=data), key
+
+
+def study_data(
+    arms: Arms,
+    question: str = QUESTION,
+    *,
+    references: Sequence[MeasuredPicture] = (),
+    trials: int | None = None,
+    catch: int = 4,
+    seed: int = 0,
+    by_order: bool = False,
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return what a page shows (pictures as data URIs by token, trials of two tokens), and the key to its votes.
 
     Args:
         arms: at least two, by name. All pairs of arms are compared, on pictures with the same file name.
@@ -74,7 +90,7 @@ def make_study(
     data["id"] = hashlib.sha256(json.dumps(data).encode()).hexdigest()[:16]
     known = {token: {"arm": arm, "picture": name} for token, (arm, name) in builder.known.items()}
     key = {"study": data["id"], "question": question, "seed": seed, "arms": list(arms)}
-    return page("vote.html", question=question, study=data), key | {"pictures": known, "trials": builder.kinds}
+    return data, key | {"pictures": known, "trials": builder.kinds}
 
 
 Side = tuple[str | None, MeasuredPicture]

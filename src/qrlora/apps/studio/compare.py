@@ -1,0 +1,150 @@
+"""Measure two mixes by pictures: metrics, crosstalk, a brand sheet; build and count their blind vote."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from io import BytesIO
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from PIL import Image
+
+from qrlora._reading import parsing, tomllib
+from qrlora.apps.studio.pages import N_
+from qrlora.errors import BrandError
+from qrlora.quality.brand import BrandSheet
+from qrlora.quality.evaluation import evaluate
+from qrlora.quality.images.read import MeasuredPicture, load_pictures
+from qrlora.quality.metrics.table import METRICS, References, select_metrics
+from qrlora.quality.study.trials import study_data
+from qrlora.quality.study.votes import VoteCount, count_votes
+
+if TYPE_CHECKING:
+    from qrlora.apps.studio.state import Studio
+    from qrlora.operations.registry import Registry
+
+QUESTION = N_("Which picture do you like better?")
+CROSSTALK = {"subject": ("edges", "structure"), "style": ("colours", "texture", "grain")}
+"""Metrics of likeness to the picture that an adapter of this role was trained on."""
+
+
+def brand_of(text: str) -> BrandSheet | None:
+    """The brand sheet in a TOML text; None if there is none. BrandError if it is not one."""
+    if not text.strip():
+        return None
+    with parsing("this is no brand sheet", BrandError, expected="TOML as brands/brand.toml"):
+        fields = tomllib.loads(text)
+    if "logo" in fields:  # names a file, and files of this machine are not for whoever writes to it
+        remedy = "leave [[logo]] out here; `qrlora evaluate --brand FILE` checks it"
+        raise BrandError("a logo is a file beside its sheet", got="[[logo]]", remedy=remedy)
+    return BrandSheet.parse(fields)
+
+
+def measure(studio: Studio, registry: Registry, folder: Path, proof: Mapping[str, Any]) -> dict[str, Any]:
+    """The scores of both sides; kept in the registry as a report about them."""
+    from qrlora.operations.registry.intake import add_report
+
+    groups = {arm: load_pictures([folder / arm]) for arm in proof["arms"]}
+    everything = [one for pictures in groups.values() for one in pictures]
+    sheet = brand_of(proof["brand"])
+    palette = sheet.palette.colours if sheet and sheet.palette else ()
+    references = _references(studio, registry, {key for arm in proof["arms"].values() for key in arm["parts"]}, palette)
+    known = references.subject or references.style or references.palette
+    metrics = select_metrics(None, everything, references) if known else []
+    found = evaluate(groups, references, metrics, sheet)
+    content = {
+        "metrics": [_row(metric, found) for metric in metrics],
+        "crosstalk": {arm: _crosstalk(studio, registry, folder, arm, side) for arm, side in proof["arms"].items()},
+        "brand": _brand(found),
+        "prompts": proof["prompts"],
+        "pictures": len(everything),
+    }
+    about = [registry.get(side["digest"]) for side in proof["arms"].values()]
+    report = add_report(registry, content | {"arms": {arm: dict(side) for arm, side in proof["arms"].items()}}, about)
+    return content | {"report": report.digest}
+
+
+def _row(metric: Any, found: Any) -> dict[str, Any]:
+    values = {arm: found.summary(arm, metric.name) for arm in found.groups}
+    told = {arm: [one.mean, one.lowest, one.highest] if one else None for arm, one in values.items()}
+    return {"name": metric.name, "description": metric.description, "better": metric.better, **told}
+
+
+def _brand(found: Any) -> dict[str, Any] | None:
+    """Of each side: pictures that pass, pictures in all, whether it is enough, and reasons why others do not."""
+    if found.sheet is None:
+        return None
+    told = {}
+    for arm in found.groups:
+        share, enough = found.passing(arm)
+        reasons = list(dict.fromkeys(reason for verdict in found.verdicts[arm] for reason in verdict.reasons))
+        told[arm] = {"right": share.right, "n": share.n, "enough": enough, "reasons": reasons[:6]}
+    return told
+
+
+def _trained_on(studio: Studio, registry: Registry, key: str) -> list[MeasuredPicture]:
+    """The picture that an adapter was trained on, if the registry has it."""
+    card = studio.shelf.cards[key]
+    if not card.picture:
+        return []
+    with Image.open(BytesIO(registry.read(card.picture))) as image:
+        return [MeasuredPicture(card.title, np.asarray(image.convert("RGB")))]
+
+
+def _references(studio: Studio, registry: Registry, keys: set[str], palette: Sequence[str]) -> References:
+    by_role: dict[str, list[MeasuredPicture]] = {"subject": [], "style": []}
+    for key in sorted(keys):
+        by_role.get(studio.shelf.cards[key].role, []).extend(_trained_on(studio, registry, key))
+    return References(subject=by_role["subject"], style=by_role["style"], palette=palette)
+
+
+def _crosstalk(
+    studio: Studio, registry: Registry, folder: Path, arm: str, side: Mapping[str, Any]
+) -> list[dict[str, Any]]:
+    """Of every part and metric: its score alone, its score inside the mix, and what it lost."""
+    if len(side["parts"]) < 2:
+        return []
+    rows = []
+    for key in side["parts"]:
+        role = studio.shelf.cards[key].role
+        pictures = _trained_on(studio, registry, key)
+        if not pictures:
+            continue
+        groups = {"alone": load_pictures([folder / f"alone {key}"]), "inside": load_pictures([folder / arm])}
+        metrics = [METRICS[name] for name in CROSSTALK.get(role, ())]
+        by_role: dict[str, Any] = {role: pictures}
+        found = evaluate(groups, References(**by_role), metrics)
+        rows += [_lost(studio.shelf.cards[key].title, metric, found) for metric in metrics]
+    return rows
+
+
+def _lost(title: str, metric: Any, found: Any) -> dict[str, Any]:
+    alone, inside = (found.summary(group, metric.name).mean for group in ("alone", "inside"))
+    lost = alone - inside if metric.better == "higher" else inside - alone
+    return {"part": title, "metric": metric.name, "alone": alone, "inside": inside, "lost": lost}
+
+
+# The blind vote
+
+
+def study_of(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What voters see, and the key; made once."""
+    from qrlora._files import write_atomically
+
+    paths = folder / "study.json", folder / "key.json"
+    if not paths[1].is_file():
+        proof: dict[str, Any] = json.loads((folder / "proof.json").read_text())
+        arms = {arm: load_pictures([folder / arm]) for arm in proof["arms"]}
+        for path, content in zip(paths, study_data(arms, QUESTION), strict=True):
+            write_atomically(path, json.dumps(content).encode())
+    study, key = (json.loads(path.read_text()) for path in paths)
+    return study, key
+
+
+def count(folder: Path) -> VoteCount:
+    """The tally. DataError if there are no votes to count."""
+    _, key = study_of(folder)
+    results: Sequence[Any] = [json.loads(path.read_text()) for path in sorted((folder / "votes").glob("*.json"))]
+    return count_votes(results, key)

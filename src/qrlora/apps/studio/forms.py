@@ -1,0 +1,104 @@
+"""What pages send: forms and files, bounded."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from pathlib import Path
+from urllib.parse import parse_qsl
+
+from starlette.requests import Request
+
+from qrlora.errors import RequestError
+
+MOST_FORM = 256 * 1024
+MOST_UPLOAD = 64 * 2**20
+"""Bytes of a picture."""
+SECONDS = 60
+"""How long a body may take to come."""
+
+
+async def _chunks(request: Request, most: int, write: object) -> None:
+    done = 0
+    async for chunk in request.stream():
+        done += len(chunk)
+        if done > most:
+            remedy = "scale the picture down" if most == MOST_UPLOAD else "send less"
+            raise RequestError(
+                "too large", status=413, expected=f"at most {most // 1024} KB", got="more", remedy=remedy
+            )
+        write(chunk)  # type: ignore[operator]
+
+
+async def _whole(request: Request, most: int, write: object) -> None:
+    try:
+        await asyncio.wait_for(_chunks(request, most, write), SECONDS)
+    except asyncio.TimeoutError as error:
+        expected = f"all of it within {SECONDS} s"
+        raise RequestError("it did not come", status=408, expected=expected, remedy="send it again") from error
+
+
+async def fields(request: Request) -> Form:
+    """The fields of a form."""
+    body = bytearray()
+    await _whole(request, MOST_FORM, body.extend)
+    return Form(parse_qsl(body.decode("utf-8", "replace"), keep_blank_values=True))
+
+
+async def upload(request: Request, path: Path) -> None:
+    """Write the body of a request to a file; nothing of it is left if it is too large."""
+    try:
+        with path.open("xb") as stream:
+            await _whole(request, MOST_UPLOAD, stream.write)
+    except RequestError:
+        path.unlink(missing_ok=True)
+        raise
+
+
+class Form:
+    """Fields by name; a name may stand for several."""
+
+    def __init__(self, pairs: list[tuple[str, str]]):
+        self.pairs = pairs
+
+    def all(self, name: str) -> list[str]:
+        return [value for key, value in self.pairs if key == name]
+
+    def text(self, name: str, most: int = 4000, default: str = "") -> str:
+        """One field without the white space around it. RequestError if it is longer than `most` characters."""
+        value = next(iter(self.all(name)), default).strip()
+        if len(value) > most:
+            raise RequestError(f"{name} is too long", expected=f"at most {most} characters", got=len(value))
+        return value
+
+    def number(self, name: str, least: float, most: float, default: float) -> float:
+        """A field as a number within bounds. RequestError otherwise."""
+        return number(name, self.text(name) or default, least, most)
+
+
+def number(name: str, value: object, least: float, most: float) -> float:
+    """A value as a number within bounds. RequestError otherwise."""
+    try:
+        found = float(str(value))
+    except ValueError:
+        found = float("nan")
+    if not least <= found <= most:
+        raise RequestError(
+            f"{name} is out of bounds", expected=f"a number from {least:g} to {most:g}", got=str(value)[:40]
+        )
+    return found
+
+
+def weights(text: str) -> dict[str, float]:
+    """`teapot:0.9,chalk:1` as numbers by name; zeros are left out. RequestError for anything else."""
+    found: dict[str, float] = {}
+    for part in filter(None, text.split(",")):
+        name, _, weight = part.rpartition(":")
+        if value := number(f"the weight of {name[:40]}", weight, -10, 10):
+            found[name] = value
+    return found
+
+
+def spelt(weights: Mapping[str, float]) -> str:
+    """The opposite of `weights`."""
+    return ",".join(f"{name}:{weight:g}" for name, weight in weights.items())

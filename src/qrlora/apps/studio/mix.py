@@ -1,0 +1,206 @@
+"""Mix: adapters with weights, seen while the sliders move."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+from fastapi.concurrency import run_in_threadpool
+from starlette.requests import ClientDisconnect
+
+from qrlora.apps.serving.answer import pictures_of, while_there
+from qrlora.apps.serving.app import CLIENT_GONE
+from qrlora.apps.serving.protocol import Settings
+from qrlora.apps.studio import rules
+from qrlora.apps.studio.forms import fields, number, spelt, weights
+from qrlora.apps.studio.pages import error_page, page
+from qrlora.apps.studio.shelf import Card
+from qrlora.apps.studio.state import Studio, registry_for, studio_of
+from qrlora.errors import QrloraError, RegistryError, RequestError
+from qrlora.models.request import Request as Picture
+
+router = APIRouter()
+FIRST_STEPS = 4
+"""Denoising steps of the picture that comes at once."""
+GRID = (0.0, 0.5, 1.0, 1.5)
+SEEDS = 4
+STRONGEST = 2.0
+KEPT = {"Cache-Control": "private, max-age=600"}
+LITTLE, SOME = 0.12, 0.3
+"""Shares of the input directions that two adapters read in common, below which a page says little, or some."""
+
+
+@router.get("/mix")
+def mix(request: Request, c: str = "", n: float | None = None, p: str = "") -> Response:
+    """The page; c, n, p: a composition, its null-space strength and a prompt to begin with."""
+    studio = studio_of(request)
+    studio.look()
+    return page(request, "mix.html", weights=weights(c), null_space=n, prompt=p, seeds=SEEDS, cards=_grouped(studio))
+
+
+@router.get("/mix/cards")
+def cards(request: Request, c: str = "") -> Response:
+    """The adapters alone, for when there are more of them."""
+    studio_of(request).look()
+    return page(request, "part_cards.html", weights=weights(c), cards=_grouped(studio_of(request)))
+
+
+def _grouped(studio: Studio) -> dict[str, list[Card]]:
+    """Cards by role, subjects and styles first."""
+    found: dict[str, list[Card]] = {"subject": [], "style": []}
+    for card in studio.shelf.cards.values():
+        found.setdefault(card.role if card.role in ("subject", "style") else "other", []).append(card)
+    return {role: cards for role, cards in found.items() if cards}
+
+
+@router.get("/picture.png")
+async def picture(
+    request: Request,
+    c: str = "",
+    n: float | None = None,
+    p: str = "",
+    s: int = 0,
+    stage: str = "refined",
+    page: str = "",
+) -> Response:
+    """One picture of a composition. `page`: of one page's previews only the newest is made."""
+    studio = studio_of(request)
+    try:
+        if n is not None:
+            number("the strength", n, 0, 1)
+        if not 0 <= s < 2**63:
+            raise RequestError("no such seed", expected="a whole number from 0", got=s)
+        png = await _made(request, studio, Picture(p.strip()[:4000] or "a picture", s, weights(c), n), stage, page)
+    except ClientDisconnect:
+        return Response(status_code=CLIENT_GONE)
+    except QrloraError as error:
+        return error_page(request, error)
+    return Response(png, media_type="image/png", headers={"Cache-Control": "no-store"})
+
+
+async def _made(request: Request, studio: Studio, wanted: Picture, stage: str, tab: str) -> bytes:
+    facts = await studio.service.facts()
+    steps = min(FIRST_STEPS, facts.steps) if stage == "first" else facts.steps
+    digests = tuple(
+        (studio.shelf.cards[key].digest, w) for key, w in wanted.composition.items() if key in studio.shelf.cards
+    )
+    key = (wanted.prompt, wanted.seed, digests, wanted.null_space, steps)
+    if tab and tab in studio.newest:
+        studio.service.dispatcher.withdraw(studio.newest.pop(tab))
+    if (png := studio.recent.get(key)) is not None:
+        return png
+    job = studio.service.dispatcher.submit(Settings(steps, facts.guidance, facts.side), [wanted])
+    if tab:
+        studio.newest[tab] = job
+    try:
+        [png] = await while_there(request, pictures_of(job), studio.service, job)
+    finally:
+        if studio.newest.get(tab) is job:
+            del studio.newest[tab]
+    studio.recent.put(key, png)
+    return png
+
+
+@router.get("/thumb/{key}.png")
+async def thumb(request: Request, key: str) -> Response:
+    """The picture that an adapter was trained on; else what it does alone, kept on disk by the adapter's digest."""
+    studio = studio_of(request)
+    card = studio.shelf.cards.get(key)
+    if card is None:
+        raise RequestError("no such adapter", status=404, got=key[:60])
+    if card.picture:
+        return Response(
+            await run_in_threadpool(studio.registry.read, card.picture), media_type="image/png", headers=KEPT
+        )
+    path = studio.place / "thumbs" / f"{re.sub('[^0-9a-f]', '', card.digest)[:64] or 'none'}.png"
+    if not path.is_file():
+        try:
+            png = await _made(request, studio, Picture(card.prompt, 0, {key: 1.0}), "refined", "")
+        except ClientDisconnect:
+            return Response(status_code=CLIENT_GONE)
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(png)
+    return Response(path.read_bytes(), media_type="image/png", headers=KEPT)
+
+
+@router.get("/mix/about")
+def about(request: Request, c: str = "", n: float | None = None) -> Response:
+    """What is known of a composition before a picture is made: interference, licence, what the policy says."""
+    studio = studio_of(request)
+    parts = weights(c)
+    return page(
+        request,
+        "part_about.html",
+        pairs=_pairs(studio, parts),
+        little=LITTLE,
+        some=SOME,
+        licence=rules.licence_of(studio, parts),
+        verdict=rules.verdict_of(studio, parts, n),
+        count=len(parts),
+    )
+
+
+def _pairs(studio: Studio, parts: Mapping[str, float]) -> list[dict[str, Any]]:
+    """Interference of each two, most first."""
+    from qrlora.method.composition import Interference
+    from qrlora.method.composition.parts import on_one_basis
+
+    known = studio.model.engine.shelf.adapters if studio.model.ready else {}
+    names = [name for name in parts if name in known]
+    if len(names) < 2 or not on_one_basis([known[name] for name in names]):
+        return []
+    found = Interference.of([(known[name], parts[name]) for name in names]).total
+    pairs = [
+        {
+            "first": studio.shelf.cards[names[i]].title,
+            "second": studio.shelf.cards[names[j]].title,
+            "shared": found.shared_rows[i][j],
+            "cosine": found.cosine[i][j],
+        }
+        for i, j in itertools.combinations(range(len(names)), 2)
+    ]
+    return sorted(pairs, key=lambda pair: -pair["shared"])
+
+
+@router.get("/mix/grid")
+def grid(request: Request, c: str = "", n: float | None = None, p: str = "", s: int = 0) -> Response:
+    """The first two adapters of a composition at every pair of weights; the others as they are."""
+    parts = weights(c)
+    if len(parts) < 2:
+        raise RequestError("a grid needs two adapters", expected="two sliders above zero", got=len(parts))
+    rows, columns, *_ = parts
+    cells = [[spelt(parts | {rows: a, columns: b}) for b in GRID] for a in GRID]
+    titles = [studio_of(request).shelf.cards[key].title for key in (rows, columns)]
+    values: dict[str, Any] = {"cells": cells, "weights": GRID, "titles": titles, "p": p, "s": s, "n": n}
+    return page(request, "part_grid.html", **values)
+
+
+@router.post("/mix/save")
+async def save(request: Request) -> Response:
+    """Keep a composition in the registry."""
+    form, studio, registry = await fields(request), studio_of(request), registry_for(request)
+    parts = weights(form.text("c"))
+    unknown = [key for key in parts if not getattr(studio.shelf.cards.get(key), "reference", "")]
+    from qrlora.apps.studio.records import (
+        add_mix,  # what reads adapters needs torch, which the first page is not to wait for
+    )
+
+    try:
+        if not parts:
+            raise RequestError("nothing to keep", expected="a slider above zero", got="none")
+        if unknown:
+            raise RegistryError(
+                "only registered adapters can be kept in a mix",
+                got=", ".join(unknown),
+                remedy="add them to the library first: the button on their card",
+            )
+        references = {studio.shelf.cards[key].reference: weight for key, weight in parts.items()}
+        strength = form.number("n", 0, 1, 0)
+        name, licence = form.text("name", 128), rules.licence_of(studio, parts)["expression"]
+        kept = add_mix(registry, studio.model.name, references, strength, name, licence)
+    except QrloraError as error:
+        return error_page(request, error)
+    return page(request, "part_saved.html", artifact=kept, policy=rules.there_is_one(registry))

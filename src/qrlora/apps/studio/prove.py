@@ -1,0 +1,223 @@
+"""Prove: two mixes side by side: scores, crosstalk, a brand sheet; and a blind vote with its tally."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import secrets
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+from fastapi.concurrency import run_in_threadpool
+from fastapi.responses import FileResponse
+
+from qrlora._files import make_folder, write_atomically
+from qrlora.apps.serving.answer import pictures_of
+from qrlora.apps.serving.protocol import Settings
+from qrlora.apps.studio.forms import Form, fields
+from qrlora.apps.studio.pages import error_page, page
+from qrlora.apps.studio.state import Studio, person_of, registry_for, studio_of
+from qrlora.errors import QrloraError, RequestError
+from qrlora.models.request import Request as Picture
+from qrlora.operations.registry import Artifact, Registry
+
+router = APIRouter()
+log = logging.getLogger(__name__)
+MOST_PROMPTS, MOST_SEEDS = 8, 8
+ARMS = ("a", "b")
+tasks: set[asyncio.Task[None]] = set()
+"""Comparisons that are being made; asyncio itself holds no task."""
+
+
+@router.get("/prove")
+def prove(request: Request) -> Response:
+    studio = studio_of(request)
+    options = [*studio.registry.search(kind="composition"), *studio.registry.search(kind="adapter")]
+    return page(request, "prove.html", options=[one for one in options if one.names], proofs=_all(studio))
+
+
+def _all(studio: Studio) -> list[dict[str, Any]]:
+    """What was compared so far, newest first."""
+    found = sorted((studio.place / "proofs").glob("*/proof.json"), key=lambda path: -path.stat().st_mtime)
+    return [{"id": path.parent.name, **json.loads(path.read_text())} for path in found[:50]]
+
+
+def _folder(studio: Studio, name: str) -> Path:
+    folder = studio.place / "proofs" / name
+    if not name.isalnum() or not (folder / "proof.json").is_file():
+        raise RequestError("no such comparison", status=404, got=name[:40])
+    return folder
+
+
+def _read(folder: Path, file: str = "proof.json") -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((folder / file).read_text())
+    return content
+
+
+def _write(folder: Path, content: Mapping[str, Any], file: str = "proof.json") -> None:
+    write_atomically(folder / file, json.dumps(content).encode())
+
+
+@router.post("/prove")
+async def begin(request: Request) -> Response:
+    """Begin a comparison; it goes on when the page is left."""
+    form, studio, person = await fields(request), studio_of(request), person_of(request)
+    try:
+        proof = await run_in_threadpool(_asked, registry_for(request), studio, form)
+    except QrloraError as error:
+        return error_page(request, error)
+    name = secrets.token_hex(8)
+    folder = studio.place / "proofs" / name
+    await run_in_threadpool(make_folder, folder)
+    _write(folder, {**proof, "state": "waiting", "by": person})
+    task = asyncio.create_task(_make(studio, folder, studio.registry_of(person)))
+    tasks.add(task)
+    task.add_done_callback(tasks.discard)
+    return Response(status_code=204, headers={"HX-Redirect": f"/prove/{name}"})
+
+
+def _asked(registry: Registry, studio: Studio, form: Form) -> dict[str, Any]:
+    """The comparison that a form asks for, checked before any picture is made."""
+    from qrlora.apps.studio.compare import brand_of
+
+    prompts = [line.strip() for line in form.text("prompts", 8000).splitlines() if line.strip()]
+    seeds = int(form.number("seeds", 1, MOST_SEEDS, 2))
+    if not 0 < len(prompts) <= MOST_PROMPTS:
+        raise RequestError("no prompts to compare on", expected=f"1 to {MOST_PROMPTS} lines", got=len(prompts))
+    sheet = form.text("brand", 100_000)
+    brand_of(sheet)
+    arms = {arm: _arm(studio, registry.get(form.text(arm, 200))) for arm in ARMS}
+    if arms["a"]["digest"] == arms["b"]["digest"]:
+        raise RequestError("a mix compared with itself", expected="two different ones", got=arms["a"]["title"])
+    return {"arms": arms, "prompts": prompts, "seeds": seeds, "brand": sheet, "done": 0, "of": 0}
+
+
+def _arm(studio: Studio, artifact: Artifact) -> dict[str, Any]:
+    """Title, digest, sliders and strength of one side."""
+    from qrlora.apps.studio.forms import weights
+    from qrlora.apps.studio.library import mix_of
+
+    mix = mix_of(studio, artifact)
+    if mix is None:
+        remedy = "the library says what it is made of"
+        raise RequestError(f"the adapters of {artifact.title} are not all on the shelf", remedy=remedy)
+    return {
+        "title": artifact.title,
+        "digest": artifact.digest,
+        "parts": weights(mix["c"]),
+        "null_space": mix["n"] or 0.0,
+    }
+
+
+async def _make(studio: Studio, folder: Path, registry: Registry) -> None:
+    """Make the pictures of both sides and of every part alone, then measure them."""
+    from qrlora.apps.studio.compare import measure
+
+    proof = _read(folder)
+    try:
+        facts = await studio.service.facts()
+        groups = {arm: (side["parts"], side["null_space"]) for arm, side in proof["arms"].items()}
+        parts = {key for side in proof["arms"].values() if len(side["parts"]) > 1 for key in side["parts"]}
+        groups |= {f"alone {key}": ({key: 1.0}, 0.0) for key in sorted(parts)}
+        proof |= {"state": "running", "of": len(groups) * len(proof["prompts"]) * proof["seeds"]}
+        for group, (composition, strength) in groups.items():
+            for number, prompt in enumerate(proof["prompts"]):  # a few at a time: others' previews come between
+                wanted = [Picture(prompt, seed, composition, strength) for seed in range(proof["seeds"])]
+                job = studio.service.dispatcher.submit(Settings(facts.steps, facts.guidance, facts.side), wanted)
+                for seed, png in enumerate(await pictures_of(job)):
+                    path = folder / group / f"{number:02d}-{seed}.png"
+                    write_atomically(path, png, make_folder=True)
+                proof["done"] += proof["seeds"]
+                _write(folder, proof)
+        found = await run_in_threadpool(measure, studio, registry, folder, proof)
+        _write(folder, {**proof, "state": "done", "found": found})
+    except Exception as error:  # whatever it is, the page has to say it
+        if not isinstance(error, QrloraError):
+            log.exception("comparison %s", folder.name)
+        _write(folder, {**proof, "state": "failed", "error": str(error)})
+
+
+@router.get("/prove/{name}")
+def show(request: Request, name: str) -> Response:
+    folder = _folder(studio_of(request), name)
+    part = request.headers.get("hx-target") == "proof"
+    votes = len(list((folder / "votes").glob("*.json")))
+    return page(request, "part_proof.html" if part else "proof.html", proof=_read(folder), name=name, votes=votes)
+
+
+@router.get("/prove/{name}/pictures/{group}/{file}")
+def picture(request: Request, name: str, group: str, file: str) -> Response:
+    path = _folder(studio_of(request), name) / group / file
+    if group not in ARMS or not file.endswith(".png") or "/" in file or ".." in file or not path.is_file():
+        raise RequestError("no such picture", status=404, got=file[:40])
+    return FileResponse(path)
+
+
+# The blind vote
+
+
+@router.get("/prove/{name}/vote")
+def vote(request: Request, name: str) -> Response:
+    """The next pair that this person has not seen, or the end."""
+    from qrlora.apps.studio.compare import study_of
+
+    folder = _folder(studio_of(request), name)
+    data, _ = study_of(folder)
+    given = _given(folder, data["id"], person_of(request))
+    seen = {one["trial"] for one in given["votes"]}
+    trial = next((one for one in data["trials"] if one["id"] not in seen), None)
+    sources = {side: data["pictures"][trial[side]] for side in "ab"} if trial else {}
+    part = "hx-request" in request.headers
+    values: dict[str, Any] = {
+        "name": name,
+        "trial": trial,
+        "sources": sources,
+        "done": len(seen),
+        "of": len(data["trials"]),
+    }
+    return page(request, "part_vote.html" if part else "vote.html", question=data["question"], **values)
+
+
+def _given(folder: Path, study: str, person: str) -> dict[str, Any]:
+    """The votes of one person."""
+    path = folder / "votes" / f"{person.encode().hex()[:120]}.json"
+    return json.loads(path.read_text()) if path.is_file() else {"study": study, "rater": person, "votes": []}
+
+
+@router.post("/prove/{name}/vote")
+async def take_vote(request: Request, name: str) -> Response:
+    form, person = await fields(request), person_of(request)
+    await run_in_threadpool(_count_in, _folder(studio_of(request), name), form, person)
+    return await run_in_threadpool(vote, request, name)
+
+
+def _count_in(folder: Path, form: Form, person: str) -> None:
+    from qrlora.apps.studio.compare import study_of
+
+    data, _ = study_of(folder)
+    trial = next((one for one in data["trials"] if one["id"] == form.text("trial")), None)
+    choice = form.text("choice")
+    if trial is None or choice not in ("left", "right", "tie"):
+        raise RequestError("no such vote", expected="left, right or tie", got=choice[:20], remedy="reload the page")
+    given = _given(folder, data["id"], person)
+    if trial["id"] in {one["trial"] for one in given["votes"]}:
+        return
+    given["votes"].append({"trial": trial["id"], "left": trial["a"], "right": trial["b"], "choice": choice})
+    path = folder / "votes" / f"{person.encode().hex()[:120]}.json"
+    write_atomically(path, json.dumps(given).encode(), make_folder=True)
+
+
+@router.get("/prove/{name}/tally")
+def tally(request: Request, name: str) -> Response:
+    """What the votes say so far. Whoever is still voting does not see it by accident: it has a page of its own."""
+    from qrlora.apps.studio.compare import count
+
+    folder = _folder(studio_of(request), name)
+    try:
+        found = count(folder)
+    except QrloraError as error:
+        return error_page(request, error)
+    return page(request, "part_tally.html", found=found, arms=_read(folder)["arms"])

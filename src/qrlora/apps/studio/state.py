@@ -1,0 +1,121 @@
+"""What all pages share: registry, base model, shelf, training runs; and who asks."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+from pathlib import Path
+
+from starlette.requests import Request
+
+from qrlora._files import make_folder
+from qrlora.apps.serving.dispatch import Job
+from qrlora.apps.serving.protocol import Limits
+from qrlora.apps.serving.service import Service
+from qrlora.apps.studio.model import LazyEngine
+from qrlora.apps.studio.runs import Runs
+from qrlora.apps.studio.shelf import StudioShelf
+from qrlora.operations.registry import Registry, default_actor
+
+PICTURES_KEPT = 256
+DRAIN_SECONDS = 5
+"""How long open pages, which listen for events, may hold up the end."""
+
+
+class Recent:
+    """Pictures by what made them, the last ones asked for."""
+
+    def __init__(self, most: int = PICTURES_KEPT):
+        self.most = most
+        self._pictures: OrderedDict[object, bytes] = OrderedDict()
+
+    def get(self, key: object) -> bytes | None:
+        if key in self._pictures:
+            self._pictures.move_to_end(key)
+        return self._pictures.get(key)
+
+    def put(self, key: object, png: bytes) -> None:
+        self._pictures[key] = png
+        while len(self._pictures) > self.most:
+            self._pictures.popitem(last=False)
+
+
+class Studio:
+    """One studio: a registry, a base model and a folder of adapters beside the registry's, if any.
+
+    Args:
+        keys: of which people log in with one; none: whoever reaches it may use it.
+    """
+
+    def __init__(
+        self,
+        registry: Registry,
+        model: str = "pico",
+        dtype: str = "float32",
+        threads: int | None = None,
+        folder: Path | None = None,
+        keys: Sequence[str] = (),
+    ):
+        self.registry, self.keys = registry, keys
+        self.place = registry.folder / "studio"
+        make_folder(self.place)
+        self.shelf = StudioShelf(registry, self.place / "shelf", folder)
+        self.model = LazyEngine(model, self.shelf.place, dtype, threads)
+        self.service = Service(self.model, Limits(api_keys=keys, drain_seconds=DRAIN_SECONDS))
+        self.recent = Recent()
+        self.newest: dict[str, Job] = {}  # of every open page, the preview that is being made
+        self.runs = Runs(self.place / "runs", self._trained, dtype)
+        self._looking = threading.Lock()
+
+    def start(self) -> None:
+        """Load the model in the background, and go on with runs that wait."""
+        self.shelf.sync()
+        self.model.start(self._begin, self.look)
+        self.runs.start()
+
+    def _begin(self) -> None:
+        from qrlora.apps.studio.records import add_starters  # imports torch, as loading the model does
+
+        if self.model.name == "pico":
+            add_starters(self.registry)
+        self.look()
+
+    def close(self) -> None:
+        self.runs.close()
+        self.model.close()
+
+    def look(self) -> None:
+        """See what is new in registry and folder; blocks."""
+        with self._looking:
+            self.shelf.sync()
+            if self.model.ready:
+                engine = self.model.engine
+                engine.shelf.scan()
+                self.shelf.described(engine.shelf.adapters)
+
+    def registry_of(self, person: str) -> Registry:
+        """The registry, in which this person acts."""
+        return Registry(self.registry.engine, self.registry.store, self.registry.folder, person)
+
+    def _trained(self, folder: Path, person: str) -> str:
+        """Put a finished run's adapter, with its pictures, into the registry; returns its reference."""
+        from qrlora.apps.studio.records import add_trained
+
+        reference = add_trained(self.registry_of(person), folder)
+        self.look()
+        return reference
+
+
+def studio_of(request: Request) -> Studio:
+    studio: Studio = request.app.state.studio
+    return studio
+
+
+def person_of(request: Request) -> str:
+    """Who acts: the name given at the login, else this machine's user."""
+    return str(request.session.get("person") or default_actor())
+
+
+def registry_for(request: Request) -> Registry:
+    return studio_of(request).registry_of(person_of(request))

@@ -1,0 +1,94 @@
+"""The process of one training run: `python -m qrlora.apps.studio.worker FOLDER` (see runs.py)."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qrlora.apps.quiet import hush, wait_passively
+from qrlora.errors import QrloraError
+
+hush()
+wait_passively()
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from qrlora.method.adapter import Adapter
+    from qrlora.models.training.loop import Progress
+
+NICENESS = 5
+"""Previews come first."""
+
+
+class Journal(logging.Handler):
+    """Appends what happens to events.jsonl, and what training notes besides (how new a picture is for a space)."""
+
+    def __init__(self, folder: Path):
+        super().__init__()
+        self.folder = folder
+        logging.getLogger("qrlora").addHandler(self)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.say(note=record.getMessage().replace(f"{self.folder}{os.sep}", ""))
+
+    def say(self, **event: Any) -> None:
+        with (self.folder / "events.jsonl").open("a") as stream:
+            stream.write(json.dumps(event) + "\n")
+
+    def step(self, progress: Progress) -> None:
+        self.say(step=progress.step, loss=round(progress.loss, 5), left=round(progress.seconds_left, 1))
+
+    def sampled(self, step: int, images: Sequence[Image.Image], adapter: Callable[[], Adapter]) -> None:
+        """Keep a sheet's pictures side by side, and the adapter as it was then."""
+        from PIL import Image
+
+        from qrlora._files import write_atomically
+        from qrlora.method.adapter import save_adapter
+        from qrlora.quality.images.png import png_bytes
+
+        strip = Image.new("RGB", (sum(one.width for one in images), images[0].height))
+        for place, image in enumerate(images):
+            strip.paste(image, (place * image.width, 0))
+        stem = self.folder / "steps" / f"step-{step:06d}"
+        if step:
+            made = adapter()
+            spelling = "compact" if made.metadata.on_basis else "lora"
+            save_adapter(made, stem.with_suffix(".safetensors"), spelling=spelling)
+        write_atomically(stem.with_suffix(".png"), png_bytes(strip))
+        self.say(sample=step)
+
+
+def main(folder: Path) -> int:
+    """Train by the folder's recipe, from the newest checkpoint if there is one; returns the exit code."""
+    if hasattr(os, "nice"):
+        os.nice(NICENESS)
+    journal = Journal(folder)
+    try:
+        from qrlora.models.training.loop import TrainingInterrupted, train
+        from qrlora.models.training.outputs import newest
+        from qrlora.models.training.recipe import Recipe
+
+        recipe = Recipe.of(json.loads((folder / "recipe.json").read_text()))
+        try:
+            train(recipe, progress=journal.step, resume=newest(recipe) is not None, sampled=journal.sampled)
+        except TrainingInterrupted as stopped:
+            journal.say(stopped=stopped.step)
+            return 130
+    except QrloraError as error:
+        journal.say(error=str(error))
+        return 2
+    except KeyboardInterrupt:
+        journal.say(stopped=0)
+        return 130
+    journal.say(done=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1])))

@@ -1,0 +1,138 @@
+"""Studios to test: with an engine that makes coloured squares in no time, in this process or behind a real port."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import io
+import json
+import threading
+import time
+from collections.abc import AsyncIterator, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+from starlette.testclient import TestClient
+
+from qrlora.apps.serving import engine as real
+from qrlora.apps.serving.connections import Server
+from qrlora.apps.serving.protocol import Event, Facts, Made, Refused, Settings
+from qrlora.apps.studio.app import create_app
+from qrlora.apps.studio.state import Studio
+from qrlora.errors import MismatchError
+from qrlora.method.adapter import load_adapter
+from qrlora.models.request import Request as Picture
+from qrlora.operations.registry import Registry
+
+SIDE, STEPS = 32, 6
+
+
+class SquareShelf:
+    """The adapters of a folder, as `Shelf` reads them."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.adapters = folder, dict[str, Any]()
+
+    def scan(self) -> None:
+        names = {path.stem for path in self.folder.glob("*.safetensors")}
+        self.adapters = {name: self.adapters.get(name) or self._read(name) for name in sorted(names)}
+
+    def _read(self, name: str) -> Any:
+        return load_adapter(self.folder / f"{name}.safetensors")
+
+
+class SquareEngine:
+    """Makes a square whose colour says what was asked for. Every batch is in `made`; a step takes `step_seconds`."""
+
+    step_seconds = 0.0
+
+    def __init__(self, model: str, folder: Path, dtype: str = "float32", threads: int | None = None):
+        self.model, self.shelf = model, SquareShelf(Path(folder))
+        self.made: list[tuple[Settings, list[Picture]]] = []
+        self.ended: list[Picture] = []
+        self.shelf.scan()
+
+    def close(self) -> None:
+        pass
+
+    async def facts(self) -> Facts:
+        self.shelf.scan()
+        adapters: dict[str, dict[str, Any]] = {name: {} for name in self.shelf.adapters}
+        return Facts(self.model, SIDE, 16, 128, STEPS, 2.0, adapters)
+
+    async def run(self, settings: Settings, pictures: Sequence[Picture], progress: bool) -> AsyncIterator[Event]:
+        self.made.append((settings, list(pictures)))
+        for _ in range(settings.steps):
+            await asyncio.sleep(self.step_seconds)
+        for index, picture in enumerate(pictures):
+            self.ended.append(picture)
+            if unknown := set(picture.composition) - set(self.shelf.adapters):
+                yield Refused(index, MismatchError(f"adapter {sorted(unknown)} is served no more"))
+                continue
+            yield Made(index, square(settings, picture))
+
+
+def square(settings: Settings, picture: Picture) -> bytes:
+    """A PNG whose colour depends on everything that a picture depends on."""
+    asked = [settings.steps, picture.prompt, picture.seed, sorted(picture.composition.items()), picture.null_space]
+    digest = hashlib.sha256(json.dumps(asked).encode()).digest()
+    stream = io.BytesIO()
+    Image.new("RGB", (SIDE, SIDE), tuple(digest[:3])).save(stream, "PNG")
+    return stream.getvalue()
+
+
+def made_studio(place: Path, patch: pytest.MonkeyPatch, **options: Any) -> Studio:
+    """A studio with squares for pictures, its model loaded and the starters in its registry; no training runs."""
+    patch.setattr(real, "Engine", SquareEngine)
+    studio = Studio(Registry.open(place / "registry", actor="ada"), **options)
+    studio.shelf.sync()
+    loading = threading.Thread(target=studio.model.load, args=(studio._begin, studio.look))
+    loading.start()  # as the command does; Playwright has an event loop in this thread
+    loading.join()
+    assert studio.model.failed is None, studio.model.failed
+    return studio
+
+
+class Visitor(TestClient):
+    """A browser without scripts, which sends what the pages' scripts would."""
+
+    def __init__(self, app: Any, address: str = "http://localhost"):
+        super().__init__(app, base_url=address, follow_redirects=False)
+
+    def token(self) -> str:
+        """The session's, from a page."""
+        return self.get("/login").text.split('<meta name="csrf" content="')[1].split('"')[0]
+
+    def submit(self, path: str, content: bytes | None = None, **fields: str) -> Any:
+        """A form, or a file, as htmx or a script posts it."""
+        headers = {"X-CSRF-Token": self.token(), "HX-Request": "true"}
+        if content is not None:
+            return self.post(path, content=content, headers=headers)
+        form = {"Content-Type": "application/x-www-form-urlencoded"}
+        return self.post(path, data=fields, headers=headers | form)
+
+
+@contextlib.contextmanager
+def visiting(studio: Studio, **options: Any) -> Iterator[Visitor]:
+    with Visitor(create_app(studio, **options)) as visitor:
+        yield visitor
+
+
+@contextlib.contextmanager
+def serving(studio: Studio) -> Iterator[str]:
+    """The studio behind a port of this machine; yields its address."""
+    server = Server(studio.service, "127.0.0.1", 0, app=create_app(studio))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    try:
+        until = time.monotonic() + 30
+        while not server.started:
+            assert thread.is_alive() and time.monotonic() < until
+            time.sleep(0.01)
+        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join()
