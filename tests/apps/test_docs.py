@@ -77,6 +77,8 @@ def test_every_command_on_a_page_can_be_typed(page: Path, tmp_path: Path, monkey
         if getattr(options, "recipe", None) and options.recipe.parts[0] != "recipes":
             options.recipe.write_text("\n".join(blocks(page, "toml")))
         if arguments[0] in ("train", "plan"):
+            if str(options.output).startswith("registry:"):  # a file stands in for it when the command runs
+                options.output = "in-the-registry.safetensors"
             recipe_of(options)
 
 
@@ -319,7 +321,7 @@ class Reader:
         images = [Image.open(path) for path in made if path.suffix == ".png"] + [*pictures_of([*self.names.values()])]
         for image in images:
             assert_shows_something(image)
-        if re.search(r"^qrlora generate|\.save\(|generate_mixed|write_bytes", text, re.MULTILINE):
+        if re.search(r"^qrlora generate(?!.* registry:)|\.save\(|generate_mixed|write_bytes", text, re.MULTILINE):
             assert images
         if re.match("qrlora (train|compose|export|import|extract|study|tune)", text):
             assert made
