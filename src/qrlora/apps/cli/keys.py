@@ -16,6 +16,7 @@ import rich_click as click
 
 from qrlora._files import claimed, make_folder, write_atomically
 from qrlora.apps.cli.command import Group, Options, command, hold
+from qrlora.apps.cli.recorded import open_registry, packages, registry_option
 from qrlora.apps.cli.shared import COUNT, PATH, claim, refuse_to_replace
 from qrlora.errors import QrloraError, SignatureError
 
@@ -23,32 +24,10 @@ if TYPE_CHECKING:
     from qrlora.operations.provenance.keys import SigningKey, Trust
     from qrlora.operations.registry import Registry
 
-registry_option = click.option(
-    "--registry", metavar="PLACE", help="folder or database URL of the registry (default: $QRLORA_REGISTRY)"
-)
 signing_option = click.option("--key", required=True, metavar="NAME", help="your private key (`qrlora keys list`)")
 public_option = click.option(
     "--key", required=True, metavar="FILE.pub", help="the public key; or the name of a key in your own folder"
 )
-
-
-@contextlib.contextmanager
-def packages() -> Iterator[None]:
-    """QrloraError with the remedy where the packages of the extra `registry` are not installed."""
-    try:
-        yield
-    except ImportError as error:
-        remedy = "pip install 'qrlora[registry]'"
-        raise QrloraError("keys and signatures need more packages", got=f"no {error.name}", remedy=remedy) from error
-
-
-def open_registry(options: Options, *, create: bool = False) -> Registry:
-    """Open the registry that is asked for, until the command ends. RegistryError if there is none."""
-    with packages():
-        from qrlora.operations.registry import Registry
-    opened = Registry.open(options.registry, create=create)
-    hold(contextlib.closing(opened))
-    return opened
 
 
 def load_trust(registry: Registry) -> Trust:

@@ -11,7 +11,7 @@ import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -47,13 +47,21 @@ recording_option = click.option(
 )
 
 
-def open_registry(options: Options, *, create: bool = True) -> Registry:
-    """Open the registry that is asked for, until the command ends."""
+@contextlib.contextmanager
+def packages() -> Iterator[None]:
+    """QrloraError with the remedy where the packages of the extra `registry` are not installed."""
     try:
-        from qrlora.operations.registry import Registry
+        yield
     except ImportError as error:
         remedy = "pip install 'qrlora[registry]'"
-        raise QrloraError("the registry needs more packages", got=f"no {error.name}", remedy=remedy) from error
+        what = "registries, policies and signatures need more packages"
+        raise QrloraError(what, got=f"no {error.name}", remedy=remedy) from error
+
+
+def open_registry(options: Options, *, create: bool = False) -> Registry:
+    """Open the registry that is asked for, until the command ends. RegistryError if there is none and none is made."""
+    with packages():
+        from qrlora.operations.registry import Registry
     opened = Registry.open(options.registry, create=create)
     hold(contextlib.closing(opened))
     return opened
@@ -69,7 +77,7 @@ def referable(suffix: str = "") -> Callable[[Function], Function]:
         @functools.wraps(run)
         def wrapper(options: Options) -> Any:
             named = [getattr(options, key, None) for key in (*INPUTS, *MODELS, "output")]
-            recorder = Recorder(open_registry(options)) if options.registry or _refers(named) else None
+            recorder = Recorder(open_registry(options, create=True)) if options.registry or _refers(named) else None
             meta = get_current_context().meta
             meta[KEY], meta[PLACE_KEY] = recorder, options.registry
             del options.registry

@@ -17,8 +17,6 @@ from qrlora.operations.provenance.canonical import file_digest
 from qrlora.operations.registry import PREFIX, Artifact, Registry
 from qrlora.operations.registry.intake import add_adapter, add_composition, add_generated
 
-FACTS = ("role", "trigger", "licence", "base_model", "basis_fingerprint")
-
 
 class Governed:
     """Rules and records of one catalog.
@@ -88,6 +86,4 @@ class Governed:
 
 
 def _source(path: Path) -> Source:
-    adapter = load_any(path)
-    facts = {name: getattr(adapter.metadata, name) for name in FACTS}
-    return Source(path.name, file_digest(path), adapter.digest, facts)
+    return Source.of(path, load_any(path))

@@ -33,8 +33,8 @@ from qrlora.operations.registry import Link, Registry
 from qrlora.operations.registry.intake import add_adapter
 from qrlora.quality.metrics.shares import Share
 
-DECISION = "https://qrlora.invalid/pilot-decision/v1"
-"""Type of a decision's predicate. The host does not exist: nothing is fetched from it."""
+DECISION = "urn:qrlora:pilot-decision:v1"
+"""Predicate type of a decision."""
 MAY_DECIDE = ("reviewer", "operator")
 
 StageRun = Callable[[Work], Result]

@@ -18,6 +18,7 @@ from qrlora.errors import RegistryError
 from qrlora.method.adapter import Adapter
 from qrlora.method.space import Space, load_space
 from qrlora.models.exchange import is_ours, load_any
+from qrlora.operations.provenance.perceptual import phash
 from qrlora.operations.registry.bases import add_base as add_base
 from qrlora.operations.registry.bases import trained_under
 from qrlora.operations.registry.records import Artifact, Link
@@ -176,7 +177,7 @@ def add_picture(registry: Registry, path: Path, **described: Any) -> Artifact:
     from qrlora.models.training.pictures import open_picture
 
     image = open_picture(path).image
-    facts = {"width": image.width, "height": image.height, "phash": _phash(image)}
+    facts = {"width": image.width, "height": image.height, "phash": phash(image)}
     return registry.add(path, "picture", facts=facts, **described)
 
 
@@ -234,18 +235,11 @@ def add_generated(
 
     content = picture if isinstance(picture, bytes) else picture.read_bytes()
     with Image.open(io.BytesIO(content)) as image:
-        facts = {**made, "width": image.width, "height": image.height, "phash": _phash(image)}
+        facts = {**made, "width": image.width, "height": image.height, "phash": phash(image)}
     links = [Link("generated_by", origin.digest)] if origin else []
     filename = picture.name if isinstance(picture, Path) else "picture.png"
     described: dict[str, Any] = {"facts": facts, "licence": origin.licence if origin else "", "keep": keep}
     return registry.add(content, "generated", name=name, filename=filename, links=links, **described)
-
-
-def _phash(image: Any) -> str:
-    """64-bit perceptual hash, hexadecimal."""
-    import imagehash
-
-    return str(imagehash.phash(image))
 
 
 def add_report(
