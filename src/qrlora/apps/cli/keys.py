@@ -21,6 +21,7 @@ from qrlora.apps.cli.shared import COUNT, PATH, claim, refuse_to_replace
 from qrlora.errors import QrloraError, SignatureError
 
 if TYPE_CHECKING:
+    from qrlora.operations.provenance.certificates import Certificate
     from qrlora.operations.provenance.keys import SigningKey, Trust
     from qrlora.operations.registry import Registry
 
@@ -36,6 +37,26 @@ def load_trust(registry: Registry) -> Trust:
     from qrlora.operations.registry.signatures import trust_path
 
     return Trust.load(trust_path(registry))
+
+
+c2pa_option = click.option(
+    "--c2pa",
+    metavar="NAME",
+    help="mark each picture with a signed C2PA manifest by this certificate (`qrlora keys certificate`)",
+)
+
+
+def load_certificate(name: str | None) -> Certificate | None:
+    """Return the certificate of --c2pa, before time is spent; say what its end means where that is near."""
+    if not name:
+        return None
+    with packages():
+        from qrlora.operations.provenance import c2pa as _  # noqa: F401
+        from qrlora.operations.provenance.certificates import Certificate
+    signer = Certificate.load(name)
+    if said := signer.check():
+        print(said, file=sys.stderr)
+    return signer
 
 
 def load_key(name: str) -> SigningKey:

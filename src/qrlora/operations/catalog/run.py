@@ -44,6 +44,8 @@ class Governing(Protocol):
 
     def gate(self, cell: Cell, adapters: Mapping[str, Path], use: str) -> str: ...
 
+    def composed(self, batch: Sequence[Picture]) -> list[Picture]: ...
+
     def record(self, pairs: Sequence[tuple[Picture, Outcome]]) -> None: ...
 
 
@@ -127,7 +129,7 @@ class Line:
         """Where its adapter is, under a digest of its recipe and picture: other ones make another adapter."""
         assert item.picture is not None
         record = recipe_for(item, self.file, *self._base(), None).record()
-        digest = recipe_digest(record, item.picture)
+        digest = recipe_digest(record, item.picture, self.settings.base)
         return self.settings.folder / "adapters" / f"{item.role}-{item.folder}-{digest[:12]}.safetensors"
 
     # Pictures
@@ -213,7 +215,7 @@ class Line:
             if not found
         )
         while batch := list(itertools.islice(stream, self.batch_size)):
-            yield batch
+            yield self.governed.composed(batch) if self.governed else batch
 
     # Results
 

@@ -10,9 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from qrlora.method.adapter import Adapter
 from qrlora.operations.policy.check import Verdict, check, enforce, in_force
 from qrlora.operations.policy.combination import Combination, Part, base_of, unfolded
 from qrlora.operations.policy.decisions import now
@@ -20,6 +19,8 @@ from qrlora.operations.policy.rules import Policy
 from qrlora.operations.provenance.canonical import canonical_json, digest_of, file_digest
 from qrlora.operations.registry import Artifact, Registry
 
+if TYPE_CHECKING:
+    from qrlora.method.adapter import Adapter
 
 FACTS = ("role", "trigger", "licence", "base_model", "basis_fingerprint")
 
