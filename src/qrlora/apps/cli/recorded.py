@@ -344,6 +344,10 @@ class Recorder:
 
         self._add(add_report(self.registry, page, about, name=self.name, facts=numbers))
 
+    def brand(self, path: Path) -> Artifact:
+        """A brand sheet."""
+        return self.registry.add(path, "brand")
+
     def registered(self, paths: Iterable[Path]) -> list[Artifact]:
         """Return the artifacts of those pictures that the registry has already."""
         from qrlora.operations.provenance.canonical import file_digest

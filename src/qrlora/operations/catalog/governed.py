@@ -13,6 +13,7 @@ from qrlora.operations.catalog.journal import Outcome
 from qrlora.operations.catalog.plan import Cell, Picture, adapter_name
 from qrlora.operations.catalog.tables import Item, no_registry
 from qrlora.operations.policy.action import Rules, Source, base_in_use, combination_of_files
+from qrlora.operations.policy.combination import Combination
 from qrlora.operations.provenance.canonical import known_digest
 from qrlora.operations.registry import PREFIX, Artifact, Registry
 from qrlora.operations.registry.bases import used_base
@@ -36,6 +37,8 @@ class Governed:
         self.base = base_in_use(registry, model) if registry and needs_base else None
         self.source = functools.lru_cache(maxsize=KEPT)(_source)
         self.artifact = functools.lru_cache(maxsize=KEPT)(self._registered)
+        self.unapproved: list[Combination] = []
+        """What is refused for want of an approval alone."""
         self.compositions: dict[tuple[tuple[tuple[str, float], ...], float], Artifact] = {}
 
     def resolve(self, text: str) -> Path | None:
@@ -66,9 +69,11 @@ class Governed:
         combination = combination_of_files(self.registry, parts, style.null_space, style.prompts, self.base)
         verdicts = self.rules.verdicts("catalog", replace(combination, use=use or None))
         lines = [finding.line() for verdict in verdicts for finding in verdict.refusals]
+        rules = sorted({finding.rule for verdict in verdicts for finding in verdict.refusals})
+        if rules == ["approval"]:
+            self.unapproved.append(combination)
         if lines and self.registry:
             what = f"{cell.product.name} in {style.item.name}"
-            rules = sorted({finding.rule for verdict in verdicts for finding in verdict.refusals})
             self.registry.audit("refused", "catalog", {"what": what, "rules": rules})
         return "; ".join(dict.fromkeys(lines))
 

@@ -19,6 +19,13 @@ FORMAT = 1
 """Raised when the same inputs would give other pictures, so that they are made anew."""
 
 
+def base_digest(model: str) -> str:
+    """Return the digest of a base model: of the names and bytes of all its files."""
+    from qrlora.models.stored import model_files
+
+    return digest_of(canonical_json({name: file_digest(path) for name, path in model_files(model).items()}))
+
+
 @dataclass(frozen=True)
 class Settings:
     """What is the same for every picture of a catalog.
@@ -43,10 +50,8 @@ class Settings:
 
     @functools.cached_property
     def base(self) -> str:
-        """Digest of the base model: the names and bytes of all its files, hashed once in a run."""
-        from qrlora.models.stored import model_files
-
-        return digest_of(canonical_json({name: file_digest(path) for name, path in model_files(self.model).items()}))
+        """Digest of the base model, hashed once in a run."""
+        return base_digest(self.model)
 
     @property
     def sampling(self) -> dict[str, Any]:

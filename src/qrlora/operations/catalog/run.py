@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from qrlora.operations.catalog.engine import Lost, Pool, drain
 from qrlora.operations.catalog.journal import Journal, Outcome
@@ -29,6 +29,9 @@ from qrlora.operations.catalog.plan import (
 )
 from qrlora.operations.catalog.tables import Item, Style, StylesFile, recipe_for
 
+if TYPE_CHECKING:
+    from qrlora.operations.policy.combination import Combination
+
 MOST_ATTEMPTS = 3
 """How often a picture is tried in one run."""
 
@@ -39,6 +42,8 @@ Progress = Callable[[str, int, int, str, float], None]
 @runtime_checkable
 class Governing(Protocol):
     """`governed.Governed`, where a registry or a policy is in play."""
+
+    unapproved: list[Combination]
 
     def register(self, items: Iterable[Item], adapters: Mapping[str, Path]) -> None: ...
 

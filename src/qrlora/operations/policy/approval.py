@@ -50,6 +50,15 @@ def request(registry: Registry, combination: Combination, policy: Policy | None,
     return added
 
 
+def open_request(registry: Registry, combination: Combination, policy: Policy | None) -> Artifact | None:
+    """Return the newest request for the approval of this very thing, if it was asked for."""
+    wanted = about(registry, combination, policy)
+    for one in registry.search(kind="approval", fact=("type", REQUEST)):
+        if asked(registry, one.digest)["about"] == wanted:
+            return one
+    return None
+
+
 def asked(registry: Registry, reference: str) -> dict[str, Any]:
     """Return the record of a request, from its bytes. PolicyError if it is none."""
     artifact = registry.get(reference)
