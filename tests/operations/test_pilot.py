@@ -17,6 +17,9 @@ from qrlora.operations.pilot.costs import Spent, cost_of, projected
 from qrlora.operations.pilot.line import Costs, Gate
 from qrlora.operations.pilot.report import report, texts
 from qrlora.operations.pilot.stages import Group, Result, Row
+from qrlora.operations.provenance.c2pa import read
+from qrlora.operations.provenance.canonical import file_digest
+from qrlora.operations.provenance.certificates import own_roots
 from qrlora.operations.provenance.keys import SigningKey, Trust
 from qrlora.operations.registry import Registry
 from qrlora.quality.metrics.shares import Share
@@ -187,6 +190,44 @@ def test_who_may_decide_and_on_what(opened, people, project):
     assert changed.next == "one_picture", "a changed picture voids what was decided"
     with pytest.raises(PolicyError, match="has to be run first"):
         changed.run("several_styles")
+
+
+@pytest.mark.slow
+def test_the_line_obeys_the_policy_and_its_pictures_are_marked_and_recorded(project, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("QRLORA_KEYS", str(tmp_path / "keys"))
+    monkeypatch.setenv("QRLORA_ACTOR", "ada")
+    place, line = str(tmp_path / "registry"), str(project)
+    assert main(["keys", "new", "ben"]) == 0
+    assert main(["keys", "trust", "ben", "--key", "ben", "--role", "reviewer", "--registry", place]) == 0
+    assert main(["keys", "certificate", "acme", "--organisation", "ACME"]) == 0
+    asked = []
+    for _ in STAGES:
+        capsys.readouterr()
+        options = ["--registry", place, "--require-approval", "--c2pa", "acme", "--json"]
+        assert main(["pilot", "run", line, *options]) in (0, 1)
+        asked.append(json.loads(capsys.readouterr().out).get("to_approve", []))
+        go = ["--go", "--reason", "good", "--key", "ben", "--registry", place]
+        assert main(["pilot", "decide", line, *go]) == 0
+        for one in asked[-1][:1]:
+            assert main(["approval", "approve", one["request"], "--key", "ben", "--registry", place]) == 0
+    assert [len(some) for some in asked] == [0, 2, 3]
+    requests = [{one["request"] for one in some} for some in asked]
+    assert len(requests[1] & requests[2]) == 1, "what was asked for is not asked for again"
+    report_page = project.with_suffix(".pilot") / "reports/several_styles/en/report.html"
+    assert f"qrlora approval approve {asked[1][0]['request']}" in report_page.read_text()
+
+    registry = Registry.open(place)
+    assert {one.kind for one in registry.search(limit=1000)} >= {"brand", "base", "picture", "recipe", "basis"}
+    pictures = sorted((project.with_suffix(".pilot") / "catalog/pictures").rglob("*.png"))
+    assert len(pictures) == 2, "of four cells one is approved"
+    for path in pictures:
+        found = registry.get(file_digest(path))
+        (edge,) = registry.edges(found.digest, relation="generated_by")
+        manifest = read(path.read_bytes(), own_roots())
+        assert (manifest.state, manifest.origin["composition"]) == ("valid", edge.target)
+        assert registry.edges(edge.target, relation="approved_by") and registry.edges(
+            edge.target, relation="measured_by"
+        )
 
 
 def test_a_report_says_what_it_does_not_show(project):

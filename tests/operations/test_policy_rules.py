@@ -14,10 +14,10 @@ import pytest
 
 from company import RULES, Company
 from qrlora.errors import PolicyError, RegistryError
-from qrlora.operations.policy.approval import sign_adapter
 from qrlora.operations.policy.check import Verdict, activate, check, enforce, in_force
 from qrlora.operations.policy.combination import Combination, Part, combination_of
 from qrlora.operations.policy.rules import Policy
+from qrlora.operations.registry.signatures import sign_artifact
 
 
 @pytest.fixture
@@ -25,7 +25,7 @@ def company(tmp_path: Path) -> Company:
     """All that RULES ask for is there."""
     found = Company(tmp_path)
     for adapter in (found.teapot, found.chalk):
-        sign_adapter(found.registry, adapter.digest, found.keys["ada"])
+        sign_artifact(found.registry, adapter, found.keys["ada"])
     found.all_reports(found.combination())
     return found
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import DiffusionPipeline
 from huggingface_hub import snapshot_download
 from peft import LoraConfig
 from peft.tuners.tuners_utils import check_target_module_exists
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from qrlora._reading import parsing
 from qrlora.errors import ModelError, TunerError
-from qrlora.models.families import find_model, from_hub
+from qrlora.models.families import INDEX, find_model, from_hub
 from qrlora.models.families.base import ModelFamily
 
 _FILE = "diffusion_pytorch_model.safetensors"
@@ -87,6 +88,21 @@ def stored_weights(
             remedy="leave targets out for what the family adapts by default",
         )
     return StoredWeights(files, shapes, dtype), family
+
+
+def model_files(model: str | Path) -> dict[str, Path]:
+    """Return the files of a base model by their names in its folder: its index, and all of its components.
+
+    Raises:
+        ModelError: as `load_pipeline`.
+    """
+    source, index_file, index, _ = find_model(str(model))
+    if not Path(source).is_dir():
+        index_file = Path(from_hub(source, DiffusionPipeline.download), INDEX)
+    root = index_file.parent
+    folders = [root / part for part in index if (root / part).is_dir()]
+    files = sorted(path for folder in folders for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(root).as_posix(): path for path in (index_file, *files)}
 
 
 def _opened(path: Path) -> Any:

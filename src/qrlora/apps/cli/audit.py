@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 import rich_click as click
 
 from qrlora.apps.cli.command import Group, Options, command
-from qrlora.apps.cli.keys import load_key, load_trust, open_registry, packages, registry_option, signing_option
+from qrlora.apps.cli.keys import load_key, load_trust, signing_option
+from qrlora.apps.cli.recorded import open_registry, packages, registry_option
 from qrlora.apps.cli.shared import COUNT, PATH, json_option
 from qrlora.errors import QrloraError
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import rich_click as click
 
 from qrlora.apps.cli.command import Options, command, hold
+from qrlora.apps.cli.keys import c2pa_option, load_certificate
 from qrlora.apps.cli.permission import permission_options, place_of
 from qrlora.apps.cli.recorded import open_registry, registry_option
 from qrlora.apps.cli.shared import (
@@ -56,11 +57,13 @@ if TYPE_CHECKING:
 )
 @click.option("--metrics", type=Names(), metavar="NAME,...", help="metrics (default: those without a network)")
 @click.option("--watts", type=NOT_NEGATIVE, default=65, help="power of a worker, for the energy estimate (default: 65)")
+@c2pa_option
 @registry_option
 @permission_options
 @json_option
 def run_catalog(options: Options) -> int:
     """Make what is missing; returns the exit code."""
+    load_certificate(options.c2pa)
     claim(options.output, folder=True)
     governed = _governed(options)
     line = _line(options, governed)
@@ -78,7 +81,7 @@ def _governed(options: Options) -> Governed | None:
     place = place_of(options)
     if not place and not options.policy and not options.require_approval:
         return None
-    registry = open_registry(options, create=False) if place or options.require_approval else None
+    registry = open_registry(options) if place or options.require_approval else None
     from qrlora.operations.catalog.governed import Governed
     from qrlora.operations.policy.action import Rules
 
@@ -105,6 +108,7 @@ def _line(options: Options, governed: Governed | None) -> Line:
         sheet=BrandSheet.load(options.brand) if options.brand else None,
         metrics=tuple(options.metrics) if options.metrics else None,
         threads=options.threads,
+        c2pa=options.c2pa,
         **file.sampling.model_dump(),
     )
     journal = Journal(options.output)

@@ -148,7 +148,11 @@ def run_evaluate(options: Options) -> int:
     found = evaluate(groups, references, metrics, sheet, networks, Bar("picture"))
     page = report(found).write(options.output, {"pictures.csv": found.csv().encode()})
     if recorder := recorder_here():
-        recorder.reported(page, found.data(), _about(recorder, options, adapters, strength if adapters else 0.0))
+        numbers = found.data()
+        if options.brand:
+            shares = [passing[0].value for group in groups if (passing := found.passing(group))]
+            numbers["brand_sheet"] = {"digest": recorder.brand(options.brand).digest, "share": min(shares, default=0.0)}
+        recorder.reported(page, numbers, _about(recorder, options, adapters, strength if adapters else 0.0))
     print(json.dumps(found.data(), indent=2, ensure_ascii=False) if options.json else table(found))
     if not options.json:
         print(shown(page))

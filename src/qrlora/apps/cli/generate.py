@@ -14,6 +14,7 @@ import rich_click as click
 
 from qrlora._files import make_folder, write_all
 from qrlora.apps.cli.command import Options, command
+from qrlora.apps.cli.keys import c2pa_option, load_certificate
 from qrlora.apps.cli.permission import permission_options, permit
 from qrlora.apps.cli.recorded import recorder_here, referable, shown
 from qrlora.apps.cli.shared import (
@@ -39,6 +40,7 @@ from qrlora.errors import PictureError, QrloraError
 
 if TYPE_CHECKING:
     from qrlora.operations.provenance.certificates import Certificate
+    from qrlora.operations.registry import Artifact
 
 
 @command(
@@ -59,11 +61,7 @@ if TYPE_CHECKING:
 @null_space_option
 @sampling_options
 @permission_options
-@click.option(
-    "--c2pa",
-    metavar="NAME",
-    help="mark each picture with a signed C2PA manifest by this certificate (`qrlora keys certificate`)",
-)
+@c2pa_option
 @click.option(
     "-o", "--output", type=PATH, help="folder, or .png for one picture or a grid (default: pictures/ or grid.png)"
 )
@@ -75,7 +73,7 @@ def run_generate(options: Options) -> None:
         _check_grid(options, seeds)
     check_null_space(options.null_space, len(options.adapter))
     paths = _picture_paths(options, seeds)
-    signer = _signer(options)
+    signer = load_certificate(options.c2pa)
     _claim(options, paths)
     adapters = load_weighted(options.adapter, options.model)
     options.null_space = null_space_of(options.null_space, [adapter for adapter, _ in adapters])
@@ -108,10 +106,11 @@ def run_generate(options: Options) -> None:
     finished = {
         path: described_png(image, made) for path, image in zip(paths, images, strict=True) if image is not None
     }
+    origin = _origin(options)
     if signer:
-        finished = _marked(finished, options, paths, adapters, signer)
+        finished = _marked(finished, options, paths, adapters, signer, origin)
     write_all(finished)
-    _record(options, paths, seeds, finished)
+    _record(options, paths, seeds, finished, origin)
     print(*map(shown, finished), sep="\n")
     if failed is not None:
         raise failed
@@ -126,27 +125,24 @@ def _permit(options: Options, adapters: Sequence[tuple[Any, float]]) -> None:
         permit(options, "generate", paths, parts, options.null_space, options.prompt, options.model)
 
 
-def _record(options: Options, paths: Sequence[Path], seeds: Sequence[int], finished: Mapping[Path, Any]) -> None:
-    if recorder := recorder_here():
+def _origin(options: Options) -> Artifact | None:
+    """What the registry in play calls that which makes the pictures; added, if it is not there."""
+    recorder = recorder_here()
+    return recorder.origin(options.adapter, options.null_space, options.model) if recorder else None
+
+
+def _record(
+    options: Options,
+    paths: Sequence[Path],
+    seeds: Sequence[int],
+    finished: Mapping[Path, Any],
+    made_by: Artifact | None,
+) -> None:
+    if (recorder := recorder_here()) and made_by:
         jobs = zip(paths, [(prompt, seed) for prompt in options.prompt for seed in seeds], strict=True)
         settings = {name: getattr(options, name) for name in ("steps", "guidance", "resolution", "grid")}
         made = {path: {"prompt": prompt, "seed": seed, **settings} for path, (prompt, seed) in jobs if path in finished}
-        recorder.generated(made, options.adapter, options.null_space, options.model)
-
-
-def _signer(options: Options) -> Certificate | None:
-    """The certificate of --c2pa, read before time is spent; what its end means is said where that is near."""
-    if not options.c2pa:
-        return None
-    from qrlora.apps.cli.keys import packages
-
-    with packages():
-        from qrlora.operations.provenance import c2pa as _  # noqa: F401
-        from qrlora.operations.provenance.certificates import Certificate
-    signer = Certificate.load(options.c2pa)
-    if said := signer.check():
-        print(said, file=sys.stderr)
-    return signer
+        recorder.generated(made, made_by)
 
 
 def _marked(
@@ -155,21 +151,20 @@ def _marked(
     paths: Sequence[Path],
     adapters: Sequence[Any],
     signer: Certificate,
+    made_by: Artifact | None,
 ) -> dict[Path, bytes]:
-    """The pictures with a manifest each: prompt, seed, and the files of the adapters and their base model."""
-    from qrlora import __version__
+    """The pictures with a manifest each: prompt, seed, the files of the adapters, and what the registry has of them."""
     from qrlora.operations.provenance.c2pa import Origin, mark
     from qrlora.operations.provenance.canonical import file_digest
 
-    base = next((one.metadata.base_digest for one, _ in adapters if one.metadata.base_digest), options.model)
-    parts = [(path.name, file_digest(path), "adapter") for path, _ in options.adapter]
-    licences = " AND ".join(sorted({one.metadata.licence for one, _ in adapters} - {""}))
-    ingredients = (*parts, (options.model, base, "base"))
+    digest = made_by.digest if made_by and options.adapter else ""
+    named = zip(options.adapter, adapters, strict=True)
+    parts = [(path.name, file_digest(path), adapter.metadata) for (path, _), (adapter, _) in named]
     said = [(prompt, seed) for prompt in options.prompt for seed in seeds_of(options)]
     marked = {}
     for path, (prompt, seed) in zip(paths, said, strict=True):
         if path in pictures:
-            origin = Origin(path.name, prompt, seed, __version__, ingredients, licences)
+            origin = Origin.of(parts, options.model, prompt, seed, digest, title=path.name)
             marked[path] = mark(pictures[path], origin, signer)
     return marked
 

@@ -16,39 +16,19 @@ import rich_click as click
 
 from qrlora._files import claimed, make_folder, write_atomically
 from qrlora.apps.cli.command import Group, Options, command, hold
+from qrlora.apps.cli.recorded import open_registry, packages, registry_option
 from qrlora.apps.cli.shared import COUNT, PATH, claim, refuse_to_replace
 from qrlora.errors import QrloraError, SignatureError
 
 if TYPE_CHECKING:
+    from qrlora.operations.provenance.certificates import Certificate
     from qrlora.operations.provenance.keys import SigningKey, Trust
     from qrlora.operations.registry import Registry
 
-registry_option = click.option(
-    "--registry", metavar="PLACE", help="folder or database URL of the registry (default: $QRLORA_REGISTRY)"
-)
 signing_option = click.option("--key", required=True, metavar="NAME", help="your private key (`qrlora keys list`)")
 public_option = click.option(
     "--key", required=True, metavar="FILE.pub", help="the public key; or the name of a key in your own folder"
 )
-
-
-@contextlib.contextmanager
-def packages() -> Iterator[None]:
-    """QrloraError with the remedy where the packages of the extra `registry` are not installed."""
-    try:
-        yield
-    except ImportError as error:
-        remedy = "pip install 'qrlora[registry]'"
-        raise QrloraError("keys and signatures need more packages", got=f"no {error.name}", remedy=remedy) from error
-
-
-def open_registry(options: Options, *, create: bool = False) -> Registry:
-    """Open the registry that is asked for, until the command ends. RegistryError if there is none."""
-    with packages():
-        from qrlora.operations.registry import Registry
-    opened = Registry.open(options.registry, create=create)
-    hold(contextlib.closing(opened))
-    return opened
 
 
 def load_trust(registry: Registry) -> Trust:
@@ -57,6 +37,26 @@ def load_trust(registry: Registry) -> Trust:
     from qrlora.operations.registry.signatures import trust_path
 
     return Trust.load(trust_path(registry))
+
+
+c2pa_option = click.option(
+    "--c2pa",
+    metavar="NAME",
+    help="mark each picture with a signed C2PA manifest by this certificate (`qrlora keys certificate`)",
+)
+
+
+def load_certificate(name: str | None) -> Certificate | None:
+    """Return the certificate of --c2pa, before time is spent; say what its end means where that is near."""
+    if not name:
+        return None
+    with packages():
+        from qrlora.operations.provenance import c2pa as _  # noqa: F401
+        from qrlora.operations.provenance.certificates import Certificate
+    signer = Certificate.load(name)
+    if said := signer.check():
+        print(said, file=sys.stderr)
+    return signer
 
 
 def load_key(name: str) -> SigningKey:

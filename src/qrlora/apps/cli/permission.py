@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, Any
 import rich_click as click
 
 from qrlora.apps.cli.command import Options, together
-from qrlora.apps.cli.recorded import open_registry, place_here, recorder_here
+from qrlora.apps.cli.recorded import open_registry, packages, place_here, recorder_here
 from qrlora.apps.cli.shared import PATH
-from qrlora.errors import QrloraError
 
 if TYPE_CHECKING:
     from qrlora.method.adapter import Adapter
@@ -41,24 +40,11 @@ def rules_of(options: Options) -> Any:
     recorder = recorder_here()
     registry = recorder.registry if recorder else None
     if registry is None and (place or approval):
-        registry = open_registry(Options(registry=place), create=False)
-    try:
+        registry = open_registry(Options(registry=place))
+    with packages():
         from qrlora.operations.policy.action import Rules
-    except ImportError as error:
-        remedy = "pip install 'qrlora[registry]'"
-        raise QrloraError("a policy needs more packages", got=f"no {error.name}", remedy=remedy) from error
     rules = Rules.of(registry, options.policy, approval)
     return None if rules.empty else rules
-
-
-def source_of(path: Path, adapter: Adapter) -> Any:
-    """Return an adapter as the rules see it."""
-    from qrlora.operations.policy.action import Source
-    from qrlora.operations.provenance.canonical import file_digest
-
-    names = ("role", "trigger", "licence", "base_model", "basis_fingerprint")
-    facts = {name: getattr(adapter.metadata, name) for name in names}
-    return Source(path.name, file_digest(path), adapter.digest, facts)
 
 
 def permit(
@@ -79,8 +65,8 @@ def permit(
     rules = rules_of(options)
     if rules is None:
         return
-    from qrlora.operations.policy.action import base_in_use, combination_of_files
+    from qrlora.operations.policy.action import Source, base_in_use, combination_of_files
 
-    sources = [(source_of(path, adapter), weight) for path, (adapter, weight) in zip(paths, parts, strict=True)]
+    sources = [(Source.of(path, adapter), weight) for path, (adapter, weight) in zip(paths, parts, strict=True)]
     base = base_in_use(rules.registry, model) if model and rules.approval else None
     rules.enforce(action, combination_of_files(rules.registry, sources, null_space, prompts, base))

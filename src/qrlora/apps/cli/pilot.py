@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.resources
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,11 +12,15 @@ import rich_click as click
 
 from qrlora._files import make_folder, write_all
 from qrlora.apps.cli.command import Group, Options, command, print_and_exit
+from qrlora.apps.cli.keys import c2pa_option, load_certificate, load_key, load_trust
+from qrlora.apps.cli.permission import permission_options
+from qrlora.apps.cli.recorded import open_registry, packages
 from qrlora.apps.cli.shared import PATH, Bar, json_option, refuse_to_replace
-from qrlora.errors import QrloraError
 
 if TYPE_CHECKING:
-    from qrlora.operations.pilot import Pilot, Scorer
+    from qrlora.operations.pilot import Pilot, Scorer, WholeLine
+    from qrlora.operations.policy.rules import Policy
+    from qrlora.operations.registry import Registry
 
 SAMPLES = ("teapots", "icons")
 LINE = click.argument("line", type=PATH, help="the project file, line.toml")
@@ -65,9 +70,12 @@ def new(options: Options) -> None:
 @LINE
 @REGISTRY
 @click.option("--stage", type=click.Choice(["one_picture", "several_styles", "line"]), help="run this one again")
+@permission_options
+@c2pa_option
 @json_option
 def run(options: Options) -> int:
     """Run a stage; returns 1 if the gate recommends a no-go."""
+    load_certificate(options.c2pa)
     found = _opened(options)
     bars: dict[str, Bar] = {}
 
@@ -83,6 +91,8 @@ def run(options: Options) -> int:
         for check in result.checks:
             value = "not measured" if check.value is None else f"{check.value:.3f}"
             print(f"{check.name}: {value} (limit {check.limit:g}) {'holds' if check.passed else 'does not hold'}")
+        for asked in result.to_approve:
+            print(f"to be approved: {asked.title}: qrlora approval approve {asked.request[:19]} --key NAME")
         print(*(found.report_folder(result.stage, name) / "report.html" for name in found.line.languages), sep="\n")
         print(f"{'a go' if result.passes else 'a no-go'} is recommended; a person decides:")
         print(f"  qrlora pilot decide {options.line} --{'go' if result.passes else 'no-go'} --reason TEXT --key NAME")
@@ -97,15 +107,11 @@ def run(options: Options) -> int:
 @click.option("--key", required=True, metavar="NAME", help="your signing key (`qrlora keys new NAME`)")
 def decide(options: Options) -> None:
     """Sign and record the decision."""
-    from qrlora.operations.provenance.keys import SigningKey, Trust
-
     if options.go is None:
         raise click.UsageError("expected --go or --no-go")
     found = _opened(options)
     stage = found.next
-    digest = found.decide(
-        options.go, options.reason, SigningKey.load(options.key), Trust.load(found.registry.folder / "trust.json")
-    )
+    digest = found.decide(options.go, options.reason, load_key(options.key), load_trust(found.registry))
     print(f"{stage}: {'go' if options.go else 'no-go'}, recorded as {digest[:19]}")
     if found.next and options.go:
         print(f"next: qrlora pilot run {options.line}")
@@ -118,10 +124,9 @@ def decide(options: Options) -> None:
 def status(options: Options) -> int:
     """Print the state; returns 1 if a recorded stage or decision does not hold."""
     from qrlora.operations.pilot import STAGES
-    from qrlora.operations.provenance.keys import Trust
 
     found = _opened(options)
-    faults = found.verify(Trust.load(found.registry.folder / "trust.json"))
+    faults = found.verify(load_trust(found.registry))
     if options.json:
         stages = {name: vars(done) for name, done in found.stages.items()}
         print(json.dumps({"stages": stages, "next": found.next, "faults": faults}, indent=2))
@@ -155,19 +160,26 @@ def study(options: Options) -> None:
 
 
 def _opened(options: Options) -> Pilot:
-    try:
-        from qrlora.operations.pilot import Pilot
-        from qrlora.operations.registry import Registry
-    except ModuleNotFoundError as error:
-        remedy = "pip install 'qrlora[registry]'"
-        raise QrloraError("a pilot needs more packages", got=f"no {error.name}", remedy=remedy) from error
-    import os
-
-    from qrlora.operations.pilot import Line
-
+    with packages():
+        from qrlora.operations.pilot import Line, Pilot
     line = Line.load(options.line)
     place = options.registry or os.environ.get("QRLORA_REGISTRY") or options.line.with_suffix(".pilot") / "registry"
-    return Pilot.open(options.line, Registry.open(place), scorers_of(line))
+    registry = open_registry(Options(registry=str(place)), create=True)
+    return Pilot.open(options.line, registry, scorers_of(line), *_governed(options, registry, line))
+
+
+def _governed(options: Options, registry: Registry, line: Any) -> tuple[WholeLine, Policy | None]:
+    """Stage 3 under the rules in force, its pictures recorded; and the policy that approvals name."""
+    from qrlora.operations.catalog.governed import Governed
+    from qrlora.operations.pilot import WholeLine
+    from qrlora.operations.policy.action import Rules
+
+    rules = Rules.of(registry, getattr(options, "policy", None), getattr(options, "require_approval", False))
+
+    def governed(folder: Path) -> Governed:
+        return Governed(registry, None if rules.empty else rules, folder, line.model)
+
+    return WholeLine(governed=governed, c2pa=getattr(options, "c2pa", None)), next(iter(rules.policies), None)
 
 
 def scorers_of(line: Any) -> dict[str, Scorer]:

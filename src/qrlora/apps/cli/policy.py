@@ -37,7 +37,7 @@ def approval() -> None:
 
 
 def _registry(options: Options) -> Registry | None:
-    return open_registry(options, create=False) if place_of(options) else None
+    return open_registry(options) if place_of(options) else None
 
 
 def _key(options: Options) -> Any:
@@ -146,14 +146,13 @@ def _combination(options: Options, registry: Registry | None) -> Combination:
 
 def _source(text: str, options: Options, registry: Registry | None) -> tuple[Any, float]:
     """Return an adapter, by its file or its name in the registry, and its weight."""
-    from qrlora.apps.cli.permission import source_of
     from qrlora.models.exchange import load_any
     from qrlora.operations.policy.action import Source
     from qrlora.operations.registry import PREFIX
 
     path, weight = weighted_path(text)
     if not text.startswith(PREFIX):
-        return source_of(path, load_any(path)), weight
+        return Source.of(path, load_any(path)), weight
     if registry is None:
         raise QrloraError(f"{text} is in a registry", expected="--registry", got="none")
     found = registry.get(str(path))
@@ -203,7 +202,7 @@ def run_activate(options: Options) -> None:
     from qrlora.operations.policy.check import activate
     from qrlora.operations.policy.rules import Policy
 
-    registry, found = open_registry(options, create=False), Policy.load(options.file)
+    registry, found = open_registry(options), Policy.load(options.file)
     added = activate(registry, found, _key(options) if options.key else None, options.reason)
     print(f"in force: {found.title} ({added.digest[:19]})")
 
@@ -223,7 +222,7 @@ def run_request(options: Options) -> None:
     """Print the digest of the request."""
     from qrlora.operations.policy.approval import request
 
-    registry = open_registry(options, create=False)
+    registry = open_registry(options)
     combination = _combination(options, registry)
     asked = request(registry, combination, _policy_or_none(options, registry), options.note)
     print(f"{combination.title}\nrequest {asked.digest[:19]}")
@@ -240,7 +239,7 @@ def run_approve(options: Options) -> None:
     from qrlora.operations.policy.approval import approve, refers
     from qrlora.operations.policy.decisions import find
 
-    registry = open_registry(options, create=False)
+    registry = open_registry(options)
     found = _policy_or_none(options, registry)
     given = approve(registry, options.request, _key(options), found, days=options.days)
     standing = find(registry, refers(registry, options.request), found)
@@ -257,7 +256,7 @@ def run_reject(options: Options) -> None:
     """Print the digest of the rejection."""
     from qrlora.operations.policy.approval import reject
 
-    found = reject(open_registry(options, create=False), options.request, _key(options), options.reason)
+    found = reject(open_registry(options), options.request, _key(options), options.reason)
     print(f"rejection {found.digest[:19]}")
 
 
@@ -270,20 +269,8 @@ def run_revoke(options: Options) -> None:
     """Print the digest of the revocation."""
     from qrlora.operations.policy.approval import revoke
 
-    found = revoke(open_registry(options, create=False), options.given, _key(options), options.reason)
+    found = revoke(open_registry(options), options.given, _key(options), options.reason)
     print(f"revocation {found.digest[:19]}")
-
-
-@command("sign", "Sign an adapter as its author, where a policy asks for signed adapters")
-@click.argument("adapter", metavar="NAME")
-@registry_option
-@key_option
-def run_sign(options: Options) -> None:
-    """Print the digest of the signature."""
-    from qrlora.operations.policy.approval import sign_adapter
-
-    found = sign_adapter(open_registry(options, create=False), options.adapter, _key(options))
-    print(f"signature {found.digest[:19]}")
 
 
 @command("list", "List requests, approvals, rejections and revocations, newest first")
@@ -292,7 +279,7 @@ def run_list(options: Options) -> None:
     """Print a line for each."""
     from qrlora.operations.policy.decisions import listing
 
-    print(*listing(open_registry(options, create=False)) or ["none"], sep="\n")
+    print(*listing(open_registry(options)) or ["none"], sep="\n")
 
 
 @command(
@@ -310,7 +297,7 @@ def run_verify(options: Options) -> int:
     """Print who has approved it, and what is wrong with other approvals."""
     from qrlora.operations.policy.decisions import find
 
-    registry = open_registry(options, create=False)
+    registry = open_registry(options)
     combination = _combination(options, registry)
     standing = find(registry, combination, _policy_or_none(options, registry))
     until = f", until {standing.expires:%Y-%m-%d}" if standing.expires and standing.expires.year < 9999 else ""
@@ -329,5 +316,5 @@ def _lines(reasons: Sequence[str]) -> None:
 
 for _one in (run_explain, run_check, run_test, run_activate):
     policy.add_command(_one)
-for _one in (run_request, run_approve, run_reject, run_revoke, run_sign, run_list, run_verify):
+for _one in (run_request, run_approve, run_reject, run_revoke, run_list, run_verify):
     approval.add_command(_one)

@@ -11,7 +11,7 @@ import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,8 +23,13 @@ from qrlora.apps.cli.command import Function, Options, hold
 from qrlora.errors import QrloraError, RegistryError
 
 if TYPE_CHECKING:
+    from qrlora.apps.serving.protocol import Finish, Settings
+    from qrlora.models.request import Request
     from qrlora.models.training.recipe import Recipe
     from qrlora.operations.registry import Artifact, Registry
+
+    Mark = Callable[[Request, bytes, str], bytes]
+    """A picture, its PNG and the digest of its composition -> the PNG with a signed manifest."""
 
 PREFIX = "registry:"
 MODELS = ("model", "base")
@@ -47,13 +52,21 @@ recording_option = click.option(
 )
 
 
-def open_registry(options: Options, *, create: bool = True) -> Registry:
-    """Open the registry that is asked for, until the command ends."""
+@contextlib.contextmanager
+def packages() -> Iterator[None]:
+    """QrloraError with the remedy where the packages of the extra `registry` are not installed."""
     try:
-        from qrlora.operations.registry import Registry
+        yield
     except ImportError as error:
         remedy = "pip install 'qrlora[registry]'"
-        raise QrloraError("the registry needs more packages", got=f"no {error.name}", remedy=remedy) from error
+        what = "registries, policies and signatures need more packages"
+        raise QrloraError(what, got=f"no {error.name}", remedy=remedy) from error
+
+
+def open_registry(options: Options, *, create: bool = False) -> Registry:
+    """Open the registry that is asked for, until the command ends. RegistryError if there is none and none is made."""
+    with packages():
+        from qrlora.operations.registry import Registry
     opened = Registry.open(options.registry, create=create)
     hold(contextlib.closing(opened))
     return opened
@@ -69,7 +82,7 @@ def referable(suffix: str = "") -> Callable[[Function], Function]:
         @functools.wraps(run)
         def wrapper(options: Options) -> Any:
             named = [getattr(options, key, None) for key in (*INPUTS, *MODELS, "output")]
-            recorder = Recorder(open_registry(options)) if options.registry or _refers(named) else None
+            recorder = Recorder(open_registry(options, create=True)) if options.registry or _refers(named) else None
             meta = get_current_context().meta
             meta[KEY], meta[PLACE_KEY] = recorder, options.registry
             del options.registry
@@ -239,12 +252,10 @@ class Recorder:
 
     def base(self, model: str) -> Artifact:
         """Return the artifact of the base model that was used; one that is not registered is added."""
-        from qrlora.operations.registry.intake import add_base
+        from qrlora.operations.registry.bases import used_base
 
         if model not in self.artifacts:
-            where = str(Path(model).resolve()) if Path(model).is_dir() else model
-            known = self.registry.search(kind="base", fact=("model", where), deprecated=True)
-            self.artifacts[model] = known[0] if known else add_base(self.registry, model)
+            self.artifacts[model] = used_base(self.registry, model)
         return self.artifacts[model]
 
     def trained(self, path: Path, recipe: Recipe) -> None:
@@ -289,50 +300,53 @@ class Recorder:
         made = self.composition(parts, null_space, model)
         self._add(add_adapter(self.registry, path, name=self.name, links=[Link("exported_from", made.digest)]))
 
-    def generated(
-        self,
-        pictures: Mapping[Path, Mapping[str, Any]],
-        parts: Sequence[tuple[Path, float]],
-        null_space: float,
-        model: str,
-    ) -> list[Artifact]:
-        """Pictures, each with its prompt and seed, by a composition or by the base model alone."""
-        from qrlora.operations.registry.intake import add_generated
+    def origin(self, parts: Sequence[tuple[Path, float]], null_space: float, model: str) -> Artifact:
+        """What makes pictures: a composition, or the base model alone."""
+        return self.composition(parts, null_space, model) if parts else self.base(model)
 
-        origin = self.composition(parts, null_space, model) if parts else self.base(model)
+    def generated(self, pictures: Mapping[Path, Mapping[str, Any]], origin: Artifact) -> None:
+        """Pictures, each with its prompt and seed, by what `origin` returned."""
+        from qrlora.operations.registry.intake import generated
+
         keep = self.name is not None
-        add = functools.partial(add_generated, self.registry, origin=origin, name=self.name, keep=keep)
-        return [self._add(add(path, made=made)) for path, made in pictures.items()]
+        added = [generated(path, origin, made, name=self.name, keep=keep) for path, made in pictures.items()]
+        for one in self.registry.add_many(added):
+            self._add(one)
 
-    def of_server(self, model: str, folder: Path, null_space: float | None) -> Callable[[Any, Any, bytes], None]:
-        """Return what records a picture that a server made of the adapters in a folder."""
+    def of_server(self, model: str, folder: Path, null_space: float | None, mark: Mark | None) -> Finish:
+        """Return what marks (if `mark` is given) and records a picture that a server made of a folder's adapters."""
         from qrlora.method.composition import default_strength
         from qrlora.models.exchange import load_any
         from qrlora.operations.registry.intake import add_generated
 
         paths = {path.stem: path.resolve() for path in folder.glob("*.safetensors")}
-        known = {str(Path(path).resolve()): one for path, one in self.artifacts.items()}
-        self.artifacts |= known
-        made: dict[Any, Artifact] = {}
+        self.artifacts |= {str(Path(path).resolve()): one for path, one in self.artifacts.items()}
+        origins: dict[Any, Artifact] = {}
 
-        def record(picture: Any, settings: Any, png: bytes) -> None:
+        def finish(picture: Request, settings: Settings, png: bytes) -> bytes:
             parts = sorted(picture.composition.items())
-            if (key := (*parts, picture.null_space)) not in made:
+            if (key := (*parts, picture.null_space)) not in origins:
                 strength = null_space if picture.null_space is None else picture.null_space
                 if strength is None:
                     strength = default_strength([load_any(paths[name]) for name, _ in parts])
-                weighted = [(paths[name], weight) for name, weight in parts]
-                made[key] = self.composition(weighted, strength, model) if parts else self.base(model)
+                origins[key] = self.origin([(paths[name], weight) for name, weight in parts], strength, model)
+            if mark:
+                png = mark(picture, png, origins[key].digest if parts else "")
             facts = {"prompt": picture.prompt, "seed": picture.seed, **settings._asdict()}
-            add_generated(self.registry, png, made[key], facts)
+            add_generated(self.registry, png, origins[key], facts)
+            return png
 
-        return record
+        return finish
 
     def reported(self, page: Path, numbers: Mapping[str, Any], about: Iterable[Artifact]) -> None:
         """A report on artifacts."""
         from qrlora.operations.registry.intake import add_report
 
         self._add(add_report(self.registry, page, about, name=self.name, facts=numbers))
+
+    def brand(self, path: Path) -> Artifact:
+        """A brand sheet."""
+        return self.registry.add(path, "brand")
 
     def registered(self, paths: Iterable[Path]) -> list[Artifact]:
         """Return the artifacts of those pictures that the registry has already."""

@@ -64,7 +64,7 @@ def run_add(options: Options) -> int:
     """Add them and print what came of it; exit code 1 if something was left out."""
     if options.name and len(options.what) > 1:
         raise RegistryError("one name for several", expected="one file or folder", got=len(options.what))
-    to = open_registry(options)
+    to = open_registry(options, create=True)
     from qrlora.operations.registry.folders import Intake
 
     found = Intake()
@@ -126,9 +126,7 @@ def _base(to: Registry, model: str | None) -> Artifact | None:
 def run_search(options: Options) -> None:
     """Print the matches as a table, or as JSON."""
     names = ("kind", "role", "owner", "licence", "tag", "deprecated", "limit")
-    found = open_registry(options, create=False).search(
-        options.text, **{name: getattr(options, name) for name in names}
-    )
+    found = open_registry(options).search(options.text, **{name: getattr(options, name) for name in names})
     print_json([as_json(one) for one in found]) if options.json else print_artifacts(found)
 
 
@@ -149,7 +147,7 @@ def _print_alike(where: Registry, options: Options, among: set[str]) -> None:
 @json_option
 def run_show(options: Options) -> None:
     """Print facts, edges and the history of its aliases."""
-    where = open_registry(options, create=False)
+    where = open_registry(options)
     one = where.get(options.reference)
     edges = where.edges(one.digest)
     names = sorted({name.partition("@")[0] for name in (*one.names, *one.aliases)})
@@ -187,7 +185,7 @@ def run_lineage(options: Options) -> None:
     """Print the trees up and down; write the picture."""
     if options.svg:
         claim(options.svg)
-    where = open_registry(options, create=False)
+    where = open_registry(options)
     from qrlora.operations.registry.lineage import draw, graph, lines
 
     found = graph(where, where.get(options.reference))
@@ -221,7 +219,7 @@ def run_alias(options: Options) -> None:
     if not at or (options.remove and options.reference):
         got = options.alias if not at else "both --remove and where to"
         raise RegistryError("no alias to move", expected="NAME@alias, and REFERENCE or --remove", got=got)
-    where = open_registry(options, create=False)
+    where = open_registry(options)
     if options.remove:
         where.remove_alias(name, alias, reason=options.reason, force=options.force)
     elif options.reference or options.protect is not None:
@@ -242,7 +240,7 @@ def run_alias(options: Options) -> None:
 @json_option
 def run_tag(options: Options) -> None:
     """Add them and print the artifact."""
-    where = open_registry(options, create=False)
+    where = open_registry(options)
     where.tag(options.reference, *options.tags)
     _changed(where, options)
 
@@ -257,7 +255,7 @@ def run_deprecate(options: Options) -> None:
     """Set or clear the reason."""
     if bool(options.reason) == options.undo:
         raise RegistryError("nothing to say of it", expected="a reason, or --undo", got="both or neither")
-    where = open_registry(options, create=False)
+    where = open_registry(options)
     where.deprecate(options.reference, options.reason)
     _changed(where, options)
 
@@ -275,7 +273,7 @@ def _changed(where: Registry, options: Options) -> None:
 @json_option
 def run_log(options: Options) -> None:
     """Print the entries, oldest first."""
-    entries = open_registry(options, create=False).log()
+    entries = open_registry(options).log()
     entries = [one for one in entries if options.action in (None, one.action) and options.actor in (None, one.actor)]
     entries = entries[-options.last :] if options.last else entries
     if options.json:

@@ -42,7 +42,7 @@ def run_export_bundle(options: Options) -> None:
     if options.output is None:
         refuse_to_replace(output)
     claim(output)
-    where = open_registry(options, create=False)
+    where = open_registry(options)
     from qrlora.operations.registry.bundle import export_bundle
 
     manifest = export_bundle(where, options.references, output)
@@ -64,7 +64,7 @@ def run_export_bundle(options: Options) -> None:
 @json_option
 def run_import_bundle(options: Options) -> None:
     """Import the bundle; print what came in, under which names, and what was not taken."""
-    where = open_registry(options)
+    where = open_registry(options, create=True)
     from qrlora.operations.registry.bundle import import_bundle
 
     found = import_bundle(where, options.file, options.prefix)
@@ -85,7 +85,7 @@ def run_import_bundle(options: Options) -> None:
 @json_option
 def run_gc(options: Options) -> None:
     """Print the digests of the bytes."""
-    where = open_registry(options, create=False)
+    where = open_registry(options)
     from qrlora.operations.registry.upkeep import remove_unreferenced, unreferenced
 
     found = sorted(remove_unreferenced(where) if options.delete else unreferenced(where))
@@ -111,7 +111,7 @@ def run_gc(options: Options) -> None:
 @json_option
 def run_verify(options: Options) -> int:
     """Print every fault, one a line."""
-    where = open_registry(options, create=False)
+    where = open_registry(options)
     from qrlora.operations.registry.upkeep import verify
 
     faults = verify(where, Bar("object"))
@@ -204,7 +204,7 @@ def features_of(model: str) -> tuple[str, Features]:
 @json_option
 def run_index(options: Options) -> None:
     """Measure and print direction, strength and consistency."""
-    where = open_registry(options, create=False)
+    where = open_registry(options)
     from qrlora.operations.registry.effects import PROMPTS, Probe, effects, index
 
     adapters = [where.get(one) for one in options.references] or of_model(where, options.model)
@@ -228,7 +228,7 @@ def run_card(options: Options) -> None:
     """Write or print the card."""
     if options.output:
         claim(options.output)
-    where = open_registry(options, create=False)
+    where = open_registry(options)
     from qrlora.operations.registry.cards import card
 
     made = card(where, where.get(options.reference))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import signal
@@ -16,13 +17,17 @@ import rich_click as click
 
 from qrlora._reading import read_text
 from qrlora.apps.cli.command import Options, command, hold
+from qrlora.apps.cli.keys import c2pa_option, load_certificate
 from qrlora.apps.cli.permission import permission_options, place_of, rules_of
 from qrlora.apps.cli.recorded import recorder_here, referable
 from qrlora.apps.cli.shared import COUNT, PATH, check_there, model_options, null_space_option
 from qrlora.errors import QrloraError
 
 if TYPE_CHECKING:
-    from qrlora.apps.serving.protocol import Facts, Limits, Permission
+    from qrlora.apps.cli.recorded import Mark
+    from qrlora.apps.serving.protocol import Facts, Finish, Limits, Permission
+    from qrlora.models.request import Request
+    from qrlora.operations.provenance.certificates import Certificate
 
 KEY_VARIABLE = "QRLORA_API_KEY"
 RAY_SETTINGS = {
@@ -48,6 +53,7 @@ RAY_SETTINGS = {
     help="in place of a folder: adapter files, or registry:NAME@alias, each served by its name; given again",
 )
 @click.option("--record", is_flag=True, help="record every picture in the registry before it is sent; not on Ray")
+@c2pa_option
 @model_options
 @click.option("--host", default="127.0.0.1", help="address to listen on (default: this machine alone)")
 @click.option("--port", type=COUNT, default=8000, help="port to listen on (default: 8000)")
@@ -85,10 +91,13 @@ def run_serve(options: Options) -> None:
     elif options.address != "auto":
         check_there(options.address)
     on_ray = options.address or options.engines > 1
-    if options.record and (on_ray or not recorder_here()):
-        got = "several processes" if on_ray else "no registry"
-        expected = "one engine without --address, and --registry PLACE"
-        raise QrloraError("pictures cannot be recorded", expected=expected, got=got, remedy="leave --record out")
+    if options.record and not recorder_here():
+        expected, remedy = "--registry PLACE", "leave --record out"
+        raise QrloraError("pictures cannot be recorded", expected=expected, got="no registry", remedy=remedy)
+    if on_ray and (options.record or options.c2pa):
+        got, remedy = "several processes", "leave --record and --c2pa out"
+        expected = "one engine without --address"
+        raise QrloraError("pictures cannot be recorded or marked", expected=expected, got=got, remedy=remedy)
     try:
         import qrlora.apps.serving.app  # noqa: F401
         from qrlora.apps.serving.protocol import Limits
@@ -132,8 +141,35 @@ def _run_here(options: Options, limits: Limits) -> None:
 
     what = (options.model, options.adapters, options.dtype, options.threads)
     recorder = recorder_here() if options.record else None
-    record = recorder.of_server(options.model, options.adapters, options.null_space) if recorder else None
-    local.run(*what, options.host, options.port, limits, lambda facts: _say_ready(facts, options, limits), record)
+    finish: Finish | None = None
+    mark = _marker(options, signer) if (signer := load_certificate(options.c2pa)) else None
+    if recorder:
+        finish = recorder.of_server(options.model, options.adapters, options.null_space, mark)
+    elif mark:
+        finish = _without_registry(mark)
+    local.run(*what, options.host, options.port, limits, lambda facts: _say_ready(facts, options, limits), finish)
+
+
+def _without_registry(mark: Mark) -> Finish:
+    return lambda picture, _, png: mark(picture, png, "")
+
+
+def _marker(options: Options, signer: Certificate) -> Mark:
+    """What puts a signed manifest into a picture; the adapters' files are hashed now, as they are loaded."""
+    from qrlora.models.exchange import load_any
+    from qrlora.operations.provenance.c2pa import Origin, mark
+    from qrlora.operations.provenance.canonical import file_digest
+
+    paths = {path.stem: path for path in options.adapters.glob("*.safetensors")}
+    digests = {name: file_digest(path) for name, path in paths.items()}
+    metadata = functools.cache(lambda name: load_any(paths[name]).metadata)
+
+    def marked(picture: Request, png: bytes, composition: str) -> bytes:
+        parts = [(paths[name].name, digests[name], metadata(name)) for name in sorted(picture.composition)]
+        origin = Origin.of(parts, options.model, picture.prompt, picture.seed, composition)
+        return mark(png, origin, signer)
+
+    return marked
 
 
 def _gathered(options: Options) -> Path:

@@ -7,11 +7,11 @@ import logging
 import math
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import AsyncIterator, Iterable, Sequence
+from dataclasses import dataclass, field, replace
 
 from qrlora.apps.serving.metrics import Metrics
-from qrlora.apps.serving.protocol import Engines, Made, Refused, Settings, Step
+from qrlora.apps.serving.protocol import Engines, Finish, Made, Refused, Settings, Step
 from qrlora.errors import RequestError
 from qrlora.models.request import Request
 
@@ -45,7 +45,6 @@ class Job:
             yield index, event
 
 
-Record = Callable[[Request, Settings, bytes], None]
 Place = tuple[Job, int]
 """One picture of a request."""
 
@@ -62,8 +61,8 @@ class Dispatcher:
         batch_size: most pictures of a batch.
         queue_length: most pictures that may wait.
         linger: seconds that a batch which is not full waits for others to join.
-        record: told of every picture before its request is; called in another thread. Where it fails, the picture is
-            not handed out.
+        finish: returns the bytes that are handed out of every picture, in another thread. Where it fails, the picture
+            is not handed out.
     """
 
     def __init__(
@@ -75,11 +74,11 @@ class Dispatcher:
         batch_size: int = 8,
         queue_length: int = 256,
         linger: float = 0.01,
-        record: Record | None = None,
+        finish: Finish | None = None,
     ):
         self.engines, self.metrics = engines, metrics
         self.at_once, self.batch_size, self.queue_length, self.linger = at_once, batch_size, queue_length, linger
-        self.record = record
+        self.finish = finish
         self.draining = False
         self._waiting: deque[Place] = deque()
         self._running: dict[asyncio.Task[None], dict[int, Place]] = {}
@@ -180,9 +179,10 @@ class Dispatcher:
                         if job.progress:
                             job.events.put_nowait((index, event))
                 else:
-                    if isinstance(event, Made) and self.record:
+                    if isinstance(event, Made) and self.finish:
                         what = (pictures[event.index], places[0][0].settings, event.png)
-                        await asyncio.get_running_loop().run_in_executor(None, self.record, *what)
+                        png = await asyncio.get_running_loop().run_in_executor(None, self.finish, *what)
+                        event = replace(event, png=png)
                     self.metrics.pictures.inc(isinstance(event, Made))
                     job, index = owed.pop(event.index)
                     told = _as_request_error(event) if isinstance(event, Refused) else event

@@ -8,9 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from qrlora.apps.serving.connections import Server
-from qrlora.apps.serving.dispatch import Record
 from qrlora.apps.serving.engine import Engine
-from qrlora.apps.serving.protocol import Facts, Limits
+from qrlora.apps.serving.protocol import Facts, Finish, Limits
 from qrlora.apps.serving.service import Service
 
 
@@ -23,13 +22,13 @@ def run(
     port: int,
     limits: Limits,
     ready: Callable[[Facts], None],
-    record: Record | None = None,
+    finish: Finish | None = None,
 ) -> None:
     """Serve until SIGINT or SIGTERM; then take no more connections, and let requests come to an end.
 
     Args:
         ready: called once requests are answered.
-        record: as `Dispatcher`.
+        finish: as `Dispatcher`.
 
     Raises:
         ModelError: as `load_pipeline`.
@@ -40,6 +39,6 @@ def run(
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: None)  # uvicorn raises again, when it has ended, what it was told to end by
     try:
-        Server(Service(engine, limits, record), host, port, lambda: ready(facts)).run()
+        Server(Service(engine, limits, finish), host, port, lambda: ready(facts)).run()
     finally:
         engine.close()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -17,6 +17,10 @@ class Settings(NamedTuple):
     steps: int
     guidance: float
     side: int
+
+
+Finish = Callable[[Request, Settings, bytes], bytes]
+"""Marks or records a picture before it is handed out, and returns its PNG."""
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,10 @@ import time
 from collections import OrderedDict
 from typing import TYPE_CHECKING
 
-from qrlora.apps.serving.dispatch import Dispatcher, Job, Record
+from qrlora.apps.serving.dispatch import Dispatcher, Job
 from qrlora.apps.serving.metrics import Metrics
 from qrlora.apps.serving.names import composition_of
-from qrlora.apps.serving.protocol import Engines, Facts, Limits, Settings
+from qrlora.apps.serving.protocol import Engines, Facts, Finish, Limits, Settings
 from qrlora.apps.serving.request import ImageRequest, out_of_bounds, side_of
 from qrlora.errors import RequestError
 from qrlora.models.request import Request
@@ -53,7 +53,7 @@ class Kept:
 class Service:
     """The queue in front of the engines, and what the server knows of them."""
 
-    def __init__(self, engines: Engines, limits: Limits, record: Record | None = None):
+    def __init__(self, engines: Engines, limits: Limits, finish: Finish | None = None):
         self.engines, self.limits, self.metrics = engines, limits, Metrics()
         self.dispatcher = Dispatcher(
             engines,
@@ -61,7 +61,7 @@ class Service:
             at_once=limits.at_once,
             batch_size=limits.batch_size,
             queue_length=limits.queue_length,
-            record=record,
+            finish=finish,
         )
         self.kept = Kept(limits.kept_bytes, limits.kept_seconds)
         self.gate = _gate(limits)

@@ -31,7 +31,10 @@ MOST_STARTS = 3
 """Failed starts in a row after which it gives up."""
 OBJECT_STORE_BYTES = 80 * 2**20
 """Jobs and outcomes are texts; pictures go through the file system."""
-PASSED_ON = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY", "QRLORA_CACHE")
+PASSED_ON = (
+    *("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY"),
+    *("QRLORA_CACHE", "QRLORA_KEYS"),
+)
 QUIET: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False, "configure_logging": True}
 OFFLINE = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
 

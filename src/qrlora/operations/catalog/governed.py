@@ -13,11 +13,14 @@ from qrlora.operations.catalog.journal import Outcome
 from qrlora.operations.catalog.plan import Cell, Picture, adapter_name
 from qrlora.operations.catalog.tables import Item, no_registry
 from qrlora.operations.policy.action import Rules, Source, base_in_use, combination_of_files
-from qrlora.operations.provenance.canonical import file_digest
+from qrlora.operations.policy.combination import Combination
+from qrlora.operations.provenance.canonical import known_digest
 from qrlora.operations.registry import PREFIX, Artifact, Registry
-from qrlora.operations.registry.intake import add_adapter, add_composition, add_generated
+from qrlora.operations.registry.bases import used_base
+from qrlora.operations.registry.intake import add_adapter, composition, generated
 
-FACTS = ("role", "trigger", "licence", "base_model", "basis_fingerprint")
+KEPT = 4096
+"""Adapters and compositions that are remembered."""
 
 
 class Governed:
@@ -29,10 +32,13 @@ class Governed:
     """
 
     def __init__(self, registry: Registry | None, rules: Rules | None, folder: Path, model: str) -> None:
-        self.registry, self.rules, self.folder = registry, rules, folder
+        self.registry, self.rules, self.folder, self.model = registry, rules, folder, model
         needs_base = registry and rules and rules.approval
         self.base = base_in_use(registry, model) if registry and needs_base else None
-        self.source = functools.lru_cache(maxsize=4096)(_source)
+        self.source = functools.lru_cache(maxsize=KEPT)(_source)
+        self.artifact = functools.lru_cache(maxsize=KEPT)(self._registered)
+        self.unapproved: list[Combination] = []
+        """What is refused for want of an approval alone."""
         self.compositions: dict[tuple[tuple[tuple[str, float], ...], float], Artifact] = {}
 
     def resolve(self, text: str) -> Path | None:
@@ -63,31 +69,44 @@ class Governed:
         combination = combination_of_files(self.registry, parts, style.null_space, style.prompts, self.base)
         verdicts = self.rules.verdicts("catalog", replace(combination, use=use or None))
         lines = [finding.line() for verdict in verdicts for finding in verdict.refusals]
+        rules = sorted({finding.rule for verdict in verdicts for finding in verdict.refusals})
+        if rules == ["approval"]:
+            self.unapproved.append(combination)
         if lines and self.registry:
             what = f"{cell.product.name} in {style.item.name}"
-            rules = sorted({finding.rule for verdict in verdicts for finding in verdict.refusals})
             self.registry.audit("refused", "catalog", {"what": what, "rules": rules})
         return "; ".join(dict.fromkeys(lines))
 
+    def composed(self, batch: Sequence[Picture]) -> list[Picture]:
+        """Add the compositions of a batch, and return its pictures with these' digests."""
+        if self.registry is None:
+            return list(batch)
+        if len(self.compositions) > KEPT:
+            self.compositions.clear()
+        keys = dict.fromkeys((one.parts, one.null_space) for one in batch)
+        wanted = [key for key in keys if key not in self.compositions]
+        base, additions = self.base or used_base(self.registry, self.model), []
+        for parts, strength in wanted:
+            found = [(self.artifact(path), weight) for path, weight in parts]
+            additions.append(composition(base, found, strength))
+        self.compositions |= zip(wanted, self.registry.add_many(additions), strict=True)
+        return [replace(one, composition=self.compositions[one.parts, one.null_space].digest) for one in batch]
+
     def record(self, pairs: Sequence[tuple[Picture, Outcome]]) -> None:
-        """Add finished pictures: digest, perceptual hash, and the composition they were made by."""
+        """Add finished pictures in one transaction: digest, perceptual hash, and the composition they were made by."""
         if self.registry is None:
             return
+        additions = []
         for picture, _ in pairs:
             made = {"prompt": picture.prompt, "seed": picture.seed, "key": picture.key}
-            composition = self._composition(picture)
-            add_generated(self.registry, self.folder / picture.file, composition, made)
+            origin = self.registry.get(picture.composition)
+            additions.append(generated(self.folder / picture.file, origin, made))
+        self.registry.add_many(additions)
 
-    def _composition(self, picture: Picture) -> Artifact:
+    def _registered(self, path: str) -> Artifact:
         assert self.registry is not None
-        key = picture.parts, picture.null_space
-        if key not in self.compositions:
-            parts = [(self.registry.get(file_digest(Path(path))), weight) for path, weight in picture.parts]
-            self.compositions[key] = add_composition(self.registry, self.base, parts, picture.null_space)
-        return self.compositions[key]
+        return self.registry.get(known_digest(path))
 
 
 def _source(path: Path) -> Source:
-    adapter = load_any(path)
-    facts = {name: getattr(adapter.metadata, name) for name in FACTS}
-    return Source(path.name, file_digest(path), adapter.digest, facts)
+    return Source.of(path, load_any(path))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import glob
 import hashlib
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,11 +12,18 @@ from typing import Any
 
 from qrlora.models.training.recipe import Recipe
 from qrlora.operations.catalog.tables import PRODUCT, STYLE, Item, Style
-from qrlora.operations.provenance.canonical import canonical_json, digest_of, file_digest
+from qrlora.operations.provenance.canonical import canonical_json, digest_of, file_digest, known_digest
 from qrlora.quality.brand import BrandSheet
 
 FORMAT = 1
 """Raised when the same inputs would give other pictures, so that they are made anew."""
+
+
+def base_digest(model: str) -> str:
+    """Return the digest of a base model: of the names and bytes of all its files."""
+    from qrlora.models.stored import model_files
+
+    return digest_of(canonical_json({name: file_digest(path) for name, path in model_files(model).items()}))
 
 
 @dataclass(frozen=True)
@@ -28,6 +34,7 @@ class Settings:
         folder: of the catalog; on a cluster one that all machines share.
         metrics: names; None computes those whose references are there.
         threads: processor cores of a worker; None leaves torch's own.
+        c2pa: name of the certificate that each picture is marked by; None marks none.
     """
 
     model: str
@@ -39,6 +46,12 @@ class Settings:
     sheet: BrandSheet | None = None
     metrics: tuple[str, ...] | None = None
     threads: int | None = None
+    c2pa: str | None = None
+
+    @functools.cached_property
+    def base(self) -> str:
+        """Digest of the base model, hashed once in a run."""
+        return base_digest(self.model)
 
     @property
     def sampling(self) -> dict[str, Any]:
@@ -51,11 +64,12 @@ class Picture:
     """One picture to make.
 
     Attributes:
-        key: digest of all that decides its pixels.
+        key: digest of all that decides its pixels, and of whose mark its file bears.
         parts: adapter files with weights: the product's, the style's.
         file: where it goes, from the catalog's folder.
         references: pictures it is compared with, by role.
         scored_by: digest of all that decides its scores, but for its pixels.
+        composition: digest of what is registered of its parts; empty without a registry.
     """
 
     key: str
@@ -68,6 +82,7 @@ class Picture:
     file: str
     references: Mapping[str, str] = field(default_factory=dict)
     scored_by: str = ""
+    composition: str = ""
 
 
 @dataclass(frozen=True)
@@ -117,10 +132,11 @@ def pictures(cell: Cell, adapters: Mapping[str, Path], settings: Settings) -> It
     references = {item.role: str(item.picture) for item in (product, style.item) if item.picture}
     made = {
         "format": FORMAT,
-        "model": settings.model,
+        "model": settings.base,
         "dtype": settings.dtype,
         "sampling": settings.sampling,
-        "adapters": [[_digest(str(file)), weight] for file, weight in zip(files, cell.weights, strict=True)],
+        **({"c2pa": settings.c2pa} if settings.c2pa else {}),
+        "adapters": [[known_digest(file), weight] for file, weight in zip(files, cell.weights, strict=True)],
         "null_space": style.null_space,
     }
     scored_by = _scored_by(settings, references)
@@ -150,25 +166,15 @@ def adapter_name(item: Item) -> str:
 
 def _scored_by(settings: Settings, references: Mapping[str, str]) -> str:
     sheet = settings.sheet.model_dump(mode="json") if settings.sheet else None
-    logos = [_digest(str(logo.picture)) for logo in settings.sheet.logo] if settings.sheet else []
-    pictures = {role: _digest(path) for role, path in references.items()}
+    logos = [known_digest(logo.picture) for logo in settings.sheet.logo] if settings.sheet else []
+    pictures = {role: known_digest(path) for role, path in references.items()}
     metrics = list(settings.metrics) if settings.metrics is not None else None
     return digest_of(canonical_json({"sheet": sheet, "logos": logos, "references": pictures, "metrics": metrics}))
 
 
-def _digest(path: str) -> str:
-    found = os.stat(path)
-    return _digest_of(path, found.st_mtime_ns, found.st_size)
-
-
-@functools.lru_cache(maxsize=4096)
-def _digest_of(path: str, _changed: int, _size: int) -> str:
-    return file_digest(Path(path))
-
-
-def recipe_digest(record: Mapping[str, Any], picture: Path) -> str:
-    """Digest of a training run: the recipe without where it reads and writes, and the picture's bytes."""
-    said = {key: value for key, value in record.items() if key not in ("images", "output")}
+def recipe_digest(record: Mapping[str, Any], picture: Path, base: str) -> str:
+    """Digest of a training run: the recipe without where it reads and writes, the picture's bytes, the base model."""
+    said = {key: value for key, value in record.items() if key not in ("images", "output")} | {"model": base}
     digest = hashlib.sha256(canonical_json(said) + file_digest(picture).encode())
     for beside in sorted(picture.parent.glob(f"{glob.escape(picture.stem)}.*")):  # its mask and its caption
         if beside != picture and (beside.suffix == ".txt" or ".mask" in beside.suffixes):

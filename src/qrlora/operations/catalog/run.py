@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from qrlora.operations.catalog.engine import Lost, Pool, drain
 from qrlora.operations.catalog.journal import Journal, Outcome
@@ -29,6 +29,9 @@ from qrlora.operations.catalog.plan import (
 )
 from qrlora.operations.catalog.tables import Item, Style, StylesFile, recipe_for
 
+if TYPE_CHECKING:
+    from qrlora.operations.policy.combination import Combination
+
 MOST_ATTEMPTS = 3
 """How often a picture is tried in one run."""
 
@@ -40,9 +43,13 @@ Progress = Callable[[str, int, int, str, float], None]
 class Governing(Protocol):
     """`governed.Governed`, where a registry or a policy is in play."""
 
+    unapproved: list[Combination]
+
     def register(self, items: Iterable[Item], adapters: Mapping[str, Path]) -> None: ...
 
     def gate(self, cell: Cell, adapters: Mapping[str, Path], use: str) -> str: ...
+
+    def composed(self, batch: Sequence[Picture]) -> list[Picture]: ...
 
     def record(self, pairs: Sequence[tuple[Picture, Outcome]]) -> None: ...
 
@@ -127,7 +134,7 @@ class Line:
         """Where its adapter is, under a digest of its recipe and picture: other ones make another adapter."""
         assert item.picture is not None
         record = recipe_for(item, self.file, *self._base(), None).record()
-        digest = recipe_digest(record, item.picture)
+        digest = recipe_digest(record, item.picture, self.settings.base)
         return self.settings.folder / "adapters" / f"{item.role}-{item.folder}-{digest[:12]}.safetensors"
 
     # Pictures
@@ -213,7 +220,7 @@ class Line:
             if not found
         )
         while batch := list(itertools.islice(stream, self.batch_size)):
-            yield batch
+            yield self.governed.composed(batch) if self.governed else batch
 
     # Results
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from PIL import Image
@@ -30,9 +30,12 @@ from qrlora.models.generation import Request, generate_jobs, generate_mixed
 from qrlora.models.training.loop import train
 from qrlora.operations.catalog.journal import Outcome
 from qrlora.operations.catalog.plan import Picture, Settings, Trained, Training, record_of
-from qrlora.operations.provenance.canonical import digest_of
+from qrlora.operations.provenance.canonical import digest_of, known_digest
 from qrlora.quality.images.read import MeasuredPicture, load_picture
 from qrlora.quality.metrics.table import METRICS, References, compute_metrics, select_metrics
+
+if TYPE_CHECKING:
+    from qrlora.operations.provenance.certificates import Certificate
 
 ADAPTERS = 64
 """Adapters that a worker keeps in memory: all styles, and the products of a few batches."""
@@ -54,6 +57,7 @@ class Worker:
         self.denoiser = self.family.denoiser_of(self.pipe)
         self.adapters: OrderedDict[str, Adapter] = OrderedDict()
         self.references: OrderedDict[str, MeasuredPicture] = OrderedDict()
+        self.signer = _signer(settings.c2pa) if settings.c2pa else None
         self.live: Live | None = None
         self.on_live: OrderedDict[str, None] = OrderedDict()
 
@@ -95,9 +99,23 @@ class Worker:
                 continue
             path = self.settings.folder / picture.file
             make_folder(path.parent)
-            write_atomically(path, _described(image, record_of(picture, self.settings)), rescue=False)
+            write_atomically(path, self._file_of(picture, image), rescue=False)
             outcomes[picture.key] = Outcome(picture.key, seconds=seconds)
         return [self._finished(picture, outcomes[picture.key]) for picture in pictures]
+
+    def _file_of(self, picture: Picture, image: Image.Image) -> bytes:
+        """A PNG that says how it was made; signed, if there is a certificate."""
+        info = PngInfo()
+        info.add_itxt(RECORD, json.dumps(record_of(picture, self.settings), ensure_ascii=False))
+        stream = BytesIO()
+        image.save(stream, "PNG", pnginfo=info)
+        if self.signer is None:
+            return stream.getvalue()
+        from qrlora.operations.provenance.c2pa import Origin, mark
+
+        parts = [(Path(path).name, known_digest(path), self._adapter(path).metadata) for path, _ in picture.parts]
+        what = (self.settings.model, picture.prompt, picture.seed, picture.composition)
+        return mark(stream.getvalue(), Origin.of(parts, *what, title=Path(picture.file).name), self.signer)
 
     def _is_there(self, picture: Picture) -> bool:
         """Whether a file with this key is there: renamed, so whole, by a process that was killed before its row."""
@@ -223,13 +241,10 @@ def _kept(cache: OrderedDict[str, Made], name: str, make: Callable[[], Made]) ->
     return cache[name]
 
 
-def _described(image: Image.Image, made: Mapping[str, Any]) -> bytes:
-    """A PNG that says how it was made."""
-    info = PngInfo()
-    info.add_itxt(RECORD, json.dumps(made, ensure_ascii=False))
-    stream = BytesIO()
-    image.save(stream, "PNG", pnginfo=info)
-    return stream.getvalue()
+def _signer(name: str) -> Certificate:
+    from qrlora.operations.provenance.certificates import Certificate
+
+    return Certificate.load(name)
 
 
 def said(error: Exception) -> str:

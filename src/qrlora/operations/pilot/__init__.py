@@ -5,6 +5,7 @@ work.py        adapters and pictures, each made once
 stages.py      one picture; several styles
 whole_line.py  every product in every style, by the catalog
 costs.py       time, energy, money, storage; what the next stage will take
+recording.py   what it leaves in the registry; requests for approvals
 report.py      a stage's page in English and Japanese (texts.toml)
 project.py     Pilot: which stages have run, on what, and what was decided
 """

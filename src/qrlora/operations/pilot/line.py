@@ -147,7 +147,7 @@ class Line(_Part):
             line = cls.model_validate(fields)
         except ValidationError as error:
             said = "; ".join(f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in error.errors())
-            remedy = "`qrlora pilot schema` prints what a project file may hold"
+            remedy = "`qrlora pilot new --schema` prints what a project file may hold"
             raise DataError(f"{path} is no project file", got=said, remedy=remedy) from error
         return line._placed(path)
 

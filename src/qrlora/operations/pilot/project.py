@@ -22,19 +22,20 @@ from qrlora._reading import read_json
 from qrlora.errors import PolicyError, RegistryError
 from qrlora.models.training.dataset import find_pictures
 from qrlora.operations.pilot.line import STAGES, Item, Line, Stage
+from qrlora.operations.pilot.recording import ask, record
 from qrlora.operations.pilot.report import report
 from qrlora.operations.pilot.stages import Result, one_picture, several_styles
 from qrlora.operations.pilot.whole_line import WholeLine
 from qrlora.operations.pilot.work import Scorer, Show, Work
+from qrlora.operations.policy.rules import Policy
 from qrlora.operations.provenance.canonical import canonical_json, digest_of, file_digest
 from qrlora.operations.provenance.dsse import sign, statement, verify
 from qrlora.operations.provenance.keys import SigningKey, Trust
 from qrlora.operations.registry import Link, Registry
-from qrlora.operations.registry.intake import add_adapter
 from qrlora.quality.metrics.shares import Share
 
-DECISION = "https://qrlora.invalid/pilot-decision/v1"
-"""Type of a decision's predicate. The host does not exist: nothing is fetched from it."""
+DECISION = "urn:qrlora:pilot-decision:v1"
+"""Predicate type of a decision."""
 MAY_DECIDE = ("reviewer", "operator")
 
 StageRun = Callable[[Work], Result]
@@ -64,14 +65,21 @@ class Pilot:
     scorers: Mapping[str, Scorer]
     stages: dict[str, Done]
     whole_line: WholeLine = field(default_factory=WholeLine)
+    policy: Policy | None = None
+    """The one in force, which approvals name."""
 
     @classmethod
     def open(
-        cls, path: Path, registry: Registry, scorers: Mapping[str, Scorer], whole_line: WholeLine | None = None
+        cls,
+        path: Path,
+        registry: Registry,
+        scorers: Mapping[str, Scorer],
+        whole_line: WholeLine | None = None,
+        policy: Policy | None = None,
     ) -> Pilot:
         """Read a project file and its state. DataError as `Line.load`; RegistryError for a damaged state file."""
         line = Line.load(path)
-        pilot = cls(path, line, registry, scorers, {}, whole_line or WholeLine())
+        pilot = cls(path, line, registry, scorers, {}, whole_line or WholeLine(), policy)
         if pilot._state.is_file():
             found = read_json(pilot._state, "state of a pilot", RegistryError)
             try:
@@ -143,10 +151,11 @@ class Pilot:
         with claimed(self.folder, folder=True):
             work = Work(self.line, self.folder, stage, self.scorers, show)
             result = replace(self._stages[stage](work), acceptance=self._acceptance(stage))
+            recorded, combinations = record(self.registry, work, result, self.inputs(stage))
+            result = replace(result, to_approve=ask(self.registry, combinations, self.policy))
             self._write(result)
-            recorded = self._record(work, result)
             at = datetime.now(timezone.utc).isoformat()
-            self.stages[stage] = Done(self.inputs(stage), recorded, result.passes, self.registry.actor, at)
+            self.stages[stage] = Done(self.inputs(stage), recorded.digest, result.passes, self.registry.actor, at)
             self._save()
         return result
 
@@ -162,25 +171,6 @@ class Pilot:
         for language in self.line.languages:
             page = report(result, self.line, dict(self.scorers), language, self.path.name)
             page.write(self.report_folder(result.stage, language))
-
-    def _record(self, work: Work, result: Result) -> str:
-        """Add the adapters and the report to the registry; returns the report's digest."""
-        items = [self.line.subject] if result.stage == "one_picture" else self.line.items
-        record = {"pilot": self.line.name, "inputs": self.inputs(result.stage), **result.to_dict()}
-        found = self.registry.add_record(record, "report", name=f"{self.line.name}/{result.stage.replace('_', '-')}")
-        for item in items:
-            name = f"{self.line.name}/{item.name}"
-            pictures = [
-                self.registry.add(source.picture, "picture", owner=self.line.owner, licence=self.line.licence)
-                for source in find_pictures([item.picture])
-            ]
-            links = [Link("trained_on", picture.digest) for picture in pictures]
-            path = work.adapter_file(item)
-            adapter = add_adapter(
-                self.registry, path, name=name, licence=self.line.licence, owner=self.line.owner, links=links
-            )
-            self.registry.link(adapter.digest, Link("measured_by", found.digest))
-        return found.digest
 
     def _save(self) -> None:
         content = json.dumps({name: vars(done) for name, done in self.stages.items()}, indent=1)

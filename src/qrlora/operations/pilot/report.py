@@ -51,6 +51,7 @@ def report(result: Result, line: Line, scorers: dict[str, Scorer], language: Lan
     sections = [_opening(result, line, say), _gate(result, line, say), *_pictures(result, say)]
     sections += [_crosstalk(result, scorers, say)] if result.crosstalk else []
     sections += [_catalog(result, say)] if result.stage == "line" else []
+    sections += [_approvals(result, say)] if result.to_approve else []
     sections += [_cost(result, line, say), _limits(result, line, scorers, say)]
     subtitle = say("subtitle.go" if result.passes else "subtitle.no")
     return Report(title, subtitle, sections, result.to_dict(), say("footer", file=file))
@@ -131,6 +132,14 @@ def _crosstalk(result: Result, scorers: dict[str, Scorer], say: Words) -> Sectio
         cosine = f"{result.interference[row.style]:+.4f}" if row.style in result.interference else None
         rows.append([row.style, role, f"{row.alone:.3f}", f"{row.composed:.3f}", f"{row.lost:+.3f}", cosine])
     return Section(say("heading.crosstalk"), [Table([say(f"table.{name}") for name in names], rows)])
+
+
+def _approvals(result: Result, say: Words) -> Section:
+    rows: list[list[str | Share | None]] = [
+        [one.title, f"qrlora approval approve {one.request} --key NAME"] for one in result.to_approve
+    ]
+    header = [say("table.composition"), say("table.command")]
+    return Section(say("heading.approvals"), [Table(header, rows)], say("approvals"))
 
 
 def _cost(result: Result, line: Line, say: Words) -> Section:

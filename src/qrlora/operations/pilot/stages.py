@@ -8,13 +8,14 @@ line             every product in every style, by the catalog
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from qrlora.method.composition import Composition
 from qrlora.operations.pilot.costs import Cost, Parameters, cost_of, parameters_of, projected
 from qrlora.operations.pilot.line import STAGES, Gate, Item, Stage
 from qrlora.operations.pilot.work import Work
+from qrlora.operations.policy.combination import Combination
 from qrlora.quality.brand import BrandSheet
 from qrlora.quality.images.read import MeasuredPicture
 from qrlora.quality.metrics.copies import COPY_THRESHOLD
@@ -47,6 +48,8 @@ class Group:
     reasons: Sequence[str] = ()
     copies: Sequence[str] | None = None
     """Names of those that copy a training picture; None where it was not measured."""
+    style: str = ""
+    """Name of the style that they are in beside the subject."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,14 @@ class Check:
     passed: bool
     sure: bool = True
     """False where the interval of a share holds the limit: too few pictures to be sure."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A composition that waits for its approval: what it is, and the digest of the request."""
+
+    title: str
+    request: str
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,6 +89,13 @@ class Result:
     next_cost: Cost | None = None
     parameters: Parameters | None = None
     gate: Gate = field(default_factory=lambda: Gate.model_validate({}))
+    unapproved: Sequence[Combination] = ()
+    """What was refused for want of an approval alone."""
+    to_approve: Sequence[Asked] = ()
+
+    def group_of(self, style: str) -> Group:
+        """Return the pictures of the subject in a style (stages 2 and 3)."""
+        return next(group for group in self.groups if group.style == style)
 
     @property
     def compliance(self) -> Share | None:
@@ -155,6 +173,7 @@ class Result:
                 "cost_per_picture": self.per_picture,
             },
             "checks": [vars(check) for check in self.checks],
+            **({"to_approve": [vars(one) for one in self.to_approve]} if self.to_approve else {}),
             "passes": self.passes,
             "made": self.made,
             "refused": self.refused,
@@ -205,7 +224,8 @@ def several_styles(work: Work) -> Result:
         own = work.pictures([text.format(**called) for text in line.prompts.style], [(style, 1.0)])
         pair = [(subject, 1.0), (style, 1.0)]
         composed = work.pictures([text.format(**called) for text in line.prompts.composed], pair, strength)
-        groups.append(_group(work, f"{subject.name} + {style.name}", composed, "style", style))
+        group = _group(work, f"{subject.name} + {style.name}", composed, "style", style)
+        groups.append(replace(group, style=style.name))
         rows.append(_row(work, style.name, "subject", subject_alone, work.score("subject", subject, composed)))
         rows.append(_row(work, style.name, "style", work.score("style", style, own), groups[-1].score or 0.0))
         parts = [(work.adapter(item), weight) for item, weight in pair]

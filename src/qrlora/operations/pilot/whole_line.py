@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +32,12 @@ class WholeLine:
         pool: makes the workers; one in this process if None.
         governed: given the catalog's folder, what refuses combinations by the policy and records pictures in a
             registry; None does neither.
+        c2pa: name of the certificate that pictures are marked by; None marks none.
     """
 
     pool: Callable[[Settings], Pool] | None = None
     governed: Callable[[Path], Governing] | None = None
+    c2pa: str | None = None
 
     def __call__(self, work: Work) -> Result:
         """Make the catalog in the pilot's folder and return what it found."""
@@ -56,6 +58,7 @@ class WholeLine:
             dtype="float32",
             folder=(work.folder / "catalog").resolve(),
             sheet=BrandSheet.load(line.brand) if line.brand else None,
+            c2pa=self.c2pa,
             **file.sampling.model_dump(),
         )
         settings.folder.mkdir(parents=True, exist_ok=True)
@@ -72,7 +75,8 @@ class WholeLine:
                 catalog.train(pool)
                 catalog.render(pool, catalog.check())
             write(catalog, work.line.costs.watts, "")
-            return _result(work, list(catalog.rows()), journal.spent(), settings.folder)
+            found = _result(work, list(catalog.rows()), journal.spent(), settings.folder)
+            return replace(found, unapproved=governed.unapproved) if governed else found
 
 
 def _styles(work: Work) -> tuple[StylesFile, list[Style]]:
@@ -85,7 +89,6 @@ def _styles(work: Work) -> tuple[StylesFile, list[Style]]:
     fields: dict[str, Any] = {"prompts": prompts, "seeds": list(seeds), "sampling": sampling, "training": training}
     fields["style"] = [{"name": style.name, "adapter": str(_trained(work, style))} for style in line.styles]
     file = StylesFile.model_validate(fields)
-    strength = 0.5 if line.sampling.null_space is None else line.sampling.null_space
     found = []
     for style, given in zip(line.styles, file.style, strict=True):
         item = item_of(
@@ -100,6 +103,7 @@ def _styles(work: Work) -> tuple[StylesFile, list[Style]]:
             tags=(),
             resolve=lambda _: None,
         )
+        strength = work.strength([line.subject, style])
         found.append(Style(item, 1.0, strength, file.prompts, file.seeds))
     return file, found
 
@@ -119,7 +123,7 @@ def _result(work: Work, rows: list[Row], spent: dict[str, tuple[int, float]], fo
         pictures = [load_picture(folder / row.found["file"]) for row in own]
         verdicts = [row.found["passes"] for row in own if row.found.get("passes") is not None]
         passing = Share.of(verdicts) if verdicts else None
-        groups.append(Group(style.name, pictures, work.score("style", style, pictures), passing))
+        groups.append(Group(style.name, pictures, work.score("style", style, pictures), passing, style=style.name))
     seconds = sum(one.seconds for one in work.spent) + sum(seconds for _, seconds in spent.values())
     stored = work.stored() + sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     return Result(

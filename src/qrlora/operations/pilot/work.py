@@ -24,6 +24,7 @@ from qrlora.models.generation import generate_jobs
 from qrlora.models.training.dataset import find_pictures
 from qrlora.models.training.loop import Progress, train
 from qrlora.models.training.recipe import Recipe
+from qrlora.operations.catalog.plan import base_digest
 from qrlora.operations.pilot.costs import Spent
 from qrlora.operations.pilot.line import Item, Line
 from qrlora.operations.provenance.canonical import canonical_json, digest_of, file_digest
@@ -92,6 +93,11 @@ class Work:
         """The base model's pipeline and family, loaded when the first picture or adapter needs it."""
         return load_pipeline(self.line.model)
 
+    @cached_property
+    def base(self) -> str:
+        """Digest of the base model's files."""
+        return base_digest(self.line.model)
+
     def spend(self, what: str, started: float, amount: int) -> None:
         """Add work to the ledger and write it."""
         self.spent.append(Spent(self.stage, what, time.perf_counter() - started, amount))
@@ -113,7 +119,7 @@ class Work:
     def _inputs(self, item: Item) -> str:
         pictures = [file_digest(source.picture) for source in find_pictures([item.picture])]
         record = {key: value for key, value in self.recipe(item).run_record().items() if key != "images"}
-        return digest_of(canonical_json([json.loads(json.dumps(record, default=str)), pictures]))
+        return digest_of(canonical_json([json.loads(json.dumps(record, default=str)), pictures, self.base]))
 
     def adapter(self, item: Item) -> Adapter:
         """The adapter of an item, trained unless it was: an interrupted training goes on from its checkpoint."""
@@ -150,7 +156,7 @@ class Work:
         settings = self.line.sampling
         names = [[self.adapter_file(item).name, weight] for item, weight in adapters]
         options = {name: getattr(settings, name) for name in ("steps", "guidance", "resolution")}
-        common = [self.line.model, names, null_space, options]
+        common = [self.base, names, null_space, options]
         jobs = [(text, settings.seed + i) for i, text in enumerate(islice(cycle(prompts), settings.pictures))]
         files = {job: self._picture_file([*common, *job]) for job in jobs}
         missing = [job for job in jobs if not files[job].is_file()]
@@ -158,6 +164,11 @@ class Work:
             self._generate(missing[start : start + settings.batch_size], files, loaded, null_space, options)
             self.show("generate", min(start + settings.batch_size, len(missing)), len(missing))
         return [_with_prompt(load_picture(files[job]), job[0]) for job in jobs]
+
+    def strength(self, items: Sequence[Item]) -> float:
+        """Null-space strength of a composition of these: the project's, else the default of their roles."""
+        given = self.line.sampling.null_space
+        return default_strength([self.adapter(item) for item in items]) if given is None else given
 
     def _picture_file(self, inputs: Sequence[Any]) -> Path:
         return self.folder / "pictures" / f"{digest_of(canonical_json(list(inputs)))[7:39]}.png"

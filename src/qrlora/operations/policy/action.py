@@ -10,14 +10,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qrlora.operations.policy.check import Verdict, check, enforce, in_force
 from qrlora.operations.policy.combination import Combination, Part, base_of, unfolded
 from qrlora.operations.policy.decisions import Given, now
 from qrlora.operations.policy.rules import Policy
-from qrlora.operations.provenance.canonical import canonical_json, digest_of
+from qrlora.operations.provenance.canonical import canonical_json, digest_of, file_digest
 from qrlora.operations.registry import Artifact, Registry
+
+if TYPE_CHECKING:
+    from qrlora.method.adapter import Adapter
+
+FACTS = ("role", "trigger", "licence", "base_model", "basis_fingerprint")
 
 
 @dataclass(frozen=True)
@@ -28,13 +33,19 @@ class Source:
         title: what a person calls it.
         digest: of its file.
         content: digest of what is in it, the same in every spelling of the file.
-        facts: role, trigger, licence, base_model and basis_fingerprint, of its own metadata.
+        facts: `FACTS`, of its own metadata.
     """
 
     title: str
     digest: str
     content: str
     facts: Mapping[str, Any]
+
+    @classmethod
+    def of(cls, path: Path, adapter: Adapter) -> Source:
+        """Return the adapter that was read from this file."""
+        facts = {name: getattr(adapter.metadata, name) for name in FACTS}
+        return cls(path.name, file_digest(path), adapter.digest, facts)
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from typing import Any
 from qrlora.errors import PolicyError
 from qrlora.operations.policy.combination import Combination, Part, combination_of, same, unfolded
 from qrlora.operations.policy.decisions import APPROVAL, REQUEST, about, differences, may_not, now, read
-from qrlora.operations.policy.findings import SIGNATURE, trust_of
+from qrlora.operations.policy.findings import trust_of
 from qrlora.operations.policy.rules import Policy
 from qrlora.operations.provenance.canonical import canonical_json
 from qrlora.operations.provenance.dsse import sign, statement
@@ -48,6 +48,15 @@ def request(registry: Registry, combination: Combination, policy: Policy | None,
     added = registry.add_record(record, "approval", facts={**asked, "title": combination.title})
     registry.audit("approval-request", added.digest, {"title": combination.title, "note": note})
     return added
+
+
+def open_request(registry: Registry, combination: Combination, policy: Policy | None) -> Artifact | None:
+    """Return the newest request for the approval of this very thing, if it was asked for."""
+    wanted = about(registry, combination, policy)
+    for one in registry.search(kind="approval", fact=("type", REQUEST)):
+        if asked(registry, one.digest)["about"] == wanted:
+            return one
+    return None
 
 
 def asked(registry: Registry, reference: str) -> dict[str, Any]:
@@ -126,22 +135,6 @@ def _decide(
         for one in same(registry, combination_asked(registry, said)):
             registry.link(one.digest, Link("approved_by", added.digest))
     registry.audit(decision, said.get("approval") or added.digest, {"approval": added.digest, "key": key.key_id})
-    return added
-
-
-def sign_adapter(registry: Registry, reference: str, key: SigningKey) -> Artifact:
-    """Sign an adapter as its author."""
-    artifact, person = registry.get(reference), trust_of(registry).person_of(key.key_id)
-    if artifact.kind != "adapter" or "author" not in person.roles:
-        expected = "an adapter, and the key of an author"
-        raise PolicyError(
-            "this is not an author's signature", expected=expected, got=f"{artifact.kind}, {person.roles}"
-        )
-    predicate = {"at": now().isoformat(), "name": artifact.title}
-    envelope = sign(statement(SIGNATURE, [(artifact.title, artifact.digest)], predicate), key)
-    facts = {"type": "signature", "key": key.key_id}
-    added = registry.add(canonical_json(envelope), "approval", filename="signature.json", facts=facts)
-    registry.link(artifact.digest, Link("approved_by", added.digest))
     return added
 
 

@@ -23,7 +23,7 @@ from qrlora.operations.provenance.keys import SigningKey
 from qrlora.operations.registry import Artifact, Link, Registry
 
 NAME, ALIAS = "policy", "active"
-ACTIVATION = "https://qrlora.dev/policy-activation/v1"
+ACTIVATION = "urn:qrlora:policy-activation:v1"
 """Predicate type of an operator's statement that a policy replaces one of a higher version."""
 
 

@@ -22,7 +22,7 @@ from qrlora.operations.provenance.dsse import read_envelope, subjects_of, verify
 from qrlora.operations.provenance.keys import Person, Trust
 from qrlora.operations.registry import Artifact, Registry
 
-APPROVAL = "https://qrlora.dev/approval/v1"
+APPROVAL = "urn:qrlora:approval:v1"
 """Predicate type of what is decided about a combination, and of the revocation of an approval."""
 REQUEST = "approval-request"
 NEVER = datetime.max.replace(tzinfo=timezone.utc)

@@ -14,9 +14,9 @@ from qrlora.errors import PolicyError, QrloraError, bounded
 from qrlora.operations.policy.combination import Combination, Part, leaves, reports, sources
 from qrlora.operations.policy.licences import ADVICE, compute, licence_of_model
 from qrlora.operations.policy.rules import Policy, ScoreRule, Selector, limits
-from qrlora.operations.provenance.dsse import read_envelope, subjects_of, verify
 from qrlora.operations.provenance.keys import Trust
 from qrlora.operations.registry import Artifact, Registry
+from qrlora.operations.registry.signatures import signatures_of, trust_path
 
 
 @dataclass(frozen=True)
@@ -327,35 +327,26 @@ def _signatures(case: Case) -> Iterator[Finding]:
         return
     for one in distinct([part.artifact for part in case.adapters]):
         signers, why = signers_of(case.registry, one)
-        remedy = "its author signs it: `qrlora approval sign ADAPTER --key NAME`"
+        remedy = "its author signs it: `qrlora keys sign registry:NAME --key NAME`"
         got = f"{one.title} is signed by {_listed(signers)}" if signers else f"{one.title}: {why}"
         yield Finding("signatures.adapters", bool(signers), got, "the signature of an author", remedy)
-
-
-SIGNATURE = "https://qrlora.dev/signature/v1"
-"""Predicate type of an author's signature under an adapter."""
 
 
 def signers_of(registry: Registry | None, artifact: Artifact) -> tuple[list[str], str]:
     """Return the names of the authors who signed an artifact, and why there are none."""
     if registry is None:
         return [], "signatures are kept in a registry, and none is in play"
-    why, names = "not signed", list[str]()
-    trust = trust_of(registry)
-    for edge in registry.edges(artifact.digest, relation="approved_by"):
-        found = registry.get(edge.target)
-        try:
-            said, people = verify(read_envelope(registry.read(found)), trust, at=found.created_at)
-            if said["predicateType"] == SIGNATURE and artifact.digest in subjects_of(said):
-                names += [person.name for person in people if "author" in person.roles]
-        except QrloraError as error:
-            why = f"{error.what} ({error.got})"
-    return list(dict.fromkeys(names)), why
+    try:
+        found, faults = signatures_of(registry, artifact, trust_of(registry))
+    except QrloraError as error:  # its own bytes, or the trust file
+        found, faults = [], [error]
+    names = dict.fromkeys(one.person.name for one in found if "author" in one.person.roles)
+    return list(names), "; ".join(f"{fault.what} ({fault.got})" for fault in faults) or "not signed by an author"
 
 
 def trust_of(registry: Registry) -> Trust:
     """Return whom the registry trusts to sign as what."""
-    return Trust.load(registry.folder / "trust.json")
+    return Trust.load(trust_path(registry))
 
 
 RULES: tuple[Callable[[Case], Iterator[Finding]], ...] = (

@@ -11,16 +11,20 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import c2pa
 from cryptography.hazmat.primitives.asymmetric.utils import decode_dss_signature
 
+from qrlora import __version__
 from qrlora.errors import SignatureError
 from qrlora.operations.provenance.certificates import Certificate
 from qrlora.operations.provenance.keys import SigningKey
+
+if TYPE_CHECKING:
+    from qrlora.method.adapter import AdapterMetadata
 
 ORIGIN = "org.qrlora.origin"
 TYPES = {"adapter": "c2pa.types.model.pytorch", "base": "c2pa.types.model", "picture": "c2pa.types.dataset"}
@@ -51,6 +55,29 @@ class Origin:
     ingredients: tuple[tuple[str, str, str], ...] = ()
     licence: str = ""
     composition: str = ""
+
+    @classmethod
+    def of(
+        cls,
+        parts: Sequence[tuple[str, str, AdapterMetadata]],
+        model: str,
+        prompt: str,
+        seed: int | None,
+        composition: str = "",
+        *,
+        title: str = "picture.png",
+    ) -> Origin:
+        """Return the origin of a picture that this program generated.
+
+        Args:
+            parts: name, file's digest and metadata of each adapter.
+            model: name of the base model.
+            composition: digest of what is registered of them; empty without a registry.
+        """
+        base = next((meta.base_digest for _, _, meta in parts if meta.base_digest), model)
+        adapters = ((name, digest, "adapter") for name, digest, _ in parts)
+        licences = " AND ".join(sorted({meta.licence for _, _, meta in parts} - {""}))
+        return cls(title, prompt, seed, __version__, (*adapters, (model, base, "base")), licences, composition)
 
     def manifest(self) -> dict[str, Any]:
         """Return the manifest, as the builder takes it."""

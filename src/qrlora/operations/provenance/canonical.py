@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -38,3 +40,14 @@ def file_digest(path: Path) -> str:
         while block := stream.read(1 << 20):
             digest.update(block)
     return f"sha256:{digest.hexdigest()}"
+
+
+def known_digest(path: str | Path) -> str:
+    """Return the digest of a file, hashed once for as long as its time and size stay."""
+    found = os.stat(path)
+    return _digest_of(str(path), found.st_mtime_ns, found.st_size)
+
+
+@functools.lru_cache(maxsize=4096)
+def _digest_of(path: str, _changed: int, _size: int) -> str:
+    return file_digest(Path(path))

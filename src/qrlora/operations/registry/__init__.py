@@ -17,7 +17,7 @@ effects.py     what adapters do to pictures: search by effect, hidden triggers
 cards.py       model cards
 """
 
-from qrlora.operations.registry.records import KINDS, RELATIONS, Artifact, Edge, Link, Move
+from qrlora.operations.registry.records import KINDS, RELATIONS, Addition, Artifact, Edge, Link, Move
 from qrlora.operations.registry.references import PREFIX
 from qrlora.operations.registry.registry import Registry, default_actor, default_place
 
@@ -25,6 +25,7 @@ __all__ = [
     "KINDS",
     "PREFIX",
     "RELATIONS",
+    "Addition",
     "Artifact",
     "Edge",
     "Link",

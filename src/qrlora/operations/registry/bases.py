@@ -33,18 +33,21 @@ def add_base(registry: Registry, model: str, **described: Any) -> Artifact:
 def base_record(model: str) -> dict[str, Any]:
     """Return the family of a base model, the digest of each of its files, and of each matrix of its denoiser."""
     from qrlora.method.basis.identity import weight_digest
-    from qrlora.models.families import find_model
-    from qrlora.models.stored import stored_weights
+    from qrlora.models.stored import model_files, stored_weights
 
-    _, index_file, index, family = find_model(model)
-    weights, _ = stored_weights(model, ".+")
-    folders = [index_file.parent / part for part in index if (index_file.parent / part).is_dir()]
-    files = [index_file, *sorted(path for folder in folders for path in folder.rglob("*") if path.is_file())]
+    weights, family = stored_weights(model, ".+")
     return {
         "family": family.name,
-        "files": {path.relative_to(index_file.parent).as_posix(): file_digest(path) for path in files},
+        "files": {name: file_digest(path) for name, path in model_files(model).items()},
         "layers": {layer: weight_digest(weights[layer]) for layer in weights},
     }
+
+
+def used_base(registry: Registry, model: str) -> Artifact:
+    """Return the base model that is registered from this place, without hashing it again; one that is not is added."""
+    where = str(Path(model).resolve()) if Path(model).is_dir() else model
+    known = registry.search(kind="base", fact=("model", where), deprecated=True)
+    return known[0] if known else add_base(registry, model)
 
 
 def check_base(registry: Registry, base: Artifact) -> str:

@@ -18,9 +18,11 @@ from qrlora.errors import RegistryError
 from qrlora.method.adapter import Adapter
 from qrlora.method.space import Space, load_space
 from qrlora.models.exchange import is_ours, load_any
+from qrlora.operations.provenance.canonical import canonical_json
+from qrlora.operations.provenance.perceptual import phash
 from qrlora.operations.registry.bases import add_base as add_base
 from qrlora.operations.registry.bases import trained_under
-from qrlora.operations.registry.records import Artifact, Link
+from qrlora.operations.registry.records import Addition, Artifact, Link
 from qrlora.operations.registry.registry import Registry
 
 Parts = Sequence[tuple[Artifact, float]]
@@ -176,29 +178,18 @@ def add_picture(registry: Registry, path: Path, **described: Any) -> Artifact:
     from qrlora.models.training.pictures import open_picture
 
     image = open_picture(path).image
-    facts = {"width": image.width, "height": image.height, "phash": _phash(image)}
+    facts = {"width": image.width, "height": image.height, "phash": phash(image)}
     return registry.add(path, "picture", facts=facts, **described)
 
 
-def add_composition(
-    registry: Registry,
-    base: Artifact | None,
-    parts: Parts,
-    null_space: float = 0.0,
-    *,
-    name: str | None = None,
-    licence: str = "",
-    owner: str = "",
-    tags: Iterable[str] = (),
-) -> Artifact:
-    """Add a composition: which adapters, at which weights, on which base model.
-
-    The order of the parts makes no other composition.
+def composition(base: Artifact | None, parts: Parts, null_space: float = 0.0, **described: Any) -> Addition:
+    """A composition: which adapters, at which weights, on which base model. The order of the parts makes no other one.
 
     Args:
         base: the base model; None if it is not known.
         parts: registered adapters with their weights.
         null_space: strength of the null-space projection.
+        described: name, owner, licence and tags, as of `Addition`.
     """
     ordered = sorted(parts, key=lambda part: (part[0].digest, part[1]))
     bases = sorted({str(part.facts.get("basis_fingerprint") or "") for part, _ in ordered} - {""})
@@ -210,20 +201,26 @@ def add_composition(
     }
     links = [Link("based_on", base.digest)] if base else []
     links += [Link("composed_of", part.digest, float(weight), float(null_space)) for part, weight in ordered]
-    described: dict[str, Any] = {"name": name, "licence": licence, "owner": owner, "tags": tags}
-    return registry.add_record(record, "composition", filename="composition.json", links=links, **described)
+    described = {"filename": "composition.json", "facts": record, "links": links, **described}
+    return Addition(canonical_json(record), "composition", **described)
 
 
-def add_generated(
-    registry: Registry,
+def add_composition(
+    registry: Registry, base: Artifact | None, parts: Parts, null_space: float = 0.0, **described: Any
+) -> Artifact:
+    """Add a composition. Arguments: as `composition`."""
+    return registry.add_many([composition(base, parts, null_space, **described)])[0]
+
+
+def generated(
     picture: bytes | Path,
     origin: Artifact | None,
     made: Mapping[str, Any],
     *,
     name: str | None = None,
     keep: bool = False,
-) -> Artifact:
-    """Add a generated picture: its exact digest, its perceptual hash, and what it was made with.
+) -> Addition:
+    """A generated picture: its exact digest, its perceptual hash, and what it was made with.
 
     Args:
         origin: the composition, adapter or base model that made it.
@@ -234,18 +231,18 @@ def add_generated(
 
     content = picture if isinstance(picture, bytes) else picture.read_bytes()
     with Image.open(io.BytesIO(content)) as image:
-        facts = {**made, "width": image.width, "height": image.height, "phash": _phash(image)}
+        facts = {**made, "width": image.width, "height": image.height, "phash": phash(image)}
     links = [Link("generated_by", origin.digest)] if origin else []
     filename = picture.name if isinstance(picture, Path) else "picture.png"
-    described: dict[str, Any] = {"facts": facts, "licence": origin.licence if origin else "", "keep": keep}
-    return registry.add(content, "generated", name=name, filename=filename, links=links, **described)
+    licence = origin.licence if origin else ""
+    return Addition(content, "generated", name, filename, licence=licence, facts=facts, links=links, keep=keep)
 
 
-def _phash(image: Any) -> str:
-    """64-bit perceptual hash, hexadecimal."""
-    import imagehash
-
-    return str(imagehash.phash(image))
+def add_generated(
+    registry: Registry, picture: bytes | Path, origin: Artifact | None, made: Mapping[str, Any], **described: Any
+) -> Artifact:
+    """Add a generated picture. Arguments: as `generated`."""
+    return registry.add_many([generated(picture, origin, made, **described)])[0]
 
 
 def add_report(

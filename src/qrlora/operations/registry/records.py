@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -45,6 +46,31 @@ class Link:
     target: str
     weight: float | None = None
     null_space: float | None = None
+
+
+@dataclass(frozen=True)
+class Addition:
+    """An object that is about to be added.
+
+    Attributes:
+        source: a file, or its bytes.
+        name: of which it becomes the newest version (unless it is that already).
+        facts: what was read from it; JSON.
+        links: edges from it to artifacts that are in the registry, or before it among those that are added.
+        keep: False holds digest and facts alone.
+    """
+
+    source: Path | bytes
+    kind: str
+    name: str | None = None
+    filename: str | None = None
+    role: str = ""
+    owner: str = ""
+    licence: str = ""
+    facts: Mapping[str, Any] | None = None
+    links: Sequence[Link] = ()
+    tags: Iterable[str] = ()
+    keep: bool = True
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from qrlora.operations.provenance.audit import GENESIS, Entry, entry_hash
 from qrlora.operations.provenance.canonical import canonical_json, file_digest
 from qrlora.operations.registry.database import connect, reading, writing
 from qrlora.operations.registry.queries import find, load, matching, utc
-from qrlora.operations.registry.records import KINDS, RELATIONS, Artifact, Edge, Link, Move
+from qrlora.operations.registry.records import KINDS, RELATIONS, Addition, Artifact, Edge, Link, Move
 from qrlora.operations.registry.references import check_alias, check_name
 from qrlora.operations.registry.schema import (
     LOGGED,
@@ -100,60 +100,51 @@ class Registry:
 
     # Adding
 
-    def add(
-        self,
-        source: Path | bytes,
-        kind: str,
-        *,
-        name: str | None = None,
-        filename: str | None = None,
-        role: str = "",
-        owner: str = "",
-        licence: str = "",
-        facts: Mapping[str, Any] | None = None,
-        links: Sequence[Link] = (),
-        tags: Iterable[str] = (),
-        keep: bool = True,
-    ) -> Artifact:
+    def add(self, source: Path | bytes, kind: str, **described: Any) -> Artifact:
         """Add an object, once: what is there already gets the new name, tags and edges, and the role, owner and licence
-        that it had none of; nothing else of it changes.
-
-        Args:
-            source: a file, or its bytes.
-            name: of which it becomes the newest version (unless it is that already).
-            facts: what was read from it; JSON.
-            links: edges from it to artifacts that are in the registry.
-            keep: False holds digest and facts alone.
+        that it had none of; nothing else of it changes. described: fields of `Addition`.
         """
-        if kind not in KINDS:
-            raise RegistryError(f"no such kind: {kind!r}", expected=" or ".join(KINDS))
-        if name:
-            check_name(name)
+        return self.add_many([Addition(source, kind, **described)])[0]
+
+    def add_many(self, additions: Sequence[Addition]) -> list[Artifact]:
+        """Add objects in one transaction, each as `add` does: all of them or none."""
+        if not additions:
+            return []
+        for one in additions:
+            if one.kind not in KINDS:
+                raise RegistryError(f"no such kind: {one.kind!r}", expected=" or ".join(KINDS))
+            if one.name:
+                check_name(one.name)
         with tempfile.TemporaryDirectory() as scratch:
-            path = source if isinstance(source, Path) else Path(scratch, "bytes")
-            if isinstance(source, bytes):
-                path.write_bytes(source)
-            row = ArtifactRow(
-                digest=file_digest(path),
-                kind=kind,
-                size=path.stat().st_size,
-                filename=(filename or (source.name if isinstance(source, Path) else ""))[:255],
-                stored=keep,
-                role=role,
-                owner=owner,
-                licence=licence,
-                facts=dict(facts or {}),
-                created_at=_now(),
-                created_by=self.actor,
-            )
-            digest = row.digest
-            if keep:
+            paths = [_as_file(one.source, Path(scratch, str(number))) for number, one in enumerate(additions)]
+            rows = [self._row(one, path) for one, path in zip(additions, paths, strict=True)]
+            stored = [(row.digest, path) for row, path in zip(rows, paths, strict=True) if row.stored]
+            digests = [row.digest for row in rows]
+            for digest, path in stored:
                 self.store.put(digest, path)
             with writing(self.engine) as session:
-                if keep and not self.store.has(digest):  # `remove_unreferenced` came between the two
-                    self.store.put(digest, path)
-                self.insert(session, row, name, links, tags)
-        return self.get(digest)
+                for digest, path in stored:
+                    if not self.store.has(digest):  # `remove_unreferenced` came between the two
+                        self.store.put(digest, path)
+                for one, row in zip(additions, rows, strict=True):
+                    self.insert(session, row, one.name, one.links, one.tags)
+        with reading(self.engine) as session:
+            return load(session, digests)
+
+    def _row(self, one: Addition, path: Path) -> ArtifactRow:
+        return ArtifactRow(
+            digest=file_digest(path),
+            kind=one.kind,
+            size=path.stat().st_size,
+            filename=(one.filename or (one.source.name if isinstance(one.source, Path) else ""))[:255],
+            stored=one.keep,
+            role=one.role,
+            owner=one.owner,
+            licence=one.licence,
+            facts=dict(one.facts or {}),
+            created_at=_now(),
+            created_by=self.actor,
+        )
 
     def add_record(self, record: Mapping[str, Any], kind: str, **options: Any) -> Artifact:
         """Add an object that is its canonical JSON: a composition, a report, an approval. Options: as `add`."""
@@ -396,6 +387,13 @@ class Registry:
 def default_place_of_trust() -> str:
     """Return the folder of keys and trust for a registry whose bytes are in no folder."""
     return str(Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share", "qrlora", "registry"))
+
+
+def _as_file(source: Path | bytes, place: Path) -> Path:
+    if isinstance(source, bytes):
+        place.write_bytes(source)
+        return place
+    return source
 
 
 def _now() -> datetime:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from sqlalchemy import select
 
-from qrlora.errors import SignatureError
+from qrlora.errors import QrloraError, SignatureError
 from qrlora.operations.provenance import dsse
 from qrlora.operations.provenance.canonical import canonical_json
 from qrlora.operations.provenance.keys import Person, SigningKey, Trust
@@ -58,18 +58,36 @@ def verify_artifact(registry: Registry, artifact: Artifact, trust: Trust) -> lis
         SignatureError: a signature is forged, revoked, of something else, or was made when its key was not valid.
         RegistryError: the bytes, of the artifact or a signature, are missing or changed.
     """
+    found, faults = signatures_of(registry, artifact, trust)
+    for fault in faults:
+        raise fault
+    return found
+
+
+def signatures_of(registry: Registry, artifact: Artifact, trust: Trust) -> tuple[list[Signed], list[QrloraError]]:
+    """Return the signatures that hold, and what is wrong with each other one: a bad one takes no good one away.
+
+    Raises:
+        RegistryError: the bytes of the artifact are missing or changed.
+    """
     if artifact.stored:
         registry.path(artifact)
-    found = []
+    found, faults = list[Signed](), list[QrloraError]()
     for edge in registry.edges(artifact.digest, relation="signed_by"):
-        envelope = dsse.read_envelope(registry.read(edge.target))
-        at = _logged(registry, edge.target)
-        statement, people = dsse.verify(envelope, trust, at=at, predicate_type=SIGNATURE)
-        if dsse.subjects_of(statement) != [artifact.digest]:
-            got = dsse.subjects_of(statement)
-            raise SignatureError(f"a signature of something else stands at {artifact.title}", got=got)
-        found += [Signed(person, at, str(statement["predicate"].get("note", ""))) for person in people]
-    return found
+        try:
+            found += _signed(registry, artifact, edge.target, trust)
+        except QrloraError as error:
+            faults.append(error)
+    return found, faults
+
+
+def _signed(registry: Registry, artifact: Artifact, signature: str, trust: Trust) -> list[Signed]:
+    envelope, at = dsse.read_envelope(registry.read(signature)), _logged(registry, signature)
+    statement, people = dsse.verify(envelope, trust, at=at, predicate_type=SIGNATURE)
+    if dsse.subjects_of(statement) != [artifact.digest]:
+        got = dsse.subjects_of(statement)
+        raise SignatureError(f"a signature of something else stands at {artifact.title}", got=got)
+    return [Signed(person, at, str(statement["predicate"].get("note", ""))) for person in people]
 
 
 def _logged(registry: Registry, digest: str) -> datetime:
