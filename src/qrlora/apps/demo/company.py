@@ -187,11 +187,10 @@ def _one_picture(folder: Path) -> Path:
 
 def _page(company: Company, refusals: list[tuple[str, str]], seconds: float) -> Path:
     """The page of the demo: the catalog's pictures, the decisions, and what was refused."""
-    import numpy as np
-    from PIL import Image
+    from qrlora.quality.images.read import load_picture
 
     pictures = sorted((company.folder / "line.pilot" / "catalog").rglob("*.png"))[:16]
-    gallery = [Picture(np.asarray(Image.open(path).convert("RGB")), path.parent.name) for path in pictures]
+    gallery = [Picture(load_picture(path).pixels, path.parent.name) for path in pictures]
     figures = [
         Figure(f"{seconds / 60:.1f} min", "from one picture to the refusals"),
         Figure(str(len(company.typed)), "commands"),
