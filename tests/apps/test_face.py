@@ -104,6 +104,8 @@ def test_readme_names_the_rooms_in_the_order_of_the_import_contract() -> None:
 def test_no_file_and_no_function_is_long() -> None:
     lengths: dict[str, float] = {}
     for path in (ROOT / "src").rglob("*.py"):
+        if path.parent.name == "versions":  # migrations are lists of columns
+            continue
         text, name = path.read_text("utf-8"), str(path.relative_to(ROOT))
         lengths[name] = len(text.splitlines()) / 10  # a file as long as ten functions
         for node in ast.walk(ast.parse(text)):

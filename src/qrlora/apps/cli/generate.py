@@ -79,28 +79,7 @@ def run_generate(options: Options) -> None:
     options.null_space = null_space_of(options.null_space, [adapter for adapter, _ in adapters])
     _permit(options, adapters)
     _say_projected(options, adapters)
-    import torch
-
-    from qrlora.method.composition import project_out
-    from qrlora.models.families import load_pipeline
-    from qrlora.models.generation import generate, weight_grid
-
-    pipe, family = load_pipeline(options.model, dtype=getattr(torch, options.dtype))
-    bar, failed = Bar("picture"), None
-    images: list[Any]
-    names = ("steps", "guidance", "resolution")
-    common: dict[str, Any] = {**{name: getattr(options, name) for name in names}, "progress": bar}
-    if options.grid:
-        (rows, _), (columns, _) = adapters
-        common |= {"row_weights": options.grid, "column_weights": options.grid, "seed": seeds[0]}
-        common["null_space"] = options.null_space
-        images = [weight_grid(pipe, family, options.prompt[0], rows, columns, **common)]
-    else:
-        common |= {"adapters": project_out(adapters, options.null_space), "batch_size": options.batch_size}
-        try:
-            images = generate(pipe, family, options.prompt, seeds, **common)
-        except PictureError as error:
-            images, failed = error.images, error
+    images, failed = _sampled(options, adapters, seeds)
     unsaid = ("output", "c2pa", "policy", "require_approval")
     made = {key: value for key, value in vars(options).items() if key not in unsaid}
     finished = {
@@ -114,6 +93,31 @@ def run_generate(options: Options) -> None:
     print(*map(shown, finished), sep="\n")
     if failed is not None:
         raise failed
+
+
+def _sampled(
+    options: Options, adapters: Sequence[tuple[Any, float]], seeds: Sequence[int]
+) -> tuple[Sequence[Any], PictureError | None]:
+    """Return the pictures, None in the place of those whose numbers were not finite, and the error that says so."""
+    import torch
+
+    from qrlora.method.composition import project_out
+    from qrlora.models.families import load_pipeline
+    from qrlora.models.generation import generate, weight_grid
+
+    pipe, family = load_pipeline(options.model, dtype=getattr(torch, options.dtype))
+    names = ("steps", "guidance", "resolution")
+    common: dict[str, Any] = {**{name: getattr(options, name) for name in names}, "progress": Bar("picture")}
+    if options.grid:
+        (rows, _), (columns, _) = adapters
+        common |= {"row_weights": options.grid, "column_weights": options.grid, "seed": seeds[0]}
+        common["null_space"] = options.null_space
+        return [weight_grid(pipe, family, options.prompt[0], rows, columns, **common)], None
+    common |= {"adapters": project_out(adapters, options.null_space), "batch_size": options.batch_size}
+    try:
+        return generate(pipe, family, options.prompt, seeds, **common), None
+    except PictureError as error:
+        return error.images, error
 
 
 def _permit(options: Options, adapters: Sequence[tuple[Any, float]]) -> None:

@@ -62,15 +62,15 @@ class Runs:
     Args:
         place: folder of the runs.
         finished: called with the folder of a finished run and its person; returns the adapter's reference.
-        dtype: of the base model in training.
     """
 
-    def __init__(self, place: Path, finished: Callable[[Path, str], str], dtype: str = "float32"):
-        self.place, self.finished, self.dtype = place, finished, dtype
+    def __init__(self, place: Path, finished: Callable[[Path, str], str]):
+        self.place, self.finished = place, finished
         make_folder(place)
         self._changed = threading.Condition()
         self._process: tuple[str, subprocess.Popen[bytes]] | None = None
         self._ending = False
+        self._unwanted: set[str] = set()  # runs to be stopped, perhaps before their process is there
         self._thread: threading.Thread | None = None
 
     def start(self) -> None:
@@ -86,7 +86,7 @@ class Runs:
         with self._changed:
             self._ending = True
             self._changed.notify_all()
-        self._interrupt()
+        self._obey()
         if self._thread:
             self._thread.join(GRACE_SECONDS)
 
@@ -140,7 +140,8 @@ class Runs:
         if run.state == WAITING:
             self._save(replace(run, state=STOPPED))
         elif run.state == RUNNING:
-            self._interrupt(run.id)
+            self._unwanted.add(run.id)
+            self._obey()
 
     def resume(self, name: str) -> None:
         """Queue a run again that was stopped or has failed."""
@@ -171,9 +172,10 @@ class Runs:
             last[run.person] = max(last[run.person], run.started)
         return sorted((run for run in runs if run.state == WAITING), key=lambda run: (last[run.person], run.created))
 
-    def _interrupt(self, name: str | None = None) -> None:
+    def _obey(self) -> None:
+        """Interrupt the worker if it is unwanted."""
         running = self._process
-        if running and name in (None, running[0]):
+        if running and (self._ending or running[0] in self._unwanted):
             with contextlib.suppress(ProcessLookupError):
                 running[1].send_signal(signal.SIGINT)
 
@@ -187,6 +189,7 @@ class Runs:
                 if self._ending:
                     return
                 run = replace(self._queue()[0], state=RUNNING, started=time.time())
+                self._unwanted.discard(run.id)
             self._save(run)
             try:
                 self._save(self._made(run))
@@ -201,6 +204,7 @@ class Runs:
         with (folder / "worker.log").open("ab") as output:
             process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=output)
             self._process = run.id, process
+            self._obey()  # whoever stopped it before it was there
             code = process.wait()
             self._process = None
         run = replace(self.get(run.id), state=RUNNING)

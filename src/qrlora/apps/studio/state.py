@@ -16,7 +16,7 @@ from qrlora.apps.serving.service import Service
 from qrlora.apps.studio.model import LazyEngine
 from qrlora.apps.studio.runs import Runs
 from qrlora.apps.studio.shelf import StudioShelf
-from qrlora.operations.registry import Registry, default_actor
+from qrlora.operations.registry import Registry
 
 PICTURES_KEPT = 256
 DRAIN_SECONDS = 5
@@ -65,7 +65,7 @@ class Studio:
         self.service = Service(self.model, Limits(api_keys=keys, drain_seconds=DRAIN_SECONDS))
         self.recent = Recent()
         self.newest: dict[str, Job] = {}  # of every open page, the preview that is being made
-        self.runs = Runs(self.place / "runs", self._trained, dtype)
+        self.runs = Runs(self.place / "runs", self._trained)
         self._looking = threading.Lock()
 
     def start(self) -> None:
@@ -113,8 +113,8 @@ def studio_of(request: Request) -> Studio:
 
 
 def person_of(request: Request) -> str:
-    """Who acts: the name given at the login, else this machine's user."""
-    return str(request.session.get("person") or default_actor())
+    """Who acts: the name given at the login, else whose registry it is."""
+    return str(request.session.get("person") or studio_of(request).registry.actor)
 
 
 def registry_for(request: Request) -> Registry:

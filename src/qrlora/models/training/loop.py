@@ -122,8 +122,7 @@ def train(
 ) -> Adapter:
     """Train one adapter; write it to `recipe.output` if that is set.
 
-    Under `accelerate launch` every process calls it and returns the adapter; the main process alone writes files and
-    reports progress.
+    Under `accelerate launch` every process calls it; the main process alone writes files and reports progress.
 
     Args:
         recipe: what to do.
@@ -133,8 +132,7 @@ def train(
         progress, preparing: called after every step, and after every picture read or encoded before.
         resume: continue from the newest checkpoint, to the ΔR of an uninterrupted run (bit for bit on a CPU).
         restart: remove the checkpoints of an earlier run, once this one is ready for its first step.
-        score: of the pictures of a sample sheet. The adapter of the step that scores best is returned and written, and
-            training stops after `recipe.patience` sheets without a better one.
+        score: of a sample sheet; the best step is returned, and training stops after `recipe.patience` worse sheets.
         sampled: called with every sample sheet's step, its pictures, and what returns the adapter of that step.
 
     Raises:
