@@ -22,7 +22,10 @@ from qrlora.models.training.recipe import Recipe
 ROOT = Path(__file__).parents[2]
 SOURCE = ROOT / "src"
 FLAG = re.compile(r"(?<![\w-])(--[a-z][a-z-]*|-[a-z])(?![\w-])")
-OURS = re.compile(r"qrlora ((?:(?:space|lab|registry) )?[a-z]+)((?: (?:--?[a-z][a-z-]*|\{\}|[A-Z]+|'[^']*'))*)")
+GROUPS = "space|lab|registry|keys|policy|approval|audit|pilot"
+OURS = re.compile(
+    rf"qrlora ((?:(?:{GROUPS}) )?[a-z-]+)((?: (?:--?[a-z][a-z-]*|\{{\}}|registry:[A-Za-z@]+|[A-Z][A-Za-z.]*|'[^']*'))*)"
+)
 OTHERS = re.compile(r"`(?:hf|serve|ulimit)[^`]*`|(?:ray start|pip install|python -[cm]|ulimit)[^;,`]*")
 """Commands of other programs, with their flags."""
 
@@ -103,7 +106,7 @@ def commands() -> dict[str, tuple[str, str]]:
     """Each command's module and the function that runs it; those of the lab print for people who read its source."""
     found: dict[str, tuple[str, str]] = {}
     for name, one in cli.commands.items():
-        grouped = name in ("space", "registry")
+        grouped = name in GROUPS.split("|") and name != "lab"
         inner = {f"{name} {sub}": command for sub, command in one.commands.items()} if grouped else {name: one}
         for path, command in inner.items():
             if path != "lab":

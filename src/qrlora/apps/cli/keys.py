@@ -255,7 +255,7 @@ def run_sign(options: Options) -> None:
     made = dsse.statement(SIGNATURE, [(path.name, file_digest(path))], {"kind": "file", "note": options.note})
     envelope: dict[str, Any] = dsse.sign(made, key)
     target = path.with_name(path.name + (".sigstore.json" if options.bundle else ".dsse.json"))
-    refuse_to_replace(target)
+    refuse_to_replace(target, "keep it, or move it away first")
     claim(target)
     content = dsse.to_bundles(envelope)[0] if options.bundle else envelope
     write_atomically(target, json.dumps(content, indent=1).encode() + b"\n")

@@ -60,7 +60,7 @@ def new(options: Options) -> None:
     for picture in (sample / "pictures").iterdir():
         contents[options.line.parent / "pictures" / picture.name] = picture.read_bytes()
     for path in contents:
-        refuse_to_replace(path)
+        refuse_to_replace(path, "name another folder")
     write_all(contents, make_folder=True)
     print(*contents, sep="\n")
     print(f"next: qrlora pilot run {options.line}")

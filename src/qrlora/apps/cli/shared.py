@@ -297,9 +297,13 @@ def refuse_default_output(options: Options, default: str) -> None:
         refuse_to_replace(options.output)
 
 
-def refuse_to_replace(path: Path) -> None:
+def refuse_to_replace(path: Path, remedy: str | None = None) -> None:
+    """Raise QrloraError if the file is there. remedy: where a command has no -o."""
     if path.exists():
-        raise QrloraError(f"{path} is already there", remedy="name the output with -o (a named file is replaced)")
+        raise QrloraError(f"{path} is already there", remedy=remedy or _NAME_IT)
+
+
+_NAME_IT = "name the output with -o (a named file is replaced)"
 
 
 def check_there(address: str) -> None:

@@ -25,7 +25,7 @@ from qrlora.quality.report import Code, Figure, Figures, Gallery, Picture, Prose
 Run = Callable[[list[str]], int]
 PEOPLE = {"ada": ("author",), "ben": ("reviewer",), "cleo": ("reviewer", "operator")}
 STYLES = ("chalk", "gold")
-WEIGHTS = "--adapter registry:teapots/teapot:1 --adapter registry:teapots/{style}:{weight} --null-space 0.5"
+MIX = "--adapter registry:teapots/teapot:1 --adapter registry:teapots/{style}:{weight} --null-space 0.5"
 
 
 @dataclass
@@ -131,7 +131,7 @@ def _piloted(company: Company, line: Path) -> None:
         with company.acting("ben"):
             company.type(f"pilot decide {line} --go --reason 'stage {stage} looks right' --key ben")
     for style in STYLES:
-        said = company.type(f"approval request {WEIGHTS.format(style=style, weight=1)} --note 'spring catalog'")
+        said = company.type(f"approval request {MIX.format(style=style, weight=1)} --note 'spring catalog'")
         digest = said.split()[-1]
         for name in ("ben", "cleo"):
             with company.acting(name):
@@ -152,11 +152,11 @@ def _tampered(company: Company) -> list[tuple[str, str]]:
         refused.append((what, company.type(command, codes)))
 
     generate = f"generate --prompt 'a photo of a teal <c> in <s> style' --require-approval -o {folder / 'out.png'} "
-    company.type(generate + WEIGHTS.format(style="chalk", weight=1))
-    tried("One weight is changed from 1 to 0.9.", generate + WEIGHTS.format(style="chalk", weight=0.9))
+    company.type(generate + MIX.format(style="chalk", weight=1))
+    tried("One weight is changed from 1 to 0.9.", generate + MIX.format(style="chalk", weight=0.9))
     tried(
         "A forbidden word is in the prompt.",
-        generate.replace("teal", "cheap teal") + WEIGHTS.format(style="gold", weight=1),
+        generate.replace("teal", "cheap teal") + MIX.format(style="gold", weight=1),
     )
     picture = _one_picture(folder)
     data = bytearray(picture.read_bytes())

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from PIL import Image
 
 from qrlora._reading import parsing, tomllib
 from qrlora.apps.studio.pages import N_
 from qrlora.errors import BrandError
+from qrlora.models.training.pictures import open_picture
 from qrlora.quality.brand import BrandSheet
 from qrlora.quality.evaluation import evaluate
 from qrlora.quality.images.read import MeasuredPicture, load_pictures
@@ -89,8 +88,8 @@ def _trained_on(studio: Studio, registry: Registry, key: str) -> list[MeasuredPi
     card = studio.shelf.cards[key]
     if not card.picture:
         return []
-    with Image.open(BytesIO(registry.read(card.picture))) as image:
-        return [MeasuredPicture(card.title, np.asarray(image.convert("RGB")))]
+    image = open_picture(Path(card.title), registry.read(card.picture)).image
+    return [MeasuredPicture(card.title, np.asarray(image))]
 
 
 def _references(studio: Studio, registry: Registry, keys: set[str], palette: Sequence[str]) -> References:

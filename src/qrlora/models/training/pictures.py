@@ -165,15 +165,18 @@ def read_picture(path: Path, resolution: int) -> Image.Image:
     return open_picture(path).shown((resolution, resolution))
 
 
-def open_picture(path: Path) -> OpenPicture:
+def open_picture(path: Path, content: bytes | None = None) -> OpenPicture:
     """Read a picture file, turned upright (EXIF), in sRGB, on white where transparent.
+
+    Args:
+        content: the file's bytes, where they are not at `path`, which then names them in errors.
 
     Raises:
         DataError: missing, unreadable, too large, animated, or in a format that is not among `FORMATS` or whose
             colours would have to be guessed.
     """
-    with _reading(path):
-        picture = _upright(path)
+    with _reading(path, content):
+        picture = _upright(path, content)
         alpha = picture.convert("RGBA").getchannel("A") if picture.has_transparency_data else None
         record = picture.info.get("qrlora", "")
         return OpenPicture(path, _to_srgb(picture, path), alpha, record if isinstance(record, str) else "")
@@ -199,7 +202,7 @@ def _cut(picture: Image.Image, size: Size, resampling: Image.Resampling, view: V
 
 
 @contextlib.contextmanager
-def _reading(path: Path) -> Iterator[None]:
+def _reading(path: Path, content: bytes | None = None) -> Iterator[None]:
     """Turn what Pillow raises about a file into a DataError."""
     with parsing(
         f"unreadable picture: {path}",
@@ -207,9 +210,9 @@ def _reading(path: Path) -> Iterator[None]:
         expected="a complete PNG, JPEG, WebP, AVIF, TIFF, BMP or GIF file",
         remedy="open it in an image editor and save it again as PNG, or leave it out",
     ):
-        if not path.is_file():
+        if content is None and not path.is_file():
             raise DataError(f"no such picture: {path}", remedy="check the path")
-        size = path.stat().st_size
+        size = path.stat().st_size if content is None else len(content)
         if size > LARGEST_FILE:
             raise _too_large(path, f"{LARGEST_FILE} bytes at most", f"{size} bytes")
         yield
@@ -221,11 +224,11 @@ def _too_large(path: Path, expected: str, got: str) -> DataError:
     )
 
 
-def _upright(path: Path) -> Image.Image:
+def _upright(path: Path, content: bytes | None = None) -> Image.Image:
     """The one frame of a file, decoded whole and turned as its camera was held."""
-    with _opened(path) as opened:
+    with _opened(path, content) as opened:
         opened.verify()  # PNG's checksums up to its end, of which decoding needs neither
-    with _opened(path) as opened:
+    with _opened(path, content) as opened:
         _refuse_animation(opened, path)
         opened.load()
         picture = ImageOps.exif_transpose(opened)
@@ -239,13 +242,13 @@ def _upright(path: Path) -> Image.Image:
     return picture
 
 
-def _opened(path: Path) -> Image.Image:
+def _opened(path: Path, content: bytes | None) -> Image.Image:
     """A picture file with its header read, and no pixel."""
     most = f"{LARGEST_PICTURE // 10**6} million pixels at most"
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the size is checked below
-            opened = Image.open(path, formats=FORMATS)
+            opened = Image.open(path if content is None else io.BytesIO(content), formats=FORMATS)
     except Image.DecompressionBombError as error:
         raise _too_large(path, most, str(error)) from error
     if opened.width * opened.height > LARGEST_PICTURE:

@@ -20,6 +20,7 @@ import numpy as np
 from PIL import Image
 
 from qrlora._files import make_folder, write_atomically
+from qrlora.models.training.pictures import open_picture
 from qrlora.operations.catalog.journal import Journal
 from qrlora.operations.catalog.run import STATES, Line, Row
 from qrlora.operations.provenance.canonical import canonical_json, digest_of
@@ -156,8 +157,7 @@ def _tile(rows: list[Row], folder: Path) -> Picture:
     if row.state != "done" or row.picture is None:
         blank = np.full((THUMBNAIL // 2, THUMBNAIL // 2, 3), 200, np.uint8)
         return Picture(blank, row.state, f"{row.state}: {row.reason}" if row.reason else row.state)
-    with Image.open(folder / row.picture.file) as opened:
-        image = opened.convert("RGB")
+    image = open_picture(folder / row.picture.file).image
     image.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
     passes = row.found["passes"]
     marks = [] if passes is None else [("brand", passes)]

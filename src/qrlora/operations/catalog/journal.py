@@ -79,7 +79,7 @@ class Journal:
                 f"{self.path} cannot be used",
                 expected="the journal of a catalog, and no other process that uses it",
                 got=error,
-                remedy="name another folder with -o",
+                remedy="let the other run end, or use another folder",
             ) from error
 
     def __enter__(self) -> Journal:

@@ -338,7 +338,7 @@ def recipe_for(item: Item, file: StylesFile, model: str, dtype: str, output: Pat
         raise RecipeError(
             f"[training] sets {', '.join(sorted(fixed))}",
             expected="fields such as steps, rank, learning_rate",
-            remedy="leave them out: the tables, --model and --dtype say them",
+            remedy="leave them out: the tables and the model that is in use say them",
         )
     images = item.picture or Path("unused.png")
     own = {"role": item.role, "images": images, "noun": item.word, "trigger": item.trigger or TRIGGERS[item.role]}

@@ -28,6 +28,7 @@ from qrlora.models.exchange import LayerNames, load_any
 from qrlora.models.families import load_pipeline
 from qrlora.models.generation import Request, generate_jobs, generate_mixed
 from qrlora.models.training.loop import train
+from qrlora.models.training.pictures import open_picture
 from qrlora.operations.catalog.journal import Outcome
 from qrlora.operations.catalog.plan import Picture, Settings, Trained, Training, record_of
 from qrlora.operations.provenance.canonical import digest_of, known_digest
@@ -123,10 +124,8 @@ class Worker:
         if not path.is_file():
             return False
         try:
-            with Image.open(path) as opened:
-                opened.load()
-                return bool(json.loads(opened.info.get(RECORD, "{}")).get("key") == picture.key)
-        except (OSError, ValueError, SyntaxError):  # not whole after all: made anew
+            return bool(json.loads(open_picture(path).record or "{}").get("key") == picture.key)
+        except ValueError:  # not whole after all: made anew
             return False
 
     def _finished(self, picture: Picture, outcome: Outcome) -> Outcome:

@@ -241,7 +241,7 @@ class Pilot:
         if done.inputs != self.inputs(stage):
             raise PolicyError(f"stage {stage} was run on other inputs", remedy=f"qrlora pilot run {self.path}")
         if not reason.strip():
-            raise PolicyError("a decision needs a reason", expected="--reason TEXT")
+            raise PolicyError("a decision needs a reason", expected="why, in a sentence")
         person = trust.person_of(key.key_id)
         if not set(person.roles) & set(MAY_DECIDE):
             raise PolicyError(f"{person.name} may not decide", expected=" or ".join(MAY_DECIDE), got=list(person.roles))

@@ -105,7 +105,7 @@ class Certificate:
         """Return a warning where it ends soon, else an empty text. SignatureError where it has ended."""
         said = ending(self.name, self.ends, at or now())
         if (at or now()) >= self.ends:
-            raise SignatureError(said, remedy=f"qrlora keys certificate {self.name} --renew")
+            raise SignatureError(said, remedy=f"`qrlora keys certificate {self.name} --renew`")
         return said
 
 

@@ -7,7 +7,6 @@ add_composition(registry, base, [(teapot, 0.9), (chalk, 1.0)], null_space=0.5)
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -227,11 +226,12 @@ def generated(
         made: JSON: prompt, seed, and what else there is to say.
         keep: also its bytes.
     """
-    from PIL import Image
+    from qrlora.models.training.pictures import open_picture
 
     content = picture if isinstance(picture, bytes) else picture.read_bytes()
-    with Image.open(io.BytesIO(content)) as image:
-        facts = {**made, "width": image.width, "height": image.height, "phash": phash(image)}
+    path = picture if isinstance(picture, Path) else Path("picture.png")
+    image = open_picture(path, content).image
+    facts = {**made, "width": image.width, "height": image.height, "phash": phash(image)}
     links = [Link("generated_by", origin.digest)] if origin else []
     filename = picture.name if isinstance(picture, Path) else "picture.png"
     licence = origin.licence if origin else ""

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
-from PIL import Image
 from sqlalchemy import select
 
-from qrlora.errors import DataError
+from qrlora.models.training.pictures import open_picture
 from qrlora.operations.provenance.c2pa import Found, read
 from qrlora.operations.provenance.canonical import digest_of
 from qrlora.operations.provenance.perceptual import ALIKE, distance, phash
@@ -55,20 +54,17 @@ def who_made(
         SignatureError: it is no PNG, JPEG or WebP.
     """
     manifest, digest = read(picture, roots, manifest=sidecar), digest_of(picture)
-    try:
-        with Image.open(io.BytesIO(picture)) as image:
-            hashed, text = phash(image), _text(image)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise DataError("no picture", expected="PNG, JPEG or WebP", got=str(error)[:200]) from error
+    opened = open_picture(Path("the picture"), picture)
+    hashed, text = phash(opened.image), _text(opened.record)
     if registry is None:
         return Origins(digest, manifest, text=text)
     exact, near = _registered(registry, digest, hashed)
     return Origins(digest, manifest, exact, near, text)
 
 
-def _text(image: Image.Image) -> dict[str, Any]:
+def _text(record: str) -> dict[str, Any]:
     try:
-        found = json.loads(getattr(image, "text", {}).get("qrlora", "{}"))
+        found = json.loads(record or "{}")
     except (ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}

@@ -113,7 +113,7 @@ def _pairs(arms: Arms, by_order: bool) -> list[tuple[Side, Side]]:
                 f"{len(unmatched)} pictures of {first[0]} and {arm} have no counterpart",
                 expected="the same file names in both, as `qrlora generate` gives them for the same prompts and seeds",
                 got=", ".join(unmatched[:10]) + (", ..." if len(unmatched) > 10 else ""),
-                remedy="rename them, or add --by-order if both have as many in the same order",
+                remedy="rename them, or `qrlora study --by-order` if both have as many in the same order",
             )
     return [
         ((one, called[one][name]), (other, called[other][name]))

@@ -196,7 +196,9 @@ def count_votes(
     counted = [v for v in votes if v.rater not in excluded and key["trials"][v.trial]["kind"] == "pair"]
     if not counted:
         got = "; ".join(f"{rater}: {reason}" for rater, reason in excluded.items()) or "no votes"
-        raise DataError("no votes are left to count", got=got, remedy="ask more people, or allow more --misses")
+        raise DataError(
+            "no votes are left to count", got=got, remedy="ask more people, or allow more: `qrlora study --misses`"
+        )
     arms = tuple(key["arms"])
     pairs = {pair: _pair(pair, counted, key) for pair in itertools.combinations(arms, 2)}
     return VoteCount(
