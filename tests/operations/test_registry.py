@@ -384,11 +384,15 @@ def test_what_is_ours_is_not_moved_by_a_bundle(tmp_path: Path) -> None:
     theirs, ours = company(tmp_path / "theirs"), Registry.open(tmp_path / "ours", actor="ada")
     forged = theirs.add_record({"score": 1.0}, "report")
     theirs.link("teapot", Link("measured_by", forged.digest))
+    theirs.deprecate("chalk", "old")
     export_bundle(theirs, ["both"], tmp_path / "theirs.tar")
     mine = ours.add(b"mine", "export", name="both")
+    ours.set_alias("chalk", "production", mine.digest, protect=True)  # a name that has an alias and no version
     ours.set_alias("both", "production", mine.digest, protect=True)
     ours.add(b"teapot", "export", name="teapot")
     found = import_bundle(ours, tmp_path / "theirs.tar")
+    assert found.names["chalk"] == "imported/chalk" and ours.get("chalk@production").digest == mine.digest
+    assert ours.get("imported/chalk").deprecated == "old"
     assert ours.get("both@production").digest == ours.get("both").digest == mine.digest
     assert found.names["both"] == "imported/both" and ours.get("imported/both").kind == "composition"
     assert not ours.edges(digest_of(b"teapot"), relation="measured_by")

@@ -7,6 +7,7 @@ trust, no policy in force, and no alias of a name that it has.
 
 from __future__ import annotations
 
+import graphlib
 import io
 import re
 import tarfile
@@ -303,7 +304,6 @@ class _Taking:
         self, registry: Registry, session: Session, manifest: Manifest, facts: dict[str, dict[str, Any]], prefix: str
     ) -> None:
         self.registry, self.session, self.manifest, self.facts, self.prefix = registry, session, manifest, facts, prefix
-        self.here = {item.digest for item in manifest.artifacts if session.get(ArtifactRow, item.digest)}
         self.kinds = {item.digest: item.kind for item in manifest.artifacts}
         self.found = Imported()
 
@@ -316,24 +316,14 @@ class _Taking:
         return self.found
 
     def _targets_first(self) -> list[Item]:
-        below: dict[str, list[str]] = {}
+        below: dict[str, set[str]] = {item.digest: set() for item in self.manifest.artifacts}
         for arc in self.manifest.edges:
-            below.setdefault(arc.source, []).append(arc.target)
+            below[arc.source].add(arc.target)
         items = {item.digest: item for item in self.manifest.artifacts}
-        done: dict[str, Item] = {}
-        stack = list(items)
-        open_now: set[str] = set()
-        while stack:
-            digest = stack[-1]
-            waiting = [one for one in below.get(digest, ()) if one not in done and one != digest]
-            if digest in done or not waiting:
-                done.setdefault(stack.pop(), items[digest])
-            elif digest in open_now:
-                raise _refuse("the edges of the bundle run in a circle", "none", digest)
-            else:
-                open_now.add(digest)
-                stack += waiting
-        return list(done.values())
+        try:
+            return [items[digest] for digest in graphlib.TopologicalSorter(below).static_order()]
+        except graphlib.CycleError as error:
+            raise _refuse("the edges of the bundle run in a circle", "none", error.args[1][:3]) from error
 
     def _artifact(self, item: Item) -> None:
         row = self.session.get(ArtifactRow, item.digest)
@@ -352,6 +342,8 @@ class _Taking:
             row = ArtifactRow(**kept, facts=self.facts[item.digest], created_by=self.registry.actor)
             self.found.added.append(item.digest)
             self.registry.insert(self.session, row, links=links, tags=[*item.tags, IMPORTED])
+            if item.deprecated:
+                self.registry.audit_in(self.session, "deprecate", item.digest, {"reason": item.deprecated})
         elif links and row is not None:
             again = ArtifactRow(digest=row.digest, kind=row.kind, role="", owner="", licence="", stored=row.stored)
             self.registry.insert(self.session, again, links=links)
@@ -370,8 +362,8 @@ class _Taking:
                     if one == name
                 ]
                 continue
-            governs = any(self.kinds[digest] in OF_POLICY for digest in versions.values())
-            here = self._free(name) if mine or governs else name
+            governs = name == "policy" or any(self.kinds[digest] in OF_POLICY for digest in versions.values())
+            here = self._free(name) if governs or self._taken(name) else name
             self.found.names[name] = here
             for number, digest in sorted(versions.items()):
                 row = self.session.get_one(ArtifactRow, digest)
@@ -393,10 +385,15 @@ class _Taking:
         rows = self.session.scalars(select(VersionRow).where(VersionRow.name == name))
         return {row.number: row.digest for row in rows}
 
+    def _taken(self, name: str) -> bool:
+        """An alias is enough: nothing of ours shall be called by a name of theirs."""
+        aliases = select(AliasRow.alias).where(AliasRow.name == name).limit(1)
+        return bool(self._versions(name)) or self.session.scalars(aliases).first() is not None
+
     def _free(self, name: str) -> str:
         """The name under the prefix, numbered if that is taken as well."""
         plain = here = f"{self.prefix.partition('/')[0]}/{re.sub('/', '-', name)[:58].strip('._-')}"
         number = 2
-        while self._versions(here):
+        while self._taken(here):
             here, number = f"{plain}-{number}", number + 1
         return here

@@ -1,9 +1,8 @@
-"""The registry: add artifacts and find them again.
+"""Registry: add artifacts and find them again.
 
 registry = Registry.open("company", actor="ada")
-chalk = registry.add(Path("chalk.safetensors"), "adapter", name="chalk", links=[Link("trained_on", picture.digest)])
 registry.set_alias("chalk", "production", chalk.digest, reason="passed the brand sheet")
-path = registry.path(registry.get("registry:chalk@production"))
+path = registry.path("registry:chalk@production")
 """
 
 from __future__ import annotations
@@ -380,7 +379,6 @@ class Registry:
         session.add(AuditRow(**dict(zip(names, fields, strict=True)), hash=entry_hash(*fields)))
 
     def close(self) -> None:
-        """Let go of the database."""
         self.engine.dispose()
 
 
