@@ -311,7 +311,7 @@ def registry(**given: Any) -> None:
 @click.option("--picture-mb", type=NOT_NEGATIVE, default=1.5, show_default=True, help="Of a picture's file.")
 @click.option("--adapter-mb", type=NOT_NEGATIVE, default=47, show_default=True, help="Of an adapter's file.")
 @click.option("--bandwidth-mb", type=NOT_NEGATIVE, default=1000, show_default=True, help="Of the storage, in a second.")
-@click.option("--sqlite-rate", type=NOT_NEGATIVE, help="Registry commits in a second (default: measured here).")
+@click.option("--sqlite-rate", type=NOT_NEGATIVE, help="Pictures recorded in a second (default: measured here).")
 @click.option("--postgresql", metavar="URL", help="Database to measure commits on.")
 @click.option("--postgresql-rate", type=NOT_NEGATIVE, help="Instead of measuring.")
 @click.option("--rounds", type=COUNT, default=300, show_default=True, help="Of each measurement.")
