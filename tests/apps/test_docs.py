@@ -36,6 +36,7 @@ from qrlora.method.adapter import Adapter, AdapterMetadata, save_adapter
 from qrlora.method.basis import weight_digest
 from qrlora.models.families import FAMILIES
 from qrlora.models.training.recipe import Recipe
+from qrlora.operations.registry import Registry
 from qrlora.pico import world
 
 ROOT = Path(__file__).parents[2]
@@ -159,7 +160,6 @@ LISTED = {
     "qrlora lab speed training --width 640 --seconds 90": "minutes: test_benchmarks.py runs a smaller table",
     "qrlora lab speed studio": "needs a browser: test_studio_shots.py drives one",
     "qrlora studio": "ends when it is told to: test_studio_pages.py starts it",
-    "qrlora space build style.safetensors style-2.safetensors -o styles.space.safetensors": "docs/space.md trains them",
     "qrlora study --tally votes-ann.json votes-bea.json": "needs people: test_study.py makes votes up",
     "qrlora tune mug.safetensors chalk.safetensors --subject mug.png --style chalk.png --style-metrics csd "
     "--weights csd=csd.pth": "needs weights to download: test_learned.py makes some up",
@@ -379,6 +379,7 @@ def test_what_a_page_shows_runs_to_its_picture(page: Path, made: Path, tmp_path:
     monkeypatch.setenv("QRLORA_CACHE", str(made / "cache"))
     monkeypatch.setenv("QRLORA_KEYS", str(tmp_path / "keys"))
     monkeypatch.setenv("QRLORA_REGISTRY", str(tmp_path / "company"))
+    Registry.open(tmp_path / "company").close()  # where one is named, it has to be there
     monkeypatch.chdir(tmp_path)
     laid_out(made_adapters(made, family), family, page, tmp_path)
     with contextlib.ExitStack() as serving:

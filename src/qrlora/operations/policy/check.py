@@ -129,7 +129,7 @@ def in_force(registry: Registry) -> Policy | None:
                 "a policy was replaced by one that is not newer",
                 expected=f"a version above {before.version}, or an operator's signature",
                 got=policy.title,
-                remedy="activate the newer one again, or an operator this one: `qrlora policy activate TOML --key NAME`",
+                remedy="activate the newer one, or let an operator type `qrlora policy activate TOML --key NAME`",
             )
     return policy
 
