@@ -33,6 +33,7 @@ from qrlora.apps.cli import cli, main
 from qrlora.apps.cli.train import recipe_of
 from qrlora.models.families import FAMILIES
 from qrlora.models.training.recipe import Recipe
+from qrlora.operations.registry import Registry
 from qrlora.pico import world
 
 ROOT = Path(__file__).parents[2]
@@ -371,6 +372,7 @@ def test_what_a_page_shows_runs_to_its_picture(page: Path, made: Path, tmp_path:
     monkeypatch.setenv("QRLORA_CACHE", str(made / "cache"))
     monkeypatch.setenv("QRLORA_KEYS", str(tmp_path / "keys"))
     monkeypatch.setenv("QRLORA_REGISTRY", str(tmp_path / "company"))
+    Registry.open().close()  # where one is named and none is there, commands that ask its policy refuse
     monkeypatch.chdir(tmp_path)
     laid_out(made_adapters(made, family), family, page, tmp_path)
     with contextlib.ExitStack() as serving:

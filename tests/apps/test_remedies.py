@@ -22,7 +22,11 @@ from qrlora.models.training.recipe import Recipe
 ROOT = Path(__file__).parents[2]
 SOURCE = ROOT / "src"
 FLAG = re.compile(r"(?<![\w-])(--[a-z][a-z-]*|-[a-z])(?![\w-])")
-OURS = re.compile(r"qrlora ((?:(?:space|lab) )?[a-z]+)((?: (?:--?[a-z][a-z-]*|\{\}|[A-Z]+|'[^']*'))*)")
+GROUPS = "space|lab|registry|keys|policy|approval|audit|pilot"
+OURS = re.compile(
+    rf"qrlora ((?:(?:{GROUPS}) )?[a-z][a-z-]*)"
+    r"((?: (?:--?[a-z][a-z-]*|\{\}|[A-Z][A-Za-z.@|]*|registry:[A-Z]+|'[^']*'))*)"
+)
 OTHERS = re.compile(r"`(?:hf|serve|ulimit)[^`]*`|(?:ray start|pip install|python -[cm]|ulimit)[^;,`]*")
 """Commands of other programs, with their flags."""
 

@@ -101,11 +101,7 @@ def run_generate(options: Options) -> None:
             images = generate(pipe, family, options.prompt, seeds, **common)
         except PictureError as error:
             images, failed = error.images, error
-    unsaid = ("output", "c2pa", "policy", "require_approval")
-    made = {key: value for key, value in vars(options).items() if key not in unsaid}
-    finished = {
-        path: described_png(image, made) for path, image in zip(paths, images, strict=True) if image is not None
-    }
+    finished = _described(options, paths, images)
     origin = _origin(options)
     if signer:
         finished = _marked(finished, options, paths, adapters, signer, origin)
@@ -114,6 +110,13 @@ def run_generate(options: Options) -> None:
     print(*map(shown, finished), sep="\n")
     if failed is not None:
         raise failed
+
+
+def _described(options: Options, paths: Sequence[Path], images: Sequence[Any]) -> dict[Path, bytes]:
+    """The pictures that were made, as PNGs that say how."""
+    unsaid = ("output", "c2pa", "policy", "require_approval")
+    made = {key: value for key, value in vars(options).items() if key not in unsaid}
+    return {path: described_png(image, made) for path, image in zip(paths, images, strict=True) if image is not None}
 
 
 def _permit(options: Options, adapters: Sequence[tuple[Any, float]]) -> None:

@@ -176,7 +176,7 @@ class Recorder:
         """A file with the artifact's bytes, under a name that says what it is."""
         one = self.registry.get(reference)
         if one.kind == "base":
-            remedy = "name it with --model"
+            remedy = "name an adapter, a space, a recipe or a picture; a base model stands in the place of pico"
             raise RegistryError(f"{reference} is a base model", expected="an artifact with a file", remedy=remedy)
         self._warn(reference, one)
         stem = one.names[-1].partition("@")[0].replace("/", "-") if one.names else one.digest[7:19]

@@ -123,7 +123,7 @@ def in_force(registry: Registry) -> Policy | None:
                 "a policy was replaced by one that is not newer",
                 expected=f"a version above {before.version}, or an operator's signature",
                 got=policy.title,
-                remedy="activate the newer one again, or this one with --key of an operator",
+                remedy="activate the newer one; or an operator this one: `qrlora policy activate FILE --key NAME`",
             )
     return policy
 
@@ -152,7 +152,7 @@ def activate(registry: Registry, policy: Policy, key: SigningKey | None = None, 
             "a policy that is not newer than those before",
             expected=f"a version above {max(versions)}, or the signature of an operator",
             got=policy.title,
-            remedy="raise its version, or let an operator sign: --key NAME",
+            remedy="raise its version; or let an operator do it: `qrlora policy activate FILE --key NAME`",
         )
     added = registry.add_record(policy.record, "policy", name=NAME, filename="policy.json")
     if older and key:

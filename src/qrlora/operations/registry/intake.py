@@ -329,6 +329,9 @@ def add_file(registry: Registry, path: Path, kind: str | None = None, **describe
     if (kind := kind or kind_of(path)) is None:
         expected = "a .safetensors file, a .toml recipe, a picture"
         raise RegistryError(
-            f"{path} may be anything", expected=expected, got=path.name, remedy="say what it is: --kind"
+            f"{path} may be anything",
+            expected=expected,
+            got=path.name,
+            remedy="say what it is: `qrlora registry add FILE --kind KIND`",
         )
     return ADDERS[kind](registry, path, **described) if kind in ADDERS else registry.add(path, kind, **described)

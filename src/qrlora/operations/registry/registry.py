@@ -326,7 +326,7 @@ class Registry:
             raise RegistryError(
                 f"{row.name}@{row.alias} is protected",
                 got=f"it points at {row.digest[:19]}",
-                remedy="move it with --force if you may",
+                remedy="if you may: `qrlora registry alias NAME@ALIAS REFERENCE --force`",
             )
 
     def _moved(self, session: Session, name: str, alias: str, digest: str, reason: str) -> None:
