@@ -12,9 +12,10 @@ import pytest
 import torch
 
 from company import PEOPLE
-from qrlora.apps.serving.app import Limits, Service, create_app
+from qrlora.apps.serving.app import create_app
 from qrlora.apps.serving.engine import Engine
-from qrlora.apps.serving.protocol import Permission
+from qrlora.apps.serving.protocol import Limits, Permission
+from qrlora.apps.serving.service import Service
 from qrlora.errors import PolicyError
 from qrlora.method.adapter import adapter_from_model, remove_adapters, save_adapter
 from qrlora.models.families import load_pipeline
