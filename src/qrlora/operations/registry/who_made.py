@@ -10,6 +10,7 @@ from typing import Any
 
 from sqlalchemy import select
 
+from qrlora.errors import DataError
 from qrlora.models.training.pictures import open_picture
 from qrlora.operations.provenance.c2pa import Found, read
 from qrlora.operations.provenance.canonical import digest_of
@@ -50,11 +51,16 @@ def who_made(
         sidecar: manifest that lies beside it.
 
     Raises:
-        DataError: it cannot be read as a picture.
+        DataError: it cannot be read as a picture, and no manifest says anything of it.
         SignatureError: it is no PNG, JPEG or WebP.
     """
     manifest, digest = read(picture, roots, manifest=sidecar), digest_of(picture)
-    opened = open_picture(Path("the picture"), picture)
+    try:
+        opened = open_picture(Path("the picture"), picture)
+    except DataError:
+        if manifest.state in ("absent", "invalid"):
+            raise
+        return Origins(digest, manifest)  # damaged, and its manifest says since when
     hashed, text = phash(opened.image), _text(opened.record)
     if registry is None:
         return Origins(digest, manifest, text=text)
