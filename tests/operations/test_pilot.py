@@ -39,16 +39,20 @@ def brightness(pictures, learned_from):
 SCORERS = {role: Scorer("brightness", brightness) for role in ("subject", "style")}
 
 
-@pytest.fixture
-def project(tmp_path):
-    folder = tmp_path / "pilot"
-    shutil.copytree(SAMPLE, folder)
+def quick(sample: Path, folder: Path) -> Path:
+    """The sample's project with few steps and pictures."""
+    shutil.copytree(sample, folder)
     line = (folder / "line.toml").read_text()
     for long, short in QUICK.items():
         assert long in line
         line = line.replace(long, short)
     (folder / "line.toml").write_text(line)
     return folder / "line.toml"
+
+
+@pytest.fixture
+def project(tmp_path):
+    return quick(SAMPLE, tmp_path / "pilot")
 
 
 @pytest.fixture
