@@ -16,6 +16,7 @@ from qrlora.models.families import load_pipeline
 from qrlora.models.training.dataset import Source, encode, find_pictures, load_examples
 from qrlora.models.training.overview import overview
 from qrlora.models.training.pictures import bucket_sizes, read_picture
+from samples import NETWORK, assert_rounded
 
 
 def save(
@@ -357,7 +358,7 @@ def test_encoding_is_cached_by_content(tmp_path: Path, tiny_sd3: Path, private_c
 
     for path in private_cache.rglob("encoded/*.safetensors"):
         path.write_bytes(b"damaged")
-    assert torch.equal(encode(examples, pipe, family).latents[0], first.latents[0])
+    assert_rounded(encode(examples, pipe, family).latents[0], first.latents[0], terms=NETWORK)
 
     with torch.no_grad():
         pipe.vae.encoder.conv_in.weight.mul_(2)
