@@ -175,8 +175,9 @@ LISTED = {
 }
 """Commands and Python blocks that are not run here, and why."""
 
-OTHERS = {".", "accelerate", "hf", "make", "pip", "python", "ray", "torchrun"}
-"""First words of lines that are not run: they make environments, ask the hub, or start several processes."""
+OTHERS = {".", "accelerate", "hf", "make", "pip", "python", "ray", "st", "torchrun"}
+"""First words of lines that are not run: they make environments, ask the hub, start several processes, or (st) have a
+test of their own."""
 
 MODELS = {"exchange": "sdxl"} | {name: name for name in BUILDERS}
 """Page -> family of the tiny model that its commands run on; on pico where there is none."""
@@ -196,7 +197,7 @@ def draw_inputs(folder: Path) -> None:
     shutil.copytree(ROOT / "recipes", folder / "recipes")
     for name in ("src", "docs", "brands"):
         (folder / name).symlink_to(ROOT / name)
-    single = ["teapot.png", "mug.png", "front.png", "side.png", "mine.jpg", "dog.jpg", "painting.jpg"]
+    single = ["teapot.png", "mug.png", "front.png", "side.png", "mine.jpg", "dog.jpg", "dog.png", "painting.jpg"]
     several = [
         "mugs/front.png",
         "images/a.png",
@@ -336,11 +337,21 @@ class Reader:
         if arguments[0] == "serve":
             self.serving.enter_context(served([*arguments, "--port", self.port], self.port))
             return
+        if arguments[0] == "train":
+            self.before_training(arguments, family)
         if "-o" not in arguments:  # a default name is never replaced
             role = "style" if "--style" in arguments else "subject"
             default = {"train": f"{role}.safetensors", "evaluate": "evaluation/report.html", "tune": "tune/report.html"}
             Path(default.get(arguments[0], "none")).unlink(missing_ok=True)
         assert main(shortened(arguments, family)) in (0, 1), shlex.join(arguments)  # 1: found wanting
+
+    def before_training(self, arguments: list[str], family: str) -> None:
+        """A page's trainings are alternatives, so none meets another's checkpoints; what resumes has begun before."""
+        for folder in {found for part in (Path(), Path("recipes")) for found in part.glob("*.checkpoints")}:
+            shutil.rmtree(folder)
+        if "--resume" in arguments:
+            begun = [part for part in arguments if part != "--resume"]
+            assert main(shortened(begun, family)) == 0, shlex.join(begun)
 
 
 @contextlib.contextmanager

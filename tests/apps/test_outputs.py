@@ -125,8 +125,8 @@ def test_threads_exclude_one_another_and_a_claim_within_a_claim_is_free() -> Non
 
 def test_a_forked_child_does_not_hold_what_its_parent_claimed(child: Callable[..., subprocess.Popen[str]]) -> None:
     script = HOLD.replace(
-        "    time.sleep", "    import os\n    pid = os.fork()\n    print(pid, flush=True)\n    time.sleep"
-    )
+        "    time.sleep", "    import os\n    os.write(1, b'%d\\n' % os.fork())\n    time.sleep"
+    )  # one write a line: two processes write to one pipe
     parent = child(script, "a.safetensors")
     assert parent.stdout
     orphan = max(int(parent.stdout.readline()) for _ in range(2))  # the child's own 0 says that it runs
