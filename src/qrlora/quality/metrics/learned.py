@@ -271,7 +271,8 @@ def _lpips(source: str, device: torch.device) -> Callable[[MeasuredPicture, Meas
             expected=file,
             got="no such file",
             remedy="get it once: python -c \"import torchvision; torchvision.models.alexnet(weights='DEFAULT')\", or "
-            f"put it there ({url}), or name the folder above checkpoints: `qrlora evaluate --weights lpips=FOLDER`; {LEAVE_OUT}",
+            f"put it there ({url}), or name the folder above checkpoints: `qrlora evaluate --weights lpips=FOLDER`; "
+            f"{LEAVE_OUT}",
         )
     before = torch.hub.get_dir()
     torch.hub.set_dir(str(folder))
