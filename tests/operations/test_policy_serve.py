@@ -19,7 +19,7 @@ from qrlora.apps.serving.service import Service
 from qrlora.errors import PolicyError
 from qrlora.method.adapter import adapter_from_model, remove_adapters, save_adapter
 from qrlora.models.families import load_pipeline
-from qrlora.models.training.loop import peft_config
+from qrlora.models.training.attach import peft_config
 from qrlora.models.training.recipe import Recipe
 from qrlora.operations.policy.approval import approve, request, revoke
 from qrlora.operations.policy.check import activate
