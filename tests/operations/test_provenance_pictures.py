@@ -200,7 +200,7 @@ def test_who_made(company: Registry, acme: Certificate, marked: bytes):
         [(near, bits)] = found.near
         assert near.title == "teapot-chalk@v1" and bits <= SAME
     assert who_made(png(scene(9)), company).near == ()
-    with pytest.raises(DataError, match="no picture"):
+    with pytest.raises(DataError, match="unreadable picture"):
         who_made(marked[:2000], company)
     company.close()
 

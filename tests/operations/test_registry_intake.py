@@ -19,12 +19,13 @@ from PIL import Image
 
 from qrlora.apps.cli import main
 from qrlora.apps.cli.recorded import Recorder
-from qrlora.apps.serving.dispatch import Dispatcher, Record
+from qrlora.apps.serving.dispatch import Dispatcher, Finish
 from qrlora.apps.serving.metrics import Metrics
-from qrlora.apps.serving.protocol import Event, Facts, Made, Picture, Settings
+from qrlora.apps.serving.protocol import Event, Facts, Made, Settings
 from qrlora.errors import RegistryError, RequestError
 from qrlora.method.adapter import Adapter, load_adapter, save_adapter
 from qrlora.method.composition import Composition
+from qrlora.models.request import Request
 from qrlora.operations.registry import Registry, effects
 from qrlora.operations.registry.bases import check_base
 from qrlora.operations.registry.bundle import export_bundle, import_bundle
@@ -318,7 +319,7 @@ class Engine:
     def __init__(self, png: bytes) -> None:
         self.png = png
 
-    async def run(self, settings: Settings, pictures: Sequence[Picture], progress: bool) -> AsyncIterator[Event]:
+    async def run(self, settings: Settings, pictures: Sequence[Request], progress: bool) -> AsyncIterator[Event]:
         for number in range(len(pictures)):
             yield Made(number, self.png)
 
@@ -335,9 +336,9 @@ def test_a_served_picture_is_recorded_before_it_is_sent_or_not_sent(
         save(make_adapter(basis, seed=seed, role=role), tmp_path / f"served/{role}.safetensors")
     context = click.Context(click.Command("serve"), obj=contextlib.ExitStack())
 
-    async def made(record: Record) -> list[Any]:
-        dispatcher = Dispatcher(Engine((tmp_path / "x.png").read_bytes()), Metrics(), record=record)
-        picture = Picture("a mug", 7, {"subject": 0.9, "style": 1.0})
+    async def made(finish: Finish) -> list[Any]:
+        dispatcher = Dispatcher(Engine((tmp_path / "x.png").read_bytes()), Metrics(), finish=finish)
+        picture = Request("a mug", 7, {"subject": 0.9, "style": 1.0}, None)
         job = dispatcher.submit(Settings(2, 1.0, 16), [picture])
         try:
             return [event async for _, event in job.follow()]
@@ -348,7 +349,7 @@ def test_a_served_picture_is_recorded_before_it_is_sent_or_not_sent(
         raise RegistryError("the disk is full")
 
     with context, context.obj:
-        record = Recorder(registry).of_server(str(tiny_sd3), tmp_path / "served", None)
+        record = Recorder(registry).of_server(str(tiny_sd3), tmp_path / "served", None, None)
         assert len(asyncio.run(made(record))) == 1
         with pytest.raises(RequestError, match="broke down"):
             asyncio.run(made(fails))

@@ -179,7 +179,7 @@ def _listen(place: Place) -> None:
     try:
         serve.start(proxy_location=where, http_options=http, logging_config=QUIET, controller_options=controller)
     except TimeoutError as error:
-        remedy = "start again once the machine is less busy, or set RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S higher"
+        remedy = "let other work on its machines end, or set RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S higher"
         raise QrloraError("Ray Serve did not start in time", got=error, remedy=remedy) from error
     # A Serve that was there before keeps its own address, and says so in its log alone.
     connected: Any = serve.context._get_global_client()

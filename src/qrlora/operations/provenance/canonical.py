@@ -34,7 +34,10 @@ def digest_of(content: bytes) -> str:
 
 
 def file_digest(path: Path) -> str:
-    """Return the digest of a file, read in blocks."""
+    """Return the digest of a file, read in blocks. RegistryError for a pipe or a device, which has no end."""
+    if path.exists() and not path.is_file():
+        what = "a folder" if path.is_dir() else "a pipe or a device"
+        raise RegistryError(f"{path} cannot be hashed", expected="a file", got=what, remedy="name a file")
     digest = hashlib.sha256()
     with path.open("rb") as stream:
         while block := stream.read(1 << 20):

@@ -165,7 +165,7 @@ def _csd(source: str, device: torch.device) -> Network:
 def _checkpoint(source: str) -> dict[str, Tensor]:
     """The tensors of a CSD checkpoint; a pickle is read with weights_only, so it cannot run code."""
     expected = "the checkpoint of github.com/learn2phoenix/CSD (ViT-L), as .safetensors or .pth"
-    remedy = f"download it, and name it: `qrlora evaluate --weights` csd=FILE; {LEAVE_OUT}"
+    remedy = f"download it, and name it: `qrlora evaluate --weights csd=FILE`; {LEAVE_OUT}"
     if not source or not Path(source).is_file():
         raise ModelError("CSD has no weights here", expected=expected, got=source or "no file named", remedy=remedy)
     try:
@@ -272,7 +272,7 @@ def _lpips(source: str, device: torch.device) -> Callable[[MeasuredPicture, Meas
             got="no such file",
             remedy="get it once: python -c \"import torchvision; torchvision.models.alexnet(weights='DEFAULT')\", or "
             f"put it there ({url}), or name the folder above checkpoints: "
-            f"`qrlora evaluate --weights` lpips=FOLDER; {LEAVE_OUT}",
+            f"`qrlora evaluate --weights lpips=FOLDER`; {LEAVE_OUT}",
         )
     before = torch.hub.get_dir()
     torch.hub.set_dir(str(folder))
