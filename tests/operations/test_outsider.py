@@ -9,20 +9,27 @@ allow-list (test_policy_serve).
 
 from __future__ import annotations
 
+import base64
 import json
 import re
 import shutil
+import socket
 import sqlite3
+import subprocess
+import sys
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 
+import httpx2
 import pytest
 
 import catalogs
 from qrlora.apps.cli import main
-from qrlora.operations.provenance.canonical import file_digest
+from qrlora.operations.provenance.c2pa import read
+from qrlora.operations.provenance.canonical import digest_of, file_digest
+from qrlora.operations.provenance.certificates import own_roots
 from qrlora.operations.registry import Registry
 
 PEOPLE = {"grace": "reviewer", "olga": "operator"}
@@ -108,6 +115,36 @@ def test_what_is_approved_is_made_and_says_so(acme: Path, tiny_sd3: Path, capsys
     Path("edited.png").write_bytes(content[:start] + text + zlib.crc32(text).to_bytes(4, "big") + content[end + 4 :])
     main(["who-made", "edited.png"])
     assert "changed after it was signed by" in capsys.readouterr().out
+
+
+def listed(port: int) -> str:
+    found = httpx2.get(f"http://127.0.0.1:{port}/v1/models", timeout=30).json()["data"]
+    return min((str(one["id"]) for one in found), key=len)
+
+
+def test_what_is_served_is_marked_before_it_is_recorded(acme: Path, tiny_sd3: Path) -> None:
+    with closing(socket.socket()) as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    words = ["--adapter", "registry:p0", "--adapter", "registry:s0", "--registry", acme / "registry", "--record"]
+    command = ["-m", "qrlora", "serve", *words, "--c2pa", "acme", "--model", tiny_sd3, "--port", port, "--threads", 1]
+    server = subprocess.Popen([sys.executable, *map(str, command)], stdout=subprocess.PIPE, text=True)
+    try:
+        assert server.stdout and any(line.startswith("ready") for line in server.stdout)
+        model = f"{listed(port)}+p0:0.9+s0:0.8"
+        asked = {"prompt": "a cup", "model": model, "size": "32x32", "steps": 1}
+        answer = httpx2.post(f"http://127.0.0.1:{port}/v1/images/generations", json=asked, timeout=60)
+        assert answer.status_code == 200, answer.text
+        png = base64.b64decode(answer.json()["data"][0]["b64_json"])
+    finally:
+        server.terminate()
+        server.communicate(timeout=30)
+    with opened(acme) as registry:
+        (edge,) = registry.edges(digest_of(png), relation="generated_by")
+        approved = registry.edges(edge.target, relation="approved_by")
+    manifest = read(png, own_roots())
+    assert (manifest.state, manifest.origin["composition"]) == ("valid", edge.target) and approved
+    assert [name for name, _ in manifest.ingredients] == ["p0.safetensors", "s0.safetensors", str(tiny_sd3)]
 
 
 def weight(_: Path) -> list[str]:

@@ -26,6 +26,7 @@ from qrlora.errors import QrloraError
 if TYPE_CHECKING:
     from qrlora.apps.cli.recorded import Mark
     from qrlora.apps.serving.protocol import Facts, Finish, Limits, Permission
+    from qrlora.method.adapter import AdapterMetadata
     from qrlora.models.request import Request
     from qrlora.operations.provenance.certificates import Certificate
 
@@ -155,17 +156,19 @@ def _without_registry(mark: Mark) -> Finish:
 
 
 def _marker(options: Options, signer: Certificate) -> Mark:
-    """What puts a signed manifest into a picture; the adapters' files are hashed now, as they are loaded."""
+    """What puts a signed manifest into a picture."""
     from qrlora.models.exchange import load_any
     from qrlora.operations.provenance.c2pa import Origin, mark
-    from qrlora.operations.provenance.canonical import file_digest
+    from qrlora.operations.provenance.canonical import known_digest
 
-    paths = {path.stem: path for path in options.adapters.glob("*.safetensors")}
-    digests = {name: file_digest(path) for name, path in paths.items()}
-    metadata = functools.cache(lambda name: load_any(paths[name]).metadata)
+    @functools.lru_cache(maxsize=4096)
+    def metadata(path: Path, _digest: str) -> AdapterMetadata:
+        return load_any(path).metadata
 
     def marked(picture: Request, png: bytes, composition: str) -> bytes:
-        parts = [(paths[name].name, digests[name], metadata(name)) for name in sorted(picture.composition)]
+        paths = [options.adapters / f"{name}.safetensors" for name in sorted(picture.composition)]
+        digests = map(known_digest, paths)
+        parts = [(path.name, digest, metadata(path, digest)) for path, digest in zip(paths, digests, strict=True)]
         origin = Origin.of(parts, options.model, picture.prompt, picture.seed, composition)
         return mark(png, origin, signer)
 

@@ -65,7 +65,7 @@ class Shelf:
                 self._forget(name)
                 self._stamps[name] = stamp
                 try:
-                    digest = file_digest(path)
+                    digest = file_digest(path) if path.is_file() else ""  # a pipe is refused by its reader
                     adapter = _read(path, self._names)
                     if file_digest(path) != digest:
                         raise AdapterFileError(f"{path.name} changed while it was read", remedy="it is read again")
