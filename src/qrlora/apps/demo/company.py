@@ -127,20 +127,26 @@ def _founded(company: Company, changes: Mapping[str, str]) -> Path:
 def _piloted(company: Company, line: Path) -> None:
     """Three stages, each with its decision; approvals of the combinations before the third."""
     said = ""
-    for stage in (1, 2):
+    for _ in (1, 2):
         said = company.type(f"pilot run {line}", (0, 1))
         with company.acting("ben"):
-            company.type(f"pilot decide {line} --go --reason 'stage {stage} looks right' --key ben")
+            company.type(f"pilot decide {line} --go --reason '{_reason(said)}' --key ben")
     for digest in re.findall(r"approval approve (sha256:[0-9a-f]+)", said):
         for name in ("ben", "cleo"):
             with company.acting(name):
                 company.type(f"approval approve {digest} --key {name}")
-    company.type(f"pilot run {line} --c2pa teapots", (0, 1))
+    said = company.type(f"pilot run {line} --c2pa teapots", (0, 1))
     with company.acting("cleo"):
         company.type("audit sign --key cleo")
-        company.type(f"pilot decide {line} --go --reason 'the line holds' --key cleo")
+        company.type(f"pilot decide {line} --go --reason '{_reason(said)}' --key cleo")
     company.type(f"pilot status {line}")
     company.type("registry verify")
+
+
+def _reason(said: str) -> str:
+    """Return the reason for a go: what the gate recommended is not passed over in silence."""
+    recommended = "a go is recommended" in said
+    return "the gate holds" if recommended else "against the gate, so that the demo can show the rest"
 
 
 def _tampered(company: Company) -> list[tuple[str, str]]:
