@@ -11,15 +11,17 @@ from pathlib import Path
 import pytest
 
 from qrlora.apps.cli import main
-from qrlora.errors import DataError, PolicyError, SignatureError
+from qrlora.errors import DataError, PolicyError, RegistryError, SignatureError
 from qrlora.operations.pilot import STAGES, Line, Pilot, Scorer
 from qrlora.operations.pilot.costs import Spent, cost_of, projected
 from qrlora.operations.pilot.line import Costs, Gate
+from qrlora.operations.pilot.project import DECISION
 from qrlora.operations.pilot.report import report, texts
 from qrlora.operations.pilot.stages import Group, Result, Row
 from qrlora.operations.provenance.c2pa import read
 from qrlora.operations.provenance.canonical import file_digest
 from qrlora.operations.provenance.certificates import own_roots
+from qrlora.operations.provenance.dsse import sign, statement
 from qrlora.operations.provenance.keys import SigningKey, Trust
 from qrlora.operations.registry import Registry
 from qrlora.quality.metrics.shares import Share
@@ -65,12 +67,14 @@ def opened(project, tmp_path):
 
 @pytest.fixture
 def people(tmp_path):
-    """Keys of ada (author and reviewer), ben (reviewer) and eve (unknown), and the trust in the first two."""
+    """Keys of ada (author and reviewer), ben (reviewer), whom the registry trusts, and of eve, whom it does not."""
     keys = {name: SigningKey.create(tmp_path / "keys", name) for name in ("ada", "ben", "eve")}
-    trust = Trust.load(tmp_path / "trust.json")
+    (tmp_path / "registry").mkdir()
+    trust = Trust.load(tmp_path / "registry" / "trust.json")
     trust.add("ada", ["author", "reviewer"], keys["ada"].public_pem)
     trust.add("ben", ["reviewer"], keys["ben"].public_pem)
-    return keys, trust
+    trust.save(tmp_path / "registry" / "trust.json")
+    return keys
 
 
 def result(**changes) -> Result:
@@ -139,12 +143,12 @@ def test_costs_are_time_times_price():
 
 
 def test_three_stages_from_one_picture_to_the_line(opened, people, project):
-    keys, trust = people
+    keys = people
     pilot = opened()
     with pytest.raises(PolicyError, match="one_picture has to be run first"):
         pilot.run("several_styles")
     with pytest.raises(PolicyError, match="nothing to decide"):
-        pilot.decide(True, "because", keys["ben"], trust)
+        pilot.decide(True, "because", keys["ben"])
     for stage in STAGES:
         assert pilot.next == stage
         found = pilot.run()
@@ -153,9 +157,9 @@ def test_three_stages_from_one_picture_to_the_line(opened, people, project):
             assert word in (pilot.report_folder(stage, language) / "report.html").read_text()
         pilot = opened()  # from its state on disk
         assert pilot.next == stage, "no stage is done without a decision"
-        pilot.decide(True, "good", keys["ben"], trust)
+        pilot.decide(True, "good", keys["ben"])
     assert pilot.next is None
-    assert pilot.verify(trust) == []
+    assert pilot.verify() == []
     assert len(found.groups) == 2
     assert found.made == 4 * 2 * 2
     ledger = pilot.folder / "spent.json"
@@ -164,30 +168,50 @@ def test_three_stages_from_one_picture_to_the_line(opened, people, project):
     assert ledger.read_text() == before, "nothing is trained or generated twice"
 
 
+def forged(pilot: Pilot, key: SigningKey, report_digest: str) -> str:
+    """A go that was put into the registry by hand; returns its digest."""
+    predicate = {"pilot": pilot.line.name, "stage": "one_picture", "inputs": pilot.inputs("one_picture")}
+    predicate |= {"report": report_digest, "go": True}
+    envelope = sign(statement(DECISION, [("report", report_digest)], predicate), key)
+    return pilot.registry.add_record(envelope, "approval").digest
+
+
 def test_who_may_decide_and_on_what(opened, people, project):
-    keys, trust = people
+    keys = people
     pilot = opened()
     pilot.run()
     with pytest.raises(PolicyError, match="own work"):
-        pilot.decide(True, "mine", keys["ada"], trust)
+        pilot.decide(True, "mine", keys["ada"])
     with pytest.raises(SignatureError):
-        pilot.decide(True, "mine", keys["eve"], trust)
+        pilot.decide(True, "mine", keys["eve"])
     with pytest.raises(PolicyError, match="reason"):
-        pilot.decide(True, " ", keys["ben"], trust)
-    pilot.decide(False, "too soft", keys["ben"], trust)
+        pilot.decide(True, " ", keys["ben"])
+    refused = pilot.decide(False, "too soft", keys["ben"])
     with pytest.raises(PolicyError, match="needs a go"):
         pilot.run("several_styles")
-    pilot.decide(True, "good enough", keys["ben"], trust)
-    assert opened().verify(trust) == []
+    pilot.decide(True, "good enough", keys["ben"])
+    assert opened().verify() == []
 
     state = pilot.folder / "state.json"
-    forged = json.loads(state.read_text())
-    forged["one_picture"]["go"] = False
-    state.write_text(json.dumps(forged))
-    assert opened().verify(trust) == ["one_picture: the decision was on another go"]
-    forged["one_picture"] |= {"go": True, "author": "ben"}
-    state.write_text(json.dumps(forged))
-    assert opened().verify(trust) == ["one_picture: ben decided on their own work"]
+    good = json.loads(state.read_text())["one_picture"]
+    assert good["decision"] != refused
+    by_hand = [
+        (refused, "a no-go"),
+        ("", "no decision"),
+        (forged(pilot, keys["ada"], good["report"]), "nobody decides on their own work"),
+        (forged(pilot, keys["ben"], "sha256:" + "0" * 64), "on another report"),
+        (forged(pilot, keys["eve"], good["report"]), "nobody's whom this registry trusts"),
+    ]
+    for decision, why in by_hand:
+        state.write_text(json.dumps({"one_picture": {**good, "decision": decision}}))
+        with pytest.raises(PolicyError, match="needs a go") as caught:
+            opened().run("several_styles")
+        assert why in str(caught.value)
+    state.write_text(json.dumps({"one_picture": {**good, "author": "somebody else"}}))
+    with pytest.raises(RegistryError, match="no state of a pilot"):
+        opened()
+    state.write_text(json.dumps({"one_picture": good}))
+    assert opened().verify() == []
 
     shutil.copy(project.parent / "pictures" / "gold.png", project.parent / "pictures" / "teapot.png")
     changed = opened()

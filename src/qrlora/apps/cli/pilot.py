@@ -12,7 +12,7 @@ import rich_click as click
 
 from qrlora._files import make_folder, write_all
 from qrlora.apps.cli.command import Group, Options, command, print_and_exit
-from qrlora.apps.cli.keys import c2pa_option, load_certificate, load_key, load_trust
+from qrlora.apps.cli.keys import c2pa_option, load_certificate, load_key
 from qrlora.apps.cli.permission import permission_options
 from qrlora.apps.cli.recorded import open_registry, packages
 from qrlora.apps.cli.shared import PATH, Bar, json_option, refuse_to_replace
@@ -111,7 +111,7 @@ def decide(options: Options) -> None:
         raise click.UsageError("expected --go or --no-go")
     found = _opened(options)
     stage = found.next
-    digest = found.decide(options.go, options.reason, load_key(options.key), load_trust(found.registry))
+    digest = found.decide(options.go, options.reason, load_key(options.key))
     print(f"{stage}: {'go' if options.go else 'no-go'}, recorded as {digest[:19]}")
     if found.next and options.go:
         print(f"next: qrlora pilot run {options.line}")
@@ -126,7 +126,7 @@ def status(options: Options) -> int:
     from qrlora.operations.pilot import STAGES
 
     found = _opened(options)
-    faults = found.verify(load_trust(found.registry))
+    faults = found.verify()
     if options.json:
         stages = {name: vars(done) for name, done in found.stages.items()}
         print(json.dumps({"stages": stages, "next": found.next, "faults": faults}, indent=2))
@@ -139,13 +139,13 @@ def status(options: Options) -> int:
 
 
 def _told(found: Pilot, stage: Any) -> str:
-    done = found.stages.get(stage)
-    if done is None:
+    ran = found.ran(stage)
+    if ran is None:
         return "not run"
-    if done.inputs != found.inputs(stage):
+    if ran.inputs != found.inputs(stage):
         return "run, but its inputs have changed since: run it again"
-    decided = {None: "no decision yet", True: "go", False: "no-go"}[done.go]
-    return f"run by {done.author}, {'passes' if done.passes else 'does not pass'} the gate, {decided}"
+    decided = {None: "no decision that counts", True: "go", False: "no-go"}[ran.go]
+    return f"run by {ran.author}, {'passes' if ran.passes else 'does not pass'} the gate, {decided}"
 
 
 @command("study", "Write a blind vote on stage 2: with the adapters, or the same said in words")

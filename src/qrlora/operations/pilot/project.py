@@ -2,7 +2,7 @@
 
     pilot = Pilot.open(Path("line.toml"), registry, scorers)
     pilot.run()                              # the next stage, and its reports
-    pilot.decide(True, "clean on every board", key, trust)
+    pilot.decide(True, "clean on every board", key)
 
 State, adapters and pictures are in the folder `line.pilot` beside the project file. Everything there is written whole
 or not at all, so a killed run goes on where it was.
@@ -19,7 +19,7 @@ from typing import Any
 
 from qrlora._files import claimed, make_folder, write_all, write_atomically
 from qrlora._reading import read_json
-from qrlora.errors import PolicyError, RegistryError
+from qrlora.errors import PolicyError, RegistryError, SignatureError
 from qrlora.models.training.dataset import find_pictures
 from qrlora.operations.pilot.line import STAGES, Item, Line, Stage
 from qrlora.operations.pilot.recording import ask, record
@@ -27,10 +27,11 @@ from qrlora.operations.pilot.report import report
 from qrlora.operations.pilot.stages import Result, one_picture, several_styles
 from qrlora.operations.pilot.whole_line import WholeLine
 from qrlora.operations.pilot.work import Scorer, Show, Work
+from qrlora.operations.policy.findings import trust_of
 from qrlora.operations.policy.rules import Policy
 from qrlora.operations.provenance.canonical import canonical_json, digest_of, file_digest
-from qrlora.operations.provenance.dsse import sign, statement, verify
-from qrlora.operations.provenance.keys import SigningKey, Trust
+from qrlora.operations.provenance.dsse import read_envelope, sign, statement, verify
+from qrlora.operations.provenance.keys import Person, SigningKey
 from qrlora.operations.registry import Link, Registry
 from qrlora.quality.metrics.shares import Share
 
@@ -43,16 +44,32 @@ StageRun = Callable[[Work], Result]
 
 @dataclass(frozen=True)
 class Done:
-    """A stage that has run. inputs: digest of all it depended on; report: of its JSON in the registry."""
+    """A stage that has run: digests of its report and of the signed decision in the registry.
+
+    All else is read from there, where what was edited is found: the state file can be edited by anybody.
+    """
+
+    report: str
+    decision: str = ""
+    """Empty until there is one."""
+
+
+@dataclass(frozen=True)
+class Ran:
+    """What the registry holds of a stage.
+
+    Attributes:
+        inputs: digest of all that it depended on.
+        author: who ran it.
+        go: the decision, if it is signed by somebody who may decide and is about this run; None if there is none.
+        faults: why a recorded decision does not count.
+    """
 
     inputs: str
-    report: str
     passes: bool
     author: str
-    at: str
-    decision: str = ""
-    """Digest of the signed decision; empty until there is one."""
     go: bool | None = None
+    faults: tuple[str, ...] = ()
 
 
 @dataclass
@@ -63,7 +80,7 @@ class Pilot:
     line: Line
     registry: Registry
     scorers: Mapping[str, Scorer]
-    stages: dict[str, Done]
+    stages: dict[Stage, Done]
     whole_line: WholeLine = field(default_factory=WholeLine)
     policy: Policy | None = None
     """The one in force, which approvals name."""
@@ -101,8 +118,8 @@ class Pilot:
     def next(self) -> Stage | None:
         """The stage that is to be run or decided; None after the last one's go."""
         for stage in STAGES:
-            done = self.stages.get(stage)
-            if done is None or done.go is not True or done.inputs != self.inputs(stage):
+            ran = self.ran(stage)
+            if ran is None or ran.go is not True or ran.inputs != self.inputs(stage):
                 return stage
         return None
 
@@ -128,14 +145,14 @@ class Pilot:
     def check_ready(self, stage: Stage) -> None:
         """PolicyError unless the stages before have a go that was decided on what they now depend on."""
         for before in STAGES[: STAGES.index(stage)]:
-            done = self.stages.get(before)
-            if done is None or done.inputs != self.inputs(before):
-                got = "not run" if done is None else "run before its inputs changed"
+            ran = self.ran(before)
+            if ran is None or ran.inputs != self.inputs(before):
+                got = "not run" if ran is None else "run before its inputs changed"
                 raise PolicyError(
                     f"stage {before} has to be run first", got=got, remedy=f"qrlora pilot run {self.path}"
                 )
-            if done.go is not True:
-                got = "no decision" if done.go is None else "a no-go"
+            if ran.go is not True:
+                got = "; ".join(ran.faults) or ("no decision" if ran.go is None else "a no-go")
                 remedy = f"qrlora pilot decide {self.path} --go --reason TEXT --key NAME"
                 raise PolicyError(f"stage {before} needs a go", got=got, remedy=remedy)
 
@@ -154,8 +171,7 @@ class Pilot:
             recorded, combinations = record(self.registry, work, result, self.inputs(stage))
             result = replace(result, to_approve=ask(self.registry, combinations, self.policy))
             self._write(result)
-            at = datetime.now(timezone.utc).isoformat()
-            self.stages[stage] = Done(self.inputs(stage), recorded.digest, result.passes, self.registry.actor, at)
+            self.stages[stage] = Done(recorded.digest)
             self._save()
         return result
 
@@ -225,7 +241,7 @@ class Pilot:
 
     # Decisions
 
-    def decide(self, go: bool, reason: str, key: SigningKey, trust: Trust) -> str:
+    def decide(self, go: bool, reason: str, key: SigningKey) -> str:
         """Sign and record a go or a no-go on the stage that is due. Returns the decision's digest.
 
         Raises:
@@ -233,55 +249,80 @@ class Pilot:
             SignatureError: the key is not trusted to decide.
         """
         stage = self.next
-        done = self.stages.get(stage) if stage else None
-        if stage is None or done is None:
+        ran = self.ran(stage) if stage else None
+        if stage is None or ran is None:
             raise PolicyError(
                 "nothing to decide", got=stage or "all stages are done", remedy=f"qrlora pilot run {self.path}"
             )
-        if done.inputs != self.inputs(stage):
+        if ran.inputs != self.inputs(stage):
             raise PolicyError(f"stage {stage} was run on other inputs", remedy=f"qrlora pilot run {self.path}")
         if not reason.strip():
             raise PolicyError("a decision needs a reason", expected="why, in a sentence")
-        person = trust.person_of(key.key_id)
-        if not set(person.roles) & set(MAY_DECIDE):
-            raise PolicyError(f"{person.name} may not decide", expected=" or ".join(MAY_DECIDE), got=list(person.roles))
-        if person.name == done.author:
-            raise PolicyError("nobody decides on their own work", got=f"{person.name} ran stage {stage}")
+        person = trust_of(self.registry).person_of(key.key_id)
+        if fault := _may_not(person, ran.author):
+            raise PolicyError("this decision would not count", got=fault, expected=f"a {' or '.join(MAY_DECIDE)}")
+        report = self.stages[stage].report
         predicate = {
-            **{"pilot": self.line.name, "stage": stage, "inputs": done.inputs, "report": done.report, "go": go},
+            **{"pilot": self.line.name, "stage": stage, "inputs": ran.inputs, "report": report, "go": go},
             **{"reason": reason, "by": person.name, "at": datetime.now(timezone.utc).isoformat()},
         }
-        envelope = sign(statement(DECISION, [(f"report of {stage}", done.report)], predicate), key)
+        envelope = sign(statement(DECISION, [(f"report of {stage}", report)], predicate), key)
         found = self.registry.add_record(envelope, "approval", facts=predicate)
-        self.registry.link(done.report, Link("approved_by", found.digest))
-        self.stages[stage] = replace(done, decision=found.digest, go=go)
+        self.registry.link(report, Link("approved_by", found.digest))
+        self.stages[stage] = Done(report, found.digest)
         self._save()
         return found.digest
 
-    def verify(self, trust: Trust) -> list[str]:
+    def ran(self, stage: Stage) -> Ran | None:
+        """Return what the registry holds of a stage, its bytes hashed and its decision's signature verified again.
+
+        None if it has not run. RegistryError if its report is missing, changed or another stage's.
+        """
+        done = self.stages.get(stage)
+        if done is None:
+            return None
+        artifact = self.registry.get(done.report)
+        record = json.loads(self.registry.read(artifact))
+        if (record.get("pilot"), record.get("stage")) != (self.line.name, stage):
+            remedy = f"qrlora pilot run {self.path} --stage {stage}"
+            raise RegistryError(f"{done.report[:19]} is no report of stage {stage}", got=artifact.title, remedy=remedy)
+        ran = Ran(record["inputs"], record["passes"], artifact.created_by)
+        if not done.decision:
+            return ran
+        try:
+            go, faults = self._decided(stage, done, ran)
+        except (RegistryError, SignatureError) as error:
+            go, faults = None, (str(error),)
+        return replace(ran, go=None if faults else go, faults=faults)
+
+    def _decided(self, stage: Stage, done: Done, ran: Ran) -> tuple[bool, tuple[str, ...]]:
+        """Return a recorded decision, and why it does not count."""
+        artifact = self.registry.get(done.decision)
+        envelope, trust = read_envelope(self.registry.read(artifact)), trust_of(self.registry)
+        found, people = verify(envelope, trust, at=artifact.created_at, predicate_type=DECISION)
+        said = found["predicate"]
+        about = {"pilot": self.line.name, "stage": stage, "inputs": ran.inputs, "report": done.report}
+        faults = [f"the decision was on another {key}" for key, value in about.items() if said.get(key) != value]
+        faults += filter(None, (_may_not(person, ran.author) for person in people))
+        return said.get("go") is True, tuple(faults)
+
+    def verify(self) -> list[str]:
         """Return what is wrong with the recorded stages and decisions, one line a fault; empty if nothing is."""
         faults = []
-        for stage, done in self.stages.items():
+        for stage in self.stages:
             try:
-                self.registry.read(done.report)
-                if done.decision:
-                    faults += self._wrong(stage, done, trust)
-            except ValueError as error:
+                ran = self.ran(stage)
+                faults += [f"{stage}: {fault}" for fault in (ran.faults if ran else ())]
+            except RegistryError as error:
                 faults.append(f"{stage}: {error}")
         return faults
 
-    def _wrong(self, stage: str, done: Done, trust: Trust) -> list[str]:
-        envelope = json.loads(self.registry.read(done.decision))
-        at = self.registry.get(done.decision).created_at
-        found, people = verify(envelope, trust, at=at, predicate_type=DECISION)
-        said = found["predicate"]
-        expected = {"stage": stage, "inputs": done.inputs, "report": done.report, "go": done.go}
-        faults = [
-            f"{stage}: the decision was on another {key}" for key, value in expected.items() if said.get(key) != value
-        ]
-        faults += [f"{stage}: {one.name} decided on their own work" for one in people if one.name == done.author]
-        may = any(set(one.roles) & set(MAY_DECIDE) for one in people)
-        return faults + ([] if may else [f"{stage}: decided by somebody who may not"])
+
+def _may_not(person: Person, author: str) -> str:
+    """Return why a person may not decide on a stage that the author ran; empty if they may."""
+    if not set(person.roles) & set(MAY_DECIDE):
+        return f"{person.name} is {', '.join(person.roles)}, not a {' or '.join(MAY_DECIDE)}"
+    return f"{person.name} ran it: nobody decides on their own work" if person.name == author else ""
 
 
 def _without_places(fields: dict[str, Any]) -> dict[str, Any]:
