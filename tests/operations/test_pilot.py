@@ -119,11 +119,21 @@ def test_the_gate_holds_what_it_is_told_to():
     good = result(crosstalk=[Row("b", "style", 0.6, 0.5, 0.1)])
     assert good.passes
     assert not replace(good, gate=Gate(compliance=0.95)).passes
-    assert not replace(good, gate=Gate(rework=0.05)).passes
     assert not replace(good, crosstalk=[Row("b", "style", 0.9, 0.5, 0.4)]).passes
     assert not replace(good, gate=Gate(acceptance=0.5)).passes, "a study that nobody counted is no acceptance"
     assert replace(good, gate=Gate(acceptance=0.5), acceptance=Share(8, 10)).passes
     assert not replace(good, stage="line", failed=1).passes
+
+
+def test_what_the_next_stage_costs_counts_every_picture_of_the_line(opened, people, project):
+    project.write_text(project.read_text().replace("per_product = 2", "per_product = 3"))
+    pilot = opened()
+    pilot.run()
+    pilot.decide(True, "good", people["ben"])
+    found = pilot.run()
+    spent = [one for one in json.loads((pilot.folder / "spent.json").read_text()) if one["what"] == "generate"]
+    each = sum(one["seconds"] for one in spent) / sum(one["amount"] for one in spent)
+    assert found.next_cost.seconds == pytest.approx(4 * 2 * 3 * each), "products, styles, pictures of each"
 
 
 def test_a_share_whose_interval_holds_the_limit_is_called_unsure():

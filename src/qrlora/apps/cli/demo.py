@@ -6,7 +6,7 @@ from pathlib import Path
 
 import rich_click as click
 
-from qrlora.apps.cli.command import Options, command
+from qrlora.apps.cli.command import Options, check_one_of, command
 from qrlora.apps.cli.shared import COUNT, PATH, SEED, claim
 
 
@@ -24,6 +24,8 @@ from qrlora.apps.cli.shared import COUNT, PATH, SEED, claim
 def run_demo(options: Options) -> None:
     """Run the demo and print where its report is."""
     if options.company:
+        check_one_of(options, "company", "subject")
+        check_one_of(options, "company", "style")
         from qrlora.apps.cli import main
         from qrlora.apps.demo.company import demonstrate
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.resources
 import json
 import os
@@ -194,19 +195,24 @@ def scorers_of(line: Any) -> dict[str, Scorer]:
 
 
 def _judged(role: str) -> Scorer:
-    import numpy as np
-
     from qrlora.operations.pilot import Scorer
-    from qrlora.pico.judge import Judge
-
-    judge = Judge.load()
 
     def score(pictures: Any, learned_from: Any) -> list[float]:
+        import numpy as np
+
         height, width = pictures[0].pixels.shape[:2]
         references = np.stack([one.fitted(width, height) for one in learned_from])
-        return judge.likeness(role, np.stack([one.pixels for one in pictures]), references)
+        return _judge().likeness(role, np.stack([one.pixels for one in pictures]), references)
 
     return Scorer("the cosine of pico's judge", score)
+
+
+@functools.cache
+def _judge() -> Any:
+    """Return pico's judge, loaded when the first picture is scored: most commands score none."""
+    from qrlora.pico.judge import Judge
+
+    return Judge.load()
 
 
 for _command in (new, run, decide, status, study):

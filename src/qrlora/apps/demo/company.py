@@ -185,9 +185,7 @@ def _tampered(company: Company) -> list[tuple[str, str]]:
 
 
 def _one_picture(folder: Path) -> Path:
-    found = sorted((folder / "line.pilot" / "catalog").rglob("pictures/**/*.png"))
-    found = found or sorted((folder / "line.pilot" / "catalog").rglob("*.png"))
-    return found[0]
+    return min((folder / "line.pilot" / "catalog" / "pictures").rglob("*.png"))
 
 
 def _page(company: Company, refusals: list[tuple[str, str]], seconds: float) -> Path:

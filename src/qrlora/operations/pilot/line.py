@@ -55,6 +55,11 @@ class Prompts(_Part):
                 raise ValueError(f"{text!r} lacks {{{missing[0]}}}")
         return value
 
+    @property
+    def of_line(self) -> tuple[str, ...]:
+        """The prompts of stage 3."""
+        return self.line or self.composed
+
 
 class Sampling(_Part):
     """How pictures are made and how many."""
@@ -81,7 +86,6 @@ class Gate(_Part):
 
     compliance: float = Field(0.8, ge=0, le=1, description="least share of pictures that pass the brand sheet")
     crosstalk: float = Field(0.2, ge=0, description="largest loss of a score inside a composition (stages 2 and 3)")
-    rework: float = Field(0.5, ge=0, le=1, description="largest share of pictures that have to be made again")
     copies: float = Field(0.2, ge=0, le=1, description="largest share of pictures that copy a training picture")
     acceptance: float | None = Field(None, ge=0, le=1, description="least share of a blind study's votes")
 

@@ -17,10 +17,10 @@ from qrlora.operations.pilot.line import STAGES, Gate, Item, Stage
 from qrlora.operations.pilot.work import Work
 from qrlora.operations.policy.combination import Combination
 from qrlora.quality.brand import BrandSheet
+from qrlora.quality.evaluation import evaluate
 from qrlora.quality.images.read import MeasuredPicture
-from qrlora.quality.metrics.copies import COPY_THRESHOLD
 from qrlora.quality.metrics.shares import Share
-from qrlora.quality.metrics.table import References, compute_metrics, select_metrics
+from qrlora.quality.metrics.table import References, select_metrics
 
 
 @dataclass(frozen=True)
@@ -128,8 +128,6 @@ class Result:
         found = []
         if self.compliance:
             found.append(_at_least("compliance", self.compliance, self.gate.compliance))
-        if self.rework:
-            found.append(_at_most("rework", self.rework, self.gate.rework))
         if self.crosstalk:
             worst = max(row.lost for row in self.crosstalk)
             found.append(Check("crosstalk", worst, self.gate.crosstalk, worst <= self.gate.crosstalk))
@@ -158,7 +156,7 @@ class Result:
                     "name": group.name,
                     "pictures": [picture.name for picture in group.pictures],
                     "score": group.score,
-                    "passing": _share(group.passing),
+                    "passing": group.passing and group.passing.to_dict(),
                     "reasons": list(group.reasons),
                     "copies": None if group.copies is None else list(group.copies),
                 }
@@ -167,9 +165,9 @@ class Result:
             "crosstalk": [vars(row) for row in self.crosstalk],
             "interference": dict(self.interference),
             "kpis": {
-                "compliance": _share(self.compliance),
-                "rework": _share(self.rework),
-                "acceptance": _share(self.acceptance),
+                "compliance": self.compliance and self.compliance.to_dict(),
+                "rework": self.rework and self.rework.to_dict(),
+                "acceptance": self.acceptance and self.acceptance.to_dict(),
                 "cost_per_picture": self.per_picture,
             },
             "checks": [vars(check) for check in self.checks],
@@ -182,10 +180,6 @@ class Result:
             "next_cost": self.next_cost.to_dict() if self.next_cost else None,
             "parameters": self.parameters.to_dict() if self.parameters else None,
         }
-
-
-def _share(share: Share | None) -> dict[str, Any] | None:
-    return {"right": share.right, "n": share.n, "interval": list(share.interval)} if share else None
 
 
 def _at_most(name: str, share: Share, limit: float) -> Check:
@@ -213,7 +207,7 @@ def one_picture(work: Work) -> Result:
 def several_styles(work: Work) -> Result:
     """Stage 2: train every style, generate each alone and with the subject, measure what they take from each other."""
     line = work.line
-    subject, strength = line.subject, line.sampling.null_space
+    subject = line.subject
     alone = work.pictures(
         [text.format(subject=_trigger(work, subject)) for text in line.prompts.subject], [(subject, 1)]
     )
@@ -223,25 +217,22 @@ def several_styles(work: Work) -> Result:
         called = {"subject": _trigger(work, subject), "style": _trigger(work, style)}
         own = work.pictures([text.format(**called) for text in line.prompts.style], [(style, 1.0)])
         pair = [(subject, 1.0), (style, 1.0)]
-        composed = work.pictures([text.format(**called) for text in line.prompts.composed], pair, strength)
+        composed = work.pictures([text.format(**called) for text in line.prompts.composed], pair)
         group = _group(work, f"{subject.name} + {style.name}", composed, "style", style)
         groups.append(replace(group, style=style.name))
         rows.append(_row(work, style.name, "subject", subject_alone, work.score("subject", subject, composed)))
         rows.append(_row(work, style.name, "style", work.score("style", style, own), groups[-1].score or 0.0))
         parts = [(work.adapter(item), weight) for item, weight in pair]
         interference[style.name] = float(Composition(parts).interference().total.cosine[0][1])
-    products = len(line.products.read_text("utf-8-sig").splitlines()) - 1 if line.products else 0
-    result = _result(work, "several_styles", groups, list(line.items), 0, products * len(line.styles))
-    return _with(result, crosstalk=rows, interference=interference)
+    cells = len(work.products()) * len(line.styles) if line.products else 0
+    each = len(line.prompts.of_line) * line.sampling.per_product
+    result = _result(work, "several_styles", groups, list(line.items), 0, cells * each)
+    return replace(result, crosstalk=rows, interference=interference)
 
 
 def _row(work: Work, style: str, role: str, alone: float, composed: float) -> Row:
     lost = alone - composed if work.scorers[role].higher_is_better else composed - alone
     return Row(style, role, alone, composed, lost)
-
-
-def _with(result: Result, **changes: Any) -> Result:
-    return Result(**{**vars(result), **changes})
 
 
 def _trigger(work: Work, item: Item) -> str:
@@ -250,23 +241,17 @@ def _trigger(work: Work, item: Item) -> str:
 
 def _group(work: Work, name: str, pictures: Sequence[MeasuredPicture], role: str, item: Item) -> Group:
     """Score pictures, apply the brand sheet, and look for copies of what the adapters were trained on."""
-    score = work.score(role, item, pictures)
     training = work.learned_from(item)
-    references = References(subject=work.learned_from(work.line.subject), training=training)
-    copied = compute_metrics(pictures, references, select_metrics(["copied"], pictures, references))
-    copies = [one.name for one, row in zip(pictures, copied, strict=True) if (row["copied"] or 0.0) >= COPY_THRESHOLD]
-    if work.line.brand is None:
-        return Group(name, pictures, score, copies=copies)
-    sheet = BrandSheet.load(work.line.brand)
-    palette = list(sheet.palette.colours) if sheet.palette else []
-    style = training if role == "style" else ()
-    references = References(references.subject, style, training, palette)
-    rows: list[dict[str, float | None]] = [{} for _ in pictures]
-    if sheet.scores:
-        rows = compute_metrics(pictures, references, select_metrics(list(sheet.scores), pictures, references))
-    verdicts = [sheet.check(picture, row) for picture, row in zip(pictures, rows, strict=True)]
-    reasons = sorted({reason for verdict in verdicts for reason in verdict.reasons})
-    return Group(name, pictures, score, Share.of(verdict.passes for verdict in verdicts), reasons, copies)
+    sheet = BrandSheet.load(work.line.brand) if work.line.brand else None
+    palette = list(sheet.palette.colours) if sheet and sheet.palette else []
+    subject = work.learned_from(work.line.subject)
+    references = References(subject, training if role == "style" else (), training, palette)
+    names = list(dict.fromkeys(["copied", *(sheet.scores if sheet else ())]))
+    found = evaluate({name: pictures}, references, select_metrics(names, pictures, references), sheet)
+    reasons = sorted({reason for one in (found.verdicts or {}).get(name, ()) for reason in one.reasons})
+    passing = found.passing(name)
+    score = work.score(role, item, pictures)
+    return Group(name, pictures, score, passing[0] if passing else None, reasons, found.copies(name))
 
 
 def _result(

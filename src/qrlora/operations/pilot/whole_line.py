@@ -14,7 +14,7 @@ from qrlora.operations.catalog.gallery import write
 from qrlora.operations.catalog.journal import Journal
 from qrlora.operations.catalog.plan import Settings
 from qrlora.operations.catalog.run import Governing, Line, Row
-from qrlora.operations.catalog.tables import Item, Style, StylesFile, item_of, read_products
+from qrlora.operations.catalog.tables import Item, Style, StylesFile, item_of
 from qrlora.operations.pilot.costs import cost_of, parameters_of
 from qrlora.operations.pilot.line import Item as Learned
 from qrlora.operations.pilot.stages import Group, Result
@@ -45,13 +45,8 @@ class WholeLine:
         if line.products is None:
             remedy = 'write `products = "products.csv"` into the project file (docs/catalog.md)'
             raise DataError("stage 3 needs the table of the line's products", got="none", remedy=remedy)
-        subject = work.adapter_file(line.subject)
         work.adapter(line.subject)
-
-        def resolve(text: str) -> Path | None:
-            return subject if text == line.subject.name else None
-
-        products, _ = read_products(line.products, resolve)
+        products = work.products()
         file, styles = _styles(work)
         settings = Settings(
             model=line.model,
@@ -82,7 +77,7 @@ class WholeLine:
 def _styles(work: Work) -> tuple[StylesFile, list[Style]]:
     """The pilot's styles as a catalog's, each with the adapter that stage 2 trained."""
     line = work.line
-    prompts = [text.replace("{subject}", "{product}") for text in line.prompts.line or line.prompts.composed]
+    prompts = [text.replace("{subject}", "{product}") for text in line.prompts.of_line]
     seeds = range(line.sampling.seed, line.sampling.seed + line.sampling.per_product)
     sampling = {name: getattr(line.sampling, name) for name in ("steps", "guidance", "resolution")}
     training = {key: value for key, value in line.training.items() if key not in ("noun", "trigger")}

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import io
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import cycle, islice
 from pathlib import Path
@@ -21,13 +20,17 @@ from qrlora.method.adapter import Adapter, load_adapter
 from qrlora.method.composition import default_strength, project_out
 from qrlora.models.families import load_pipeline
 from qrlora.models.generation import generate_jobs
+from qrlora.models.training import outputs
 from qrlora.models.training.dataset import find_pictures
 from qrlora.models.training.loop import Progress, train
 from qrlora.models.training.recipe import Recipe
 from qrlora.operations.catalog.plan import base_digest
+from qrlora.operations.catalog.tables import Item as Product
+from qrlora.operations.catalog.tables import read_products
 from qrlora.operations.pilot.costs import Spent
 from qrlora.operations.pilot.line import Item, Line
 from qrlora.operations.provenance.canonical import canonical_json, digest_of, file_digest
+from qrlora.quality.images.png import png_bytes
 from qrlora.quality.images.read import MeasuredPicture, load_picture, load_pictures
 from qrlora.quality.metrics.table import METRICS, References, compute_metrics, select_metrics
 
@@ -128,46 +131,49 @@ class Work:
             recipe = self.recipe(item).replace(output=path)
             pipe, family = self.model
             started = time.perf_counter()
-            begun = any(path.with_suffix(".checkpoints").glob("step-*.safetensors"))
+            begun = outputs.newest(recipe)
+            before = int(begun.stem.removeprefix("step-")) if begun else 0
 
             def progress(at: Progress) -> None:
                 self.show(f"train {item.name}", at.step, at.steps)
 
-            train(recipe, pipe=pipe, family=family, resume=begun, progress=progress)
-            self.spend("train", started, recipe.steps)
+            train(recipe, pipe=pipe, family=family, resume=bool(begun), progress=progress)
+            self.spend("train", started, recipe.steps - before)
         return load_adapter(path)
+
+    def products(self) -> list[Product]:
+        """Return the products of stage 3; the subject's name stands for its adapter. Errors: as `read_products`."""
+        assert self.line.products is not None
+        known = {self.line.subject.name: self.adapter_file(self.line.subject)}
+        return read_products(self.line.products, known.get)[0]
 
     def learned_from(self, item: Item) -> list[MeasuredPicture]:
         """The pictures that an item is learned from."""
         return load_pictures([item.picture])
 
-    def pictures(
-        self, prompts: Sequence[str], adapters: Sequence[tuple[Item, float]] = (), null_space: float | None = None
-    ) -> list[MeasuredPicture]:
+    def pictures(self, prompts: Sequence[str], adapters: Sequence[tuple[Item, float]] = ()) -> list[MeasuredPicture]:
         """Pictures of these prompts in turn, as many as the project says, each made once.
 
         Args:
             adapters: with their weights; none for the base model alone.
-            null_space: strength of null-space projection; the default of these adapters if None.
         """
-        loaded = [(self.adapter(item), weight) for item, weight in adapters]
-        if null_space is None:
-            null_space = default_strength([adapter for adapter, _ in loaded])
+        strength = self.strength([item for item, _ in adapters])
+        projected = project_out([(self.adapter(item), weight) for item, weight in adapters], strength)
         settings = self.line.sampling
         names = [[self.adapter_file(item).name, weight] for item, weight in adapters]
         options = {name: getattr(settings, name) for name in ("steps", "guidance", "resolution")}
-        common = [self.base, names, null_space, options]
+        common = [self.base, names, strength, options]
         jobs = [(text, settings.seed + i) for i, text in enumerate(islice(cycle(prompts), settings.pictures))]
         files = {job: self._picture_file([*common, *job]) for job in jobs}
         missing = [job for job in jobs if not files[job].is_file()]
         for start in range(0, len(missing), settings.batch_size):
-            self._generate(missing[start : start + settings.batch_size], files, loaded, null_space, options)
+            self._generate(missing[start : start + settings.batch_size], files, projected, options)
             self.show("generate", min(start + settings.batch_size, len(missing)), len(missing))
-        return [_with_prompt(load_picture(files[job]), job[0]) for job in jobs]
+        return [replace(load_picture(files[job]), prompt=job[0]) for job in jobs]
 
     def strength(self, items: Sequence[Item]) -> float:
         """Null-space strength of a composition of these: the project's, else the default of their roles."""
-        given = self.line.sampling.null_space
+        given = self.line.sampling.null_space if len(items) > 1 else None
         return default_strength([self.adapter(item) for item in items]) if given is None else given
 
     def _picture_file(self, inputs: Sequence[Any]) -> Path:
@@ -178,19 +184,12 @@ class Work:
         jobs: Sequence[tuple[str, int]],
         files: Mapping[tuple[str, int], Path],
         adapters: Sequence[tuple[Adapter, float]],
-        null_space: float,
         options: Mapping[str, Any],
     ) -> None:
         pipe, family = self.model
         started = time.perf_counter()
-        projected = project_out(adapters, null_space)
-        images = generate_jobs(pipe, family, jobs, adapters=projected, batch_size=len(jobs), **options)
-        encoded: dict[Path, bytes] = {}
-        for job, image in zip(jobs, images, strict=True):
-            stream = io.BytesIO()
-            image.save(stream, "PNG")
-            encoded[files[job]] = stream.getvalue()
-        write_all(encoded)
+        images = generate_jobs(pipe, family, jobs, adapters=adapters, batch_size=len(jobs), **options)
+        write_all({files[job]: png_bytes(image) for job, image in zip(jobs, images, strict=True)})
         self.spend("generate", started, len(jobs))
 
     def score(self, role: str, item: Item, pictures: Sequence[MeasuredPicture]) -> float:
@@ -211,7 +210,3 @@ class Work:
             full = sum(int(np.prod(shape)) for shape in adapter.shapes.values())
             found.append({"trained": count.trained, "lora": count.lora_same_rank, "full": full})
         return found
-
-
-def _with_prompt(picture: MeasuredPicture, prompt: str) -> MeasuredPicture:
-    return MeasuredPicture(picture.name, picture.pixels, picture.mask, prompt)

@@ -32,6 +32,10 @@ class Share:
         low, high = (100 * bound for bound in self.interval)
         return f"{self.right} of {self.n}, 95% interval {low:.0f} to {high:.0f}%"
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return the proportion and its interval as JSON values."""
+        return {"right": self.right, "n": self.n, "interval": list(self.interval)}
+
     @property
     def value(self) -> float:
         """In [0, 1]."""

@@ -85,7 +85,13 @@ class VoteCount:
             "question": self.question,
             "arms": list(self.arms),
             "pairs": [
-                {"first": a, "second": b, **vars(pair), "share": _share(pair.share), "rater_share": _share(pair.raters)}
+                {
+                    "first": a,
+                    "second": b,
+                    **vars(pair),
+                    "share": pair.share and pair.share.to_dict(),
+                    "rater_share": pair.raters and pair.raters.to_dict(),
+                }
                 for (a, b), pair in self.pairs.items()
             ],
             "strengths": {
@@ -93,15 +99,9 @@ class VoteCount:
             },
             "raters": dict(self.raters),
             "excluded": dict(self.excluded),
-            "agreement": {rater: _share(share) for rater, share in self.agreement.items()},
+            "agreement": {rater: share.to_dict() for rater, share in self.agreement.items()},
             "alpha": self.alpha,
         }
-
-
-def _share(share: Share | None) -> dict[str, Any] | None:
-    if share is None:
-        return None
-    return {"right": share.right, "n": share.n, "interval": list(share.interval)}
 
 
 @dataclass(frozen=True)
