@@ -25,7 +25,7 @@ from qrlora.quality.report import Code, Figure, Figures, Gallery, Picture, Prose
 
 Run = Callable[[list[str]], int]
 PEOPLE = {"ada": ("author",), "ben": ("reviewer",), "cleo": ("reviewer", "operator")}
-MIX = "--adapter registry:teapots/teapot:1 --adapter registry:teapots/{style}:{weight} --null-space 0.5"
+MIX = "--adapter registry:teapots/teapot:1.2 --adapter registry:teapots/{style}:{weight} --null-space 0.5"
 
 
 @dataclass
@@ -157,11 +157,11 @@ def _tampered(company: Company) -> list[tuple[str, str]]:
         refused.append((what, company.type(command, codes)))
 
     generate = f"generate --prompt 'a photo of a teal <c> in <s> style' --require-approval -o {folder / 'out.png'} "
-    company.type(generate + MIX.format(style="chalk", weight=1))
-    tried("One weight is changed from 1 to 0.9.", generate + MIX.format(style="chalk", weight=0.9))
+    company.type(generate + MIX.format(style="chalk", weight=1.6))
+    tried("One weight is changed from 1.6 to 1.5.", generate + MIX.format(style="chalk", weight=1.5))
     tried(
         "A forbidden word is in the prompt.",
-        generate.replace("teal", "cheap teal") + MIX.format(style="gold", weight=1),
+        generate.replace("teal", "cheap teal") + MIX.format(style="gold", weight=1.6),
     )
     picture = _one_picture(folder)
     data = bytearray(picture.read_bytes())
@@ -188,6 +188,14 @@ def _one_picture(folder: Path) -> Path:
     return min((folder / "line.pilot" / "catalog" / "pictures").rglob("*.png"))
 
 
+def _gates(company: Company) -> str:
+    """Say of which stages the gate recommended a no-go: the demo goes on all the same."""
+    runs = [said for _, command, said in company.typed if command.startswith("qrlora pilot run")]
+    against = [str(stage) for stage, said in enumerate(runs, 1) if "a no-go is recommended" in said]
+    told = f"The gate of stage {' and '.join(against)} recommends a no-go; the demo goes on to show the rest."
+    return told if against else "All gates hold."
+
+
 def _page(company: Company, refusals: list[tuple[str, str]], seconds: float) -> Path:
     """The page of the demo: the catalog's pictures, the decisions, and what was refused."""
     from qrlora.quality.images.read import load_picture
@@ -203,7 +211,7 @@ def _page(company: Company, refusals: list[tuple[str, str]], seconds: float) -> 
         Section(
             "",
             [Gallery(gallery), Figures(figures)],
-            "Every picture is marked (C2PA) and recorded; both combinations are approved by two people.",
+            f"Every picture is marked (C2PA); both combinations are approved by two people. {_gates(company)}",
         ),
         Section("Then somebody tampers", [block for what, said in refusals for block in (Prose([what]), Code(said))]),
         Section("What was typed", [Code(commands)]),

@@ -26,6 +26,7 @@ class Item(_Part):
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9-]{0,39}$", description="lower-case letters, digits and -")
     picture: Path = Field(description="picture or folder, from the project file's folder")
     caption: str = Field("", description="what the picture shows, with [trigger] where the trigger goes")
+    weight: float = Field(1.0, description="of its adapter in compositions")
     training: dict[str, Any] = Field(default_factory=dict, description="recipe fields of this one alone")
 
 

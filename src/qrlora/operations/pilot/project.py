@@ -214,9 +214,8 @@ class Pilot:
         work, line = Work(self.line, self.folder, stage, self.scorers, show), self.line
         ours, words = [], []
         for style in line.styles:
-            pair = [(line.subject, 1.0), (style, 1.0)]
             triggers = {"subject": work.recipe(line.subject).trigger, "style": work.recipe(style).trigger}
-            ours += work.pictures([text.format(**triggers) for text in line.prompts.composed], pair)
+            ours += work.pictures([text.format(**triggers) for text in line.prompts.composed], work.pair(style))
             names = {"subject": line.subject.name, "style": style.name}
             words += work.pictures([text.format(**names) for text in line.prompts.composed])
         page, key = make_study({"adapters": ours, "words": words}, by_order=True)

@@ -41,7 +41,7 @@ def record(registry: Registry, work: Work, result: Result, inputs: str) -> tuple
     sheet = registry.add(line.brand, "brand", name=f"{line.name}/brand") if line.brand else None
     combinations = []
     for style in line.styles:
-        parts = [(adapters[item.name], 1.0) for item in (line.subject, style)]
+        parts = [(adapters[item.name], weight) for item, weight in work.pair(style)]
         strength = work.strength([line.subject, style])
         title = f"{line.name}/{line.subject.name}-in-{style.name}"
         made = add_composition(registry, base, parts, strength, name=title, owner=line.owner)

@@ -216,7 +216,7 @@ def several_styles(work: Work) -> Result:
     for style in line.styles:
         called = {"subject": _trigger(work, subject), "style": _trigger(work, style)}
         own = work.pictures([text.format(**called) for text in line.prompts.style], [(style, 1.0)])
-        pair = [(subject, 1.0), (style, 1.0)]
+        pair = work.pair(style)
         composed = work.pictures([text.format(**called) for text in line.prompts.composed], pair)
         group = _group(work, f"{subject.name} + {style.name}", composed, "style", style)
         groups.append(replace(group, style=style.name))

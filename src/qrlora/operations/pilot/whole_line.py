@@ -93,13 +93,13 @@ def _styles(work: Work) -> tuple[StylesFile, list[Style]]:
             folder=style.picture.parent,
             picture=style.picture.name if style.picture.is_file() else "",
             adapter=given.adapter,
-            weight=1.0,
+            weight=style.weight,
             trigger="",
             tags=(),
             resolve=lambda _: None,
         )
         strength = work.strength([line.subject, style])
-        found.append(Style(item, 1.0, strength, file.prompts, file.seeds))
+        found.append(Style(item, line.subject.weight, strength, file.prompts, file.seeds))
     return file, found
 
 

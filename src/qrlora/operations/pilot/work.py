@@ -171,6 +171,10 @@ class Work:
             self.show("generate", min(start + settings.batch_size, len(missing)), len(missing))
         return [replace(load_picture(files[job]), prompt=job[0]) for job in jobs]
 
+    def pair(self, style: Item) -> list[tuple[Item, float]]:
+        """The subject and a style with their weights in a composition."""
+        return [(item, item.weight) for item in (self.line.subject, style)]
+
     def strength(self, items: Sequence[Item]) -> float:
         """Null-space strength of a composition of these: the project's, else the default of their roles."""
         given = self.line.sampling.null_space if len(items) > 1 else None
