@@ -17,6 +17,7 @@ from qrlora.operations.policy.check import Verdict, enforce
 from qrlora.operations.policy.decisions import Given, decisions
 from qrlora.operations.policy.findings import forbidden_words
 from qrlora.operations.registry import Artifact, Registry
+from qrlora.operations.registry.signatures import trust_path
 
 KEPT = 1024
 """Verdicts that are kept until the registry, the trust file or the policy changes, or the approval ends."""
@@ -111,7 +112,7 @@ class Gate:
             self._stamp = stamp
 
     def _read_stamp(self) -> object:
-        files = [self.registry.folder / "trust.json"] if self.registry else []
+        files = [trust_path(self.registry)] if self.registry else []
         files += [self.permission.policy] if self.permission.policy else []
         return _last_change(self.registry) if self.registry else None, *(_file_stamp(path) for path in files)
 

@@ -272,7 +272,7 @@ class Pilot:
 
     def _wrong(self, stage: str, done: Done, trust: Trust) -> list[str]:
         envelope = json.loads(self.registry.read(done.decision))
-        at = self.registry.get(done.decision).created_at
+        at = self.registry.added_at(done.decision)
         found, people = verify(envelope, trust, at=at, predicate_type=DECISION)
         said = found["predicate"]
         expected = {"stage": stage, "inputs": done.inputs, "report": done.report, "go": done.go}
