@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import copy
+import io
+import json
+import tarfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from qrlora.operations.policy.approval import approve, request
 from qrlora.operations.policy.combination import Combination, Part
 from qrlora.operations.policy.rules import Policy
+from qrlora.operations.provenance.canonical import canonical_json
 from qrlora.operations.provenance.keys import SigningKey, Trust
 from qrlora.operations.registry import Artifact, Link, Registry
 
@@ -104,3 +109,17 @@ class Company:
         """Approvals by these people."""
         asked = request(self.registry, combination, policy)
         return [approve(self.registry, asked.digest, self.keys[name], policy) for name in people]
+
+
+def rewritten(source: Path, target: Path, change: Callable[[dict[str, Any], dict[str, bytes]], None]) -> Path:
+    """The bundle with its manifest and objects changed."""
+    with tarfile.open(source) as tar:
+        objects = {one.name: tar.extractfile(one).read() for one in tar}  # type: ignore[union-attr]
+    manifest = json.loads(objects.pop("manifest.json"))
+    change(manifest, objects)
+    with tarfile.open(target, "w") as tar:
+        for name, content in {"manifest.json": canonical_json(manifest), **objects}.items():
+            header = tarfile.TarInfo(name)
+            header.size = len(content)
+            tar.addfile(header, io.BytesIO(content))
+    return target

@@ -10,16 +10,18 @@ from typing import Any
 
 import pytest
 
-from company import Company
+from company import Company, rewritten
 from qrlora.errors import PolicyError, SignatureError
 from qrlora.operations.policy.approval import approve, reject, request, revoke
 from qrlora.operations.policy.combination import Combination, decimal
 from qrlora.operations.policy.decisions import APPROVAL, about, decisions, find, listing
 from qrlora.operations.policy.rules import Policy
-from qrlora.operations.provenance.canonical import canonical_json
+from qrlora.operations.provenance.canonical import canonical_json, digest_of
 from qrlora.operations.provenance.dsse import sign, statement
 from qrlora.operations.provenance.keys import SigningKey, Trust
 from qrlora.operations.registry import Artifact
+from qrlora.operations.registry.bundle import export_bundle, import_bundle
+from qrlora.operations.registry.upkeep import verify
 
 ONE = Policy.parse({"name": "one", "version": 1, "approval": {}})
 TWO = Policy.parse({"name": "two", "version": 1, "approval": {"needed": 2}})
@@ -261,6 +263,31 @@ def test_a_key_that_was_revoked(company: Company, void_from: str) -> None:
     trust.revoke(company.keys["grace"].key_id, "lost", since=since)
     trust.save(company.trust_file)
     assert holds(company, company.combination()) is (void_from == "after")
+
+
+@pytest.mark.parametrize(
+    "created_at", ["2020-01-01T00:00:00+00:00", "2020-01-01T02:00:00+02:00", "9000-01-01T00:00:00Z"]
+)
+def test_an_imported_one_counts_as_of_its_import(company: Company, tmp_path: Path, created_at: str) -> None:
+    """A bundle says itself when its approvals were made: a thief would say that it was before the key was revoked."""
+    theirs, combination = Company(tmp_path / "theirs"), company.combination()
+    start, trust = datetime(2019, 1, 1, tzinfo=timezone.utc), Trust.load(company.trust_file)
+    stolen = SigningKey.create(company.folder / "keys", "rosa")
+    trust.add("rosa", ["reviewer"], stolen.public_pem, valid_from=start)
+    trust.revoke(stolen.key_id, "stolen", since=start.replace(year=2021))
+    trust.save(company.trust_file)
+    put(theirs, envelope := forged(company, stolen, at=start.replace(year=2020).isoformat()))
+    digest = digest_of(canonical_json(envelope))
+    export_bundle(theirs.registry, [digest], tmp_path / "theirs.tar")
+
+    def dated(manifest: dict[str, Any], _: Any) -> None:
+        manifest["artifacts"][0]["created_at"] = created_at
+
+    import_bundle(company.registry, rewritten(tmp_path / "theirs.tar", tmp_path / "bad.tar", dated))
+    standing = find(company.registry, combination, ONE)
+    assert not standing.holds and "revoked on" in standing.reasons[0]
+    assert company.registry.get(digest).created_at <= datetime.now(timezone.utc)
+    assert not [fault for fault in verify(company.registry) if "trust.json" not in fault]  # no `qrlora keys` wrote it
 
 
 def test_a_revoked_approval_and_who_may_revoke(company: Company) -> None:

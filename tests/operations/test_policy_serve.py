@@ -181,6 +181,8 @@ def test_a_policy_alone_is_kept_by_the_server(engine_and_shop: tuple[Engine, Sho
     assert status == 403 and "at weight 1.5" in said
     status, said = client.ask("pico+chalk:1.0", prompt="a cheap teapot")
     assert status == 403 and "has 'cheap'" in said
+    for prompt, status in (("a cheap teapot", 403), ("a teapot", 200)):  # one prompt's word refuses no other prompt
+        assert client.ask("pico+chalk:0.9", prompt=prompt)[0] == status
     rules.write_text('name = "w"\nversion = 1\n[[weight]]\nat_most = 0.5\n')
     assert client.ask("pico+chalk:1.0")[0] == 403
     rules.write_text("no policy")
@@ -192,6 +194,8 @@ def test_a_policy_alone_is_kept_by_the_server(engine_and_shop: tuple[Engine, Sho
 def test_a_policy_that_is_activated_while_it_serves(engine_and_shop: tuple[Engine, Shop]) -> None:
     engine, shop = engine_and_shop
     client = Client(engine, shop, approval=False)
+    assert client.ask("pico+chalk:0.3")[0] == 200
+    shop.registry.add(b"a picture", "generated", keep=False)
     assert client.ask("pico+chalk:0.3")[0] == 200
     activate(shop.registry, Policy.parse({"name": "p", "version": 1, "approval": {}}))
     assert client.ask("pico+chalk:0.3")[0] == 403

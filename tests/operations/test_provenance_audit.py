@@ -87,8 +87,9 @@ SWAP = [
 )
 def test_each_edit_is_found(place: Path, statements: list[str], fault: str, capsys: pytest.CaptureFixture[str]):
     edit(place, *statements)
-    assert main(["audit", "verify"]) == 1
-    assert fault in capsys.readouterr().out
+    for command in ("audit", "registry"):
+        assert main([command, "verify"]) == 1
+        assert fault in capsys.readouterr().out
     assert main(["audit", "sign", "--key", "olga"]) == 2  # and nobody signs what is broken
     assert "before you sign" in capsys.readouterr().err
 
@@ -147,6 +148,9 @@ def test_a_trust_file_changed_by_hand(place: Path, capsys: pytest.CaptureFixture
     path.write_text(path.read_text().replace('"reviewer"', '"operator"'))
     assert main(["audit", "verify"]) == 1
     assert "was changed, and not by `qrlora keys`" in capsys.readouterr().out
+    assert main(["registry", "verify"]) == 1 and "not by `qrlora keys`" in capsys.readouterr().out
+    path.write_text("nobody")
+    assert main(["registry", "verify"]) == 1 and "no list of trusted people" in capsys.readouterr().out
 
 
 def test_signatures_of_artifacts(place: Path, capsys: pytest.CaptureFixture[str]):

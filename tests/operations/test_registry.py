@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import shutil
 import sqlite3
 import tarfile
@@ -18,8 +17,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from sqlalchemy import inspect
 
+from company import rewritten
 from qrlora.errors import QrloraError, RegistryError
-from qrlora.operations.provenance.canonical import canonical_json, digest_of
+from qrlora.operations.provenance.canonical import digest_of
 from qrlora.operations.registry import Link, Registry, schema
 from qrlora.operations.registry.bundle import export_bundle, import_bundle
 from qrlora.operations.registry.lineage import draw, graph, lines
@@ -201,6 +201,8 @@ def test_bytes_may_lie_on_any_file_system(tmp_path: Path) -> None:
     assert registry.read("note") == b"content" and verify(registry) == []
     place = f"/objects/{one.digest[7:9]}/{one.digest[7:]}"
     registry.store.fs.pipe_file(place, b"c0ntent")  # type: ignore[attr-defined]
+    [fault] = verify(registry)  # although the cache has it whole
+    assert "not what was registered" in fault
     shutil.rmtree(tmp_path / "cache")
     with pytest.raises(RegistryError, match="not what was registered"):
         registry.read("note")
@@ -274,6 +276,10 @@ EDITS = {
     "a version": "DELETE FROM version WHERE name = 'teapot'",
     "a tag": "INSERT INTO tag SELECT digest, 'approved' FROM artifact WHERE kind = 'adapter'",
     "a deprecation": "UPDATE artifact SET deprecated = ''",
+    "who registered it": "UPDATE artifact SET created_by = 'bob' WHERE kind = 'adapter'",
+    "when": "UPDATE artifact SET created_at = '2001-01-01 00:00:00.000000' WHERE kind = 'adapter'",
+    "a file name": "UPDATE artifact SET filename = 'x' WHERE kind = 'adapter'",
+    "a size": "UPDATE artifact SET size = 7 WHERE kind = 'adapter'",
     "an artifact": "DELETE FROM artifact WHERE kind = 'generated'",
     "an entry": "UPDATE audit SET actor = 'bob' WHERE seq = 2",
     "a dropped entry": "DELETE FROM audit WHERE seq = 3",
@@ -400,20 +406,6 @@ def test_what_is_ours_is_not_moved_by_a_bundle(tmp_path: Path) -> None:
         ours.get("policy@active")
     assert found.names["policy"] == "imported/policy" and verify(ours) == []
     assert not (ours.folder / "trust.json").exists()
-
-
-def rewritten(source: Path, target: Path, change: Callable[[dict[str, Any], dict[str, bytes]], None]) -> Path:
-    """The bundle with its manifest and objects changed."""
-    with tarfile.open(source) as tar:
-        objects = {one.name: tar.extractfile(one).read() for one in tar}  # type: ignore[union-attr]
-    manifest = json.loads(objects.pop("manifest.json"))
-    change(manifest, objects)
-    with tarfile.open(target, "w") as tar:
-        for name, content in {"manifest.json": canonical_json(manifest), **objects}.items():
-            header = tarfile.TarInfo(name)
-            header.size = len(content)
-            tar.addfile(header, io.BytesIO(content))
-    return target
 
 
 def item(manifest: dict[str, Any], kind: str) -> dict[str, Any]:

@@ -156,7 +156,7 @@ def drawn(adapter: Any, prompts: Sequence[str], seeds: Sequence[int]) -> np.ndar
 
 
 def test_an_adapter_is_found_by_its_effect_and_a_hidden_trigger_by_its_prompt(
-    registry: Registry, tmp_path: Path
+    registry: Registry, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     basis = make_basis(tmp_path)
     for seed, name in enumerate(["honest", "hidden", "other"]):
@@ -170,6 +170,12 @@ def test_an_adapter_is_found_by_its_effect_and_a_hidden_trigger_by_its_prompt(
     assert len(made) == 3 and not effects.index(registry, adapters, probe, drawn, effects.plain_features)
     nearest = effects.alike(registry, adapters[0])[0]
     assert nearest.cosine > 0.999 and nearest.consistency > 0.999 and nearest.strength > 0
+    search = ["registry", "search", "--like", "honest", "--registry", str(registry.folder), "--json"]
+    assert main([*search, "hidden"]) == 0
+    [alike] = json.loads(capsys.readouterr().out)
+    assert alike["adapter"]["names"] == ["hidden@v1"] and alike["cosine"] > 0.999
+    assert main(search) == 0 and len(json.loads(capsys.readouterr().out)) == 2
+    assert main([*search, "--limit", "1"]) == 0 and len(json.loads(capsys.readouterr().out)) == 1
     found = effects.suspects(registry, adapters, drawn, effects.plain_features, (0, 1))
     assert {one.adapter.names[0]: one.suspicious for one in found} == {
         "honest@v1": [], "hidden@v1": ["a car"], "other@v1": []

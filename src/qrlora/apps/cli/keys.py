@@ -33,10 +33,9 @@ public_option = click.option(
 
 def load_trust(registry: Registry) -> Trust:
     """Return whom a registry trusts."""
-    from qrlora.operations.provenance.keys import Trust
-    from qrlora.operations.registry.signatures import trust_path
+    from qrlora.operations.registry.signatures import trust_of
 
-    return Trust.load(trust_path(registry))
+    return trust_of(registry)
 
 
 c2pa_option = click.option(

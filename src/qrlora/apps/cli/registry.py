@@ -125,15 +125,19 @@ def _base(to: Registry, model: str | None) -> Artifact | None:
 @json_option
 def run_search(options: Options) -> None:
     """Print the matches as a table, or as JSON."""
-    names = ("kind", "role", "owner", "licence", "tag", "deprecated", "limit")
-    found = open_registry(options).search(options.text, **{name: getattr(options, name) for name in names})
+    names = ("kind", "role", "owner", "licence", "tag", "deprecated")
+    where, matching = open_registry(options), {name: getattr(options, name) for name in names}
+    if options.like:
+        _print_alike(where, options, {one.digest for one in where.search(options.text, **matching, limit=100_000)})
+        return
+    found = where.search(options.text, **matching, limit=options.limit)
     print_json([as_json(one) for one in found]) if options.json else print_artifacts(found)
 
 
 def _print_alike(where: Registry, options: Options, among: set[str]) -> None:
     from qrlora.operations.registry.effects import alike
 
-    found = [one for one in alike(where, where.get(options.like)) if one.adapter.digest in among]
+    found = [one for one in alike(where, where.get(options.like)) if one.adapter.digest in among][: options.limit]
     if options.json:
         print_json([vars(one) | {"adapter": as_json(one.adapter)} for one in found])
         return

@@ -10,6 +10,8 @@ from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
 
+from sqlalchemy import Row, select
+
 from qrlora.apps.serving.protocol import Facts, Permission
 from qrlora.errors import PolicyError, QrloraError, RequestError
 from qrlora.operations.policy.action import Rules, Source, base_in_use, combination_of_files
@@ -17,6 +19,9 @@ from qrlora.operations.policy.check import Verdict, enforce
 from qrlora.operations.policy.decisions import Given, decisions
 from qrlora.operations.policy.findings import forbidden_words
 from qrlora.operations.registry import Artifact, Registry
+from qrlora.operations.registry.database import reading
+from qrlora.operations.registry.schema import AuditRow
+from qrlora.operations.registry.signatures import trust_path
 
 KEPT = 1024
 """Verdicts that are kept until the registry, the trust file or the policy changes, or the approval ends."""
@@ -39,6 +44,7 @@ class Gate:
         self.registry = Registry.open(permission.registry, create=False) if permission.registry else None
         self._lock = threading.Lock()
         self._stamp: object = None
+        self._log = _Log(self.registry) if self.registry else None
         self._verdicts: OrderedDict[Any, tuple[datetime, list[Verdict]]] = OrderedDict()
         self._rules = Rules.of(self.registry, permission.policy, permission.approval)
         self._base: Artifact | None = None
@@ -66,9 +72,7 @@ class Gate:
             raise _unknown(error) from error
         except Exception as error:  # whatever a database or a disk raises: nothing is served that was not permitted
             raise _unknown(error) from error
-        refusals = [finding for verdict in verdicts for finding in verdict.refusals]
-        refusals += [one for policy in self._rules.policies for one in forbidden_words(policy, [prompt])]
-        if refusals:
+        if refusals := [finding for verdict in verdicts for finding in verdict.refusals]:
             said = list(dict.fromkeys(f"{one.rule}: {one.got}; expected {one.expected}" for one in refusals))
             raise RequestError(
                 "this composition is not permitted here",
@@ -84,6 +88,7 @@ class Gate:
         self._look_again()
         parts = sorted((facts.digests[name], name, weight) for name, weight in composition.items())
         by_prompt = any(one.about.get("prompts") for one in self._given)
+        by_prompt |= any(True for policy in self._rules.policies for _ in forbidden_words(policy, [prompt]))
         key = (tuple(parts), strength, prompt if by_prompt else None)
         until, verdicts = self._verdicts.get(key, (now, []))
         if until > now:
@@ -111,23 +116,36 @@ class Gate:
             self._stamp = stamp
 
     def _read_stamp(self) -> object:
-        files = [self.registry.folder / "trust.json"] if self.registry else []
+        files = [trust_path(self.registry)] if self.registry else []
         files += [self.permission.policy] if self.permission.policy else []
-        return _last_change(self.registry) if self.registry else None, *(_file_stamp(path) for path in files)
+        return self._log.last_change() if self._log else None, *(_file_stamp(path) for path in files)
 
 
-def _last_change(registry: Registry) -> object:
-    """Return the newest entry of the audit log, but for refusals and generated pictures, which change no permission."""
-    from sqlalchemy import select
+class _Log:
+    """The audit log, in which each request looks for changes: what was looked at before is not read again."""
 
-    from qrlora.operations.registry.database import reading
-    from qrlora.operations.registry.schema import AuditRow
+    def __init__(self, registry: Registry):
+        self.registry = registry
+        self._tip: tuple[int, str] | None = None
+        self._change: tuple[int, str] | None = None
 
-    newest = select(AuditRow.seq, AuditRow.hash).order_by(AuditRow.seq.desc()).limit(1)
-    newest = newest.where(AuditRow.action != "refused", AuditRow.details.not_like('%"kind":"generated"%'))
-    with reading(registry.engine) as session:
-        row = session.execute(newest).first()
-        return tuple(row) if row else None
+    def last_change(self) -> object:
+        """Return the newest entry, but for refusals and generated pictures, which change no permission."""
+        newest = select(AuditRow.seq, AuditRow.hash).order_by(AuditRow.seq.desc()).limit(1)
+        changes = newest.where(AuditRow.action != "refused", AuditRow.details.not_like('%"kind":"generated"%'))
+        with reading(self.registry.engine) as session:
+            tip = _pair(session.execute(newest).first())
+            if tip != self._tip:
+                if self._tip and session.execute(newest.where(AuditRow.seq == self._tip[0])).first() == self._tip:
+                    changes = changes.where(AuditRow.seq > self._tip[0])
+                else:  # the log was replaced, as by a backup
+                    self._change = None
+                self._change, self._tip = _pair(session.execute(changes).first()) or self._change, tip
+        return self._change
+
+
+def _pair(row: Row[tuple[int, str]] | None) -> tuple[int, str] | None:
+    return (row[0], row[1]) if row else None
 
 
 def _file_stamp(path: Path) -> object:

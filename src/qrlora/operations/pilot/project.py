@@ -298,7 +298,7 @@ class Pilot:
         """Return a recorded decision, and why it does not count."""
         artifact = self.registry.get(done.decision)
         envelope, trust = read_envelope(self.registry.read(artifact)), trust_of(self.registry)
-        found, people = verify(envelope, trust, at=artifact.created_at, predicate_type=DECISION)
+        found, people = verify(envelope, trust, at=self.registry.added_at(artifact.digest), predicate_type=DECISION)
         said = found["predicate"]
         about = {"pilot": self.line.name, "stage": stage, "inputs": ran.inputs, "report": done.report}
         faults = [f"the decision was on another {key}" for key, value in about.items() if said.get(key) != value]

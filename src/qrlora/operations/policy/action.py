@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 from qrlora.operations.policy.check import Verdict, check, enforce, in_force
 from qrlora.operations.policy.combination import Combination, Part, base_of, unfolded
-from qrlora.operations.policy.decisions import Given, now
+from qrlora.operations.policy.decisions import Given
 from qrlora.operations.policy.rules import Policy
 from qrlora.operations.provenance.canonical import canonical_json, digest_of, file_digest
+from qrlora.operations.provenance.keys import now
 from qrlora.operations.registry import Artifact, Registry
 
 if TYPE_CHECKING:

@@ -14,13 +14,13 @@ from typing import Any
 
 from qrlora.errors import PolicyError
 from qrlora.operations.policy.combination import Combination, Part, combination_of, same, unfolded
-from qrlora.operations.policy.decisions import APPROVAL, REQUEST, about, differences, may_not, now, read
-from qrlora.operations.policy.findings import trust_of
+from qrlora.operations.policy.decisions import APPROVAL, REQUEST, about, differences, may_not, read
 from qrlora.operations.policy.rules import Policy
 from qrlora.operations.provenance.canonical import canonical_json
 from qrlora.operations.provenance.dsse import sign, statement
-from qrlora.operations.provenance.keys import SigningKey
+from qrlora.operations.provenance.keys import SigningKey, now
 from qrlora.operations.registry import Artifact, Link, Registry
+from qrlora.operations.registry.signatures import trust_of
 
 
 def request(registry: Registry, combination: Combination, policy: Policy | None, note: str = "") -> Artifact:

@@ -14,13 +14,14 @@ from typing import Any
 
 from qrlora.errors import PolicyError, QrloraError, SignatureError
 from qrlora.operations.policy.combination import Combination
-from qrlora.operations.policy.decisions import Given, find, now, type_of
-from qrlora.operations.policy.findings import Case, Finding, findings, trust_of
+from qrlora.operations.policy.decisions import Given, find, type_of
+from qrlora.operations.policy.findings import Case, Finding, findings
 from qrlora.operations.policy.rules import ACTIONS, Policy
 from qrlora.operations.provenance.canonical import canonical_json
 from qrlora.operations.provenance.dsse import read_envelope, sign, statement, subjects_of, verify
-from qrlora.operations.provenance.keys import SigningKey
+from qrlora.operations.provenance.keys import SigningKey, now
 from qrlora.operations.registry import Artifact, Link, Registry
+from qrlora.operations.registry.signatures import trust_of
 
 NAME, ALIAS = "policy", "active"
 ACTIVATION = "urn:qrlora:policy-activation:v1"
@@ -180,7 +181,8 @@ def _signed(registry: Registry, policy: str, replaced: str) -> bool:
         if artifact.kind != "approval" or type_of(data) != ACTIVATION:
             continue
         try:
-            found, people = verify(read_envelope(data), trust, at=artifact.created_at, predicate_type=ACTIVATION)
+            at = registry.added_at(artifact.digest)
+            found, people = verify(read_envelope(data), trust, at=at, predicate_type=ACTIVATION)
         except SignatureError:
             continue
         replaces: Any = found["predicate"].get("replaces")

@@ -15,12 +15,13 @@ from typing import Any
 
 from qrlora.errors import QrloraError, RegistryError, SignatureError
 from qrlora.operations.policy.combination import Combination, leaves, reports, same, unfolded
-from qrlora.operations.policy.findings import Finding, signers_of, trust_of
+from qrlora.operations.policy.findings import Finding, signers_of
 from qrlora.operations.policy.rules import Policy
 from qrlora.operations.provenance.canonical import canonical_json, digest_of
 from qrlora.operations.provenance.dsse import read_envelope, subjects_of, verify
-from qrlora.operations.provenance.keys import Person, Trust
+from qrlora.operations.provenance.keys import Person, Trust, now
 from qrlora.operations.registry import Artifact, Registry
+from qrlora.operations.registry.signatures import trust_of
 
 APPROVAL = "urn:qrlora:approval:v1"
 """Predicate type of what is decided about a combination, and of the revocation of an approval."""
@@ -90,11 +91,6 @@ class Standing:
         return Finding("approval", self.holds, got, f"{self.needed} valid approval(s) by different people", remedy)
 
 
-def now() -> datetime:
-    """Return the time, in UTC."""
-    return datetime.now(timezone.utc)
-
-
 def prompts_digest(prompts: Sequence[str]) -> str:
     """Return the digest of a set of prompts."""
     return digest_of(canonical_json(sorted(set(prompts))))
@@ -116,11 +112,15 @@ def about(registry: Registry, combination: Combination, policy: Policy | None) -
 
 
 def read(registry: Registry, artifact: Artifact, trust: Trust) -> Given:
-    """Return a decision from its bytes, hashed again, its signature verified. What is wrong stands in `fault`."""
+    """Return a decision from its bytes, hashed again, its signature verified. What is wrong stands in `fault`.
+
+    The key has to be valid when the audit log has the decision: `created_at` of an imported one is its sender's word.
+    """
     try:
+        added = registry.added_at(artifact.digest)
         envelope = read_envelope(registry.read(artifact))
         try:
-            found, people = verify(envelope, trust, at=artifact.created_at, predicate_type=APPROVAL)
+            found, people = verify(envelope, trust, at=added, predicate_type=APPROVAL)
             fault = ""
         except SignatureError as error:
             found, people = verify(envelope, _AnyTime(trust.people.values()), predicate_type=APPROVAL)
@@ -134,7 +134,7 @@ def read(registry: Registry, artifact: Artifact, trust: Trust) -> Given:
     faults = [fault]
     faults += ["its subjects are not what it is about"] if set(subjects_of(found)) != meant else []
     faults += ["it is signed by several people: each signs an approval of their own"] if len(people) != 1 else []
-    late = given.at > artifact.created_at + CLOCKS
+    late = given.at > added + CLOCKS
     faults += [f"it is dated after it came into the registry: {given.at.isoformat()}"] if late else []
     faults += [f"deprecated: {artifact.deprecated}"] if artifact.deprecated else []
     return replace(given, fault="; ".join(one for one in faults if one))
@@ -177,7 +177,7 @@ def _time(text: str) -> datetime:
 
 
 def decisions(registry: Registry) -> list[Given]:
-    """Return every approval, rejection and revocation, newest first; revoked approvals have the fault that says so.
+    """Return every approval, rejection and revocation, those signed last first; a revoked one has that as its fault.
 
     All of the kind are read, by their bytes: facts and edges might be changed.
     """
@@ -193,7 +193,8 @@ def decisions(registry: Registry) -> list[Given]:
     for each in given:
         if each.decision == "revoke" and each.person:
             by.setdefault(str(each.about["approval"]), []).append(each.person)
-    return [_revoked(each, by.get(each.digest, ())) for each in given]
+    found = [_revoked(each, by.get(each.digest, ())) for each in given]
+    return sorted(found, key=lambda each: each.at, reverse=True)
 
 
 def _revoked(given: Given, by: Sequence[Person]) -> Given:

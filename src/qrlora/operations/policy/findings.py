@@ -14,9 +14,8 @@ from qrlora.errors import PolicyError, QrloraError, bounded
 from qrlora.operations.policy.combination import Combination, Part, leaves, reports, sources
 from qrlora.operations.policy.licences import ADVICE, compute, licence_of_model
 from qrlora.operations.policy.rules import Policy, ScoreRule, Selector, limits
-from qrlora.operations.provenance.keys import Trust
 from qrlora.operations.registry import Artifact, Registry
-from qrlora.operations.registry.signatures import signatures_of, trust_path
+from qrlora.operations.registry.signatures import signatures_of, trust_of
 
 
 @dataclass(frozen=True)
@@ -342,11 +341,6 @@ def signers_of(registry: Registry | None, artifact: Artifact) -> tuple[list[str]
         found, faults = [], [error]
     names = dict.fromkeys(one.person.name for one in found if "author" in one.person.roles)
     return list(names), "; ".join(f"{fault.what} ({fault.got})" for fault in faults) or "not signed by an author"
-
-
-def trust_of(registry: Registry) -> Trust:
-    """Return whom the registry trusts to sign as what."""
-    return Trust.load(trust_path(registry))
 
 
 RULES: tuple[Callable[[Case], Iterator[Finding]], ...] = (

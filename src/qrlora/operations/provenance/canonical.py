@@ -38,10 +38,15 @@ def file_digest(path: Path) -> str:
     if path.exists() and not path.is_file():
         what = "a folder" if path.is_dir() else "a pipe or a device"
         raise RegistryError(f"{path} cannot be hashed", expected="a file", got=what, remedy="name a file")
-    digest = hashlib.sha256()
     with path.open("rb") as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
+        return stream_digest(stream)
+
+
+def stream_digest(stream: Any) -> str:
+    """Return the digest of all that can be read from a binary stream: a file, or one of fsspec, which has no type."""
+    digest = hashlib.sha256()
+    while block := stream.read(1 << 20):
+        digest.update(block)
     return f"sha256:{digest.hexdigest()}"
 
 

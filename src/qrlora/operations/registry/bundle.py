@@ -2,7 +2,7 @@
 
 The file is a tar of `manifest.json` (`Manifest`) and of `objects/<SHA-256>`, nothing else, in this order. A reader
 hashes every object again, reads facts of adapters, spaces, recipes and pictures from their bytes, and takes over no
-trust, no policy in force, and no alias of a name that it has.
+trust, no policy in force, and no alias of a name that it has. Approvals count as of their import.
 """
 
 from __future__ import annotations
@@ -10,10 +10,12 @@ from __future__ import annotations
 import graphlib
 import io
 import re
+import shutil
 import tarfile
 import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Annotated, Any, BinaryIO
 
@@ -179,6 +181,7 @@ def import_bundle(registry: Registry, path: Path, prefix: str = IMPORTED) -> Imp
         manifest, files = _unpacked(path, Path(scratch))
         facts = {item.digest: _facts(item, files.get(item.digest)) for item in manifest.artifacts}
         _check_edges(manifest, facts)
+        digest = file_digest(path)
         for item in manifest.artifacts:
             if item.stored:
                 registry.store.put(item.digest, files[item.digest])
@@ -186,7 +189,7 @@ def import_bundle(registry: Registry, path: Path, prefix: str = IMPORTED) -> Imp
             for item in manifest.artifacts:
                 if item.stored and not registry.store.has(item.digest):
                     registry.store.put(item.digest, files[item.digest])
-            return _Taking(registry, session, manifest, facts, prefix).take(file_digest(path))
+            return _Taking(registry, session, manifest, facts, prefix).take(digest)
 
 
 def _refuse(what: str, expected: object, got: object) -> RegistryError:
@@ -221,8 +224,7 @@ def _copied(tar: tarfile.TarFile, member: tarfile.TarInfo, target: Path) -> Path
     content = tar.extractfile(member)
     assert content is not None
     with target.open("wb") as stream:
-        while block := content.read(1 << 20):
-            stream.write(block)
+        shutil.copyfileobj(content, stream)
     return target
 
 
@@ -338,8 +340,10 @@ class _Taking:
             self.found.left_out += [f"edge {a.relation} of {item.digest[:19]}, which is here already" for a in lost]
         links = [Link(arc.relation, arc.target, arc.weight, arc.null_space) for arc in taken]
         if new:
-            kept = item.model_dump(exclude={"tags", "facts", "created_by"})
-            row = ArtifactRow(**kept, facts=self.facts[item.digest], created_by=self.registry.actor)
+            kept = item.model_dump(exclude={"tags", "facts", "created_by", "created_at"})
+            made = min(item.created_at, datetime.now(timezone.utc)).astimezone(timezone.utc)
+            here = {"created_by": self.registry.actor, "created_at": made}
+            row = ArtifactRow(**kept, **here, facts=self.facts[item.digest])
             self.found.added.append(item.digest)
             self.registry.insert(self.session, row, links=links, tags=[*item.tags, IMPORTED])
             if item.deprecated:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from datetime import datetime, timezone
+from datetime import datetime
 from typing import Any
 
 from sqlalchemy import Select, or_, select
 from sqlalchemy.orm import Session
 
+from qrlora._reading import parse_json
 from qrlora.errors import RegistryError
-from qrlora.operations.registry.records import Artifact
+from qrlora.operations.registry.records import Artifact, Move
 from qrlora.operations.registry.references import parse_reference
-from qrlora.operations.registry.schema import AliasRow, ArtifactRow, TagRow, VersionRow
+from qrlora.operations.registry.schema import AliasRow, ArtifactRow, AuditRow, TagRow, VersionRow, utc
 
 
 def find(session: Session, text: str) -> str:
@@ -65,9 +66,29 @@ def load(session: Session, digests: Sequence[str]) -> list[Artifact]:
     return [_artifact(rows[digest], names, aliases, tags) for digest in digests]
 
 
-def utc(at: datetime) -> datetime:
-    """SQLite forgets the zone; all times are written in UTC."""
-    return at if at.tzinfo else at.replace(tzinfo=timezone.utc)
+def moves(session: Session, name: str) -> list[Move]:
+    """Return the moves of a name's aliases as the audit log tells them, oldest first."""
+    wanted = select(AuditRow).where(AuditRow.action.in_(("alias", "remove_alias"))).order_by(AuditRow.seq)
+    found, points_at = list[Move](), dict[str, str]()
+    for row in session.scalars(wanted.where(AuditRow.subject.startswith(f"{name}@", autoescape=True))):
+        what, remedy = f"entry {row.seq} of the audit log", "`qrlora audit verify` says what was changed"
+        alias, details = row.subject.partition("@")[2], parse_json(row.details, what, RegistryError, remedy=remedy)
+        digest = details.get("digest", "")
+        if points_at.get(alias) != digest:  # else its protection alone was changed
+            at = datetime.fromisoformat(row.at)
+            found.append(Move(name, alias, digest, at, row.actor, details.get("reason", "")))
+        points_at[alias] = digest
+    return found
+
+
+def added_at(session: Session, digest: str) -> datetime:
+    """Return when an artifact was added first. RegistryError if the audit log does not say."""
+    wanted = select(AuditRow.at).where(AuditRow.action == "add", AuditRow.subject == digest).order_by(AuditRow.seq)
+    at = session.scalars(wanted.limit(1)).first()
+    if at is None:
+        remedy = "`qrlora audit verify` says more"
+        raise RegistryError(f"the audit log has no entry of {digest[:19]}", remedy=remedy)
+    return datetime.fromisoformat(at)
 
 
 def _in(session: Session, kind: type[Any], digests: Collection[str]) -> list[Any]:

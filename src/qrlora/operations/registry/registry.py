@@ -23,19 +23,10 @@ from qrlora.errors import RegistryError
 from qrlora.operations.provenance.audit import GENESIS, Entry, entry_hash
 from qrlora.operations.provenance.canonical import canonical_json, file_digest
 from qrlora.operations.registry.database import connect, reading, writing
-from qrlora.operations.registry.queries import find, load, matching, utc
+from qrlora.operations.registry.queries import added_at, find, load, matching, moves
 from qrlora.operations.registry.records import KINDS, RELATIONS, Addition, Artifact, Edge, Link, Move
 from qrlora.operations.registry.references import check_alias, check_name
-from qrlora.operations.registry.schema import (
-    LOGGED,
-    AliasMoveRow,
-    AliasRow,
-    ArtifactRow,
-    AuditRow,
-    EdgeRow,
-    TagRow,
-    VersionRow,
-)
+from qrlora.operations.registry.schema import AliasRow, ArtifactRow, AuditRow, EdgeRow, TagRow, VersionRow
 from qrlora.operations.registry.store import Store, store_at
 
 PLACE, ACTOR = "QRLORA_REGISTRY", "QRLORA_ACTOR"
@@ -172,8 +163,7 @@ class Registry:
             self._link(session, row.digest, link, position)
         for tag in tags:
             session.merge(TagRow(digest=row.digest, tag=check_alias(tag)))
-        details: dict[str, Any] = {key: getattr(there or row, key) for key in LOGGED}
-        details |= {"facts": (there or row).facts_digest, "links": [vars(link) for link in links], "tags": list(tags)}
+        details = (there or row).logged | {"links": [vars(link) for link in links], "tags": tags}
         details |= {"name": name, "version": self._version(session, name, row.digest, number) if name else None}
         self.audit_in(session, "add", row.digest, details)
 
@@ -298,13 +288,10 @@ class Registry:
             digest = find(session, reference)
             row = session.get(AliasRow, (name, alias))
             self._check_protected(row, digest, protect, force)
-            moved = row is None or row.digest != digest
             row = row or AliasRow(name=name, alias=alias)
             row.digest = digest
             row.protected = bool(row.protected) if protect is None else protect
             session.add(row)
-            if moved:
-                self._moved(session, name, alias, digest, reason)
             details = {"digest": digest, "protected": row.protected, "reason": reason}
             self.audit_in(session, "alias", f"{name}@{alias}", details)
 
@@ -316,7 +303,6 @@ class Registry:
                 raise RegistryError(f"no alias {name}@{alias}", remedy="`qrlora registry search` lists what there is")
             self._check_protected(row, "", None, force)
             session.delete(row)
-            self._moved(session, name, alias, "", reason)
             self.audit_in(session, "remove_alias", f"{name}@{alias}", {"reason": reason})
 
     @staticmethod
@@ -328,14 +314,15 @@ class Registry:
                 remedy="if you may: `qrlora registry alias ALIAS REFERENCE --force`",
             )
 
-    def _moved(self, session: Session, name: str, alias: str, digest: str, reason: str) -> None:
-        session.add(AliasMoveRow(name=name, alias=alias, digest=digest, at=_now(), by=self.actor, reason=reason))
-
     def moves(self, name: str) -> list[Move]:
-        """Return the history of a name's aliases, oldest first."""
+        """Return the history of a name's aliases as the audit log tells it, oldest first."""
         with reading(self.engine) as session:
-            rows = session.scalars(select(AliasMoveRow).where(AliasMoveRow.name == name).order_by(AliasMoveRow.id))
-            return [Move(row.name, row.alias, row.digest, utc(row.at), row.by, row.reason) for row in rows]
+            return moves(session, name)
+
+    def added_at(self, digest: str) -> datetime:
+        """Return when the audit log says that an artifact came in, which nobody who made it can choose."""
+        with reading(self.engine) as session:
+            return added_at(session, digest)
 
     def tag(self, reference: str, *tags: str) -> None:
         """Add tags to an artifact."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from datetime import datetime
+from datetime import datetime, timezone
 from typing import Any
 
 from sqlalchemy import JSON, BigInteger, Boolean, DateTime, Float, ForeignKey, Index, Integer, MetaData, String, Text
@@ -14,8 +14,13 @@ from qrlora.operations.provenance.canonical import canonical_json, digest_of
 DIGEST = String(71)
 """`sha256:` and 64 hexadecimal digits."""
 NAME = String(128)
-LOGGED = ("kind", "role", "owner", "licence", "stored")
-"""Columns of an artifact that the audit log tells."""
+LOGGED = ("kind", "role", "owner", "licence", "stored", "size", "filename", "created_by", "created_at", "facts")
+"""What the audit log tells of an artifact's row: all but its digest, which is the entry's subject, and `deprecated`."""
+
+
+def utc(at: datetime) -> datetime:
+    """SQLite forgets the zone; all times are written in UTC."""
+    return at.astimezone(timezone.utc) if at.tzinfo else at.replace(tzinfo=timezone.utc)
 
 
 class Base(DeclarativeBase):
@@ -50,9 +55,10 @@ class ArtifactRow(Base):
     """Why it should no longer be used; empty if it may be."""
 
     @property
-    def facts_digest(self) -> str:
-        """Digest of the facts, for the audit log."""
-        return digest_of(canonical_json(self.facts))
+    def logged(self) -> dict[str, Any]:
+        """Return `LOGGED` as the audit log has it: JSON, of the facts their digest."""
+        special = {"created_at": utc(self.created_at).isoformat(), "facts": digest_of(canonical_json(self.facts))}
+        return {key: special.get(key, getattr(self, key)) for key in LOGGED}
 
     def fill_in(self, again: ArtifactRow) -> None:
         """Take what was not known when it was added first. RegistryError for another role, owner or licence."""
@@ -100,21 +106,6 @@ class AliasRow(Base):
     protected: Mapped[bool] = mapped_column(Boolean, default=False)
 
 
-class AliasMoveRow(Base):
-    """History of the aliases."""
-
-    __tablename__ = "alias_move"
-
-    id: Mapped[int] = mapped_column(Integer, primary_key=True, autoincrement=True)
-    name: Mapped[str] = mapped_column(NAME, index=True)
-    alias: Mapped[str] = mapped_column(String(64))
-    digest: Mapped[str] = mapped_column(DIGEST, default="")
-    """Empty where the alias was removed."""
-    at: Mapped[datetime] = mapped_column(DateTime(timezone=True))
-    by: Mapped[str] = mapped_column(NAME)
-    reason: Mapped[str] = mapped_column(Text, default="")
-
-
 class TagRow(Base):
     __tablename__ = "tag"
 
@@ -132,7 +123,7 @@ class AuditRow(Base):
     """ISO 8601, in UTC, as it was hashed."""
     actor: Mapped[str] = mapped_column(NAME)
     action: Mapped[str] = mapped_column(String(32), index=True)
-    subject: Mapped[str] = mapped_column(String(255), default="")
+    subject: Mapped[str] = mapped_column(String(255), default="", index=True)
     details: Mapped[str] = mapped_column(Text, default="{}")
     """Canonical JSON, as it was hashed."""
     previous: Mapped[str] = mapped_column(String(64))

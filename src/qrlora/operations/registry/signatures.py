@@ -10,16 +10,12 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
-from sqlalchemy import select
-
 from qrlora.errors import QrloraError, SignatureError
 from qrlora.operations.provenance import dsse
 from qrlora.operations.provenance.canonical import canonical_json
 from qrlora.operations.provenance.keys import Person, SigningKey, Trust
-from qrlora.operations.registry.database import reading
 from qrlora.operations.registry.records import Artifact, Link
 from qrlora.operations.registry.registry import Registry
-from qrlora.operations.registry.schema import AuditRow
 
 SIGNATURE = "urn:qrlora:signature:v1"
 """Predicate type: "I answer for these bytes", with a note."""
@@ -37,6 +33,11 @@ class Signed:
 def trust_path(registry: Registry) -> Path:
     """Return where the registry's list of trusted people is."""
     return registry.folder / "trust.json"
+
+
+def trust_of(registry: Registry) -> Trust:
+    """Return whom the registry trusts to sign as what."""
+    return Trust.load(trust_path(registry))
 
 
 def sign_artifact(registry: Registry, artifact: Artifact, key: SigningKey, note: str = "") -> Artifact:
@@ -82,19 +83,9 @@ def signatures_of(registry: Registry, artifact: Artifact, trust: Trust) -> tuple
 
 
 def _signed(registry: Registry, artifact: Artifact, signature: str, trust: Trust) -> list[Signed]:
-    envelope, at = dsse.read_envelope(registry.read(signature)), _logged(registry, signature)
+    envelope, at = dsse.read_envelope(registry.read(signature)), registry.added_at(signature)
     statement, people = dsse.verify(envelope, trust, at=at, predicate_type=SIGNATURE)
     if dsse.subjects_of(statement) != [artifact.digest]:
         got = dsse.subjects_of(statement)
         raise SignatureError(f"a signature of something else stands at {artifact.title}", got=got)
     return [Signed(person, at, str(statement["predicate"].get("note", ""))) for person in people]
-
-
-def _logged(registry: Registry, digest: str) -> datetime:
-    """Return when the audit log says that an artifact came in."""
-    wanted = select(AuditRow.at).where(AuditRow.action == "add", AuditRow.subject == digest).order_by(AuditRow.seq)
-    with reading(registry.engine) as session:
-        at = session.scalars(wanted.limit(1)).first()
-    if at is None:
-        raise SignatureError(f"the audit log has no entry of {digest[:19]}", remedy="`qrlora audit verify` says more")
-    return datetime.fromisoformat(at)

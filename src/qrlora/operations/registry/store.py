@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import re
 import secrets
+import shutil
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import BinaryIO, Protocol, runtime_checkable
@@ -13,7 +14,7 @@ import fsspec
 
 from qrlora._files import default_cache_dir, disk_error, make_folder, sweep, write_atomically
 from qrlora.errors import RegistryError
-from qrlora.operations.provenance.canonical import file_digest
+from qrlora.operations.provenance.canonical import file_digest, stream_digest
 
 
 @runtime_checkable
@@ -25,6 +26,9 @@ class Store(Protocol):
 
     def path(self, digest: str) -> Path:
         """Return a local file with these bytes, fetched if need be. RegistryError if they are missing or changed."""
+
+    def check(self, digest: str) -> None:
+        """Hash what is kept, in whatever cache it may be too. RegistryError if it is missing or changed."""
 
     def has(self, digest: str) -> bool: ...
 
@@ -43,20 +47,25 @@ def _place(digest: str) -> str:
 
 
 def _checked(path: Path, digest: str, where: object) -> Path:
-    if not path.is_file():
+    _check(path, file_digest(path) if path.is_file() else None, digest, where)
+    return path
+
+
+def _check(path: object, got: str | None, digest: str, where: object) -> None:
+    """Raise RegistryError unless the digest is that which was found; None is a file that is not there."""
+    if got is None:
         raise RegistryError(
             f"the bytes of {digest[:19]} are missing",
             expected=f"a file in {where}",
             remedy="`qrlora registry verify` lists all that is missing; import it again from an export or its source",
         )
-    if (got := file_digest(path)) != digest:
+    if got != digest:
         raise RegistryError(
             f"{path} is not what was registered",
             expected=digest,
             got=got,
             remedy="it was changed or damaged: restore it from an export or a backup",
         )
-    return path
 
 
 class FolderStore:
@@ -73,8 +82,7 @@ class FolderStore:
 
         def copy(stream: BinaryIO) -> None:
             with source.open("rb") as opened:
-                while block := opened.read(1 << 20):
-                    stream.write(block)
+                shutil.copyfileobj(opened, stream)
 
         def same(written: Path) -> None:
             _checked(written, digest, self.folder)  # the source may have changed since it was hashed
@@ -83,6 +91,9 @@ class FolderStore:
 
     def path(self, digest: str) -> Path:
         return _checked(self.folder / _place(digest), digest, self.folder)
+
+    def check(self, digest: str) -> None:
+        self.path(digest)
 
     def has(self, digest: str) -> bool:
         return (self.folder / _place(digest)).is_file()
@@ -136,6 +147,13 @@ class RemoteStore:
         except RegistryError:
             local.delete(digest)  # or the cache would hold the damaged one for ever
             raise
+
+    def check(self, digest: str) -> None:
+        got = None
+        if self.has(digest):
+            with self.fs.open(self._at(digest), "rb") as stream:
+                got = stream_digest(stream)
+        _check(self._at(digest), got, digest, self.url)
 
     def has(self, digest: str) -> bool:
         return bool(self.fs.exists(self._at(digest)))

@@ -9,10 +9,12 @@ from typing import Any
 from sqlalchemy import select, text
 
 from qrlora.errors import QrloraError
-from qrlora.operations.provenance.audit import Entry, broken
+from qrlora.operations.provenance.audit import Entry
 from qrlora.operations.registry.database import reading, writing
+from qrlora.operations.registry.heads import faults_of
 from qrlora.operations.registry.registry import Registry
-from qrlora.operations.registry.schema import LOGGED, AliasRow, ArtifactRow, AuditHeadRow, EdgeRow, TagRow, VersionRow
+from qrlora.operations.registry.schema import LOGGED, AliasRow, ArtifactRow, EdgeRow, TagRow, VersionRow
+from qrlora.operations.registry.signatures import trust_of
 
 Progress = Callable[[int, int], None]
 
@@ -40,23 +42,25 @@ def remove_unreferenced(registry: Registry) -> set[str]:
 def verify(registry: Registry, progress: Progress | None = None) -> list[str]:
     """Return what is wrong with a registry, one line a fault; empty if nothing is.
 
-    The database is checked for damage, the audit log's chain for changes, every row against what the log says of it,
-    and every byte against its digest.
+    The database is checked for damage, the audit log as `qrlora audit verify` does it, every row against what the log
+    says of it, and every byte in the store against its digest.
     """
     faults = _database(registry)
     if faults:
         return faults
     log = registry.log()
+    try:
+        faults = [f"audit log: {fault}" for fault in faults_of(registry, trust_of(registry), entries=log)]
+    except QrloraError as error:  # the trust file, or that of the heads
+        faults = [error.what]
     with reading(registry.engine) as session:
-        heads = [(row.seq, row.hash) for row in session.scalars(select(AuditHeadRow))]
-        faults = [f"audit log: {fault}" for fault in broken(log, heads)]
         faults += _differences(_told(log), _rows(session))
         stored = list(
             session.scalars(select(ArtifactRow.digest).where(ArtifactRow.stored).order_by(ArtifactRow.digest))
         )
     for number, digest in enumerate(stored, 1):
         try:
-            registry.store.path(digest)
+            registry.store.check(digest)
         except (QrloraError, OSError) as error:
             faults.append(f"{digest}: {getattr(error, 'what', error)}")
         if progress:
@@ -92,8 +96,7 @@ def _told(log: Iterable[Entry]) -> State:
 
 def _apply(state: State, entry: Entry, details: dict[str, Any]) -> None:
     if entry.action == "add":
-        artifact = {key: details[key] for key in LOGGED}
-        state["artifact", entry.subject] = {**artifact, "facts": details["facts"]}
+        state["artifact", entry.subject] = {key: details[key] for key in LOGGED}
         state.setdefault(("deprecated", entry.subject), "")
         if details["name"]:
             state["version", details["name"], str(details["version"])] = entry.subject
@@ -117,8 +120,7 @@ def _rows(session: Any) -> State:
     """What the tables hold."""
     state: State = {}
     for row in session.scalars(select(ArtifactRow)):
-        kept = {key: getattr(row, key) for key in LOGGED}
-        state["artifact", row.digest] = {**kept, "facts": row.facts_digest}
+        state["artifact", row.digest] = row.logged
         state["deprecated", row.digest] = row.deprecated
     for row in session.scalars(select(VersionRow)):
         state["version", row.name, str(row.number)] = row.digest

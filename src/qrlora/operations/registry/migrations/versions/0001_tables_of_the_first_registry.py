@@ -9,20 +9,6 @@ down_revision = None
 
 def upgrade() -> None:
     op.create_table(
-        "alias_move",
-        sa.Column("id", sa.Integer(), autoincrement=True, nullable=False),
-        sa.Column("name", sa.String(length=128), nullable=False),
-        sa.Column("alias", sa.String(length=64), nullable=False),
-        sa.Column("digest", sa.String(length=71), nullable=False),
-        sa.Column("at", sa.DateTime(timezone=True), nullable=False),
-        sa.Column("by", sa.String(length=128), nullable=False),
-        sa.Column("reason", sa.Text(), nullable=False),
-        sa.PrimaryKeyConstraint("id", name=op.f("pk_alias_move")),
-    )
-    with op.batch_alter_table("alias_move", schema=None) as batch_op:
-        batch_op.create_index(batch_op.f("ix_alias_move_name"), ["name"], unique=False)
-
-    op.create_table(
         "artifact",
         sa.Column("digest", sa.String(length=71), nullable=False),
         sa.Column("kind", sa.String(length=16), nullable=False),
@@ -58,6 +44,7 @@ def upgrade() -> None:
     )
     with op.batch_alter_table("audit", schema=None) as batch_op:
         batch_op.create_index(batch_op.f("ix_audit_action"), ["action"], unique=False)
+        batch_op.create_index(batch_op.f("ix_audit_subject"), ["subject"], unique=False)
 
     op.create_table(
         "audit_head",
@@ -137,6 +124,7 @@ def downgrade() -> None:
     op.drop_table("alias")
     op.drop_table("audit_head")
     with op.batch_alter_table("audit", schema=None) as batch_op:
+        batch_op.drop_index(batch_op.f("ix_audit_subject"))
         batch_op.drop_index(batch_op.f("ix_audit_action"))
 
     op.drop_table("audit")
@@ -146,7 +134,3 @@ def downgrade() -> None:
         batch_op.drop_index(batch_op.f("ix_artifact_kind"))
 
     op.drop_table("artifact")
-    with op.batch_alter_table("alias_move", schema=None) as batch_op:
-        batch_op.drop_index(batch_op.f("ix_alias_move_name"))
-
-    op.drop_table("alias_move")
