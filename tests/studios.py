@@ -24,7 +24,7 @@ from qrlora.apps.studio.app import create_app
 from qrlora.apps.studio.state import Studio
 from qrlora.errors import MismatchError
 from qrlora.method.adapter import load_adapter
-from qrlora.models.request import Request as Picture
+from qrlora.models.request import Request
 from qrlora.operations.registry import Registry
 
 SIDE, STEPS = 32, 6
@@ -51,8 +51,8 @@ class SquareEngine:
 
     def __init__(self, model: str, folder: Path, dtype: str = "float32", threads: int | None = None):
         self.model, self.shelf = model, SquareShelf(Path(folder))
-        self.made: list[tuple[Settings, list[Picture]]] = []
-        self.ended: list[Picture] = []
+        self.made: list[tuple[Settings, list[Request]]] = []
+        self.ended: list[Request] = []
         self.shelf.scan()
 
     def close(self) -> None:
@@ -63,7 +63,7 @@ class SquareEngine:
         adapters: dict[str, dict[str, Any]] = {name: {} for name in self.shelf.adapters}
         return Facts(self.model, SIDE, 16, 128, STEPS, 2.0, adapters)
 
-    async def run(self, settings: Settings, pictures: Sequence[Picture], progress: bool) -> AsyncIterator[Event]:
+    async def run(self, settings: Settings, pictures: Sequence[Request], progress: bool) -> AsyncIterator[Event]:
         self.made.append((settings, list(pictures)))
         for _ in range(settings.steps):
             await asyncio.sleep(self.step_seconds)
@@ -75,7 +75,7 @@ class SquareEngine:
             yield Made(index, square(settings, picture))
 
 
-def square(settings: Settings, picture: Picture) -> bytes:
+def square(settings: Settings, picture: Request) -> bytes:
     """A PNG whose colour depends on everything that a picture depends on."""
     asked = [settings.steps, picture.prompt, picture.seed, sorted(picture.composition.items()), picture.null_space]
     digest = hashlib.sha256(json.dumps(asked).encode()).digest()

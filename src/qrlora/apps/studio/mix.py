@@ -7,7 +7,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from fastapi import APIRouter, Request, Response
+from fastapi import APIRouter, Response
+from fastapi import Request as HttpRequest
 from fastapi.concurrency import run_in_threadpool
 from starlette.requests import ClientDisconnect
 
@@ -20,7 +21,7 @@ from qrlora.apps.studio.pages import error_page, page
 from qrlora.apps.studio.shelf import Card
 from qrlora.apps.studio.state import Studio, registry_for, studio_of
 from qrlora.errors import QrloraError, RegistryError, RequestError
-from qrlora.models.request import Request as Picture
+from qrlora.models.request import Request
 
 router = APIRouter()
 FIRST_STEPS = 4
@@ -34,7 +35,7 @@ LITTLE, SOME = 0.12, 0.3
 
 
 @router.get("/mix")
-def mix(request: Request, c: str = "", n: float | None = None, p: str = "") -> Response:
+def mix(request: HttpRequest, c: str = "", n: float | None = None, p: str = "") -> Response:
     """The page; c, n, p: a composition, its null-space strength and a prompt to begin with."""
     studio = studio_of(request)
     studio.look()
@@ -42,7 +43,7 @@ def mix(request: Request, c: str = "", n: float | None = None, p: str = "") -> R
 
 
 @router.get("/mix/cards")
-def cards(request: Request, c: str = "") -> Response:
+def cards(request: HttpRequest, c: str = "") -> Response:
     """The adapters alone, for when there are more of them."""
     studio_of(request).look()
     return page(request, "part_cards.html", weights=weights(c), cards=_grouped(studio_of(request)))
@@ -58,7 +59,7 @@ def _grouped(studio: Studio) -> dict[str, list[Card]]:
 
 @router.get("/picture.png")
 async def picture(
-    request: Request,
+    request: HttpRequest,
     c: str = "",
     n: float | None = None,
     p: str = "",
@@ -73,7 +74,7 @@ async def picture(
             number("the strength", n, 0, 1)
         if not 0 <= s < 2**63:
             raise RequestError("no such seed", expected="a whole number from 0", got=s)
-        png = await _made(request, studio, Picture(p.strip()[:4000] or "a picture", s, weights(c), n), stage, page)
+        png = await _made(request, studio, Request(p.strip()[:4000] or "a picture", s, weights(c), n), stage, page)
     except ClientDisconnect:
         return Response(status_code=CLIENT_GONE)
     except QrloraError as error:
@@ -81,7 +82,7 @@ async def picture(
     return Response(png, media_type="image/png", headers={"Cache-Control": "no-store"})
 
 
-async def _made(request: Request, studio: Studio, wanted: Picture, stage: str, tab: str) -> bytes:
+async def _made(request: HttpRequest, studio: Studio, wanted: Request, stage: str, tab: str) -> bytes:
     facts = await studio.service.facts()
     steps = min(FIRST_STEPS, facts.steps) if stage == "first" else facts.steps
     digests = tuple(
@@ -105,7 +106,7 @@ async def _made(request: Request, studio: Studio, wanted: Picture, stage: str, t
 
 
 @router.get("/thumb/{key}.png")
-async def thumb(request: Request, key: str) -> Response:
+async def thumb(request: HttpRequest, key: str) -> Response:
     """The picture that an adapter was trained on; else what it does alone, kept on disk by the adapter's digest."""
     studio = studio_of(request)
     card = studio.shelf.cards.get(key)
@@ -118,7 +119,7 @@ async def thumb(request: Request, key: str) -> Response:
     path = studio.place / "thumbs" / f"{re.sub('[^0-9a-f]', '', card.digest)[:64] or 'none'}.png"
     if not path.is_file():
         try:
-            png = await _made(request, studio, Picture(card.prompt, 0, {key: 1.0}), "refined", "")
+            png = await _made(request, studio, Request(card.prompt, 0, {key: 1.0}), "refined", "")
         except ClientDisconnect:
             return Response(status_code=CLIENT_GONE)
         path.parent.mkdir(exist_ok=True)
@@ -127,7 +128,7 @@ async def thumb(request: Request, key: str) -> Response:
 
 
 @router.get("/mix/about")
-def about(request: Request, c: str = "", n: float | None = None) -> Response:
+def about(request: HttpRequest, c: str = "", n: float | None = None) -> Response:
     """What is known of a composition before a picture is made: interference, licence, what the policy says."""
     studio = studio_of(request)
     parts = weights(c)
@@ -166,7 +167,7 @@ def _pairs(studio: Studio, parts: Mapping[str, float]) -> list[dict[str, Any]]:
 
 
 @router.get("/mix/grid")
-def grid(request: Request, c: str = "", n: float | None = None, p: str = "", s: int = 0) -> Response:
+def grid(request: HttpRequest, c: str = "", n: float | None = None, p: str = "", s: int = 0) -> Response:
     """The first two adapters of a composition at every pair of weights; the others as they are."""
     parts = weights(c)
     if len(parts) < 2:
@@ -179,7 +180,7 @@ def grid(request: Request, c: str = "", n: float | None = None, p: str = "", s: 
 
 
 @router.post("/mix/save")
-async def save(request: Request) -> Response:
+async def save(request: HttpRequest) -> Response:
     """Keep a composition in the registry."""
     form, studio, registry = await fields(request), studio_of(request), registry_for(request)
     parts = weights(form.text("c"))
