@@ -25,6 +25,7 @@ from qrlora.apps.studio.state import Studio
 from qrlora.errors import MismatchError
 from qrlora.method.adapter import load_adapter
 from qrlora.models.request import Request
+from qrlora.operations.provenance.canonical import known_digest
 from qrlora.operations.registry import Registry
 
 SIDE, STEPS = 32, 6
@@ -34,14 +35,15 @@ class SquareShelf:
     """The adapters of a folder, as `Shelf` reads them."""
 
     def __init__(self, folder: Path):
-        self.folder, self.adapters = folder, dict[str, Any]()
+        self.folder, self.adapters, self.digests = folder, dict[str, Any](), dict[str, str]()
 
     def scan(self) -> None:
-        names = {path.stem for path in self.folder.glob("*.safetensors")}
-        self.adapters = {name: self.adapters.get(name) or self._read(name) for name in sorted(names)}
+        paths = {path.stem: path for path in sorted(self.folder.glob("*.safetensors"))}
+        self.adapters = {name: self.adapters.get(name) or load_adapter(path) for name, path in paths.items()}
+        self.digests = {name: known_digest(path) for name, path in paths.items()}
 
-    def _read(self, name: str) -> Any:
-        return load_adapter(self.folder / f"{name}.safetensors")
+    def snapshot(self) -> tuple[dict[str, Any], dict[str, str]]:
+        return self.adapters, self.digests
 
 
 class SquareEngine:
@@ -61,7 +63,7 @@ class SquareEngine:
     async def facts(self) -> Facts:
         self.shelf.scan()
         adapters: dict[str, dict[str, Any]] = {name: {} for name in self.shelf.adapters}
-        return Facts(self.model, SIDE, 16, 128, STEPS, 2.0, adapters)
+        return Facts(self.model, SIDE, 16, 128, STEPS, 2.0, adapters, digests=self.shelf.digests)
 
     async def run(self, settings: Settings, pictures: Sequence[Request], progress: bool) -> AsyncIterator[Event]:
         self.made.append((settings, list(pictures)))

@@ -126,7 +126,9 @@ async def _make(studio: Studio, folder: Path, registry: Registry) -> None:
         proof |= {"state": "running", "of": len(groups) * len(proof["prompts"]) * proof["seeds"]}
         for group, (composition, strength) in groups.items():
             for number, prompt in enumerate(proof["prompts"]):  # a few at a time: others' previews come between
-                wanted = [Request(prompt, seed, composition, strength) for seed in range(proof["seeds"])]
+                permit = studio.service.permitted(prompt, composition, strength, "generate")
+                allowed = (composition, *await permit)
+                wanted = [Request(prompt, seed, *allowed) for seed in range(proof["seeds"])]
                 job = studio.service.dispatcher.submit(Settings(facts.steps, facts.guidance, facts.side), wanted)
                 for seed, png in enumerate(await pictures_of(job)):
                     path = folder / group / f"{number:02d}-{seed}.png"
