@@ -24,7 +24,8 @@ from qrlora.apps.studio.app import create_app
 from qrlora.apps.studio.state import Studio
 from qrlora.errors import MismatchError
 from qrlora.method.adapter import load_adapter
-from qrlora.models.request import Request as Picture
+from qrlora.models.request import Request
+from qrlora.operations.provenance.canonical import known_digest
 from qrlora.operations.registry import Registry
 
 SIDE, STEPS = 32, 6
@@ -34,14 +35,15 @@ class SquareShelf:
     """The adapters of a folder, as `Shelf` reads them."""
 
     def __init__(self, folder: Path):
-        self.folder, self.adapters = folder, dict[str, Any]()
+        self.folder, self.adapters, self.digests = folder, dict[str, Any](), dict[str, str]()
 
     def scan(self) -> None:
-        names = {path.stem for path in self.folder.glob("*.safetensors")}
-        self.adapters = {name: self.adapters.get(name) or self._read(name) for name in sorted(names)}
+        paths = {path.stem: path for path in sorted(self.folder.glob("*.safetensors"))}
+        self.adapters = {name: self.adapters.get(name) or load_adapter(path) for name, path in paths.items()}
+        self.digests = {name: known_digest(path) for name, path in paths.items()}
 
-    def _read(self, name: str) -> Any:
-        return load_adapter(self.folder / f"{name}.safetensors")
+    def snapshot(self) -> tuple[dict[str, Any], dict[str, str]]:
+        return self.adapters, self.digests
 
 
 class SquareEngine:
@@ -51,8 +53,8 @@ class SquareEngine:
 
     def __init__(self, model: str, folder: Path, dtype: str = "float32", threads: int | None = None):
         self.model, self.shelf = model, SquareShelf(Path(folder))
-        self.made: list[tuple[Settings, list[Picture]]] = []
-        self.ended: list[Picture] = []
+        self.made: list[tuple[Settings, list[Request]]] = []
+        self.ended: list[Request] = []
         self.shelf.scan()
 
     def close(self) -> None:
@@ -61,9 +63,9 @@ class SquareEngine:
     async def facts(self) -> Facts:
         self.shelf.scan()
         adapters: dict[str, dict[str, Any]] = {name: {} for name in self.shelf.adapters}
-        return Facts(self.model, SIDE, 16, 128, STEPS, 2.0, adapters)
+        return Facts(self.model, SIDE, 16, 128, STEPS, 2.0, adapters, digests=self.shelf.digests)
 
-    async def run(self, settings: Settings, pictures: Sequence[Picture], progress: bool) -> AsyncIterator[Event]:
+    async def run(self, settings: Settings, pictures: Sequence[Request], progress: bool) -> AsyncIterator[Event]:
         self.made.append((settings, list(pictures)))
         for _ in range(settings.steps):
             await asyncio.sleep(self.step_seconds)
@@ -75,7 +77,7 @@ class SquareEngine:
             yield Made(index, square(settings, picture))
 
 
-def square(settings: Settings, picture: Picture) -> bytes:
+def square(settings: Settings, picture: Request) -> bytes:
     """A PNG whose colour depends on everything that a picture depends on."""
     asked = [settings.steps, picture.prompt, picture.seed, sorted(picture.composition.items()), picture.null_space]
     digest = hashlib.sha256(json.dumps(asked).encode()).digest()

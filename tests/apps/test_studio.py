@@ -25,6 +25,8 @@ from qrlora.apps.studio.pages import HERE
 from qrlora.apps.studio.runs import Runs
 from qrlora.apps.studio.state import Studio
 from qrlora.errors import ModelError, RequestError
+from qrlora.operations.policy.check import activate
+from qrlora.operations.policy.rules import Policy
 from qrlora.operations.registry import Registry
 from studios import STEPS, SquareEngine, Visitor, made_studio, serving, visiting
 
@@ -207,6 +209,39 @@ def test_a_file_of_a_folder_is_mixed_but_not_kept(tmp_path: Path, monkeypatch: p
         assert 'data-key="mine" data-role="style"' in visitor.get("/mix").text
         refused = visitor.submit("/mix/save", c="mine:1", n="0", name="mine")
         assert refused.status_code == 400 and "only registered adapters" in refused.text
+
+
+def test_pictures_programs_and_saved_mixes_keep_the_policy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A policy that comes into force while the studio runs holds at once, for pictures that were made before, too."""
+    folder = tmp_path / "own"
+    folder.mkdir()
+    (folder / "mine.safetensors").write_bytes((HERE / "starters" / "gold.safetensors").read_bytes())
+    studio = made_studio(tmp_path, monkeypatch, folder=folder)
+    with visiting(studio) as visitor:
+        strong = {"c": "teapot:1,chalk:1.5", "n": "0.5", "p": "a mug"}
+        assert visitor.get("/picture.png", params=strong).status_code == 200
+        rules = {"name": "ours", "version": 1, "weight": [{"role": "style", "at_most": 1.0}]}
+        activate(studio.registry, Policy.parse({**rules, "forbidden": {"words": ["cheap"]}}))
+        for query in (strong, {**strong, "c": "teapot:1", "p": "a cheap mug"}):
+            refused = visitor.get("/picture.png", params=query, headers={"Accept": "image/png"})
+            assert refused.status_code == 403 and "not permitted" in refused.text
+        assert visitor.get("/picture.png", params={**strong, "c": "teapot:1,chalk:1"}).status_code == 200
+        body = {"prompt": "a mug", "model": "pico+chalk:1.5"}
+        assert visitor.post("/api/v1/images/generations", json=body).status_code == 403
+        refused = visitor.submit("/mix/save", c=strong["c"], n="0.5", name="loud")
+        assert refused.status_code == 400 and "chalk@v1 at weight 1.5" in refused.text
+        assert not studio.registry.search(kind="composition")
+        audited = {entry.subject for entry in studio.registry.log() if entry.action == "refused"}
+        assert audited == {"compose", "generate", "serve"}
+        for parts in ("mine:1.5", "teapot:1,nobody:1,chalk:1.5"):
+            assert "Not permitted" in visitor.get("/mix/about", params={"c": parts, "n": 0.5}).text
+        kept = visitor.submit("/mix/save", c="teapot:1,chalk:1", n="0.5", name="quiet")
+        assert "Ask for approval" in kept.text
+
+
+def test_an_adapter_that_is_not_there_is_no_picture_without_adapters(visitor: Visitor) -> None:
+    assert visitor.get("/picture.png", params={"p": "none"}).status_code == 200
+    assert visitor.get("/picture.png", params={"p": "none", "c": "nobody:1"}).status_code == 404
 
 
 def test_until_the_model_is_there_pages_are_and_say_so(tmp_path: Path) -> None:

@@ -77,6 +77,8 @@ def test_axe_finds_nothing_serious_on_any_page(browser: Any, squares: tuple[str,
         page.set_input_files("input[type=file]", HERE / "starters" / "teapot.png")
         page.wait_for_selector(".upload")
         assert not found + findings(page)
+        brush = page.locator(".upload canvas").evaluate("it => getComputedStyle(it).color")
+        assert brush == {"light": "rgb(184, 64, 15)", "dark": "rgb(255, 143, 90)"}[scheme]  # a mask is painted in it
 
 
 def test_the_language_and_the_appearance_are_chosen_and_stay(browser: Any, squares: tuple[str, Studio]) -> None:
@@ -85,6 +87,7 @@ def test_the_language_and_the_appearance_are_chosen_and_stay(browser: Any, squar
         assert page.locator("html").get_attribute("lang") == "ja"
         page.get_by_label("外観").select_option("dark")
         page.wait_for_selector("html[data-theme=dark]")
+        assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(19, 18, 17)"
         page.get_by_label("言語").select_option("en")
         page.get_by_role("heading", name="Library").wait_for()
         page.goto("/train")

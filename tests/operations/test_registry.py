@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import shutil
 import sqlite3
+import subprocess
+import sys
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +15,7 @@ from typing import Any
 import pytest
 from alembic import command
 from alembic.config import Config
+from alembic.script import ScriptDirectory
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from sqlalchemy import inspect
@@ -22,6 +25,7 @@ from qrlora.errors import QrloraError, RegistryError
 from qrlora.operations.provenance.canonical import digest_of
 from qrlora.operations.registry import Link, Registry, schema
 from qrlora.operations.registry.bundle import export_bundle, import_bundle
+from qrlora.operations.registry.database import NEWEST
 from qrlora.operations.registry.lineage import draw, graph, lines
 from qrlora.operations.registry.references import check_alias, check_name, parse_reference
 from qrlora.operations.registry.upkeep import remove_unreferenced, unreferenced, verify
@@ -247,6 +251,13 @@ def test_migrations_go_up_and_down_and_make_the_tables_of_the_schema(registry: R
         assert set(inspect(connection).get_table_names()) == {"alembic_version"}
         command.upgrade(migrations(connection), "head")
     registry.add(b"again", "report", name="again")
+
+
+def test_tables_that_are_there_are_opened_without_alembic(registry: Registry, tmp_path: Path) -> None:
+    assert ScriptDirectory.from_config(migrations(None)).get_current_head() == NEWEST
+    code = f"import sys; from qrlora.operations.registry import Registry; Registry.open({str(registry.folder)!r})"
+    code += "; sys.exit('alembic' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 def test_a_database_of_a_later_version_or_of_nobody_is_refused(registry: Registry, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ GENERATIONS = "/v1/images/generations"
 MEANING = {
     400: "A value, field or body that cannot be used",
     401: "No API key, or a wrong one",
+    403: "Not permitted by the policy, or approved by nobody",
     404: "No such model, adapter, picture or path",
     408: "The body did not arrive in time",
     413: "The body is too large",
@@ -23,7 +24,7 @@ MEANING = {
     503: "Shutting down, or too many connections",
 }
 REFUSED = {
-    GENERATIONS: (400, 401, 404, 408, 413, 429),
+    GENERATIONS: (400, 401, 403, 404, 408, 413, 429),
     "/v1/images/{name}.png": (404,),
     "/v1/models": (401,),
     "/v1/models/{model}": (400, 401, 404),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import threading
 from collections import OrderedDict
 from collections.abc import Mapping
@@ -34,28 +35,41 @@ class Gate:
 
     Args:
         permission: where the rules are.
+        registry: in place of `permission.registry`, where it is open already.
 
     Raises:
         QrloraError: there is no such registry, or its policy cannot be read.
     """
 
-    def __init__(self, permission: Permission):
+    def __init__(self, permission: Permission, registry: Registry | None = None):
         self.permission = permission
-        self.registry = Registry.open(permission.registry, create=False) if permission.registry else None
+        self.registry = registry
+        if registry is None and permission.registry:
+            self.registry = Registry.open(permission.registry, create=False)
         self._lock = threading.Lock()
         self._stamp: object = None
         self._log = _Log(self.registry) if self.registry else None
         self._verdicts: OrderedDict[Any, tuple[datetime, list[Verdict]]] = OrderedDict()
         self._rules = Rules.of(self.registry, permission.policy, permission.approval)
-        self._base: Artifact | None = None
         self._given: list[Given] = []
-        if self.registry:
-            self._base = base_in_use(self.registry, permission.model)
+        if not self._rules.empty:
+            _ = self._base  # hashed now, so that the first request does not wait for it
+
+    @functools.cached_property
+    def _base(self) -> Artifact | None:
+        return base_in_use(self.registry, self.permission.model) if self.registry else None
 
     def permit(
-        self, prompt: str, composition: Mapping[str, float], strength: float | None, facts: Facts
+        self,
+        prompt: str,
+        composition: Mapping[str, float],
+        strength: float | None,
+        facts: Facts,
+        action: str = "serve",
     ) -> tuple[float, dict[str, str]]:
         """Return the null-space strength and the digest of each adapter's file, as they are permitted.
+
+        action: what the pictures are made for, as `check` takes it.
 
         Raises:
             RequestError: 403 with the reason if it is not permitted; 503 if that cannot be found out.
@@ -67,7 +81,7 @@ class Gate:
         digests = {name: facts.digests[name] for name in composition}
         try:
             with self._lock:
-                verdicts = self._checked(prompt, composition, strength, facts)
+                verdicts = self._checked(action, prompt, composition, strength, facts)
         except QrloraError as error:
             raise _unknown(error) from error
         except Exception as error:  # whatever a database or a disk raises: nothing is served that was not permitted
@@ -83,19 +97,23 @@ class Gate:
             )
         return strength, digests
 
-    def _checked(self, prompt: str, composition: Mapping[str, float], strength: float, facts: Facts) -> list[Verdict]:
+    def _checked(
+        self, action: str, prompt: str, composition: Mapping[str, float], strength: float, facts: Facts
+    ) -> list[Verdict]:
         now = datetime.now(timezone.utc)
         self._look_again()
+        if self._rules.empty:
+            return []
         parts = sorted((facts.digests[name], name, weight) for name, weight in composition.items())
         by_prompt = any(one.about.get("prompts") for one in self._given)
         by_prompt |= any(True for policy in self._rules.policies for _ in forbidden_words(policy, [prompt]))
-        key = (tuple(parts), strength, prompt if by_prompt else None)
+        key = (action, tuple(parts), strength, prompt if by_prompt else None)
         until, verdicts = self._verdicts.get(key, (now, []))
         if until > now:
             return verdicts
         sources = [(Source(name, digest, "", facts.adapters[name]), weight) for digest, name, weight in parts]
         combination = combination_of_files(self.registry, sources, strength, [prompt], self._base)
-        verdicts = self._rules.verdicts("serve", combination, now, self._given)
+        verdicts = self._rules.verdicts(action, combination, now, self._given)
         until = min([now + LONGEST, *(verdict.until for verdict in verdicts if verdict.until)])
         self._verdicts[key] = until, verdicts
         if len(self._verdicts) > KEPT:

@@ -6,6 +6,8 @@ import asyncio
 import secrets
 import time
 from collections import OrderedDict
+from collections.abc import Mapping
+from functools import partial
 from typing import TYPE_CHECKING
 
 from qrlora.apps.serving.dispatch import Dispatcher, Job
@@ -113,12 +115,12 @@ class Service:
         guidance = facts.guidance if wanted.guidance is None else wanted.guidance
         seed = secrets.randbelow(2**32) if wanted.seed is None else wanted.seed
         strength = limits.null_space if wanted.null_space is None else wanted.null_space
-        strength, digests = await self._permitted(wanted.prompt, composition, strength)
+        strength, digests = await self.permitted(wanted.prompt, composition, strength)
         pictures = [Request(wanted.prompt, (seed + i) % 2**63, composition, strength, digests) for i in range(count)]
         return self.dispatcher.submit(Settings(steps, guidance, side), pictures, progress=bool(wanted.stream))
 
-    async def _permitted(
-        self, prompt: str, composition: dict[str, float], strength: float | None
+    async def permitted(
+        self, prompt: str, composition: Mapping[str, float], strength: float | None, action: str = "serve"
     ) -> tuple[float | None, dict[str, str] | None]:
         """Return the strength and the files' digests that are permitted, where that is asked. RequestError (403)."""
         if self.gate is None:
@@ -126,8 +128,8 @@ class Service:
         facts = await self.look_again(seconds=1)  # a file may have been replaced
         composition_of(None, composition, facts.model, facts.adapters)  # or removed
         with self.metrics.permission_seconds.time():
-            permit = self.gate.permit
-            return await asyncio.get_running_loop().run_in_executor(None, permit, prompt, composition, strength, facts)
+            permit = partial(self.gate.permit, prompt, composition, strength, facts, action)
+            return await asyncio.get_running_loop().run_in_executor(None, permit)
 
 
 def _gate(limits: Limits) -> Gate | None:

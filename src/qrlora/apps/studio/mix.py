@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import itertools
-import re
 from collections.abc import Mapping
 from typing import Any
 
-from fastapi import APIRouter, Request, Response
+from fastapi import APIRouter, Response
+from fastapi import Request as HttpRequest
 from fastapi.concurrency import run_in_threadpool
 from starlette.requests import ClientDisconnect
 
@@ -15,12 +15,14 @@ from qrlora.apps.serving.answer import pictures_of, while_there
 from qrlora.apps.serving.app import CLIENT_GONE
 from qrlora.apps.serving.protocol import Settings
 from qrlora.apps.studio import rules
-from qrlora.apps.studio.forms import fields, number, spelt, weights
+from qrlora.apps.studio.forms import Form, fields, number, spelt, weights
 from qrlora.apps.studio.pages import error_page, page
 from qrlora.apps.studio.shelf import Card
 from qrlora.apps.studio.state import Studio, registry_for, studio_of
 from qrlora.errors import QrloraError, RegistryError, RequestError
-from qrlora.models.request import Request as Picture
+from qrlora.models.request import Request
+from qrlora.operations.policy.check import enforce
+from qrlora.operations.registry import Artifact, Registry
 
 router = APIRouter()
 FIRST_STEPS = 4
@@ -34,7 +36,7 @@ LITTLE, SOME = 0.12, 0.3
 
 
 @router.get("/mix")
-def mix(request: Request, c: str = "", n: float | None = None, p: str = "") -> Response:
+def mix(request: HttpRequest, c: str = "", n: float | None = None, p: str = "") -> Response:
     """The page; c, n, p: a composition, its null-space strength and a prompt to begin with."""
     studio = studio_of(request)
     studio.look()
@@ -42,7 +44,7 @@ def mix(request: Request, c: str = "", n: float | None = None, p: str = "") -> R
 
 
 @router.get("/mix/cards")
-def cards(request: Request, c: str = "") -> Response:
+def cards(request: HttpRequest, c: str = "") -> Response:
     """The adapters alone, for when there are more of them."""
     studio_of(request).look()
     return page(request, "part_cards.html", weights=weights(c), cards=_grouped(studio_of(request)))
@@ -58,7 +60,7 @@ def _grouped(studio: Studio) -> dict[str, list[Card]]:
 
 @router.get("/picture.png")
 async def picture(
-    request: Request,
+    request: HttpRequest,
     c: str = "",
     n: float | None = None,
     p: str = "",
@@ -73,7 +75,7 @@ async def picture(
             number("the strength", n, 0, 1)
         if not 0 <= s < 2**63:
             raise RequestError("no such seed", expected="a whole number from 0", got=s)
-        png = await _made(request, studio, Picture(p.strip()[:4000] or "a picture", s, weights(c), n), stage, page)
+        png = await _made(request, studio, Request(p.strip()[:4000] or "a picture", s, weights(c), n), stage, page)
     except ClientDisconnect:
         return Response(status_code=CLIENT_GONE)
     except QrloraError as error:
@@ -81,31 +83,40 @@ async def picture(
     return Response(png, media_type="image/png", headers={"Cache-Control": "no-store"})
 
 
-async def _made(request: Request, studio: Studio, wanted: Picture, stage: str, tab: str) -> bytes:
-    facts = await studio.service.facts()
-    steps = min(FIRST_STEPS, facts.steps) if stage == "first" else facts.steps
-    digests = tuple(
-        (studio.shelf.cards[key].digest, w) for key, w in wanted.composition.items() if key in studio.shelf.cards
-    )
-    key = (wanted.prompt, wanted.seed, digests, wanted.null_space, steps)
-    if tab and tab in studio.newest:
-        studio.service.dispatcher.withdraw(studio.newest.pop(tab))
-    if (png := studio.recent.get(key)) is not None:
-        return png
-    job = studio.service.dispatcher.submit(Settings(steps, facts.guidance, facts.side), [wanted])
+async def _made(request: HttpRequest, studio: Studio, asked: Request, stage: str, tab: str) -> bytes:
+    """One picture that the policy permits. ClientDisconnect if its page has asked for a newer one meanwhile."""
     if tab:
-        studio.newest[tab] = job
+        _outdate(studio, tab, request)
     try:
-        [png] = await while_there(request, pictures_of(job), studio.service, job)
+        service = studio.service
+        permitted = await service.permitted(asked.prompt, asked.composition, asked.null_space, "generate")
+        wanted, facts = Request(asked.prompt, asked.seed, asked.composition, *permitted), await service.facts()
+        steps = min(FIRST_STEPS, facts.steps) if stage == "first" else facts.steps
+        files = sorted((facts.digests[name], weight) for name, weight in wanted.composition.items())
+        key = (wanted.prompt, wanted.seed, *files, wanted.null_space, steps)
+        if tab and studio.newest.get(tab) is not request:
+            raise ClientDisconnect
+        if (png := studio.recent.get(key)) is not None:
+            return png
+        job = service.dispatcher.submit(Settings(steps, facts.guidance, facts.side), [wanted])
+        request.state.job = job
+        [png] = await while_there(request, pictures_of(job), service, job)
     finally:
-        if studio.newest.get(tab) is job:
+        if studio.newest.get(tab) is request:
             del studio.newest[tab]
     studio.recent.put(key, png)
     return png
 
 
+def _outdate(studio: Studio, tab: str, request: HttpRequest) -> None:
+    """Withdraw the preview that a page has asked for before this one."""
+    before, studio.newest[tab] = studio.newest.get(tab), request
+    if before and (job := getattr(before.state, "job", None)):
+        studio.service.dispatcher.withdraw(job)
+
+
 @router.get("/thumb/{key}.png")
-async def thumb(request: Request, key: str) -> Response:
+async def thumb(request: HttpRequest, key: str) -> Response:
     """The picture that an adapter was trained on; else what it does alone, kept on disk by the adapter's digest."""
     studio = studio_of(request)
     card = studio.shelf.cards.get(key)
@@ -115,10 +126,10 @@ async def thumb(request: Request, key: str) -> Response:
         return Response(
             await run_in_threadpool(studio.registry.read, card.picture), media_type="image/png", headers=KEPT
         )
-    path = studio.place / "thumbs" / f"{re.sub('[^0-9a-f]', '', card.digest)[:64] or 'none'}.png"
+    path = studio.place / "thumbs" / f"{card.digest.removeprefix('sha256:') or 'none'}.png"
     if not path.is_file():
         try:
-            png = await _made(request, studio, Picture(card.prompt, 0, {key: 1.0}), "refined", "")
+            png = await _made(request, studio, Request(card.prompt, 0, {key: 1.0}), "refined", "")
         except ClientDisconnect:
             return Response(status_code=CLIENT_GONE)
         path.parent.mkdir(exist_ok=True)
@@ -127,7 +138,7 @@ async def thumb(request: Request, key: str) -> Response:
 
 
 @router.get("/mix/about")
-def about(request: Request, c: str = "", n: float | None = None) -> Response:
+def about(request: HttpRequest, c: str = "", n: float | None = None) -> Response:
     """What is known of a composition before a picture is made: interference, licence, what the policy says."""
     studio = studio_of(request)
     parts = weights(c)
@@ -144,15 +155,18 @@ def about(request: Request, c: str = "", n: float | None = None) -> Response:
 
 
 def _pairs(studio: Studio, parts: Mapping[str, float]) -> list[dict[str, Any]]:
-    """Interference of each two, most first."""
+    """Interference of each two, most first: the same at all weights."""
     from qrlora.method.composition import Interference
     from qrlora.method.composition.parts import on_one_basis
 
-    known = studio.model.engine.shelf.adapters if studio.model.ready else {}
-    names = [name for name in parts if name in known]
+    known, digests = studio.model.engine.shelf.snapshot() if studio.model.ready else ({}, {})
+    names = [name for name in parts if name in known and name in studio.shelf.cards]
     if len(names) < 2 or not on_one_basis([known[name] for name in names]):
         return []
-    found = Interference.of([(known[name], parts[name]) for name in names]).total
+    key = tuple(digests[name] for name in names)
+    if (found := studio.interference.get(key)) is None:
+        found = Interference.of([(known[name], 1.0) for name in names]).total
+        studio.interference.put(key, found)
     pairs = [
         {
             "first": studio.shelf.cards[names[i]].title,
@@ -166,7 +180,7 @@ def _pairs(studio: Studio, parts: Mapping[str, float]) -> list[dict[str, Any]]:
 
 
 @router.get("/mix/grid")
-def grid(request: Request, c: str = "", n: float | None = None, p: str = "", s: int = 0) -> Response:
+def grid(request: HttpRequest, c: str = "", n: float | None = None, p: str = "", s: int = 0) -> Response:
     """The first two adapters of a composition at every pair of weights; the others as they are."""
     parts = weights(c)
     if len(parts) < 2:
@@ -179,28 +193,35 @@ def grid(request: Request, c: str = "", n: float | None = None, p: str = "", s: 
 
 
 @router.post("/mix/save")
-async def save(request: Request) -> Response:
-    """Keep a composition in the registry."""
+async def save(request: HttpRequest) -> Response:
+    """Keep a composition in the registry, if the policy permits it."""
     form, studio, registry = await fields(request), studio_of(request), registry_for(request)
-    parts = weights(form.text("c"))
-    unknown = [key for key in parts if not getattr(studio.shelf.cards.get(key), "reference", "")]
-    from qrlora.apps.studio.records import (
-        add_mix,  # what reads adapters needs torch, which the first page is not to wait for
-    )
-
     try:
-        if not parts:
-            raise RequestError("nothing to keep", expected="a slider above zero", got="none")
-        if unknown:
-            raise RegistryError(
-                "only registered adapters can be kept in a mix",
-                got=", ".join(unknown),
-                remedy="add them to the library first: the button on their card",
-            )
-        references = {studio.shelf.cards[key].reference: weight for key, weight in parts.items()}
-        strength = form.number("n", 0, 1, 0)
-        name, licence = form.text("name", 128), rules.licence_of(studio, parts)["expression"]
-        kept = add_mix(registry, studio.model.name, references, strength, name, licence)
+        kept, policy = await run_in_threadpool(_keep, studio, registry, form)
     except QrloraError as error:
         return error_page(request, error)
-    return page(request, "part_saved.html", artifact=kept, policy=rules.there_is_one(registry))
+    return page(request, "part_saved.html", artifact=kept, policy=policy)
+
+
+def _keep(studio: Studio, registry: Registry, form: Form) -> tuple[Artifact, bool]:
+    """The composition that was kept, and whether a policy is in force."""
+    from qrlora.apps.studio.records import add_mix  # needs torch, which the first page is not to wait for
+
+    parts = weights(form.text("c"))
+    unknown = [key for key in parts if not getattr(studio.shelf.cards.get(key), "reference", "")]
+    if not parts:
+        raise RequestError("nothing to keep", expected="a slider above zero", got="none")
+    if unknown:
+        raise RegistryError(
+            "only registered adapters can be kept in a mix",
+            got=", ".join(unknown),
+            remedy="add their files to the registry first: qrlora registry add FILE --name NAME",
+        )
+    strength = form.number("n", 0, 1, 0)
+    verdict = rules.verdict_of(studio, parts, strength)
+    if verdict:
+        enforce([verdict], registry)
+    references = {studio.shelf.cards[key].reference: weight for key, weight in parts.items()}
+    licence = rules.licence_of(studio, parts)["expression"]
+    kept = add_mix(registry, studio.model.name, references, strength, form.text("name", 128), licence)
+    return kept, verdict is not None

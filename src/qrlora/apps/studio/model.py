@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from qrlora.apps.serving.protocol import Event, Facts, Settings
 from qrlora.errors import QrloraError, RequestError
-from qrlora.models.request import Request as Picture
+from qrlora.models.request import Request
 
 if TYPE_CHECKING:
     from qrlora.apps.serving.engine import Engine
@@ -84,7 +84,7 @@ class LazyEngine:
         """As `Engines.facts`."""
         return await self.engine.facts()
 
-    async def run(self, settings: Settings, pictures: Sequence[Picture], progress: bool) -> AsyncIterator[Event]:
+    async def run(self, settings: Settings, pictures: Sequence[Request], progress: bool) -> AsyncIterator[Event]:
         """As `Engines.run`."""
         async for event in self.engine.run(settings, pictures, progress):
             yield event
@@ -93,5 +93,5 @@ class LazyEngine:
 async def _warm(engine: Engine) -> None:
     facts = await engine.facts()
     settings = Settings(1, facts.guidance, facts.side)
-    async for _ in engine.run(settings, [Picture("a picture", 0, {})], False):
+    async for _ in engine.run(settings, [Request("a picture", 0, {})], False):
         pass

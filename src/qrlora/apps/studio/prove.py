@@ -10,7 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fastapi import APIRouter, Request, Response
+from fastapi import APIRouter, Response
+from fastapi import Request as HttpRequest
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import FileResponse
 
@@ -21,7 +22,7 @@ from qrlora.apps.studio.forms import Form, fields
 from qrlora.apps.studio.pages import error_page, page
 from qrlora.apps.studio.state import Studio, person_of, registry_for, studio_of
 from qrlora.errors import QrloraError, RequestError
-from qrlora.models.request import Request as Picture
+from qrlora.models.request import Request
 from qrlora.operations.registry import Artifact, Registry
 
 router = APIRouter()
@@ -33,7 +34,7 @@ tasks: set[asyncio.Task[None]] = set()
 
 
 @router.get("/prove")
-def prove(request: Request) -> Response:
+def prove(request: HttpRequest) -> Response:
     studio = studio_of(request)
     options = [*studio.registry.search(kind="composition"), *studio.registry.search(kind="adapter")]
     return page(request, "prove.html", options=[one for one in options if one.names], proofs=_all(studio))
@@ -62,7 +63,7 @@ def _write(folder: Path, content: Mapping[str, Any], file: str = "proof.json") -
 
 
 @router.post("/prove")
-async def begin(request: Request) -> Response:
+async def begin(request: HttpRequest) -> Response:
     """Begin a comparison; it goes on when the page is left."""
     form, studio, person = await fields(request), studio_of(request), person_of(request)
     try:
@@ -125,7 +126,9 @@ async def _make(studio: Studio, folder: Path, registry: Registry) -> None:
         proof |= {"state": "running", "of": len(groups) * len(proof["prompts"]) * proof["seeds"]}
         for group, (composition, strength) in groups.items():
             for number, prompt in enumerate(proof["prompts"]):  # a few at a time: others' previews come between
-                wanted = [Picture(prompt, seed, composition, strength) for seed in range(proof["seeds"])]
+                permit = studio.service.permitted(prompt, composition, strength, "generate")
+                allowed = (composition, *await permit)
+                wanted = [Request(prompt, seed, *allowed) for seed in range(proof["seeds"])]
                 job = studio.service.dispatcher.submit(Settings(facts.steps, facts.guidance, facts.side), wanted)
                 for seed, png in enumerate(await pictures_of(job)):
                     path = folder / group / f"{number:02d}-{seed}.png"
@@ -141,7 +144,7 @@ async def _make(studio: Studio, folder: Path, registry: Registry) -> None:
 
 
 @router.get("/prove/{name}")
-def show(request: Request, name: str) -> Response:
+def show(request: HttpRequest, name: str) -> Response:
     folder = _folder(studio_of(request), name)
     part = request.headers.get("hx-target") == "proof"
     votes = len(list((folder / "votes").glob("*.json")))
@@ -149,7 +152,7 @@ def show(request: Request, name: str) -> Response:
 
 
 @router.get("/prove/{name}/pictures/{group}/{file}")
-def picture(request: Request, name: str, group: str, file: str) -> Response:
+def picture(request: HttpRequest, name: str, group: str, file: str) -> Response:
     path = _folder(studio_of(request), name) / group / file
     if group not in ARMS or not file.endswith(".png") or "/" in file or ".." in file or not path.is_file():
         raise RequestError("no such picture", status=404, got=file[:40])
@@ -160,7 +163,7 @@ def picture(request: Request, name: str, group: str, file: str) -> Response:
 
 
 @router.get("/prove/{name}/vote")
-def vote(request: Request, name: str) -> Response:
+def vote(request: HttpRequest, name: str) -> Response:
     """The next pair that this person has not seen, or the end."""
     from qrlora.apps.studio.compare import study_of
 
@@ -188,7 +191,7 @@ def _given(folder: Path, study: str, person: str) -> dict[str, Any]:
 
 
 @router.post("/prove/{name}/vote")
-async def take_vote(request: Request, name: str) -> Response:
+async def take_vote(request: HttpRequest, name: str) -> Response:
     form, person = await fields(request), person_of(request)
     await run_in_threadpool(_count_in, _folder(studio_of(request), name), form, person)
     return await run_in_threadpool(vote, request, name)
@@ -211,7 +214,7 @@ def _count_in(folder: Path, form: Form, person: str) -> None:
 
 
 @router.get("/prove/{name}/tally")
-def tally(request: Request, name: str) -> Response:
+def tally(request: HttpRequest, name: str) -> Response:
     """What the votes say so far. Whoever is still voting does not see it by accident: it has a page of its own."""
     from qrlora.apps.studio.compare import count
 

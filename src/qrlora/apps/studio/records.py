@@ -9,18 +9,16 @@ from typing import Any
 
 from qrlora.errors import RequestError
 from qrlora.operations.registry import Artifact, Link, Registry
-from qrlora.operations.registry.intake import add_adapter, add_base, add_composition, add_picture
+from qrlora.operations.registry.bases import used_base
+from qrlora.operations.registry.intake import add_adapter, add_composition, add_picture
 
 STARTERS = Path(__file__).parent / "starters"
 
 
 def base_in(registry: Registry, model: str) -> Artifact:
     """The base model as an artifact; added where it is not there yet."""
-    for artifact in registry.search(kind="base"):
-        if artifact.facts.get("model") == model:
-            return artifact
     own = {"name": model, "licence": "Apache-2.0"} if model == "pico" else {}
-    return add_base(registry, model, **own)
+    return used_base(registry, model, **own)
 
 
 def add_starters(registry: Registry) -> None:

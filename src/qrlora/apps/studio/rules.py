@@ -6,12 +6,12 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from qrlora.errors import PolicyError
-from qrlora.operations.policy.check import Verdict, check, in_force
-from qrlora.operations.policy.combination import Combination, Part, base_of
+from qrlora.operations.policy.action import Rules, Source, combination_of_files
+from qrlora.operations.policy.check import Verdict
 from qrlora.operations.policy.licences import ADVICE, Licence, compute
-from qrlora.operations.registry import Registry
 
 if TYPE_CHECKING:
+    from qrlora.apps.studio.shelf import Card
     from qrlora.apps.studio.state import Studio
 
 
@@ -36,18 +36,16 @@ def licence_of(studio: Studio, parts: Mapping[str, float]) -> dict[str, Any]:
     return found
 
 
-def there_is_one(registry: Registry) -> bool:
-    """Return True if a policy is in force in this registry."""
-    return in_force(registry) is not None
-
-
 def verdict_of(studio: Studio, parts: Mapping[str, float], null_space: float | None) -> Verdict | None:
-    """What the policy says about composing these; None where no policy is in force, or nothing registered is asked."""
-    policy = in_force(studio.registry)
-    cards = [studio.shelf.cards[key] for key in parts if key in studio.shelf.cards]
-    if policy is None or not cards or any(not card.reference for card in cards):
+    """What the policy says about composing these; None where no policy is in force."""
+    rules = Rules.of(studio.registry, None)
+    if rules.empty:
         return None
-    artifacts = [studio.registry.get(card.digest) for card in cards]
-    taken = tuple(Part(one, weight) for one, weight in zip(artifacts, parts.values(), strict=True))
-    combination = Combination(base_of(studio.registry, artifacts), taken, null_space or 0.0)
-    return check(policy, combination, "compose", registry=studio.registry)
+    cards = {key: studio.shelf.cards[key] for key in parts if key in studio.shelf.cards}
+    sources = [(_source(card), parts[key]) for key, card in cards.items()]
+    [verdict] = rules.verdicts("compose", combination_of_files(studio.registry, sources, null_space or 0.0))
+    return verdict
+
+
+def _source(card: Card) -> Source:
+    return Source(card.title, card.digest, "", {name: getattr(card, name) for name in ("role", "trigger", "licence")})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -102,21 +102,18 @@ class StudioShelf:
             except OSError:  # Windows lets few people make links
                 shutil.copyfile(source, link)
 
-    def described(self, adapters: Mapping[str, Any]) -> None:
-        """Complete the cards of files by what the engine read: key -> `Adapter`."""
+    def described(self, adapters: Mapping[str, Any], digests: Mapping[str, str]) -> None:
+        """Complete the cards by what the engine read: key -> `Adapter`, and the digest of its file."""
         for key, adapter in adapters.items():
             meta, card = adapter.metadata, self.cards.get(key, Card(key, key))
             caption = str(meta.recipe.get("caption", "")).replace("[trigger]", meta.trigger)
-            self.cards[key] = Card(
-                key,
-                card.title,
-                meta.role,
-                meta.trigger,
-                card.licence or meta.licence,
-                card.digest or f"content:{adapter.digest}",
-                card.reference,
-                caption or card.caption,
-                card.picture,
+            self.cards[key] = replace(
+                card,
+                role=meta.role,
+                trigger=meta.trigger,
+                licence=card.licence or meta.licence,
+                digest=digests[key],
+                caption=caption or card.caption,
             )
 
 

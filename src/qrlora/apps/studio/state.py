@@ -6,39 +6,49 @@ import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 from starlette.requests import Request
 
 from qrlora._files import make_folder
-from qrlora.apps.serving.dispatch import Job
-from qrlora.apps.serving.protocol import Limits
+from qrlora.apps.serving.permission import Gate
+from qrlora.apps.serving.protocol import Limits, Permission
 from qrlora.apps.serving.service import Service
 from qrlora.apps.studio.model import LazyEngine
 from qrlora.apps.studio.runs import Runs
 from qrlora.apps.studio.shelf import StudioShelf
 from qrlora.operations.registry import Registry
 
-PICTURES_KEPT = 256
+if TYPE_CHECKING:
+    from qrlora.method.composition.interference import LayerInterference
+
+PICTURES_KEPT, COMPOSITIONS_KEPT = 256, 64
 DRAIN_SECONDS = 5
 """How long open pages, which listen for events, may hold up the end."""
 
 
-class Recent:
-    """Pictures by what made them, the last ones asked for."""
+Result = TypeVar("Result")
 
-    def __init__(self, most: int = PICTURES_KEPT):
+
+class Recent(Generic[Result]):
+    """Results by what they were made of, the last ones asked for. Safe to use from several threads."""
+
+    def __init__(self, most: int):
         self.most = most
-        self._pictures: OrderedDict[object, bytes] = OrderedDict()
+        self._results: OrderedDict[object, Result] = OrderedDict()
+        self._lock = threading.Lock()
 
-    def get(self, key: object) -> bytes | None:
-        if key in self._pictures:
-            self._pictures.move_to_end(key)
-        return self._pictures.get(key)
+    def get(self, key: object) -> Result | None:
+        with self._lock:
+            if key in self._results:
+                self._results.move_to_end(key)
+            return self._results.get(key)
 
-    def put(self, key: object, png: bytes) -> None:
-        self._pictures[key] = png
-        while len(self._pictures) > self.most:
-            self._pictures.popitem(last=False)
+    def put(self, key: object, result: Result) -> None:
+        with self._lock:
+            self._results[key] = result
+            while len(self._results) > self.most:
+                self._results.popitem(last=False)
 
 
 class Studio:
@@ -63,8 +73,9 @@ class Studio:
         self.shelf = StudioShelf(registry, self.place / "shelf", folder)
         self.model = LazyEngine(model, self.shelf.place, dtype, threads)
         self.service = Service(self.model, Limits(api_keys=keys, drain_seconds=DRAIN_SECONDS))
-        self.recent = Recent()
-        self.newest: dict[str, Job] = {}  # of every open page, the preview that is being made
+        self.recent: Recent[bytes] = Recent(PICTURES_KEPT)
+        self.interference: Recent[LayerInterference] = Recent(COMPOSITIONS_KEPT)
+        self.newest: dict[str, Request] = {}  # of every open page, its newest request for a preview
         self.runs = Runs(self.place / "runs", self._trained)
         self._looking = threading.Lock()
 
@@ -79,6 +90,7 @@ class Studio:
 
         if self.model.name == "pico":
             add_starters(self.registry)
+        self.service.gate = Gate(Permission(None, None, False, self.model.name), self.registry)
         self.look()
 
     def close(self) -> None:
@@ -92,7 +104,7 @@ class Studio:
             if self.model.ready:
                 engine = self.model.engine
                 engine.shelf.scan()
-                self.shelf.described(engine.shelf.adapters)
+                self.shelf.described(*engine.shelf.snapshot())
 
     def registry_of(self, person: str) -> Registry:
         """The registry, in which this person acts."""

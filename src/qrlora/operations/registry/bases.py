@@ -43,11 +43,14 @@ def base_record(model: str) -> dict[str, Any]:
     }
 
 
-def used_base(registry: Registry, model: str) -> Artifact:
-    """Return the base model that is registered from this place, without hashing it again; one that is not is added."""
+def used_base(registry: Registry, model: str, **described: Any) -> Artifact:
+    """Return the base model that is registered from this place, without hashing it again; one that is not is added.
+
+    described: as `add_base`.
+    """
     where = str(Path(model).resolve()) if Path(model).is_dir() else model
     known = registry.search(kind="base", fact=("model", where), deprecated=True)
-    return known[0] if known else add_base(registry, model)
+    return known[0] if known else add_base(registry, model, **described)
 
 
 def check_base(registry: Registry, base: Artifact) -> str:

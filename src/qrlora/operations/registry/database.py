@@ -6,12 +6,7 @@ import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
-from alembic import command
-from alembic.config import Config
-from alembic.migration import MigrationContext
-from alembic.script import ScriptDirectory
-from alembic.util import CommandError
-from sqlalchemy import Connection, Engine, create_engine, event, text
+from sqlalchemy import Connection, Engine, create_engine, event, inspect, text
 from sqlalchemy.exc import DatabaseError, DBAPIError, IntegrityError
 from sqlalchemy.orm import Session
 
@@ -21,6 +16,8 @@ BUSY_SECONDS = 60
 """How long a writer waits for the others."""
 LOCK = 0x71726C6F7261
 """Key of PostgreSQL's advisory lock: one writer at a time, because the audit log is a chain."""
+NEWEST = "0001"
+"""The last of migrations/versions. Tables that are there already need no Alembic, which is slow to import."""
 
 
 def connect(url: str) -> Engine:
@@ -36,16 +33,20 @@ def connect(url: str) -> Engine:
     try:
         with engine.begin() as connection:
             _lock(connection)
-            _migrate(connection)
-    except (DBAPIError, CommandError) as error:
+            if _revision(connection) != NEWEST:
+                _migrate(connection)
+    except (DBAPIError, RegistryError) as error:
         engine.dispose()
-        got = str(getattr(error, "orig", None) or error).splitlines()[0]
-        raise RegistryError(
-            f"cannot open the registry's database {engine.url.render_as_string()}",
-            got=got,
-            remedy="check the folder or URL, and that the database runs; upgrade qrlora if a later version wrote it",
-        ) from error
+        raise error if isinstance(error, RegistryError) else _unusable(engine, error) from error
     return engine
+
+
+def _unusable(engine: Engine, error: Exception) -> RegistryError:
+    return RegistryError(
+        f"cannot open the registry's database {engine.url.render_as_string()}",
+        got=str(getattr(error, "orig", None) or error).splitlines()[0],
+        remedy="check the folder or URL, and that the database runs; upgrade qrlora if a later version wrote it",
+    )
 
 
 def _set_up_sqlite(connection: object, _: object) -> None:
@@ -67,13 +68,25 @@ def _lock(connection: Connection) -> None:
         connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": LOCK})
 
 
+def _revision(connection: Connection) -> str | None:
+    """Return the last migration of the tables; None if there are none."""
+    if not inspect(connection).has_table("alembic_version"):
+        return None
+    return connection.scalar(text("SELECT version_num FROM alembic_version"))
+
+
 def _migrate(connection: Connection) -> None:
+    from alembic import command
+    from alembic.config import Config
+    from alembic.util import CommandError
+
     config = Config()
     config.set_main_option("script_location", str(Path(__file__).parent / "migrations"))
     config.attributes["connection"] = connection
-    newest = ScriptDirectory.from_config(config).get_current_head()
-    if MigrationContext.configure(connection).get_current_revision() != newest:
+    try:
         command.upgrade(config, "head")
+    except CommandError as error:
+        raise _unusable(connection.engine, error) from error
 
 
 @contextlib.contextmanager

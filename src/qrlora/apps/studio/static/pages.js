@@ -88,7 +88,7 @@ document.addEventListener("alpine:init", () => {
       const pen = tint.getContext("2d");
       pen.drawImage(this.mask, 0, 0);
       pen.globalCompositeOperation = "source-in";
-      pen.fillStyle = getComputedStyle(document.documentElement).getPropertyValue("--accent");
+      pen.fillStyle = getComputedStyle(this.$refs.view).color;
       pen.fillRect(0, 0, tint.width, tint.height);
       return tint;
     },
