@@ -1,4 +1,4 @@
-"""The run-time allow-list: each request's composition is checked against the policy and the approvals of a registry."""
+"""Check each request's composition against the policy and the approvals of a registry."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from qrlora.operations.registry import Artifact, Registry
 KEPT = 1024
 """Verdicts that are kept until the registry, the trust file or the policy changes, or the approval ends."""
 LONGEST = timedelta(seconds=60)
-"""How long a verdict is kept at most: a policy ends by the calendar."""
+"""Longest time that a verdict is kept: a policy ends by the calendar."""
 
 
 class Gate:
-    """Permits compositions, or says why not. Safe to use from several threads.
+    """The check that permits compositions, or raises the reason why not. Safe to use from several threads.
 
     Args:
         permission: where the rules are.

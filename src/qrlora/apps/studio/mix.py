@@ -1,4 +1,4 @@
-"""Mix: adapters with weights, seen while the sliders move."""
+"""Mix adapters with weights, shown while the sliders move."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ LITTLE, SOME = 0.12, 0.3
 
 @router.get("/mix")
 def mix(request: Request, c: str = "", n: float | None = None, p: str = "") -> Response:
-    """The page; c, n, p: a composition, its null-space strength and a prompt to begin with."""
+    """Show the page; c, n, p: a composition, its null-space strength and a prompt to begin with."""
     studio = studio_of(request)
     studio.look()
     return page(request, "mix.html", weights=weights(c), null_space=n, prompt=p, seeds=SEEDS, cards=_grouped(studio))
@@ -43,13 +43,13 @@ def mix(request: Request, c: str = "", n: float | None = None, p: str = "") -> R
 
 @router.get("/mix/cards")
 def cards(request: Request, c: str = "") -> Response:
-    """The adapters alone, for when there are more of them."""
+    """Show the adapters alone, for when there are more of them."""
     studio_of(request).look()
     return page(request, "part_cards.html", weights=weights(c), cards=_grouped(studio_of(request)))
 
 
 def _grouped(studio: Studio) -> dict[str, list[Card]]:
-    """Cards by role, subjects and styles first."""
+    """Group the cards by role, subjects and styles first."""
     found: dict[str, list[Card]] = {"subject": [], "style": []}
     for card in studio.shelf.cards.values():
         found.setdefault(card.role if card.role in ("subject", "style") else "other", []).append(card)
@@ -66,7 +66,7 @@ async def picture(
     stage: str = "refined",
     page: str = "",
 ) -> Response:
-    """One picture of a composition. `page`: of one page's previews only the newest is made."""
+    """Sample one picture of a composition. `page`: of one page's previews only the newest is made."""
     studio = studio_of(request)
     try:
         if n is not None:
@@ -106,7 +106,7 @@ async def _made(request: Request, studio: Studio, wanted: Picture, stage: str, t
 
 @router.get("/thumb/{key}.png")
 async def thumb(request: Request, key: str) -> Response:
-    """The picture that an adapter was trained on; else what it does alone, kept on disk by the adapter's digest."""
+    """Send the picture that an adapter was trained on; else a sample of it alone, cached by the adapter's digest."""
     studio = studio_of(request)
     card = studio.shelf.cards.get(key)
     if card is None:
@@ -128,7 +128,7 @@ async def thumb(request: Request, key: str) -> Response:
 
 @router.get("/mix/about")
 def about(request: Request, c: str = "", n: float | None = None) -> Response:
-    """What is known of a composition before a picture is made: interference, licence, what the policy says."""
+    """Describe a composition before a picture is made: interference, licence, the policy's verdict."""
     studio = studio_of(request)
     parts = weights(c)
     return page(
@@ -144,7 +144,7 @@ def about(request: Request, c: str = "", n: float | None = None) -> Response:
 
 
 def _pairs(studio: Studio, parts: Mapping[str, float]) -> list[dict[str, Any]]:
-    """Interference of each two, most first."""
+    """Return the interference of each two, largest first."""
     from qrlora.method.composition import Interference
     from qrlora.method.composition.parts import on_one_basis
 
@@ -167,7 +167,7 @@ def _pairs(studio: Studio, parts: Mapping[str, float]) -> list[dict[str, Any]]:
 
 @router.get("/mix/grid")
 def grid(request: Request, c: str = "", n: float | None = None, p: str = "", s: int = 0) -> Response:
-    """The first two adapters of a composition at every pair of weights; the others as they are."""
+    """Sample the first two adapters of a composition at every pair of weights; the others keep theirs."""
     parts = weights(c)
     if len(parts) < 2:
         raise RequestError("a grid needs two adapters", expected="two sliders above zero", got=len(parts))
@@ -180,7 +180,7 @@ def grid(request: Request, c: str = "", n: float | None = None, p: str = "", s: 
 
 @router.post("/mix/save")
 async def save(request: Request) -> Response:
-    """Keep a composition in the registry."""
+    """Save a composition in the registry."""
     form, studio, registry = await fields(request), studio_of(request), registry_for(request)
     parts = weights(form.text("c"))
     unknown = [key for key in parts if not getattr(studio.shelf.cards.get(key), "reference", "")]

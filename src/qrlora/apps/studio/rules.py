@@ -1,4 +1,4 @@
-"""Licence of a mix and what the policy in force says about it, in plain words."""
+"""Tell the licence of a mix and the policy's verdict on it, for a page."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def licence_of(studio: Studio, parts: Mapping[str, float]) -> dict[str, Any]:
-    """The licences of the parts together.
+    """Return the licence of the parts together.
 
     Returns expression (SPDX), without (titles of parts that name none), computed (a `Licence`, if all do and can be
     read), trouble (why one cannot be read).
@@ -42,7 +42,8 @@ def there_is_one(registry: Registry) -> bool:
 
 
 def verdict_of(studio: Studio, parts: Mapping[str, float], null_space: float | None) -> Verdict | None:
-    """What the policy says about composing these; None where no policy is in force, or nothing registered is asked."""
+    """Return the policy's verdict on composing these; None without a policy in force, or for adapters that are not
+    registered."""
     policy = in_force(studio.registry)
     cards = [studio.shelf.cards[key] for key in parts if key in studio.shelf.cards]
     if policy is None or not cards or any(not card.reference for card in cards):

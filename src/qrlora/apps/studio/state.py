@@ -1,4 +1,4 @@
-"""What all pages share: registry, base model, shelf, training runs; and who asks."""
+"""Hold what all pages share: registry, base model, shelf and training runs."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from qrlora.operations.registry import Registry
 
 PICTURES_KEPT = 256
 DRAIN_SECONDS = 5
-"""How long open pages, which listen for events, may hold up the end."""
+"""Seconds that open pages, which listen for events, may delay the end."""
 
 
 class Recent:
-    """Pictures by what made them, the last ones asked for."""
+    """A cache of the pictures that were asked for last."""
 
     def __init__(self, most: int = PICTURES_KEPT):
         self.most = most
@@ -86,7 +86,7 @@ class Studio:
         self.model.close()
 
     def look(self) -> None:
-        """See what is new in registry and folder; blocks."""
+        """Look for new adapters in registry and folder; blocks."""
         with self._looking:
             self.shelf.sync()
             if self.model.ready:
@@ -95,7 +95,7 @@ class Studio:
                 self.shelf.described(engine.shelf.adapters)
 
     def registry_of(self, person: str) -> Registry:
-        """The registry, in which this person acts."""
+        """Return the registry with this person as the actor."""
         return Registry(self.registry.engine, self.registry.store, self.registry.folder, person)
 
     def _trained(self, folder: Path, person: str) -> str:
@@ -113,7 +113,7 @@ def studio_of(request: Request) -> Studio:
 
 
 def person_of(request: Request) -> str:
-    """Who acts: the name given at the login, else whose registry it is."""
+    """Return the person who acts: the name given at the login, else the registry's actor."""
     return str(request.session.get("person") or studio_of(request).registry.actor)
 
 

@@ -1,4 +1,4 @@
-"""Questions to the tables: which artifact a reference names, what matches, and all that belongs to an artifact."""
+"""Query the tables: which artifact a reference names, what matches, and all that belongs to an artifact."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def load(session: Session, digests: Sequence[str]) -> list[Artifact]:
 
 
 def utc(at: datetime) -> datetime:
-    """SQLite forgets the zone; all times are written in UTC."""
+    """Return the time with its zone, UTC, which SQLite forgets."""
     return at if at.tzinfo else at.replace(tzinfo=timezone.utc)
 
 

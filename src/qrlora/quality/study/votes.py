@@ -106,7 +106,7 @@ def _share(share: Share | None) -> dict[str, Any] | None:
 
 @dataclass(frozen=True)
 class Vote:
-    """One answer. choice: "a", "b" or "tie", as in the key's trial."""
+    """One rater's answer to one trial."""
 
     rater: str
     trial: str
