@@ -24,7 +24,7 @@ OUTSIDE = re.compile(r"\[([^\]]+)\]\(((?:\.\./)+[^)#]*)(?:#[^)]*)?\)")
 
 
 def commands(context: click.Context, command: click.Command) -> Iterator[tuple[click.Context, click.Command]]:
-    """A command and those below it."""
+    """Yield a command and those below it, each with its context."""
     yield context, command
     if isinstance(command, click.Group):
         for name in command.list_commands(context):
@@ -34,7 +34,7 @@ def commands(context: click.Context, command: click.Command) -> Iterator[tuple[c
 
 
 def command_page() -> str:
-    """Every command with its arguments and options, as its --help has them."""
+    """Return the page of all commands, with the arguments and options of their --help."""
     parts = ["# Commands\n"]
     for panel, names in PANELS.items():
         parts.append(f"## {panel}\n")
@@ -64,7 +64,7 @@ def _help(one: click.Parameter) -> str:
 
 
 def schema_page(schemas: Mapping[str, Mapping[str, Any]]) -> str:
-    """The fields of every file that a person writes."""
+    """Return the page of the fields of every file that a person writes."""
     parts = ["# Files that you write\n", "Each is TOML; the commands print the same as JSON Schema, for editors.\n"]
     for title, schema in schemas.items():
         parts += [f"## {title}\n", *_fields("", schema, schema)]
@@ -87,7 +87,7 @@ def _fields(place: str, schema: Mapping[str, Any], whole: Mapping[str, Any]) -> 
 
 
 def _resolved(field: Mapping[str, Any], whole: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The object that a field holds, or a list of such objects."""
+    """Return the schema of the object that a field holds, alone or in a list."""
     for one in (field, *field.get("anyOf", ()), field.get("items", {}), *field.get("allOf", ())):
         if "$ref" in one:
             found = whole
@@ -100,7 +100,7 @@ def _resolved(field: Mapping[str, Any], whole: Mapping[str, Any]) -> Mapping[str
 
 
 def schemas() -> dict[str, Mapping[str, Any]]:
-    """Title -> JSON Schema."""
+    """Return title -> JSON Schema."""
     from qrlora.models.training.recipe import Recipe
     from qrlora.operations.pilot import Line
     from qrlora.operations.policy.rules import Policy
@@ -136,7 +136,7 @@ def prepare(language: str, folder: Path) -> Path:
 
 
 def _without_outside(page: Path, root: Path) -> str:
-    """The page's text, with links that leave the site as plain text."""
+    """Return the page's text, with links that leave the site as plain text."""
 
     def kept(link: re.Match[str]) -> str:
         inside = (page.parent / link[2]).resolve().is_relative_to(root.resolve())

@@ -1,10 +1,12 @@
-"""The figures of docs/mathematics.md, from pico's weights: python docs/figures.py"""
+"""Make the figures of docs/mathematics.md from pico's weights, and print its numbers: python docs/figures.py"""
 
+import statistics
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import torch
 
+from qrlora.lab.baselines.directions import positive_qr
 from qrlora.method.basis import layer_basis
 from qrlora.models.stored import stored_weights
 
@@ -24,7 +26,7 @@ def save(figure: plt.Figure, name: str) -> None:
 
 
 def energy(weights: dict[str, torch.Tensor]) -> None:
-    """Share of ‖W‖² in the first directions, a line a matrix."""
+    """Plot the share of ‖W‖² in the first directions, a line for each matrix."""
     figure, axes = plt.subplots(figsize=(5.2, 2.8))
     for weight in weights.values():
         squares = torch.linalg.svdvals(weight).square()
@@ -36,7 +38,7 @@ def energy(weights: dict[str, torch.Tensor]) -> None:
 
 
 def cosines(weight: torch.Tensor) -> None:
-    """Cosines of ΔW of two subjects and two styles, shared and disjoint columns."""
+    """Plot the cosines of ΔW of two subjects and two styles, on shared and on disjoint columns."""
     q = layer_basis(weight, 2 * RANK).q
     random = torch.Generator().manual_seed(0)
     columns = {
@@ -62,7 +64,7 @@ def cosines(weight: torch.Tensor) -> None:
 
 
 def projection() -> None:
-    """Energy kept by the projection for three overlaps p, and what is left of the overlap."""
+    """Plot the energy that the projection keeps, for three overlaps p, and the overlap that remains."""
     c = torch.linspace(0, 1, 101)
     figure, axes = plt.subplots(figsize=(5.2, 2.8))
     for p, colour in ((0.1, SOFT), (0.3, "#7fa8a4"), (0.6, ACCENT)):
@@ -74,6 +76,19 @@ def projection() -> None:
     save(figure, "projection")
 
 
+def precision(weights: dict[str, torch.Tensor]) -> None:
+    """Print how far Q is from Q in float64: of W as it is, and of a bfloat16 copy of W."""
+    away: dict[str, list[float]] = {"float32": [], "bfloat16": []}
+    for weight in weights.values():
+        u, values, vh = torch.linalg.svd(weight.double(), full_matrices=False)
+        exact = positive_qr((u[:, :RANK] * values[:RANK]) @ vh[:RANK])[:, :RANK]
+        for dtype, found in away.items():
+            q = layer_basis(weight.to(getattr(torch, dtype)), RANK).q
+            found.append(float((q.double() - exact).norm()) / RANK**0.5)
+    for dtype, found in away.items():
+        print(f"Q of {dtype} weights: median {statistics.median(found):.0e}, at most {max(found):.0e}")
+
+
 def main() -> None:
     plt.rcParams.update(STYLE)
     stored, _ = stored_weights("pico")
@@ -81,6 +96,7 @@ def main() -> None:
     energy(weights)
     cosines(next(iter(weights.values())))
     projection()
+    precision(weights)
 
 
 if __name__ == "__main__":

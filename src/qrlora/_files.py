@@ -1,4 +1,4 @@
-"""Writing output: whole files or none, one run per output, disks tried beforehand, and no result lost to a disk error.
+"""Write outputs: whole files or none, one run per output, room checked beforehand, and no result lost to a disk error.
 
     with claimed(path, size):         # refuses a missing, read-only or full folder, and the output of a running process
         write_atomically(path, data)  # what cannot be written there is written to the cache or to the temporary folder
@@ -165,8 +165,8 @@ def _put(path: Path, content: Content, check: Check | None = None) -> None:
 
 
 def _rescued(contents: Mapping[Path, Content], check: Check | None) -> Path | None:
-    """The first of these files as written to the cache, or else to the system's temporary folder; the rest lie beside
-    it. None if neither can be written to."""
+    """Write these files to the cache, or else to the system's temporary folder; return the path of the first. None if
+    neither can be written to."""
     for parent in (lambda: default_cache_dir() / "rescued", lambda: Path(tempfile.gettempdir())):
         with contextlib.suppress(OSError, RuntimeError):  # RuntimeError: nobody's home is known
             parent().mkdir(parents=True, exist_ok=True)
@@ -185,7 +185,7 @@ def _rescued(contents: Mapping[Path, Content], check: Check | None) -> Path | No
 
 
 def _temporary(path: Path) -> tuple[Path, BinaryIO]:
-    """A new file beside `path`, open and locked for as long as it is."""
+    """Create a file beside `path`, and return it open and locked."""
     while True:
         temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
         stream = temporary.open("xb")
@@ -244,7 +244,7 @@ if hasattr(os, "register_at_fork"):
 
 @contextlib.contextmanager
 def claimed(path: Path, size: int = 0, *, folder: bool = False) -> Iterator[None]:
-    """Lock an output for this process after testing that it can be written; nested locks of one thread are allowed.
+    """Hold an output's lock while the block runs, after checking that it can be written; one thread may nest claims.
 
     Args:
         path: file to be written, in a folder that is there; or a folder of outputs, which is made.
@@ -293,7 +293,7 @@ def check_room(path: Path, size: int, *, folder: bool = False) -> None:
 
 @contextlib.contextmanager
 def _made(folder: Path) -> Iterator[None]:
-    """The folder and those above it made, and removed again as far as nothing was put in them."""
+    """Make a folder and those above it; at the end remove those that are still empty."""
     missing = [one for one in (folder, *folder.parents) if not one.exists()]
     make_folder(folder)
     try:
@@ -306,7 +306,8 @@ def _made(folder: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _holding(lock: Path, output: Path, key: tuple[str, int]) -> Iterator[None]:
-    """The lock file, made and locked; it says who holds it. It is removed at the end; after a kill, by the next run."""
+    """Create and lock the lock file, and write into it who holds it. It is removed at the end; after a kill, by the
+    next run."""
     try:
         descriptor = _lock_file(lock, output)
     except OSError as error:
@@ -326,7 +327,7 @@ def _holding(lock: Path, output: Path, key: tuple[str, int]) -> Iterator[None]:
 
 
 def _lock_file(lock: Path, output: Path) -> int:
-    """Descriptor of the locked file; OutputError if another process holds it."""
+    """Return the descriptor of the locked file; raise OutputError if another process holds it."""
     while True:
         descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
         try:

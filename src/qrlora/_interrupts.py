@@ -96,7 +96,7 @@ def _others() -> list[signal.Signals]:
 
 @contextlib.contextmanager
 def _handling(handle: Handler, numbers: list[signal.Signals]) -> Iterator[None]:
-    """Signals reach the main thread only; elsewhere nothing is handled."""
+    """Handle signals in the main thread, the only one that gets them; elsewhere do nothing."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -1,4 +1,4 @@
-"""Reading what comes from outside: files, JSON, TOML and numbers as text, with one kind of error for all of it.
+"""Read what comes from outside: files, JSON, TOML and numbers as text, with one kind of error for all of it.
 
     with parsing(f"{path} is not TOML", RecipeError, remedy="see recipes/ for examples"):
         fields = tomllib.loads(read_text(path, "the recipe", RecipeError))
@@ -150,7 +150,7 @@ def plain_int(text: str) -> int:
 
 
 def plain_number(value: Any) -> Any:
-    """A field of a recipe or brand sheet that is to hold numbers: text in plain notation as one, others as they are."""
+    """Return text as a number where it is one in plain notation, and any other value as it is."""
     if isinstance(value, bool):
         raise ValueError(f"expected a number, got {value}")
     if isinstance(value, (list, tuple)):

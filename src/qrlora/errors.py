@@ -1,4 +1,4 @@
-"""Every error this package raises on purpose.
+"""Define every error that this package raises on purpose.
 
     QrloraError (a ValueError)
     ├── BasisError          a weight has no basis of the rank asked for (NaN, zero, rank too large, ...)
@@ -14,7 +14,7 @@
     ├── OutputError         a file or folder that cannot be written, or that another run is writing
     ├── PictureError        pictures that came out as numbers that are not finite
     ├── RegistryError       an artifact, name, alias or registry that is missing, damaged or not as it was registered
-    ├── PolicyError         what a policy, a licence or a missing approval does not permit
+    ├── PolicyError         an action that a policy, a licence or a missing approval forbids
     ├── SignatureError      a signature, certificate or log that is forged, revoked, expired or broken
     └── RequestError        an HTTP request that the server does not fulfil
 
@@ -34,7 +34,7 @@ MOST_CHARACTERS = 4000
 
 
 def bounded(value: object) -> object:
-    """The value as a message may show it: itself, or the first entries of a long list, or the start of a long text."""
+    """Return the value as a message shows it: itself, the first entries of a long list, or the start of a long text."""
     if isinstance(value, Collection) and not isinstance(value, (str, bytes)) and len(value) > MOST_LISTED:
         first = islice(value.items() if isinstance(value, Mapping) else value, MOST_LISTED)
         text = str(dict(first) if isinstance(value, Mapping) else list(first))  # type: ignore[arg-type]
@@ -127,15 +127,15 @@ class PictureError(QrloraError):
 
 
 class RegistryError(QrloraError):
-    """An artifact, name, alias or registry is missing, damaged, or not as it was registered."""
+    """An artifact, name, alias or registry that is missing, damaged, or not as it was registered."""
 
 
 class PolicyError(QrloraError):
-    """What a policy, a licence or a missing approval does not permit."""
+    """An action that a policy, a licence or a missing approval forbids."""
 
 
 class SignatureError(QrloraError):
-    """A signature, certificate or log is forged, revoked, expired or broken."""
+    """A signature, certificate or log that is forged, revoked, expired or broken."""
 
 
 class RequestError(QrloraError):

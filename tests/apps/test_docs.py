@@ -28,6 +28,7 @@ import pytest
 import torch
 from PIL import Image
 
+import qrlora
 from conftest import BUILDERS
 from qrlora._reading import tomllib
 from qrlora.apps.cli import cli, main
@@ -457,3 +458,8 @@ def test_the_example_of_the_file_format_is_what_is_written(tmp_path: Path) -> No
     assert json.loads(data[8 : 8 + size]) == json.loads(textwrap.dedent(header[0]))
     assert data[8 + size :] == bytes.fromhex(payload[1])
     assert f"is {size} bytes with its padding" in shown
+
+
+def test_the_reference_has_every_public_name() -> None:
+    listed = re.findall(r"^::: qrlora\.(\w+)$", (ROOT / "docs/reference.md").read_text(), re.MULTILINE)
+    assert sorted([*listed, "__version__"]) == sorted(qrlora.__all__)

@@ -1,4 +1,4 @@
-"""Settings of other libraries that every command makes before they are loaded: fewer messages, idle threads that sleep.
+"""Set other libraries up before they are loaded: fewer messages, idle threads that sleep.
 
 Off are messages that no user of a command can act on:
 

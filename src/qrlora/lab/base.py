@@ -34,7 +34,7 @@ PARTS = ("both", "style", "subject")
 
 
 def requests(pairs: tuple[tuple[str, str], ...], n: int, seed: int) -> list[world.Scene]:
-    """n scenes over all pairs in turn, in random colours."""
+    """Return n scenes over all pairs in turn, in random colours."""
     order = np.random.default_rng(seed).permutation(len(pairs))
     chosen = [pairs[order[i % len(pairs)]] for i in range(n)]
     return [world.sample_scene(10_000_000 + seed + i, subject=s, style=t) for i, (s, t) in enumerate(chosen)]

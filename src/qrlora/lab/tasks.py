@@ -62,7 +62,7 @@ class Task:
 
     @property
     def called(self) -> str:
-        """Its name in a sentence: "teapot", "your picture"."""
+        """The task's name in a sentence: "teapot", "your picture"."""
         return self.name or "your picture"
 
 

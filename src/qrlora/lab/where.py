@@ -41,13 +41,13 @@ from qrlora.pico import world
 THIRDS = ("first third of the steps", "second third of the steps", "last third of the steps")
 SCORES = ("among_subject", "among_style", "p_subject", "p_style", "recognised")
 QUICK = {"pictures": 2, "steps": 60, "denoising_steps": 9}
-"""What --quick changes: to see it work; too little to say anything."""
+"""The options that --quick changes: to see it work; too little to say anything."""
 Found = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Part:
-    """A part of an adapter, and what is left of it without that part."""
+    """A part of an adapter, and the adapter without that part."""
 
     kind: str
     name: str
@@ -57,7 +57,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Window:
-    """An adapter in the steps that begin at a progress from `first` to before `last`, or outside of them alone."""
+    """An adapter that acts only while the progress is from `first` to before `last`, or only outside of that."""
 
     learned: Learned
     first: float
@@ -65,7 +65,7 @@ class Window:
     inside: bool
 
     def at(self, progress: float) -> Learned:
-        """As `Schedule`."""
+        """Return the ΔW at this progress, as `Schedule` asks for it."""
         return self.learned if (self.first <= progress < self.last) == self.inside else {}
 
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Request:
-    """One picture: its prompt, its seed, the weights of the adapters it is made with, by name ({} for none), and the
-    strength of their null-space projection (None: `default_strength` of these adapters)."""
+    """A request for one picture: prompt, seed, weights of its adapters by name ({} for none), and the strength of their
+    null-space projection (None: `default_strength` of these adapters)."""
 
     prompt: str
     seed: int

@@ -1,4 +1,4 @@
-"""What a company does with adapters: keep, prove, approve and use them. Needs no network.
+"""Keep, prove, approve and use adapters in a company. Needs no network.
 
 provenance/  keys, signatures (DSSE), certificates, C2PA manifests, perceptual hashes, the audit log's hash chain
 registry/    immutable artifacts by digest, edges, names, aliases, audit log; SQLite or PostgreSQL, a folder or fsspec

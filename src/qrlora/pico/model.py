@@ -18,9 +18,9 @@ LATENT_SIZE, LATENT_CHANNELS = 16, 16
 TOKENS = 24
 """Length of a tokenised prompt on the small world, start and end included."""
 LONG_TOKENS = 40
-"""The same on the wide world, whose captions describe."""
+"""Length of a tokenised prompt on the wide world, whose captions describe."""
 SHIFT = 3.0
-"""Of the noise levels, as in SD3. Adapters trained on pico draw theirs on the shifted grid; without it they would
+"""Shift of the noise levels, as in SD3. Adapters trained on pico draw theirs on the shifted grid; without it they would
 hardly see the levels above 0.95, where a whole picture's ground and colours are decided."""
 _SPECIAL = ("<|startoftext|>", "<|endoftext|>")
 

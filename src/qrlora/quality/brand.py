@@ -53,7 +53,7 @@ class _Part(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _plain(cls, value: Any, about: Any) -> Any:
-        """true is no number, and "1_0" is none."""
+        """Read text as a number in plain notation only: no booleans, no "1_0"."""
         annotation = cls.model_fields[about.field_name].annotation
         return plain_number(value) if {int, float} & {annotation, *get_args(annotation)} else value
 
@@ -85,7 +85,7 @@ class ColourRule(_Part):
 
     @property
     def label(self) -> str:
-        """Its name and code with the tolerance."""
+        """The colour's name and code with the tolerance."""
         code = f"{self.colour} within ΔE {self.tolerance:g}"
         return f"{self.name} ({code})" if self.name else code
 
@@ -140,7 +140,7 @@ SECTIONS: dict[str, type[BaseModel]] = {
 
 @dataclass(frozen=True)
 class Check:
-    """One rule applied to one picture. message: the reason if it fails."""
+    """The result of one rule on one picture."""
 
     rule: str
     value: float | None
@@ -150,7 +150,7 @@ class Check:
 
 @dataclass(frozen=True)
 class Verdict:
-    """All rules applied to one picture."""
+    """The results of all rules on one picture."""
 
     checks: tuple[Check, ...]
 
@@ -274,7 +274,7 @@ def _colour_check(picture: MeasuredPicture, wanted: ColourRule) -> Check:
 
 
 def _share(picture: MeasuredPicture, colours: Sequence[str], tolerance: float, where: Where) -> float | None:
-    """The share within the tolerance of any of the colours; None for a subject without a mask."""
+    """Return the share within the tolerance of any of the colours; None for a subject without a mask."""
     shares = picture.colours.picture_shares if where == "picture" else picture.colours.subject_shares
     return (
         None if shares is None else float(shares[picture.colours.differences(colours).min(axis=1) <= tolerance].sum())
@@ -324,7 +324,7 @@ def _score_check(name: str, limit: float, value: float | None) -> Check:
 
 
 def _explain(item: Any) -> str:
-    """A validation error as text, with the nearest known name."""
+    """Describe a validation error, with the nearest known name."""
     place = [str(part + 1) if isinstance(part, int) else str(part) for part in item["loc"]]
     name = ".".join(place)
     if item["type"] == "extra_forbidden":

@@ -46,7 +46,7 @@ class Summary:
 
 @dataclass(frozen=True, eq=False)
 class Evaluation:
-    """The results. rows, verdicts: for each group, one entry for each of its pictures."""
+    """The results of an evaluation."""
 
     groups: Mapping[str, Sequence[MeasuredPicture]]
     references: References
@@ -105,7 +105,8 @@ class Evaluation:
         return found
 
     def csv(self) -> str:
-        """One row for each picture: group, name, prompt, metrics, and with a sheet the verdict and its reasons."""
+        """Return one row for each picture: group, name, prompt, metrics, and with a sheet the verdict and its
+        reasons."""
         stream = io.StringIO()
         writer = csv.writer(stream)
         names = [one.name for one in self.metrics]

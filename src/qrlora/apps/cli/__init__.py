@@ -1,4 +1,5 @@
-"""The command line: parse, call, print. Everything heavy is imported by the command that needs it."""
+"""Define the command line, which parses, calls and prints. Everything heavy is imported by the command that needs
+it."""
 
 from __future__ import annotations
 

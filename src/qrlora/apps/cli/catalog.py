@@ -77,7 +77,7 @@ def run_catalog(options: Options) -> int:
 
 
 def _governed(options: Options) -> Governed | None:
-    """The registry and the rules in play; None if neither is."""
+    """Return the registry and the rules in play; None if neither is."""
     place = place_of(options)
     if not place and not options.policy and not options.require_approval:
         return None
@@ -123,7 +123,7 @@ def _line(options: Options, governed: Governed | None) -> Line:
 
 @contextlib.contextmanager
 def _pool(options: Options, settings: Settings) -> Iterator[Pool]:
-    """The workers, for as long as there is work."""
+    """Yield the workers, and end them with the work."""
     pool: Any
     if options.workers == 0:
         from qrlora.operations.catalog.engine import Here

@@ -93,7 +93,7 @@ def run_compose(options: Options) -> None:
 
 
 def _truncation_lines(loss: Any, exact: int) -> list[str]:
-    """The whole loss, the three layers that lose most, and the rank that would lose nothing."""
+    """Return lines with the whole loss, the three layers that lose most, and the rank that would lose nothing."""
     lines = [f"rank {loss.rank}: {loss.total:.2%} of the sum's energy is lost"]
     if loss.rank < exact:
         worst = sorted(loss.layers.items(), key=lambda item: -item[1])[:3]
@@ -105,7 +105,7 @@ def _truncation_lines(loss: Any, exact: int) -> list[str]:
 
 
 def _interference_lines(interference: Any) -> list[str]:
-    """The totals, pair by pair, and the three layers that interfere most."""
+    """Return lines with the totals, pair by pair, and the three layers that interfere most."""
     total, lines = interference.total, []
     for i, (name, weight) in enumerate(zip(interference.parts, interference.weights, strict=True)):
         lines.append(f"{name} x {weight:g}: energy {total.energy[i]:.4g}")

@@ -162,7 +162,7 @@ def run_evaluate(options: Options) -> int:
 def _about(
     recorder: Recorder, options: Options, adapters: Sequence[tuple[Path, float]], strength: float
 ) -> list[Artifact]:
-    """What the report is about: the composition and its adapters, or the pictures that are registered."""
+    """Return the artifacts of the report: the composition and its adapters, or the registered pictures."""
     if adapters:
         parts = [recorder.artifact(path) for path, _ in adapters]
         return [recorder.composition(adapters, strength, options.model), *parts]

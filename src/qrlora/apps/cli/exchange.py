@@ -155,7 +155,7 @@ def run_import(options: Options) -> None:
 
 
 def _onto(options: Options) -> Any:
-    """The basis that the flags name, or None."""
+    """Return the basis that the flags name, or None."""
     from qrlora.method.tuner.config import least_basis_rank, resolve_columns
     from qrlora.models.exchange import Onto
 

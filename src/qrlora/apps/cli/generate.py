@@ -121,7 +121,7 @@ def _sampled(
 
 
 def _permit(options: Options, adapters: Sequence[tuple[Any, float]]) -> None:
-    """Ask for permission; of a grid for every pair of weights."""
+    """Ask for permission, for a grid at every pair of weights."""
     paths = [path for path, _ in options.adapter]
     pairs = itertools.product(options.grid, repeat=2) if options.grid else [[weight for _, weight in adapters]]
     for pair in pairs:
@@ -130,7 +130,7 @@ def _permit(options: Options, adapters: Sequence[tuple[Any, float]]) -> None:
 
 
 def _origin(options: Options) -> Artifact | None:
-    """What the registry in play calls that which makes the pictures; added, if it is not there."""
+    """Return the artifact that makes the pictures, in the registry in play; add it if it is missing."""
     recorder = recorder_here()
     return recorder.origin(options.adapter, options.null_space, options.model) if recorder else None
 
@@ -157,13 +157,13 @@ def _marked(
     signer: Certificate,
     made_by: Artifact | None,
 ) -> dict[Path, bytes]:
-    """The pictures with a manifest each: prompt, seed, the files of the adapters, and what the registry has of them."""
+    """Add a signed manifest to each picture: prompt, seed, files of the adapters, and the composition's artifact."""
     from qrlora.operations.provenance.c2pa import Origin, mark
-    from qrlora.operations.provenance.canonical import file_digest
+    from qrlora.operations.provenance.canonical import known_digest
 
     digest = made_by.digest if made_by and options.adapter else ""
     named = zip(options.adapter, adapters, strict=True)
-    parts = [(path.name, file_digest(path), adapter.metadata) for (path, _), (adapter, _) in named]
+    parts = [(path.name, known_digest(path), adapter.metadata) for (path, _), (adapter, _) in named]
     said = [(prompt, seed) for prompt in options.prompt for seed in seeds_of(options)]
     marked = {}
     for path, (prompt, seed) in zip(paths, said, strict=True):

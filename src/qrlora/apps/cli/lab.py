@@ -272,7 +272,7 @@ def serve(**given: Any) -> None:
 @click.option("--browser", type=PATH, help="Chromium or Chrome (default: the one on the path).")
 @click.option("--json", type=PATH, default=OUT / "studio.json", show_default=True)
 def studio(**given: Any) -> None:
-    """How soon the studio's pictures follow a slider, in Chromium."""
+    """Time from a slider to its picture in the studio, in Chromium."""
     from qrlora.lab.speed import studio as times
 
     _measured(times.main, given)

@@ -170,7 +170,7 @@ def _opened(options: Options) -> Pilot:
 
 
 def _governed(options: Options, registry: Registry, line: Any) -> tuple[WholeLine, Policy | None]:
-    """Stage 3 under the rules in force, its pictures recorded; and the policy that approvals name."""
+    """Return stage 3 under the rules in force, with its pictures recorded, and the policy that approvals name."""
     from qrlora.operations.catalog.governed import Governed
     from qrlora.operations.pilot import WholeLine
     from qrlora.operations.policy.action import Rules
@@ -184,7 +184,8 @@ def _governed(options: Options, registry: Registry, line: Any) -> tuple[WholeLin
 
 
 def scorers_of(line: Any) -> dict[str, Scorer]:
-    """What measures subject and style: the named metrics; on pico its judge's features; else structure and texture."""
+    """Return the scorers of subject and style: the named metrics; else on pico its judge's features, elsewhere
+    structure and texture."""
     from qrlora.operations.pilot import metric_scorer
 
     found: dict[str, Scorer] = {}

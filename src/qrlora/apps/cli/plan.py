@@ -79,7 +79,7 @@ def _warnings(plan: Plan, first: Estimate) -> list[str]:
 
 
 def _size(count: int | None) -> str:
-    """Bytes with a unit."""
+    """Format bytes with a unit."""
     if count is None:
         return "-"
     size, units = float(count), iter(("B", "KiB", "MiB", "GiB", "TiB"))
@@ -90,7 +90,7 @@ def _size(count: int | None) -> str:
 
 
 def _seconds(seconds: float | None) -> str:
-    """A duration, to the second from ten of them on."""
+    """Format a duration, to the second from ten of them on."""
     if seconds is None:
         return "-"
     if seconds < 10:

@@ -1,4 +1,4 @@
-"""The registry in other commands: what they take by reference, and what they made is recorded.
+"""Connect other commands to the registry: resolve references among their inputs, and record what they make.
 
 Nothing of the registry is imported before a command is given `--registry` or a value that begins with `registry:`.
 """
@@ -54,7 +54,7 @@ recording_option = click.option(
 
 @contextlib.contextmanager
 def packages() -> Iterator[None]:
-    """QrloraError with the remedy where the packages of the extra `registry` are not installed."""
+    """Turn an ImportError inside into a QrloraError that names the extra `registry`."""
     try:
         yield
     except ImportError as error:
@@ -73,7 +73,7 @@ def open_registry(options: Options, *, create: bool = False) -> Registry:
 
 
 def referable(suffix: str = "") -> Callable[[Function], Function]:
-    """A command whose inputs and output may be references, and that records what it does.
+    """Let a command's inputs and output be references, and record what it does.
 
     suffix: of its output's file; none if it is a folder.
     """
@@ -173,7 +173,7 @@ class Recorder:
         return f"{self._file(reference)}{weight or ''}"
 
     def _file(self, reference: str) -> Path:
-        """A file with the artifact's bytes, under a name that says what it is."""
+        """Return a file with the artifact's bytes, under a name that describes it."""
         one = self.registry.get(reference)
         if one.kind == "base":
             remedy = "name it as the base model"
@@ -208,7 +208,7 @@ class Recorder:
             print(f"{reference} is deprecated: {one.deprecated}", file=sys.stderr)
 
     def _output(self, reference: str, suffix: str) -> Path:
-        """Where the command writes what then becomes the newest version of a name.
+        """Return the path for the command's output, which then becomes the newest version of a name.
 
         It stays there if the command is interrupted, so that training can be resumed.
         """
@@ -259,7 +259,7 @@ class Recorder:
         return self.artifacts[model]
 
     def trained(self, path: Path, recipe: Recipe) -> None:
-        """An adapter, from its pictures, recipe and base model."""
+        """Record an adapter, with its pictures, recipe and base model."""
         from qrlora.operations.registry.intake import add_adapter
         from qrlora.quality.images.read import picture_files
 
@@ -270,13 +270,13 @@ class Recorder:
         self._add(add_adapter(self.registry, path, name=self.name, base=self.base(recipe.model)))
 
     def read(self, path: Path) -> None:
-        """An adapter that was imported, extracted or put on a basis."""
+        """Record an adapter that was imported, extracted or put on a basis."""
         from qrlora.operations.registry.intake import add_adapter
 
         self._add(add_adapter(self.registry, path, name=self.name))
 
     def spanned(self, path: Path, members: Sequence[Path]) -> None:
-        """A space, from its members."""
+        """Record a space, with its members."""
         from qrlora.operations.registry.intake import add_space
 
         for member in members:
@@ -284,7 +284,7 @@ class Recorder:
         self._add(add_space(self.registry, path, name=self.name))
 
     def composition(self, parts: Sequence[tuple[Path, float]], null_space: float, model: str | None) -> Artifact:
-        """What adapters at these weights are together, on the base model that was used, or that they stand on."""
+        """Record a composition of adapters at these weights, on the base model that was used, or theirs."""
         from qrlora.operations.registry.bases import base_of
         from qrlora.operations.registry.intake import add_composition
 
@@ -293,7 +293,7 @@ class Recorder:
         return self._add(add_composition(self.registry, base, found, null_space), result=False)
 
     def composed(self, path: Path, parts: Sequence[tuple[Path, float]], null_space: float, model: str | None) -> None:
-        """A composition, and the file that holds it."""
+        """Record a composition, and the file that holds it."""
         from qrlora.operations.registry.intake import add_adapter
         from qrlora.operations.registry.records import Link
 
@@ -301,11 +301,11 @@ class Recorder:
         self._add(add_adapter(self.registry, path, name=self.name, links=[Link("exported_from", made.digest)]))
 
     def origin(self, parts: Sequence[tuple[Path, float]], null_space: float, model: str) -> Artifact:
-        """What makes pictures: a composition, or the base model alone."""
+        """Record what makes pictures: a composition, or the base model alone."""
         return self.composition(parts, null_space, model) if parts else self.base(model)
 
     def generated(self, pictures: Mapping[Path, Mapping[str, Any]], origin: Artifact) -> None:
-        """Pictures, each with its prompt and seed, by what `origin` returned."""
+        """Record pictures, each with its prompt and seed, made by what `origin` returned."""
         from qrlora.operations.registry.intake import generated
 
         keep = self.name is not None
@@ -339,13 +339,13 @@ class Recorder:
         return finish
 
     def reported(self, page: Path, numbers: Mapping[str, Any], about: Iterable[Artifact]) -> None:
-        """A report on artifacts."""
+        """Record a report on artifacts."""
         from qrlora.operations.registry.intake import add_report
 
         self._add(add_report(self.registry, page, about, name=self.name, facts=numbers))
 
     def brand(self, path: Path) -> Artifact:
-        """A brand sheet."""
+        """Record a brand sheet."""
         return self.registry.add(path, "brand")
 
     def registered(self, paths: Iterable[Path]) -> list[Artifact]:
@@ -357,7 +357,7 @@ class Recorder:
         return [self.registry.get(digest) for digest in dict.fromkeys(digests) if self.registry.has(digest)]
 
     def exported(self, path: Path, source: Path, facts: Mapping[str, Any]) -> None:
-        """A file for another program."""
+        """Record a file for another program."""
         from qrlora.operations.registry.intake import add_export
 
         self._add(add_export(self.registry, path, self.artifact(source), name=self.name, facts=facts))

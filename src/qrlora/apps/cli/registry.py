@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from qrlora.operations.registry import Artifact, Registry
 
 KINDS = ("base", "adapter", "space", "recipe", "picture", "brand", "report", "policy")
-"""What people add by hand; the rest is recorded by the command that makes it."""
+"""Kinds of artifacts that people add by hand; the rest is recorded by the command that makes it."""
 
 licence_option = click.option("--licence", default="", help="an SPDX expression, such as Apache-2.0")
 owner_option = click.option("--owner", default="", help="whose it is")
@@ -102,7 +102,7 @@ def _add(to: Registry, path: Path, options: Options, found: Any) -> None:
 
 
 def _base(to: Registry, model: str | None) -> Artifact | None:
-    """The base model that is named: a registered one, or one that is added by this."""
+    """Return the base model that is named: a registered one, or one that is added by this."""
     from qrlora.operations.registry import PREFIX
     from qrlora.operations.registry.intake import add_base
 

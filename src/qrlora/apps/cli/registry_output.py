@@ -1,4 +1,4 @@
-"""Artifacts for people and for programs, as the commands of `qrlora registry` print them."""
+"""Print artifacts for people and for programs, as the commands of `qrlora registry` do."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ reference_argument = click.argument("reference", metavar="REFERENCE", help=REFER
 
 
 def as_json(artifact: Artifact) -> dict[str, Any]:
-    """Everything the registry knows of an artifact itself, as JSON values."""
+    """Return all facts of an artifact, as JSON values."""
     plain = ("digest", "kind", "size", "filename", "stored", "role", "owner", "licence", "created_by", "deprecated")
     found = {key: getattr(artifact, key) for key in plain}
     found |= {key: list(getattr(artifact, key)) for key in ("names", "aliases", "tags")}
@@ -53,12 +53,12 @@ def print_table(titles: Sequence[str], rows: Iterable[Sequence[object]]) -> None
 
 
 def short(digest: str) -> str:
-    """The beginning of a digest that a person can type."""
+    """Return the beginning of a digest, short enough to type."""
     return digest[:19]
 
 
 def print_artifacts(found: Sequence[Artifact]) -> None:
-    """A line for each."""
+    """Print a line for each artifact."""
     rows = [
         (
             " ".join(one.names[-1:]) or one.filename,

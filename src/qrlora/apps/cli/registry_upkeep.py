@@ -165,7 +165,7 @@ def sampler_of(where: Registry, model: str, steps: int) -> Sampler:
 
 @contextlib.contextmanager
 def as_file(where: Registry, adapter: Artifact | None) -> Iterator[Path | None]:
-    """A file of its bytes whose name says that they are safetensors."""
+    """Return a file of its bytes whose name ends in .safetensors."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "adapter.safetensors")
         if adapter:

@@ -124,7 +124,7 @@ def run_serve(options: Options) -> None:
 
 
 def _permission(options: Options) -> Permission | None:
-    """The rules that requests have to keep; None if no registry or policy is in play."""
+    """Return the rules that requests have to keep; None if no registry or policy is in play."""
     from qrlora.apps.serving.protocol import Permission
 
     place = place_of(options)
@@ -156,7 +156,7 @@ def _without_registry(mark: Mark) -> Finish:
 
 
 def _marker(options: Options, signer: Certificate) -> Mark:
-    """What puts a signed manifest into a picture."""
+    """Return a function that puts a signed manifest into a picture."""
     from qrlora.models.exchange import load_any
     from qrlora.operations.provenance.c2pa import Origin, mark
     from qrlora.operations.provenance.canonical import known_digest
@@ -176,7 +176,7 @@ def _marker(options: Options, signer: Certificate) -> Mark:
 
 
 def _gathered(options: Options) -> Path:
-    """A folder with links to the adapters that are named one by one."""
+    """Make a folder of links to the adapters that are named one by one."""
     if options.adapters:
         raise QrloraError("adapters in two ways", expected="--adapters DIR or --adapter FILE", got="both")
     folder = Path(hold(TemporaryDirectory(prefix="qrlora-")))

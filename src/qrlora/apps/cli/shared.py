@@ -307,7 +307,7 @@ _NAME_IT = "name the output with -o (a named file is replaced)"
 
 
 def check_there(address: str) -> None:
-    """Said at once: Ray itself tries for minutes."""
+    """Check that a Ray cluster answers, because Ray itself tries for minutes."""
     host, _, port = address.rpartition(":")
     try:
         socket.create_connection((host, int(port)), timeout=10).close()

@@ -41,8 +41,8 @@ recipe_options = together(
 
 
 class RecipeCommand(Command):
-    """A command with an option for each field of the recipe, which takes pydantic to list: so not before it is asked
-    for."""
+    """A command with an option for each field of the recipe; pydantic, which lists them, is imported when they are
+    asked for."""
 
     fields: list[click.Parameter] | None = None
 
@@ -54,7 +54,7 @@ class RecipeCommand(Command):
 
 
 def _recipe_fields() -> list[click.Parameter]:
-    """Values are checked by the recipe."""
+    """Return an option for each field of the recipe, which checks the values."""
     from qrlora.models.training.recipe import Recipe
 
     found: list[click.Parameter] = []
@@ -147,7 +147,7 @@ def run_train(options: Options) -> None:
 
 
 def _shown_if_long() -> Callable[[str, int, int], None]:
-    """Progress of what comes before the steps, for folders that take longer than `PATIENCE` seconds."""
+    """Return a progress function for the time before the steps, which prints after `PATIENCE` seconds."""
     bars: dict[str, Bar] = {}
 
     def show(what: str, done: int, of: int) -> None:

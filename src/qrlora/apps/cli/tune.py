@@ -117,7 +117,7 @@ def default_prompt(adapters: Sequence[Adapter]) -> str:
 
 
 def _aim(options: Options, side: str) -> tuple[str, Any]:
-    """The description of a score and its objective; checked before a model is loaded."""
+    """Return a score's description and its objective, checked before a model is loaded."""
     from qrlora.pico.judge.objective import judge_objective
     from qrlora.pico.world import STYLES, SUBJECTS
     from qrlora.quality.images.read import load_pictures
@@ -151,7 +151,7 @@ def _aim(options: Options, side: str) -> tuple[str, Any]:
 
 
 def _tuned(options: Options, adapters: list[Adapter], prompts: list[str], aims: dict[str, Any]) -> Any:
-    """The search with everything its report needs."""
+    """Run the search, and return it with everything its report needs."""
     import torch
 
     from qrlora.models.families import load_pipeline
@@ -201,7 +201,7 @@ def _print_to_stderr(text: str) -> None:
 
 
 def _parts(options: Options, adapters: list[Adapter], order: list[str]) -> tuple[list[str], list[Adapter]]:
-    """The adapters that get a weight each, with their names: whole ones, or parts by blocks."""
+    """Return names and adapters that get a weight each: whole adapters, or parts by blocks."""
     from qrlora.quality.search.pictures import split_by_blocks
 
     names = [path.stem for path in options.adapters]
@@ -218,7 +218,7 @@ def _parts(options: Options, adapters: list[Adapter], order: list[str]) -> tuple
 
 
 def _command(options: Options, parts: list[Adapter], weights: Sequence[float], place: int, prompt: str) -> str:
-    """The command that samples at a point; with weights by blocks, from a composition that is written to a file."""
+    """Return the command that samples at a point; with weights by blocks, write the composition to a file first."""
     from qrlora.method.adapter import save_adapter
     from qrlora.method.composition import Composition
     from qrlora.quality.search.page import command

@@ -1,4 +1,4 @@
-"""The whole job in one command: train a subject and a style on one picture each, compose them, judge, report.
+"""Demonstrate the whole job in one command: train a subject and a style on one picture each, compose, judge, report.
 
 plan.py   what is trained, by which methods, how much of everything, and what is asked for afterwards
 flow.py   the steps, and what they found

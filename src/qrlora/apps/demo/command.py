@@ -1,4 +1,4 @@
-"""One call for the whole demo, from two pictures to the page."""
+"""Run the whole demo in one call, from two pictures to the page."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ MIX = "--adapter registry:teapots/teapot:1.2 --adapter registry:teapots/{style}:
 
 @dataclass
 class Company:
-    """The folder, who acts, and what was typed and said.
+    """The demo's folder and current person, and the commands typed so far with their output.
 
     run: the command line; takes arguments, returns the exit code.
     """
@@ -39,7 +39,7 @@ class Company:
     run: Run
     actor: str = "ada"
     typed: list[tuple[str, str, str]] = field(default_factory=list)
-    """Who, the command, and what it printed."""
+    """Person, command and output."""
 
     def type(self, command: str, expected: tuple[int, ...] = (0,)) -> str:
         """Run a command, print it and its output; QrloraError if it ends otherwise than it has to."""
@@ -106,7 +106,7 @@ def demonstrate(folder: Path, run: Run, changes: Mapping[str, str] | None = None
 
 
 def _founded(company: Company, changes: Mapping[str, str]) -> Path:
-    """Keys, trust, the base model, the policy and the project; returns the project file."""
+    """Make keys, trust, the base model, the policy and the project; return the project file."""
     line = company.folder / "line.toml"
     for name, roles in PEOPLE.items():
         with company.acting(name):
@@ -125,7 +125,7 @@ def _founded(company: Company, changes: Mapping[str, str]) -> Path:
 
 
 def _piloted(company: Company, line: Path) -> None:
-    """Three stages, each with its decision; approvals of the combinations before the third."""
+    """Run the three stages, each with its decision, and approve the combinations before the third."""
     said = ""
     for _ in (1, 2):
         said = company.type(f"pilot run {line}", (0, 1))
@@ -144,7 +144,7 @@ def _piloted(company: Company, line: Path) -> None:
 
 
 def _reason(said: str) -> str:
-    """Return the reason for a go: what the gate recommended is not passed over in silence."""
+    """Return the reason for a go, which names a gate that recommended otherwise."""
     recommended = "a go is recommended" in said
     return "the gate holds" if recommended else "against the gate, so that the demo can show the rest"
 
@@ -197,7 +197,7 @@ def _gates(company: Company) -> str:
 
 
 def _page(company: Company, refusals: list[tuple[str, str]], seconds: float) -> Path:
-    """The page of the demo: the catalog's pictures, the decisions, and what was refused."""
+    """Return the page of the demo: the catalog's pictures, the decisions, and the refusals."""
     from qrlora.quality.images.read import load_picture
 
     pictures = sorted((company.folder / "line.pilot" / "catalog").rglob("*.png"))[:16]

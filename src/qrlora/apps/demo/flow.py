@@ -123,7 +123,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Outcome:
-    """Everything one run found, ready to be put on a page."""
+    """All results of one run, ready to be put on a page."""
 
     setting: Setting
     subject: Task
@@ -186,7 +186,7 @@ def _train_all(setting: Setting, tasks: Sequence[Task]) -> dict[str, tuple[Adapt
 def _generate_all(
     setting: Setting, tasks: Sequence[Task], learned: dict[str, tuple[Adapter, Adapter]]
 ) -> tuple[dict[str, dict[str, Answer]], Answer]:
-    """Every method's answer to every question, and the base model's to the plain words, judged."""
+    """Sample and judge every method's answer to every question, and the base model's to the plain words."""
     asked = questions(tasks[0], tasks[1], setting.budget, setting.seed)
     with setting.stage("generate", "the base model alone"):
         base = setting.draw(asked["base"][: len(asked["composed"])])
@@ -215,7 +215,8 @@ def _parts(method: str, pair: tuple[Adapter, Adapter], tasks: Sequence[Task]) ->
 
 
 def _grid(setting: Setting, tasks: Sequence[Task], pair: tuple[Adapter, Adapter]) -> list[list[Answer]]:
-    """One prompt and seed at every pair of weights: the subject's down the rows, the style's along the columns."""
+    """Sample one prompt and seed at every pair of weights: the subject's down the rows, the style's along the
+    columns."""
     weights, budget = setting.budget.weights, setting.budget
     first = questions(tasks[0], tasks[1], budget, setting.seed)["composed"][0]
     adapters = dict(zip(("subject", "style"), pair, strict=True))
@@ -234,8 +235,8 @@ def _grid(setting: Setting, tasks: Sequence[Task], pair: tuple[Adapter, Adapter]
 def _save(
     setting: Setting, out: Path, learned: dict[str, tuple[Adapter, Adapter]], weights: tuple[float, float]
 ) -> dict[str, int]:
-    """All adapters as files, and the default's composed at these weights; returns the bytes of the subject's: both
-    spellings of the default's, and plain LoRA's."""
+    """Save all adapters, and the default's pair composed at these weights; return the bytes of the subject's files:
+    both spellings of the default's, and plain LoRA's."""
     folder = out / "adapters"
     for pair in learned.values():
         for adapter in pair:

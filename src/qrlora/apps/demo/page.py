@@ -70,7 +70,8 @@ def report(outcome: Outcome) -> Report:
 
 
 def summary(outcome: Outcome) -> Image.Image:
-    """The run in one picture: what was learned from and composed, the subject in other styles, the style elsewhere."""
+    """Summarise the run in one picture: the two pictures learned from, their composition, the subject in other styles,
+    the style elsewhere."""
     learned = [np.asarray(open_picture(one.file).image) for one in (outcome.subject, outcome.style)]
     composed, *alone = (list(outcome.answers[DEFAULT][name].pixels) for name in ("composed", *SETS[:2]))
     rows = [[*learned, *composed], *alone]
@@ -211,7 +212,7 @@ def _style(outcome: Outcome) -> Section:
 
 
 def _gallery(answer: Answer, words: Sequence[str]) -> list[Picture]:
-    """Every picture that is counted, with what it was asked to show."""
+    """Return every picture that is counted, with what it was asked to show."""
     return [
         Picture(pixels, f"generated: {one.prompt}", word, _marks(answer, i))
         for i, (one, word, pixels) in enumerate(zip(answer.wanted, words, answer.pixels, strict=True))
@@ -240,7 +241,8 @@ def _grid(outcome: Outcome) -> Section:
 
 
 def _methods(outcome: Outcome) -> Section:
-    """All methods and the base model side by side: a picture of each prompt, or of each seed if there is one prompt."""
+    """Show all methods and the base model side by side: a picture of each prompt, or of each seed if there is one
+    prompt."""
     wanted = outcome.answers[DEFAULT]["composed"].wanted
     firsts = {one.prompt: i for i, one in reversed(list(enumerate(wanted)))}
     shown = sorted(firsts.values() if len(firsts) > 1 else range(len(wanted)))[:8]
@@ -331,7 +333,7 @@ def _time(outcome: Outcome) -> Section:
 
 
 def _stage(name: str) -> str:
-    """A stage in words: its key names a method by its key."""
+    """Describe a stage, whose key names a method by its key."""
     first, _, method = name.partition(" ")
     return f"{first} {NAMES[method]}" if method in NAMES else name
 

@@ -1,4 +1,4 @@
-"""Pictures over HTTP, as OpenAI's images endpoint gives them, in front of one base model and a folder of adapters.
+"""Serve pictures over HTTP, as OpenAI's images endpoint does, from one base model and a folder of adapters.
 
 names.py      parse the composition that a request names
 protocol.py   messages between front and engine

@@ -1,4 +1,4 @@
-"""The HTTP answer to one request: pictures as JSON, progress and pictures as server-sent events, or an error."""
+"""Answer one request over HTTP: pictures as JSON, progress and pictures as server-sent events, or an error."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The HTTP application: OpenAI's images endpoint, with compositions.
+"""Build the HTTP application: OpenAI's images endpoint, with compositions.
 
 POST /v1/images/generations     pictures; with "stream": true their progress too, as server-sent events
 GET  /v1/images/{id}.png        a picture that was asked for as a url

@@ -1,4 +1,4 @@
-"""The server on Ray Serve: one front, which queues and batches, and engines on one machine or many.
+"""Run the server on Ray Serve: one front, which queues and batches, and engines on one machine or many.
 
 Every engine serves every composition, because all adapters stand on one basis: nothing is loaded or swapped for a
 request, so Serve's model multiplexing has nothing to do here.

@@ -1,4 +1,4 @@
-"""HTTP connections under pressure: a client that sends or reads nothing is cut off, and never shuts others out.
+"""Cut off HTTP clients that send or read nothing, so that they never shut others out.
 
 uvicorn has no time-out for a request's header and accepts connections until the process has no descriptor left; then
 asyncio logs a traceback for every connection that it could not accept. So its HTTP/1.1 protocol gets a deadline here

@@ -1,4 +1,4 @@
-"""One copy of a base model with all adapters of a folder; in its batches every picture has its own composition."""
+"""Run one copy of a base model with all adapters of a folder, in batches with a composition for each picture."""
 
 from __future__ import annotations
 
@@ -288,7 +288,7 @@ def _told(value: str | None) -> str | None:
 
 
 def _most_common_basis_first(adapters: dict[str, Adapter]) -> list[str]:
-    """The names, those first whose basis most stand on: the first to be served decides about the others."""
+    """Sort the names by how many adapters share their basis, because the first to be served decides the basis."""
 
     def basis(adapter: Adapter) -> tuple[Any, ...]:
         meta = adapter.metadata

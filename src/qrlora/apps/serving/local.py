@@ -1,4 +1,4 @@
-"""The server in this process alone: the application in uvicorn's event loop, one engine in a thread beside it."""
+"""Run the server in this process alone: the application in uvicorn's event loop, one engine in a thread beside it."""
 
 from __future__ import annotations
 

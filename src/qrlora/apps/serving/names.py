@@ -25,7 +25,8 @@ def check_spelling(name: str) -> None:
 
 
 def composition_of(model: str | None, field: object, base: str, adapters: Collection[str]) -> dict[str, float]:
-    """The weights of the adapters that a request names, in its `model` or in its `composition`; {} is the base model.
+    """Return the weights of the adapters that a request names, in its `model` or in its `composition`; {} is the base
+    model.
 
     Args:
         model: the base model's name, followed by `+NAME` or `+NAME:WEIGHT` for each adapter; None for it alone.
@@ -56,7 +57,7 @@ def composition_of(model: str | None, field: object, base: str, adapters: Collec
 
 
 def _named(model: str, base: str, adapters: Collection[str]) -> list[tuple[str, object]]:
-    """The adapters in a model's name with their weights, as text where they are no numbers."""
+    """Return the adapters in a model's name with their weights, as text where they are no numbers."""
     if model != base and not model.startswith(f"{base}+"):
         raise _unknown([model], "model", base, adapters)
     pairs: list[tuple[str, object]] = []

@@ -1,4 +1,4 @@
-"""The OpenAPI document: the fields of a request for the served model, and every status with its answer."""
+"""Write the OpenAPI document: the fields of a request for the served model, and every status with its answer."""
 
 from __future__ import annotations
 
@@ -117,5 +117,6 @@ def bounded(request: Mapping[str, Any], facts: Facts, limits: Limits) -> dict[st
 
 
 def largest_side(facts: Facts, limit: int | None) -> int:
-    """The longest side of a picture in pixels: the limit, else twice the model's own, and never more than it makes."""
+    """Return the longest side of a picture in pixels: the limit, else twice the model's own, and never more than it
+    makes."""
     return min(side for side in (limit or 2 * facts.side, facts.largest_side) if side)

@@ -1,4 +1,4 @@
-"""The run-time allow-list: each request's composition is checked against the policy and the approvals of a registry."""
+"""Check each request's composition against the policy and the approvals of a registry."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import contextlib
 import functools
 import threading
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import Row, select
+from sqlalchemy import select
 
 from qrlora.apps.serving.protocol import Facts, Permission
 from qrlora.errors import PolicyError, QrloraError, RequestError
@@ -27,11 +27,11 @@ from qrlora.operations.registry.signatures import trust_path
 KEPT = 1024
 """Verdicts that are kept until the registry, the trust file or the policy changes, or the approval ends."""
 LONGEST = timedelta(seconds=60)
-"""How long a verdict is kept at most: a policy ends by the calendar."""
+"""Longest time that a verdict is kept: a policy ends by the calendar."""
 
 
 class Gate:
-    """Permits compositions, or says why not. Safe to use from several threads.
+    """The check that permits compositions, or raises the reason why not. Safe to use from several threads.
 
     Args:
         permission: where the rules are.
@@ -162,7 +162,7 @@ class _Log:
         return self._change
 
 
-def _pair(row: Row[tuple[int, str]] | None) -> tuple[int, str] | None:
+def _pair(row: Sequence[Any] | None) -> tuple[int, str] | None:
     return (row[0], row[1]) if row else None
 
 

@@ -1,4 +1,4 @@
-"""Messages between HTTP front and engine: plain values that travel between machines and need no torch."""
+"""Define the messages between HTTP front and engine: plain values that travel between machines and need no torch."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Finish = Callable[[Request, Settings, bytes], bytes]
 
 @dataclass(frozen=True)
 class Step:
-    """A denoising step of the batch is done."""
+    """A finished denoising step of the batch."""
 
     done: int
     of: int
@@ -76,7 +76,7 @@ class Facts:
 
 @runtime_checkable
 class Engines(Protocol):
-    """One engine, or many that look like one."""
+    """One engine, or several behind the same methods."""
 
     def run(self, settings: Settings, pictures: Sequence[Request], progress: bool) -> AsyncIterator[Event]:
         """Make a batch; `Step`s only if `progress`. Closing the iterator, or cancelling who waits for it, ends it."""

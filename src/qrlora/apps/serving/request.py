@@ -1,4 +1,4 @@
-"""One request for pictures: its fields, its body, and whether its sender may ask."""
+"""Read one request for pictures: its fields, its body, and whether its sender may ask."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from qrlora.errors import RequestError
 
 
 class ImageRequest(BaseModel):
-    """OpenAI's fields, some of which take one value here, and the last five, which are of this server alone."""
+    """The fields of a request: OpenAI's, some of which take one value here, and five of this server alone."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 

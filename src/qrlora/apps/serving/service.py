@@ -1,4 +1,4 @@
-"""State of the application between requests: queue, limits, served adapters, and pictures kept to be fetched."""
+"""Keep the application's state between requests: queue, limits, served adapters, and pictures to be fetched."""
 
 from __future__ import annotations
 

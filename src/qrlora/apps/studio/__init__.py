@@ -1,4 +1,4 @@
-"""The studio: train, mix, prove and keep adapters in the browser. State lives in the registry and in its folder.
+"""Train, mix, prove and keep adapters in the browser. State lives in the registry and in its folder.
 
 app.py       the application: pages, /static, /status, the server's own endpoints under /api
 guard.py     who may: login by key, hosts, CSRF, content security policy

@@ -1,4 +1,4 @@
-"""The studio's application: pages in front of the server's parts."""
+"""Build the studio's application: pages in front of the server's parts."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ WEEK = 7 * 24 * 3600
 
 
 def create_app(studio: Studio, *, local: bool = True) -> FastAPI:
-    """The application of one studio. local: as `Guard`."""
+    """Return the application of one studio."""
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -98,7 +98,7 @@ def _refused(request: Request, error: QrloraError) -> Response:
 
 
 def _fault(request: Request, error: Exception) -> Response:
-    """Starlette raises the error again after this, so that it is logged."""
+    """Answer 500; Starlette raises the error again after this, so that it is logged."""
     remedy = "try again; the terminal that runs the studio has the details"
     return error_page(request, RequestError("a fault of the studio", status=500, remedy=remedy))
 

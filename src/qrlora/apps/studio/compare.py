@@ -30,7 +30,7 @@ CROSSTALK = {"subject": ("edges", "structure"), "style": ("colours", "texture", 
 
 
 def brand_of(text: str) -> BrandSheet | None:
-    """The brand sheet in a TOML text; None if there is none. BrandError if it is not one."""
+    """Return the brand sheet in a TOML text; None if there is none. BrandError if it is not one."""
     if not text.strip():
         return None
     with parsing("this is no brand sheet", BrandError, expected="TOML as brands/brand.toml"):
@@ -42,7 +42,7 @@ def brand_of(text: str) -> BrandSheet | None:
 
 
 def measure(studio: Studio, registry: Registry, folder: Path, proof: Mapping[str, Any]) -> dict[str, Any]:
-    """The scores of both sides; kept in the registry as a report about them."""
+    """Score both sides, and add the scores to the registry as a report about them."""
     from qrlora.operations.registry.intake import add_report
 
     groups = {arm: load_pictures([folder / arm]) for arm in proof["arms"]}
@@ -72,7 +72,8 @@ def _row(metric: Any, found: Any) -> dict[str, Any]:
 
 
 def _brand(found: Any) -> dict[str, Any] | None:
-    """Of each side: pictures that pass, pictures in all, whether it is enough, and reasons why others do not."""
+    """Return for each side the pictures that pass, all pictures, whether that is enough, and the reasons of the
+    others."""
     if found.sheet is None:
         return None
     told = {}
@@ -84,7 +85,7 @@ def _brand(found: Any) -> dict[str, Any] | None:
 
 
 def _trained_on(studio: Studio, registry: Registry, key: str) -> list[MeasuredPicture]:
-    """The picture that an adapter was trained on, if the registry has it."""
+    """Return the picture that an adapter was trained on, if the registry has it."""
     card = studio.shelf.cards[key]
     if not card.picture:
         return []
@@ -102,7 +103,7 @@ def _references(studio: Studio, registry: Registry, keys: set[str], palette: Seq
 def _crosstalk(
     studio: Studio, registry: Registry, folder: Path, arm: str, side: Mapping[str, Any]
 ) -> list[dict[str, Any]]:
-    """Of every part and metric: its score alone, its score inside the mix, and what it lost."""
+    """Return for every part and metric its score alone, its score inside the mix, and the difference."""
     if len(side["parts"]) < 2:
         return []
     rows = []
@@ -129,7 +130,7 @@ def _lost(title: str, metric: Any, found: Any) -> dict[str, Any]:
 
 
 def study_of(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What voters see, and the key; made once."""
+    """Return the page's data for voters, and the key; both are made once."""
     from qrlora._files import write_atomically
 
     paths = folder / "study.json", folder / "key.json"
@@ -143,7 +144,7 @@ def study_of(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def count(folder: Path) -> VoteCount:
-    """The tally. DataError if there are no votes to count."""
+    """Count the votes. DataError if there are no votes to count."""
     _, key = study_of(folder)
     results: Sequence[Any] = [json.loads(path.read_text()) for path in sorted((folder / "votes").glob("*.json"))]
     return count_votes(results, key)

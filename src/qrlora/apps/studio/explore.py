@@ -1,4 +1,4 @@
-"""Explore: the space of the adapters of one role. A point is an adapter, and its picture follows the sliders.
+"""Explore the space of the adapters of one role. A point is an adapter, and its picture follows the sliders.
 
 ΔR of a point = m · mean + Σ zₖ cₖ is a weighted sum of the members, because mean and components are: so previews need
 no adapter of their own, only weights of those that the engine has.
@@ -36,7 +36,7 @@ def explore(request: Request, role: str = "style") -> Response:
 
 @router.get("/explore/space")
 def space(request: Request, role: str = "style") -> Response:
-    """The sliders and the map, once the base model has read the adapters."""
+    """Show the sliders and the map, once the base model has read the adapters."""
     studio = studio_of(request)
     studio.look()
     try:
@@ -56,7 +56,7 @@ def space(request: Request, role: str = "style") -> Response:
 
 
 def _space(studio: Studio, role: str) -> tuple[list[str], Any]:
-    """The keys of the adapters that span the space of a role, and the space: all that are alike with it."""
+    """Return the space of a role and the keys of its adapters: all that share basis, rank and columns."""
     from qrlora.errors import MismatchError
     from qrlora.method.space import Space
     from qrlora.method.space.record import check_alike
@@ -83,7 +83,7 @@ def _space(studio: Studio, role: str) -> tuple[list[str], Any]:
 
 @router.post("/explore/space")
 async def keep_space(request: Request) -> Response:
-    """Keep the space itself, so that training can find a picture's point in it within seconds."""
+    """Save the space itself, so that training can find a picture's point in it within seconds."""
     studio, form = studio_of(request), await fields(request)
     role = "subject" if form.text("role") == "subject" else "style"
     try:
@@ -106,7 +106,7 @@ def _keep_space(studio: Studio, registry: Registry, role: str) -> Artifact:
 
 @router.post("/explore/save")
 async def save(request: Request) -> Response:
-    """Keep a point of a space as an adapter."""
+    """Save a point of a space as an adapter."""
     form, studio = await fields(request), studio_of(request)
     try:
         z = [number("a coordinate", part, -10, 10) for part in filter(None, form.text("z").split(","))]

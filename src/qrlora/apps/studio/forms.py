@@ -1,4 +1,4 @@
-"""What pages send: forms and files, bounded."""
+"""Read the forms and files that pages send, within limits of size."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ MOST_FORM = 256 * 1024
 MOST_UPLOAD = 64 * 2**20
 """Bytes of a picture."""
 SECONDS = 60
-"""How long a body may take to come."""
+"""Seconds that a body may take to arrive."""
 
 
 async def _chunks(request: Request, most: int, write: object) -> None:
@@ -39,7 +39,7 @@ async def _whole(request: Request, most: int, write: object) -> None:
 
 
 async def fields(request: Request) -> Form:
-    """The fields of a form."""
+    """Return the fields of a form."""
     body = bytearray()
     await _whole(request, MOST_FORM, body.extend)
     return Form(parse_qsl(body.decode("utf-8", "replace"), keep_blank_values=True))
@@ -56,7 +56,7 @@ async def upload(request: Request, path: Path) -> None:
 
 
 class Form:
-    """Fields by name; a name may stand for several."""
+    """The fields of a form by name; a name may have several values."""
 
     def __init__(self, pairs: list[tuple[str, str]]):
         self.pairs = pairs
@@ -65,7 +65,7 @@ class Form:
         return [value for key, value in self.pairs if key == name]
 
     def text(self, name: str, most: int = 4000, default: str = "") -> str:
-        """One field without the white space around it. RequestError if it is longer than `most` characters."""
+        """Return one field without surrounding white space. RequestError if it is longer than `most` characters."""
         value = next(iter(self.all(name)), default).strip()
         if len(value) > most:
             raise RequestError(f"{name} is too long", expected=f"at most {most} characters", got=len(value))
@@ -90,7 +90,7 @@ def number(name: str, value: object, least: float, most: float) -> float:
 
 
 def weights(text: str) -> dict[str, float]:
-    """`teapot:0.9,chalk:1` as numbers by name; zeros are left out. RequestError for anything else."""
+    """Parse `teapot:0.9,chalk:1` as weights by name; zeros are left out. RequestError for anything else."""
     found: dict[str, float] = {}
     for part in filter(None, text.split(",")):
         name, _, weight = part.rpartition(":")
@@ -100,5 +100,5 @@ def weights(text: str) -> dict[str, float]:
 
 
 def spelt(weights: Mapping[str, float]) -> str:
-    """The opposite of `weights`."""
+    """Undo `weights`."""
     return ",".join(f"{name}:{weight:g}" for name, weight in weights.items())

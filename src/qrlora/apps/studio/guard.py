@@ -1,4 +1,4 @@
-"""Who may use the studio, and what a browser may do with its pages."""
+"""Decide who may use the studio, and limit what its pages may do in a browser."""
 
 from __future__ import annotations
 
@@ -35,7 +35,8 @@ TOKEN = "x-csrf-token"
 
 
 def secret_in(folder: Path) -> str:
-    """The key that session cookies are signed with; made at the first start, so that logins outlive a restart."""
+    """Return the key that session cookies are signed with; it is made at the first start, so that logins outlive a
+    restart."""
     path = folder / "session.key"
     if not path.is_file():
         write_atomically(path, secrets.token_hex(32).encode())
@@ -50,13 +51,13 @@ def right_key(given: str, keys: Sequence[str]) -> bool:
 
 
 def csrf_of(session: dict[str, Any]) -> str:
-    """The session's token, which every request that changes something has to name in a header."""
+    """Return the session's token, which every request that changes something has to send in a header."""
     token: str = session.setdefault("csrf", secrets.token_urlsafe(24))
     return token
 
 
 class Guard:
-    """Middleware, inside the session's: refuses foreign hosts, foreign pages, unknown people and missing tokens.
+    """Middleware, inside the session's, that refuses foreign hosts, foreign pages, unknown people and missing tokens.
 
     Args:
         keys: of which people who are not on this machine log in with one; none: whoever reaches it may use it.
@@ -101,7 +102,7 @@ class Guard:
 
     @staticmethod
     def _foreign(headers: Headers) -> bool:
-        """True for what a page of another site sends; following a link from there is none of it."""
+        """Return True if a page of another site sent the request, unless it is a link that the user followed."""
         origin = headers.get("origin")
         if origin and urlsplit(origin).netloc != headers.get("host"):
             return True

@@ -1,4 +1,4 @@
-"""Library: what the registry holds; search, lineage, licence, aliases, approvals, export, verify."""
+"""Show the registry in the browser: search, lineage, licence, aliases, approvals, export, verify."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def _fault(registry: Registry, artifact: Artifact) -> str:
 
 @router.get("/library/{digest}")
 def show(request: Request, digest: str) -> Response:
-    """One artifact."""
+    """Show one artifact."""
     studio = studio_of(request)
     artifact = studio.registry.get(digest)
     lineage = graph(studio.registry, artifact)
@@ -101,7 +101,7 @@ def _parts(registry: Registry, artifact: Artifact) -> list[Any]:
 
 
 def mix_of(studio: Studio, artifact: Artifact) -> dict[str, Any] | None:
-    """The sliders that an adapter or a composition stands for, if all of its adapters are on the shelf."""
+    """Return the sliders that an adapter or a composition stands for, if all of its adapters are on the shelf."""
     keys = {card.digest: key for key, card in studio.shelf.cards.items()}
     if artifact.digest in keys:
         return {"c": spelt({keys[artifact.digest]: 1.0}), "n": None}
@@ -112,7 +112,7 @@ def mix_of(studio: Studio, artifact: Artifact) -> dict[str, Any] | None:
 
 
 def _picture_of(studio: Studio, artifact: Artifact) -> str:
-    """The address of a picture that shows it; "" if there is none."""
+    """Return the address of a picture that shows it; "" if there is none."""
     if artifact.kind == "picture":
         return f"/library/{artifact.digest}/picture"
     card = studio.shelf.card_of(artifact.digest)
@@ -129,7 +129,7 @@ def picture(request: Request, digest: str) -> Response:
 
 
 def _approval(registry: Registry, artifact: Artifact) -> dict[str, Any]:
-    """The policy in force, how an artifact stands with it, and the requests about it that are open."""
+    """Return the policy in force, an artifact's approvals under it, and the open requests about it."""
     policy = in_force(registry)
     if artifact.kind not in APPROVABLE:
         return {"policy": policy, "standing": None, "asked": []}
@@ -194,7 +194,7 @@ def _approve(registry: Registry, artifact: Artifact, form: Form) -> None:
 
 @router.get("/library/{digest}/export/{program}")
 def export(request: Request, digest: str, program: str) -> Response:
-    """The file of an adapter or a composition for another program."""
+    """Send an adapter or a composition as a file for another program."""
     studio, registry = studio_of(request), registry_for(request)
     artifact = registry.get(digest)
     if program not in PROGRAMS or artifact.kind not in APPROVABLE:
@@ -233,7 +233,7 @@ def _exported(studio: Studio, registry: Registry, artifact: Artifact, program: s
 
 
 def _drawing(nodes: dict[str, Artifact], edges: list[Any], start: str) -> dict[str, Any]:
-    """Places of boxes and lines: what came before stands left of what came of it."""
+    """Lay out boxes and lines: sources left of what was made from them."""
     kept = {digest for digest in list(nodes)[:MOST_NODES] if nodes[digest].kind != "basis" or digest == start}
     turned = ((e.source, e.target) if e.relation in LATER else (e.target, e.source) for e in edges)
     lines = {line for line in turned if kept.issuperset(line)}

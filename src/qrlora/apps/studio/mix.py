@@ -1,4 +1,4 @@
-"""Mix: adapters with weights, seen while the sliders move."""
+"""Mix adapters with weights, shown while the sliders move."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ LITTLE, SOME = 0.12, 0.3
 
 @router.get("/mix")
 def mix(request: HttpRequest, c: str = "", n: float | None = None, p: str = "") -> Response:
-    """The page; c, n, p: a composition, its null-space strength and a prompt to begin with."""
+    """Show the page; c, n, p: a composition, its null-space strength and a prompt to begin with."""
     studio = studio_of(request)
     studio.look()
     return page(request, "mix.html", weights=weights(c), null_space=n, prompt=p, seeds=SEEDS, cards=_grouped(studio))
@@ -45,13 +45,13 @@ def mix(request: HttpRequest, c: str = "", n: float | None = None, p: str = "") 
 
 @router.get("/mix/cards")
 def cards(request: HttpRequest, c: str = "") -> Response:
-    """The adapters alone, for when there are more of them."""
+    """Show the adapters alone, for when there are more of them."""
     studio_of(request).look()
     return page(request, "part_cards.html", weights=weights(c), cards=_grouped(studio_of(request)))
 
 
 def _grouped(studio: Studio) -> dict[str, list[Card]]:
-    """Cards by role, subjects and styles first."""
+    """Group the cards by role, subjects and styles first."""
     found: dict[str, list[Card]] = {"subject": [], "style": []}
     for card in studio.shelf.cards.values():
         found.setdefault(card.role if card.role in ("subject", "style") else "other", []).append(card)
@@ -68,7 +68,7 @@ async def picture(
     stage: str = "refined",
     page: str = "",
 ) -> Response:
-    """One picture of a composition. `page`: of one page's previews only the newest is made."""
+    """Sample one picture of a composition. `page`: of one page's previews only the newest is made."""
     studio = studio_of(request)
     try:
         if n is not None:
@@ -117,7 +117,7 @@ def _outdate(studio: Studio, tab: str, request: HttpRequest) -> None:
 
 @router.get("/thumb/{key}.png")
 async def thumb(request: HttpRequest, key: str) -> Response:
-    """The picture that an adapter was trained on; else what it does alone, kept on disk by the adapter's digest."""
+    """Send the picture that an adapter was trained on; else a sample of it alone, cached by the adapter's digest."""
     studio = studio_of(request)
     card = studio.shelf.cards.get(key)
     if card is None:
@@ -139,7 +139,7 @@ async def thumb(request: HttpRequest, key: str) -> Response:
 
 @router.get("/mix/about")
 def about(request: HttpRequest, c: str = "", n: float | None = None) -> Response:
-    """What is known of a composition before a picture is made: interference, licence, what the policy says."""
+    """Describe a composition before a picture is made: interference, licence, the policy's verdict."""
     studio = studio_of(request)
     parts = weights(c)
     return page(
@@ -155,7 +155,7 @@ def about(request: HttpRequest, c: str = "", n: float | None = None) -> Response
 
 
 def _pairs(studio: Studio, parts: Mapping[str, float]) -> list[dict[str, Any]]:
-    """Interference of each two, most first: the same at all weights."""
+    """Return the interference of each two, largest first; weights do not change it."""
     from qrlora.method.composition import Interference
     from qrlora.method.composition.parts import on_one_basis
 
@@ -181,7 +181,7 @@ def _pairs(studio: Studio, parts: Mapping[str, float]) -> list[dict[str, Any]]:
 
 @router.get("/mix/grid")
 def grid(request: HttpRequest, c: str = "", n: float | None = None, p: str = "", s: int = 0) -> Response:
-    """The first two adapters of a composition at every pair of weights; the others as they are."""
+    """Sample the first two adapters of a composition at every pair of weights; the others keep theirs."""
     parts = weights(c)
     if len(parts) < 2:
         raise RequestError("a grid needs two adapters", expected="two sliders above zero", got=len(parts))
@@ -194,7 +194,7 @@ def grid(request: HttpRequest, c: str = "", n: float | None = None, p: str = "",
 
 @router.post("/mix/save")
 async def save(request: HttpRequest) -> Response:
-    """Keep a composition in the registry, if the policy permits it."""
+    """Save a composition in the registry, if the policy permits it."""
     form, studio, registry = await fields(request), studio_of(request), registry_for(request)
     try:
         kept, policy = await run_in_threadpool(_keep, studio, registry, form)
@@ -204,7 +204,7 @@ async def save(request: HttpRequest) -> Response:
 
 
 def _keep(studio: Studio, registry: Registry, form: Form) -> tuple[Artifact, bool]:
-    """The composition that was kept, and whether a policy is in force."""
+    """Save the composition; return its artifact, and whether a policy is in force."""
     from qrlora.apps.studio.records import add_mix  # needs torch, which the first page is not to wait for
 
     parts = weights(form.text("c"))

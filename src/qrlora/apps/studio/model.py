@@ -1,4 +1,4 @@
-"""The base model of the studio, loaded in the background; until then it says so."""
+"""Load the studio's base model in the background, and report until it is ready."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Work = Callable[[], None]
 
 
 def _nothing() -> None:
-    """What is done where there is nothing to do."""
+    """Do nothing."""
 
 
 class LazyEngine:
@@ -43,7 +43,7 @@ class LazyEngine:
 
     @property
     def engine(self) -> Engine:
-        """The loaded model. RequestError (503) until it is loaded."""
+        """The loaded engine. RequestError (503) until it is loaded."""
         if self.failed:
             raise RequestError(
                 "the base model cannot be loaded", status=503, got=self.failed.what, remedy=self.failed.remedy
@@ -54,7 +54,7 @@ class LazyEngine:
         return self._engine
 
     def load(self, first: Work = _nothing, then: Work = _nothing) -> None:
-        """Load it here and now, and make one picture, so that the first one that is asked for comes as fast as others.
+        """Load it in this thread, and make one picture, so that the first request is as fast as later ones.
 
         first, then: called before, when what they need is imported, and when it is ready.
         """
@@ -73,7 +73,7 @@ class LazyEngine:
             self.failed = QrloraError(f"{type(error).__name__} while loading {self.name}", got=error)
 
     def start(self, first: Work = _nothing, then: Work = _nothing) -> None:
-        """As `load`, in a thread."""
+        """Load it in a thread of its own."""
         threading.Thread(target=self.load, args=(first, then), name="load the model", daemon=True).start()
 
     def close(self) -> None:
@@ -81,11 +81,11 @@ class LazyEngine:
             self._engine.close()
 
     async def facts(self) -> Facts:
-        """As `Engines.facts`."""
+        """Return the served adapters, as `Engines.facts` does."""
         return await self.engine.facts()
 
     async def run(self, settings: Settings, pictures: Sequence[Request], progress: bool) -> AsyncIterator[Event]:
-        """As `Engines.run`."""
+        """Make a batch, as `Engines.run` does."""
         async for event in self.engine.run(settings, pictures, progress):
             yield event
 

@@ -1,4 +1,4 @@
-"""Pages: templates, two languages, and errors in words."""
+"""Render pages and errors from templates, in two languages."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ VERSIONS = {"htmx": "htmx-2.0.11.min.js", "alpine": "alpine-csp-3.17.4.min.js"}
 
 
 def N_(text: str) -> str:
-    """Marks a text for translation where it is written; it is translated where it is shown."""
+    """Mark a text for translation where it is written; it is translated where it is shown."""
     return text
 
 
 @cache
 def translations(language: str) -> gettext.NullTranslations:
-    """The strings of a language, compiled from its catalogue in memory."""
+    """Compile the strings of a language from its catalogue, in memory."""
     source = HERE / "locale" / language / "studio.po"
     if not source.is_file():
         return gettext.NullTranslations()
@@ -45,7 +45,7 @@ def translations(language: str) -> gettext.NullTranslations:
 
 @cache
 def environment(language: str) -> Environment:
-    """Templates in a language. Everything put into them is escaped."""
+    """Return the templates in a language. Everything put into them is escaped."""
     made = Environment(
         loader=FileSystemLoader(HERE / "templates"),
         extensions=["jinja2.ext.i18n"],
@@ -61,7 +61,7 @@ def environment(language: str) -> Environment:
 
 
 def language_of(request: Request) -> str:
-    """The language chosen, else the first of the browser's that there is, else English."""
+    """Return the language chosen, else the first of the browser's that there is, else English."""
     chosen = request.session.get("language")
     if chosen in LANGUAGES:
         return str(chosen)
@@ -78,7 +78,7 @@ def translator(request: Request) -> Callable[[str], str]:
 
 
 def page(request: Request, template: str, status: int = 200, **values: Any) -> HTMLResponse:
-    """A page or a part of one, in the language and theme of who asks."""
+    """Render a page or a part of one, in the language and theme of who asks."""
     common = {
         "language": language_of(request),
         "theme": request.session.get("theme", "auto"),
@@ -91,7 +91,7 @@ def page(request: Request, template: str, status: int = 200, **values: Any) -> H
 
 
 def error_page(request: Request, error: QrloraError, status: int = 400) -> HTMLResponse:
-    """What went wrong, in words: as a page, or as the note that a script or htmx puts where the work was asked for."""
+    """Describe an error as a page, or as the note that a script or htmx puts where the work was asked for."""
     status = error.status if isinstance(error, RequestError) else status
     part = "hx-request" in request.headers or request.headers.get("accept", "").startswith(("image/", "application/"))
     return page(request, "part_error.html" if part else "error.html", status, error=error)

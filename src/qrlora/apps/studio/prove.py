@@ -1,4 +1,4 @@
-"""Prove: two mixes side by side: scores, crosstalk, a brand sheet; and a blind vote with its tally."""
+"""Compare two mixes side by side: scores, crosstalk, a brand sheet; and a blind vote with its tally."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def prove(request: HttpRequest) -> Response:
 
 
 def _all(studio: Studio) -> list[dict[str, Any]]:
-    """What was compared so far, newest first."""
+    """List the comparisons, newest first."""
     found = sorted((studio.place / "proofs").glob("*/proof.json"), key=lambda path: -path.stat().st_mtime)
     return [{"id": path.parent.name, **json.loads(path.read_text())} for path in found[:50]]
 
@@ -81,7 +81,7 @@ async def begin(request: HttpRequest) -> Response:
 
 
 def _asked(registry: Registry, studio: Studio, form: Form) -> dict[str, Any]:
-    """The comparison that a form asks for, checked before any picture is made."""
+    """Return the comparison that a form asks for, checked before any picture is made."""
     from qrlora.apps.studio.compare import brand_of
 
     prompts = [line.strip() for line in form.text("prompts", 8000).splitlines() if line.strip()]
@@ -97,7 +97,7 @@ def _asked(registry: Registry, studio: Studio, form: Form) -> dict[str, Any]:
 
 
 def _arm(studio: Studio, artifact: Artifact) -> dict[str, Any]:
-    """Title, digest, sliders and strength of one side."""
+    """Return title, digest, sliders and strength of one side."""
     from qrlora.apps.studio.forms import weights
     from qrlora.apps.studio.library import mix_of
 
@@ -164,7 +164,7 @@ def picture(request: HttpRequest, name: str, group: str, file: str) -> Response:
 
 @router.get("/prove/{name}/vote")
 def vote(request: HttpRequest, name: str) -> Response:
-    """The next pair that this person has not seen, or the end."""
+    """Show the next pair that this person has not seen, or the end."""
     from qrlora.apps.studio.compare import study_of
 
     folder = _folder(studio_of(request), name)
@@ -185,7 +185,7 @@ def vote(request: HttpRequest, name: str) -> Response:
 
 
 def _given(folder: Path, study: str, person: str) -> dict[str, Any]:
-    """The votes of one person."""
+    """Return the votes of one person."""
     path = folder / "votes" / f"{person.encode().hex()[:120]}.json"
     return json.loads(path.read_text()) if path.is_file() else {"study": study, "rater": person, "votes": []}
 
@@ -215,7 +215,8 @@ def _count_in(folder: Path, form: Form, person: str) -> None:
 
 @router.get("/prove/{name}/tally")
 def tally(request: HttpRequest, name: str) -> Response:
-    """What the votes say so far. Whoever is still voting does not see it by accident: it has a page of its own."""
+    """Show the count of the votes so far. Whoever is still voting does not see it by accident: it has a page of its
+    own."""
     from qrlora.apps.studio.compare import count
 
     folder = _folder(studio_of(request), name)

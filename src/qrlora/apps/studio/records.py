@@ -1,4 +1,4 @@
-"""What the studio puts into the registry."""
+"""Add the studio's base model, adapters and mixes to the registry."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ STARTERS = Path(__file__).parent / "starters"
 
 
 def base_in(registry: Registry, model: str) -> Artifact:
-    """The base model as an artifact; added where it is not there yet."""
+    """Return the base model as an artifact; add it if it is missing."""
     own = {"name": model, "licence": "Apache-2.0"} if model == "pico" else {}
     return used_base(registry, model, **own)
 
 
 def add_starters(registry: Registry) -> None:
-    """Give an empty registry something to mix with: the adapters that come with the package, with their pictures."""
+    """Fill an empty registry with the adapters that come with the package, and their pictures."""
     if registry.search(kind="adapter", deprecated=True, limit=1):
         return
     base = base_in(registry, "pico")

@@ -1,4 +1,4 @@
-"""Licence of a mix and what the policy in force says about it, in plain words."""
+"""Tell the licence of a mix and the policy's verdict on it, for a page."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def licence_of(studio: Studio, parts: Mapping[str, float]) -> dict[str, Any]:
-    """The licences of the parts together.
+    """Return the licence of the parts together.
 
     Returns expression (SPDX), without (titles of parts that name none), computed (a `Licence`, if all do and can be
     read), trouble (why one cannot be read).
@@ -37,7 +37,7 @@ def licence_of(studio: Studio, parts: Mapping[str, float]) -> dict[str, Any]:
 
 
 def verdict_of(studio: Studio, parts: Mapping[str, float], null_space: float | None) -> Verdict | None:
-    """What the policy says about composing these; None where no policy is in force."""
+    """Return the policy's verdict on composing these; None where no policy is in force."""
     rules = Rules.of(studio.registry, None)
     if rules.empty:
         return None

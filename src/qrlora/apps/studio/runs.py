@@ -1,4 +1,4 @@
-"""Training runs: a fair queue, one worker process at a time, and a folder for each run from which a restart goes on.
+"""Queue training runs fairly: one worker process at a time, and a folder for each run from which a restart goes on.
 
 runs/ID/run.json        what was asked for, by whom, and where it stands
 runs/ID/recipe.json     the recipe's fields
@@ -32,12 +32,12 @@ log = logging.getLogger(__name__)
 WAITING, RUNNING, STOPPED, FAILED, DONE = "waiting", "running", "stopped", "failed", "done"
 ADAPTER = "adapter.safetensors"
 GRACE_SECONDS = 30
-"""How long a worker may take to write its checkpoint when the studio ends."""
+"""Seconds that a worker may take to write its checkpoint when the studio ends."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """Where one run stands. error: why it failed, in words; reference: of its adapter in the registry."""
+    """The state of one training run."""
 
     id: str
     person: str
@@ -57,7 +57,7 @@ class Run:
 
 
 class Runs:
-    """The queue. Next is the run of whoever has waited longest since a run of theirs began.
+    """The queue of training runs. Next is the run of whoever has waited longest since a run of theirs began.
 
     Args:
         place: folder of the runs.
@@ -93,7 +93,7 @@ class Runs:
     # What there is
 
     def folder(self, name: str) -> Path:
-        """The folder of a run. RequestError (404) if there is none."""
+        """Return the folder of a run. RequestError (404) if there is none."""
         if not name.isalnum() or not (self.place / name / "run.json").is_file():
             raise RequestError(
                 "no such training run", status=404, got=name[:40], remedy="the list of runs has them all"
@@ -104,24 +104,24 @@ class Runs:
         return Run(**json.loads((self.folder(name) / "run.json").read_text()))
 
     def all(self) -> list[Run]:
-        """Newest first."""
+        """List the runs, newest first."""
         found = [self.get(path.parent.name) for path in self.place.glob("*/run.json")]
         return sorted(found, key=lambda run: -run.created)
 
     def ahead_of(self, run: Run) -> int:
-        """How many runs come before one that waits."""
+        """Count the runs that come before one that waits."""
         queue = self._queue()
         place = [one.id for one in queue].index(run.id) if run.id in {one.id for one in queue} else 0
         return place + (self._process is not None)
 
     def sampled(self, name: str) -> list[int]:
-        """The steps of a run's sample sheets."""
+        """Return the steps of a run's sample sheets."""
         return sorted(int(path.stem[5:]) for path in (self.folder(name) / "steps").glob("step-*.png"))
 
     # What is done
 
     def new_folder(self) -> Path:
-        """A folder for a run that is about to be added."""
+        """Make a folder for a run that is about to be added."""
         folder = self.place / secrets.token_hex(8)
         make_folder(folder / "pictures")
         make_folder(folder / "steps")
@@ -150,7 +150,7 @@ class Runs:
             self._save(replace(run, state=WAITING, error="", created=time.time()))
 
     def took(self, name: str, step: int, reference: str) -> None:
-        """Remember under which reference a step's adapter was kept."""
+        """Remember the reference under which a step's adapter was saved."""
         run = self.get(name)
         self._save(replace(run, taken=run.taken | {str(step): reference}))
 
@@ -198,7 +198,7 @@ class Runs:
                 self._save(replace(run, state=FAILED, error=str(error)))
 
     def _made(self, run: Run) -> Run:
-        """The run as it stands when its worker has ended."""
+        """Run the worker to its end, and return the run's new state."""
         folder = self.place / run.id
         command = [sys.executable, "-m", "qrlora.apps.studio.worker", str(folder)]
         with (folder / "worker.log").open("ab") as output:
@@ -221,7 +221,7 @@ class Runs:
 
 
 def events(folder: Path) -> list[dict[str, Any]]:
-    """What the worker has said so far; a line that is being written is left for the next time."""
+    """Read the worker's events so far, without a line that is still being written."""
     path = folder / "events.jsonl"
     if not path.is_file():
         return []

@@ -1,4 +1,4 @@
-"""The studio in this process: its application in uvicorn's event loop, the base model and training beside it."""
+"""Run the studio in this process: its application in uvicorn's event loop, the base model and training beside it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Adapters of the registry and of a folder: as files for the engine, and as cards for the pages."""
+"""Offer the adapters of the registry and of a folder, as files for the engine and as cards for the pages."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SLASH = "~"
 
 @dataclass(frozen=True)
 class Card:
-    """What a page shows of an adapter.
+    """The facts of an adapter that a page shows.
 
     Attributes:
         key: what the engine calls it.
@@ -44,7 +44,7 @@ class Card:
 
     @property
     def prompt(self) -> str:
-        """The prompt that shows what it does alone: that of its training."""
+        """A prompt that shows the adapter alone: that of its training."""
         return self.caption or (
             f"a mug in {self.trigger} style" if self.role == "style" else f"a photo of a {self.trigger}"
         )
@@ -86,7 +86,7 @@ class StudioShelf:
         self.cards = dict(sorted(cards.items()))
 
     def card_of(self, digest: str) -> Card | None:
-        """The card of a registered adapter, if it is the newest of its name."""
+        """Return the card of a registered adapter, if it is the newest of its name."""
         return next((card for card in self.cards.values() if card.digest == digest), None)
 
     def _link(self, wanted: Mapping[str, Path]) -> None:

@@ -1,4 +1,4 @@
-"""What all pages share: registry, base model, shelf, training runs; and who asks."""
+"""Hold what all pages share: registry, base model, shelf and training runs."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ if TYPE_CHECKING:
 
 PICTURES_KEPT, COMPOSITIONS_KEPT = 256, 64
 DRAIN_SECONDS = 5
-"""How long open pages, which listen for events, may hold up the end."""
+"""Seconds that open pages, which listen for events, may delay the end."""
 
 
 Result = TypeVar("Result")
 
 
 class Recent(Generic[Result]):
-    """Results by what they were made of, the last ones asked for. Safe to use from several threads."""
+    """A cache of the results that were asked for last, by what they were made of. Safe to use from several threads."""
 
     def __init__(self, most: int):
         self.most = most
@@ -98,7 +98,7 @@ class Studio:
         self.model.close()
 
     def look(self) -> None:
-        """See what is new in registry and folder; blocks."""
+        """Look for new adapters in registry and folder; blocks."""
         with self._looking:
             self.shelf.sync()
             if self.model.ready:
@@ -107,7 +107,7 @@ class Studio:
                 self.shelf.described(*engine.shelf.snapshot())
 
     def registry_of(self, person: str) -> Registry:
-        """The registry, in which this person acts."""
+        """Return the registry with this person as the actor."""
         return Registry(self.registry.engine, self.registry.store, self.registry.folder, person)
 
     def _trained(self, folder: Path, person: str) -> str:
@@ -125,7 +125,7 @@ def studio_of(request: Request) -> Studio:
 
 
 def person_of(request: Request) -> str:
-    """Who acts: the name given at the login, else whose registry it is."""
+    """Return the person who acts: the name given at the login, else the registry's actor."""
     return str(request.session.get("person") or studio_of(request).registry.actor)
 
 

@@ -1,4 +1,4 @@
-"""Train: pictures in, a run out, and what it looks like while it runs."""
+"""Train in the browser: take pictures in, queue a run, and show it while it runs."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ PRESETS = {
 }
 """Name and purpose of each, and its optimiser steps on pico."""
 PICO = {"batch_size": 4, "learning_rate": 5e-3, "logit_mean": 0.5, "logit_std": 1.5, "rank": 16}
-"""As recipes/pico-subject.toml, with smaller batches: two cores are shared with the previews."""
+"""Fields of recipes/pico-subject.toml, with smaller batches: two cores are shared with the previews."""
 OTHERS = {"batch_size": 1, "accumulation": 4, "learning_rate": 1e-4, "rank": 64, "dtype": "bfloat16"}
-"""As published for FLUX.1 (docs/families.md); a recipe file decides more."""
+"""Fields published for FLUX.1 (docs/families.md); a recipe file decides more."""
 LONGER = 5
-"""How many times the steps of pico other models take."""
+"""Factor from pico's steps to those of other models."""
 SHEETS = 8
 LONGEST_EDGE = 1024
 """Pixels of the picture that the page shows of an upload."""
@@ -61,7 +61,7 @@ def train(request: Request) -> Response:
 
 @router.get("/train/runs")
 def runs(request: Request) -> Response:
-    """The list of runs alone."""
+    """Show the list of runs alone."""
     queue = studio_of(request).runs
     return page(request, "part_runs.html", runs=queue.all(), ahead=queue.ahead_of)
 
@@ -86,7 +86,7 @@ async def add_upload(request: Request, name: str = "picture") -> Response:
 
 
 def _renamed(error: QrloraError, path: Path, name: str) -> QrloraError:
-    """The error about an upload, with the name that its sender knows in place of the file's here."""
+    """Return the error about an upload, with the file's name as its sender knows it."""
     if isinstance(error, RequestError):
         return error
     said = {key: getattr(error, key) for key in ("expected", "got", "remedy")}
@@ -95,20 +95,20 @@ def _renamed(error: QrloraError, path: Path, name: str) -> QrloraError:
 
 
 def _save_shown(picture: OpenPicture, path: Path) -> None:
-    """What the page shows: upright, in sRGB, on white; and the transparency, which makes a mask."""
+    """Save the picture as the page shows it: upright, in sRGB, on white."""
     shown = picture.image.copy()
     shown.thumbnail((LONGEST_EDGE, LONGEST_EDGE))
     shown.save(path.with_suffix(".png"))
 
 
 def _read_facts(picture: OpenPicture) -> dict[str, Any]:
-    """What was read of a file, and what was not."""
+    """Return facts of a picture for the page: transparency, small size, and a record of how it was made."""
     transparent = picture.alpha is not None and picture.alpha.getextrema()[0] < 255  # type: ignore[operator]
     return {"transparent": transparent, "small": min(picture.image.size) < 128, "record": bool(picture.record)}
 
 
 def _tidy(place: Path) -> None:
-    """Forget uploads of which no run came."""
+    """Remove uploads that no run used."""
     for path in place.iterdir():
         if time.time() - path.stat().st_mtime > KEPT_SECONDS:
             path.unlink(missing_ok=True)
@@ -128,7 +128,7 @@ def show_upload(request: Request, token: str) -> Response:
 
 @router.post("/train/pictures/{token}/mask")
 async def add_mask(request: Request, token: str) -> Response:
-    """Take in what was painted over a picture: a PNG, white where it is to be learned."""
+    """Save a mask that was painted over a picture: a PNG, white where it is to be learned."""
     path = _uploaded(studio_of(request), token).with_suffix(".mask")
     path.unlink(missing_ok=True)
     await upload(request, path)
@@ -169,7 +169,7 @@ def _queue(studio: Studio, form: Form, person: str) -> Run:
 
 
 def _crop(text: str) -> tuple[float, float, float]:
-    """Left, top and side of a square, as shares of the picture's width, height and shorter side."""
+    """Parse left, top and side of a square, as shares of the picture's width, height and shorter side."""
     parts = text.split(",") if text else ["0.5", "0.5", "1"]
     if len(parts) != 3:
         raise RequestError("no such crop", expected="x,y,side", got=text[:40])
@@ -178,7 +178,7 @@ def _crop(text: str) -> tuple[float, float, float]:
 
 
 def _save_cropped(path: Path, crop: tuple[float, float, float], target: Path) -> None:
-    """The square of a picture that was chosen, and of its mask if there is one."""
+    """Save the chosen square of a picture, and of its mask if there is one."""
     opened = open_picture(path)
     image = opened.image
     side = round(crop[2] * min(image.size))
@@ -195,7 +195,7 @@ def _save_cropped(path: Path, crop: tuple[float, float, float], target: Path) ->
 
 
 def _recipe(studio: Studio, form: Form, folder: Path) -> dict[str, Any]:
-    """The recipe's fields, checked."""
+    """Return the recipe's fields, checked."""
     from qrlora.models.training.recipe import Recipe, default_caption
 
     role, preset = form.text("role"), form.text("preset", 100)
@@ -257,7 +257,7 @@ def sample(request: Request, name: str, step: int) -> Response:
 
 @router.get("/train/{name}/events")
 async def follow(request: Request, name: str) -> Response:
-    """All that has happened in a run, and then what happens, as server-sent events."""
+    """Send the events of a run so far, and then new ones, as server-sent events."""
     runs = studio_of(request).runs
     folder = runs.folder(name)
 

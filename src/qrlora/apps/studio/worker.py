@@ -1,4 +1,4 @@
-"""The process of one training run: `python -m qrlora.apps.studio.worker FOLDER` (see runs.py)."""
+"""Run one training run in a process of its own: `python -m qrlora.apps.studio.worker FOLDER` (see runs.py)."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ NICENESS = 5
 
 
 class Journal(logging.Handler):
-    """Appends what happens to events.jsonl, and what training notes besides (how new a picture is for a space)."""
+    """A log handler that appends events to events.jsonl, and the notes of training (how new a picture is for a
+    space)."""
 
     def __init__(self, folder: Path):
         super().__init__()
@@ -45,7 +46,7 @@ class Journal(logging.Handler):
         self.say(step=progress.step, loss=round(progress.loss, 5), left=round(progress.seconds_left, 1))
 
     def sampled(self, step: int, images: Sequence[Image.Image], adapter: Callable[[], Adapter]) -> None:
-        """Keep a sheet's pictures side by side, and the adapter as it was then."""
+        """Save a sheet's pictures side by side, and the adapter of that step."""
         from PIL import Image
 
         from qrlora._files import write_atomically

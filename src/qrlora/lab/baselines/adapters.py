@@ -106,7 +106,8 @@ def _trained(denoiser: nn.Module, parameters: Mapping[str, nn.Parameter]) -> int
 
 
 def _by_peft(config: Config, prepare: Prepare | None = None) -> Attach:
-    """A method of PEFT or of this package: its configuration, and what is done to its layers before the first step."""
+    """Return the attach function of a method of PEFT or of this package, from its configuration and a function that
+    prepares its layers."""
 
     @contextlib.contextmanager
     def attach(denoiser: Any, family: ModelFamily, recipe: Recipe, _: Losses) -> Iterator[Attached[Learned]]:
@@ -145,7 +146,7 @@ def _check_not_clipped(layers: Mapping[str, Any]) -> None:
 
 
 def _by_recipe(name: str) -> Attach:
-    """A method of `tasks.RECIPES`."""
+    """Return the attach function of a method of `tasks.RECIPES`."""
 
     @contextlib.contextmanager
     def attach(denoiser: Any, family: ModelFamily, recipe: Recipe, losses: Losses) -> Iterator[Attached[Learned]]:
@@ -255,7 +256,7 @@ def _factors(layer: Any) -> tuple[Float[Tensor, "out rank"], Float[Tensor, "rank
 
 @torch.no_grad()
 def _read(layers: Mapping[str, Any], start: Mapping[str, tuple[Tensor, Tensor]]) -> Learned:
-    """ΔW of every adapter layer: s B A - s B₀ A₀ where the start was taken out of the base, W Rᵀ - W for OFT."""
+    """Return ΔW of every adapter layer: s B A - s B₀ A₀ where the start was taken out of the base, W Rᵀ - W for OFT."""
     learned = {}
     for name, layer in layers.items():
         if isinstance(layer, OFTLayer):
@@ -269,7 +270,7 @@ def _read(layers: Mapping[str, Any], start: Mapping[str, tuple[Tensor, Tensor]])
 
 
 def _rotation(layer: Any) -> Delta:
-    """ΔW of an OFT layer, which gives its base layer the inputs x R."""
+    """Return ΔW of an OFT layer, which gives its base layer the inputs x R."""
     weight: Tensor = layer.get_base_layer().weight.detach().float()
     turned = layer.oft_R[ADAPTER_NAME](torch.eye(weight.shape[1], device=weight.device))
     return Delta(matrix=(weight @ turned.T - weight).cpu())
@@ -277,7 +278,7 @@ def _rotation(layer: Any) -> Delta:
 
 @torch.no_grad()
 def _set_columns(layer: Any, q: Float[Tensor, "out rank"]) -> None:
-    """Put other columns where an adapter layer of ours looks up Q."""
+    """Replace the columns of Q that an adapter layer of ours uses."""
     layer.lora_B[ADAPTER_NAME].basis.q.copy_(q)
 
 
@@ -306,7 +307,7 @@ class RotatedColumns(BasisColumns):
         self.turn = nn.Parameter(turn)
 
     def up(self) -> Float[Tensor, "out inner"]:
-        """Left factor of ΔW: Q beside Q' - Q."""
+        """Return the left factor of ΔW: Q beside Q' - Q."""
         half, rank = self.turn / 2, len(self.turn)
         one = torch.eye(2 * rank, dtype=half.dtype, device=half.device)
         skew = torch.zeros_like(one)
@@ -323,7 +324,7 @@ def _rotate(layers: Mapping[str, Any], recipe: Recipe) -> None:
 
 
 def _let_move(layer: Any, kind: type[BasisColumns], count: int, start: Tensor) -> None:
-    """Put columns that train, of a subclass of BasisColumns, where the adapter's are; ΔR gets R of the first count."""
+    """Replace the adapter's columns by ones that train, of a subclass of BasisColumns; ΔR gets R of the first count."""
     columns, delta = layer.lora_B[ADAPTER_NAME], layer.lora_A[ADAPTER_NAME]
     basis = columns.basis.fill(layer.base_weight())
     device = delta.weight.device

@@ -54,7 +54,7 @@ class Context:
         return self.family.training_scheduler(self.pipe)
 
     def call(self, part: int, number: int) -> Call:
-        """Inputs drawn from what a part was trained on; another number, another draw."""
+        """Return random inputs of the denoiser, from what a part was trained on; every number gives other ones."""
         recipe, task = self.recipes[part], self._tasks[part]
         generator = torch.Generator().manual_seed((self.seed * 1_000_003 + part) * 1_000_003 + number)
         rows = torch.randint(len(task), (self.batch_size,), generator=generator)

@@ -63,7 +63,7 @@ class Delta:
 
     @property
     def whole(self) -> Float[Tensor, "out in"]:
-        """The matrix of a dense one. Raises MismatchError for a factored one, whose is made by `dense`."""
+        """The matrix of a dense ΔW. Raises MismatchError for a factored one, whose is made by `dense`."""
         if self.matrix is None:
             raise MismatchError("ΔW in factors", expected="a dense one", got="up and down", remedy="call dense()")
         return self.matrix
@@ -73,7 +73,7 @@ class Delta:
         return self.whole if self.factors is None else self.factors[0] @ self.factors[1]
 
     def scaled(self, weight: float) -> Delta:
-        """weight · ΔW, in the same form."""
+        """Return weight · ΔW, in the same form."""
         if self.factors is None:
             return Delta(matrix=self.whole * weight)
         return Delta(self.factors[0], self.factors[1] * weight)
@@ -206,7 +206,7 @@ class Overlay:
 
     @torch.no_grad()
     def lift(self) -> None:
-        """The base weights as they were."""
+        """Restore the base weights."""
         for name, parameter in base_weights(self._denoiser, list(self._copies)).items():
             parameter.copy_(self._copies[name])
         self._copies, self._shown = {}, {}
@@ -214,7 +214,7 @@ class Overlay:
 
 @contextlib.contextmanager
 def applied(denoiser: nn.Module, learned: Learned) -> Iterator[None]:
-    """The denoiser with ΔW in its weights, for the duration; afterwards as it was, bit for bit.
+    """Add ΔW to the denoiser's weights while the block runs; restore them bit for bit.
 
     Raises MismatchError if a layer is missing or of another shape.
     """

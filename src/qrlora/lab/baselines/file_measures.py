@@ -1,4 +1,4 @@
-"""What two ΔW say of each other before a picture is made: cosines, shared directions, energy, and what chance gives."""
+"""Compare two ΔW before a picture is made: cosines, shared directions, energy, and what chance gives."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ from qrlora.models.generation import OnStep
 DENSITY = 0.5
 """The share of entries that TIES keeps of each part and layer."""
 ALPHA, BETA, DEFAULT_K = 1.5, 0.5, 256
-"""Of K-LoRA, as in its paper; DEFAULT_K entries are compared where a ΔW has no rank that would say how many."""
+"""Constants of K-LoRA, as in its paper; DEFAULT_K entries are compared where a ΔW has no rank to derive it from."""
 
 
 @runtime_checkable
@@ -64,7 +64,7 @@ class Merge:
     version: int = 1
 
     def __call__(self, parts: Sequence[Learned], context: Context | None = None, **options: Any) -> Learned | Schedule:
-        """These parts merged. Raises MismatchError for a number of parts that it does not take."""
+        """Merge these parts. Raises MismatchError for a number of parts that it does not take."""
         if len(parts) != 2 and not (self.several and parts):
             expected = "one part or more" if self.several else "two parts, subject and style"
             raise MismatchError(f"{self.name} cannot merge these", expected=expected, got=len(parts))
@@ -72,7 +72,7 @@ class Merge:
 
 
 def direct_sum(parts: Sequence[Learned], context: Context | None = None) -> Learned:
-    """Σ ΔWᵢ, exact: what loading LoRAs side by side does."""
+    """Return Σ ΔWᵢ, exact, as loading LoRAs side by side computes it."""
     return _layerwise(parts, total)
 
 
@@ -92,7 +92,7 @@ def null_space(
 
 
 def ziplora(parts: Sequence[Learned], context: Context, **options: Any) -> Learned:
-    """The sum of what `zipped` makes of the parts."""
+    """Return the sum of the parts after `zipped`."""
     return direct_sum(zipped(parts, context, **options))
 
 
@@ -122,7 +122,7 @@ class KLora:
     ratios: dict[str, float]
 
     def at(self, progress: float) -> Learned:
-        """As `Schedule`."""
+        """Return the ΔW at this progress, as `Schedule` asks for it."""
         scale = ALPHA * progress + BETA
         chosen = {name: self.subject if ratio >= scale else self.style for name, ratio in self.ratios.items()}
         return self.subject | self.style | {name: part[name] for name, part in chosen.items()}
@@ -203,7 +203,7 @@ MERGES: dict[str, Merge] = {row.name: row for row in _ROWS}
 
 @contextlib.contextmanager
 def drawing(denoiser: nn.Module, merged: Learned | Schedule) -> Iterator[OnStep]:
-    """The denoiser with what was merged in its weights; afterwards as it was, bit for bit.
+    """Put the merge's result into the denoiser's weights while the block runs; restore them bit for bit.
 
     Yields what `generation.one_batch` is to call after every step (`on_step`): a schedule changes the weights there,
     and begins anew after the last step, for the next batch.

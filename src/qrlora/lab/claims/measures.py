@@ -66,13 +66,13 @@ PUBLIC: dict[str, tuple[ModelFamily, type, dict[str, Any]]] = {
 
 
 def sizes_of(denoiser: nn.Module, family: ModelFamily) -> Sizes:
-    """The weights that are adapted by default."""
+    """Return the sizes of the weights that are adapted by default."""
     named = [(name, module) for name, module in denoiser.named_modules() if isinstance(module, nn.Linear)]
     return {n: (m.out_features, m.in_features) for n, m in named if is_target(n, family.targets)}
 
 
 def public_sizes() -> dict[str, Sizes]:
-    """The same of PUBLIC, whose weights are not needed: networks on the meta device."""
+    """Return these sizes for the models in PUBLIC, built on the meta device, because only shapes are needed."""
     found = {}
     for name, (family, kind, config) in PUBLIC.items():
         with torch.device("meta"):
@@ -210,6 +210,6 @@ def _trained_parts(adapter: Adapter) -> dict[str, Float[Tensor, " entries"]]:
 
 @torch.no_grad()
 def held_out_loss(context: Context, part: int, learned: Learned, draws: int = 16) -> float:
-    """The loss on a part's picture under noise that training did not draw, the same for every ΔW asked about."""
+    """Return the loss on a part's picture under noise that training did not use, the same for every ΔW."""
     with applied(context.denoiser, learned):
         return fmean(context.loss(context.call(part, 10_000 + number)) for number in range(draws))

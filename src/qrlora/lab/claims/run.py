@@ -193,7 +193,7 @@ CLAIMS: dict[str, Callable[[Bench], Found]] = {
 
 
 def _table(rows: Found) -> str:
-    """A line for each row, its numbers by name."""
+    """Format a line for each row, its numbers by name."""
     width = max(map(len, rows))
     lines = [
         f"  {name:<{width}}  " + "  ".join(f"{k} {_number(v)}" for k, v in row.items()) for name, row in rows.items()

@@ -1,4 +1,4 @@
-"""One measurement each: train an adapter, look at it alone, in a composition, over weights, among many.
+"""Measure one cell: train an adapter; look at it alone, in a composition, over weights, among many.
 
 A cell gives a record of JSON values, and those that sample give a strip of pictures. Both lie in the bench's folder
 under the cell's digest (`identity`), so nothing is done twice, and a run can be interrupted anywhere.
@@ -61,21 +61,22 @@ class Bench:
         return cls(folder, scope, pipe, family, Judge.load())
 
     def file(self, cell: Cell, part: str) -> Path:
-        """Where a part of a cell lies: "records", "adapters" or "pictures"."""
+        """Return the path of a part of a cell: "records", "adapters" or "pictures"."""
         ending = {"records": "json", "adapters": "safetensors", "pictures": "png"}[part]
         path = self.folder / part / f"{digest_of(cell, self.scope, judged=part == 'records')}.{ending}"
         make_folder(path.parent)
         return path
 
     def task(self, role: str, name: str, seed: int) -> Task:
-        """Seed decides the picture. Each subject and style has a trigger of its own, so that many can be composed."""
+        """Return the task of a name; the seed decides its picture. Each subject and style has a trigger of its own, so
+        that many can be composed."""
         names = list(world.SUBJECTS if role == "subject" else world.STYLES)
         file = self.folder / "tasks" / f"{role}-{name.replace(' ', '-')}-{seed}.png"
         make_folder(file.parent)
         return task_of_world(role, name, file, seed, f"<{'c' if role == 'subject' else 's'}{names.index(name)}>")
 
     def recipe(self, task: Task, adapter: str, seed: int, rate: float | None = None) -> Recipe:
-        """All but the method and its learning rate is common to all methods.
+        """Return the recipe of a task, equal for all methods but for the method and its learning rate.
 
         A style trains with another seed than a subject: LoRA's adapters would begin at one random A otherwise, read
         nearly the same directions ever after, and be merged at a disadvantage.
@@ -92,14 +93,14 @@ class Bench:
         )
 
     def learned(self, cell: Cell) -> Learned:
-        """ΔW of a "train" cell: from its file, or trained now."""
+        """Return ΔW of a "train" cell, from its file or trained now."""
         file = self.file(cell, "adapters")
         if not file.exists():
             train(self, cell)
         return load_learned(file)
 
     def drawn(self, cell: Cell, draw: Callable[[], UInt8[np.ndarray, "n h w 3"]]) -> UInt8[np.ndarray, "n h w 3"]:
-        """The cell's pictures: from its strip, or drawn now and kept as one."""
+        """Return the cell's pictures, from its file or sampled now and saved side by side."""
         file = self.file(cell, "pictures")
         if not file.exists():
             write_atomically(file, png_bytes(Image.fromarray(np.concatenate(list(draw()), axis=1))))
@@ -107,7 +108,7 @@ class Bench:
         return np.stack(np.split(strip, strip.shape[1] // world.SIZE, axis=1))
 
     def draw(self, wanted: Sequence[LabelledPrompt], merged: Learned | Schedule | None) -> UInt8[np.ndarray, "n h w 3"]:
-        """The pictures asked for, with what was merged in the base weights."""
+        """Sample the pictures asked for, with the merge's result in the base weights."""
         images: list[Image.Image] = []
         jobs = [(one.prompt, one.seed) for one in wanted]
         options = (self.scope.denoising_steps, self.scope.guidance)
@@ -120,7 +121,7 @@ class Bench:
         return np.stack([np.asarray(image) for image in images])
 
     def judged(self, wanted: Sequence[LabelledPrompt], pixels: UInt8[np.ndarray, "n h w 3"]) -> Record:
-        """Shares and means over the pictures: see `MEASURES`."""
+        """Return shares and means over the pictures, as `MEASURES` lists them."""
         subjects, styles, colours = zip(*((w.subject, w.style, w.colour) for w in wanted), strict=True)
         verdict = self.judge.verdict(pixels, subjects, styles, colours)
         seen = {factor: p.numpy() for factor, (_, p) in self.judge.look(pixels).items()}
@@ -139,7 +140,7 @@ class Bench:
         return record
 
     def keep(self, cell: Cell, record: Record) -> Record:
-        """The record, written with what it is of."""
+        """Write a cell's record to its file, and return it."""
         whole = {key: value for key, value in cell.__dict__.items() if value not in ("", 0, ()) or key == "seed"}
         whole |= {"digest": digest_of(cell, self.scope), "measured": record}
         write_atomically(self.file(cell, "records"), (json.dumps(whole) + "\n").encode())
@@ -147,7 +148,7 @@ class Bench:
 
 
 def train(bench: Bench, cell: Cell) -> Record:
-    """One adapter: how many numbers it trained, the mean loss of its last tenth of steps, and the seconds it took."""
+    """Train one adapter; record the trained numbers, the mean loss of the last tenth of steps, and the seconds."""
     role = "subject" if cell.subject else "style"
     task = bench.task(role, cell.subject or cell.style, cell.seed)
     started = time.perf_counter()
@@ -159,12 +160,13 @@ def train(bench: Bench, cell: Cell) -> Record:
 
 
 def _wanted(subject: tuple[str, str], style: tuple[str, str], colour: str, seed: int) -> LabelledPrompt:
-    """(word in the prompt, name in the world) of each."""
+    """Return the prompt for a subject and a style, each given as (word in the prompt, name in the world)."""
     return LabelledPrompt(f"a photo of a {colour} {subject[0]} in {style[0]} style", subject[1], style[1], colour, seed)
 
 
 def alone_wanted(bench: Bench, task: Task, seed: int) -> list[LabelledPrompt]:
-    """A subject in the seen styles, a style on seen subjects; never what its own picture shows besides."""
+    """Return prompts for a subject in the seen styles, or a style on seen subjects, without those that its own picture
+    shows."""
     count, colours, own = bench.scope.alone, list(world.COLOURS), (task.trigger, str(task.name))
     if task.role == "subject":
         names = [name for name in world.SEEN_STYLES if name not in (TRAINING_STYLE, task.name)]
@@ -176,22 +178,22 @@ def alone_wanted(bench: Bench, task: Task, seed: int) -> list[LabelledPrompt]:
 
 
 def pair_wanted(subject: Task, style: Task, count: int, seed: int) -> list[LabelledPrompt]:
-    """Both by their triggers, in every colour in turn."""
+    """Return prompts for both by their triggers, in every colour in turn."""
     colours = list(world.COLOURS)
     parts = (subject.trigger, str(subject.name)), (style.trigger, str(style.name))
     return [_wanted(*parts, colours[i % len(colours)], 1000 * seed + i) for i in range(count)]
 
 
 def alone(bench: Bench, cell: Cell) -> Record:
-    """One adapter by itself, and what it does to prompts that do not call it."""
+    """Measure one adapter by itself, and its effect on prompts without its trigger."""
     task = bench.task("subject" if cell.subject else "style", cell.subject or cell.style, cell.seed)
     learned = bench.learned(cell.training(cell.subject, cell.style))
     return bench.keep(cell, with_drift(bench, cell, alone_wanted(bench, task, cell.seed), learned))
 
 
 def with_drift(bench: Bench, cell: Cell, wanted: Sequence[LabelledPrompt], merged: Learned | Schedule) -> Record:
-    """The judge's record of what is wanted, and the drift: root mean square difference, in levels of 255, of pictures
-    of UNRELATED from the base model's own. They are the last of the strip."""
+    """Return the judge's record of the prompts with the drift: root mean square difference, in levels of 255, of
+    pictures of UNRELATED from the base model's own. They are the last of the strip."""
     unrelated = [_wanted((s, s), (t, t), "red", 1000 * cell.seed + i) for i, (s, t) in enumerate(UNRELATED)]
     pixels = bench.drawn(cell, lambda: bench.draw([*wanted, *unrelated], merged))
     key = (weights_digest(), cell.seed, bench.scope.denoising_steps, bench.scope.guidance)
@@ -202,23 +204,23 @@ def with_drift(bench: Bench, cell: Cell, wanted: Sequence[LabelledPrompt], merge
 
 
 _UNTOUCHED: dict[Any, UInt8[np.ndarray, "n h w 3"]] = {}
-"""What the base model itself draws of UNRELATED."""
+"""The base model's own samples of UNRELATED."""
 
 
 def parts_of(bench: Bench, cell: Cell, subject: str, style: str) -> tuple[Learned, Learned]:
-    """The two adapters of a pair."""
+    """Return the two adapters of a pair."""
     return bench.learned(cell.training(subject=subject)), bench.learned(cell.training(style=style))
 
 
 def weights_of(bench: Bench, cell: Cell, subject: str, style: str) -> Sequence[float]:
-    """Of the two: the cell's own, or those chosen for its row."""
+    """Return both weights: the cell's own, or those chosen for its row."""
     return cell.weights or balance_of(cell.row, subject, style, bench.scope.balance)
 
 
 def merged_of(
     bench: Bench, cell: Cell, parts: Sequence[Learned], weights: Sequence[float], tasks: Sequence[Task]
 ) -> Learned | Schedule:
-    """What the row's merge makes of adapters at these weights."""
+    """Merge adapters at these weights, as the row does."""
     row = ROWS[cell.row]
     recipes = [bench.recipe(task, cell.adapter, cell.seed, cell.rate(task.role)) for task in tasks]
     context = Context(bench.pipe, bench.family, recipes, seed=cell.seed)
@@ -230,7 +232,8 @@ def merged_of(
 
 
 def once(bench: Bench, cell: Cell, make: Callable[[], list[Learned]], count: int) -> list[Learned]:
-    """What the row's merge makes of each part whatever the weights: from files, or made now and kept in them."""
+    """Return the parts after the step of the merge that does not depend on weights, from files or computed and saved
+    now."""
     file = bench.file(replace(cell, kind="once", weights=()), "adapters")
     files = [file.with_name(f"{file.stem}-{i}{file.suffix}") for i in range(count)]
     if not all(one.exists() for one in files):
@@ -240,7 +243,7 @@ def once(bench: Bench, cell: Cell, make: Callable[[], list[Learned]], count: int
 
 
 def joint(bench: Bench, cell: Cell, tasks: Sequence[Task]) -> Learned:
-    """One adapter trained on both at once, in twice the steps, so that each picture is seen as often as alone."""
+    """Train one adapter on both at once, in twice the steps, so that each picture is seen as often as alone."""
     file = bench.file(replace(cell, kind="once", weights=()), "adapters")
     if not file.exists():
         (rate,) = rates_of(cell, (), bench.scope)
@@ -253,7 +256,7 @@ def joint(bench: Bench, cell: Cell, tasks: Sequence[Task]) -> Learned:
 
 
 def pair(bench: Bench, cell: Cell) -> Record:
-    """A subject and a style composed: the judge's verdict, closeness to true renders, and what the files say."""
+    """Measure a composed pair: the judge's verdict, closeness to true renders, and the measures of the files."""
     tasks = [bench.task("subject", cell.subject, cell.seed), bench.task("style", cell.style, cell.seed)]
     started, record = time.perf_counter(), Record()
     weights = weights_of(bench, cell, cell.subject, cell.style)
@@ -272,7 +275,8 @@ def pair(bench: Bench, cell: Cell) -> Record:
 def closeness(
     bench: Bench, wanted: Sequence[LabelledPrompt], pixels: UInt8[np.ndarray, "n h w 3"], seed: int
 ) -> Record:
-    """How far the pictures' features are from those of as many true renders, and how varied they are beside them.
+    """Return the distance of the pictures' features from those of as many true renders, and their variety relative to
+    these.
 
     energy: 2 E|X - Y| - E|X - X'| - E|Y - Y'| over whitened features of the judge (Székely and Rizzo 2013), 0 for the
     same distribution. It stands for the Fréchet distance, which needs thousands of pictures. diversity: E|X - X'| over
@@ -299,7 +303,7 @@ def _whitened(judge: Judge, pixels: UInt8[np.ndarray, "n h w 3"]) -> Float[torch
 
 
 def grid(bench: Bench, cell: Cell) -> Record:
-    """The frontier: a pair at every two weights, two pictures each."""
+    """Measure the frontier: a pair at every two weights, two pictures each."""
     tasks = [bench.task("subject", cell.subject, cell.seed), bench.task("style", cell.style, cell.seed)]
     parts = parts_of(bench, cell, cell.subject, cell.style)
     wanted = pair_wanted(tasks[0], tasks[1], 2, cell.seed)
@@ -316,7 +320,8 @@ def grid(bench: Bench, cell: Cell) -> Record:
 
 
 def many(bench: Bench, cell: Cell) -> Record:
-    """Several subjects and as many styles in one composition; each is asked for with one of the others' kind."""
+    """Measure several subjects and as many styles in one composition; each is asked for with one of the others'
+    kind."""
     each = cell.many // 2
     tasks = [bench.task("subject", name, cell.seed) for name in bench.scope.subjects[:each]]
     styles = [bench.task("style", name, cell.seed) for name in bench.scope.styles[:each]]

@@ -1,4 +1,4 @@
-"""One measurement of the comparison as names and numbers, and the digest of everything that decides its record.
+"""Identify one measurement of the comparison by names and numbers, and by the digest of all that decides its record.
 
 The digest covers the weights of base model and judge, the plan's numbers, the learning rates, and the versions of
 method and merge: a record of another model is never taken for one of this. Adapters and pictures do not depend on the

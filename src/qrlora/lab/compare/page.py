@@ -99,7 +99,7 @@ def _data(scope: Scope, records: Sequence[Record], command: str, rows: Sequence[
 
 
 def _opening(scope: Scope, found: Mapping[str, Mapping[str, Any]], beside: Mapping[str, Mapping[str, Any]]) -> str:
-    """The aim, and whether it is met."""
+    """Return the text that states the aim, and whether it is met."""
     ours = next((row for row in (COMPOSED, DEFAULT) if row in beside), None)
     if ours is None:
         return f"Neither {COMPOSED} nor {DEFAULT} stands beside {BASELINE} in this run."
@@ -132,7 +132,7 @@ def _table(found: Mapping[str, Mapping[str, Any]], scope: Scope) -> Section:
 
 
 def _name(row: str) -> str:
-    """A row's name that may be broken before its merge."""
+    """Return a row's name, which may be broken before its merge."""
     return row.replace("+", "\u200b+")
 
 
@@ -165,7 +165,7 @@ def _agreement(data: Mapping[str, Any]) -> Section:
 
 
 def sheets(folder: Path, scope: Scope, records: Sequence[Record], rows: Sequence[str]) -> list[Plot]:
-    """The default's best, median and worst pair by `recognised`, then `named`, as every row drew it, where the pictures
+    """Return the default's best, median and worst pair by `recognised`, then `named`, with every row's pictures that
     are here."""
     if DEFAULT not in rows:
         return []

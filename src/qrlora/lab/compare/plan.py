@@ -114,11 +114,11 @@ SMALL: dict[str, Any] = {
     "grid_pairs": 0,
     "many": (),
 }
-"""What ``--small`` changes: minutes instead of a night, and too little to say anything about the methods."""
+"""The fields that ``--small`` changes: minutes instead of a night, and too little to say anything about the methods."""
 
 
 def scope_of(options: Any) -> Scope:
-    """The plan asked for on the command line. Raises DataError for a name that the lab does not have."""
+    """Return the plan that the command line asks for. Raises DataError for a name that the lab does not have."""
     fields: dict[str, Any] = dict(SMALL) if options.small else {}
     known = {"rows": tuple(ROWS), "subjects": world.RESERVED_SUBJECTS, "styles": world.RESERVED_STYLES}
     for name, names in known.items():
@@ -129,7 +129,7 @@ def scope_of(options: Any) -> Scope:
 
 
 def chosen(noun: str, wanted: Iterable[str], known: Sequence[str]) -> tuple[str, ...]:
-    """The names asked for, each once. Raises DataError for one that is not known, with the nearest that is."""
+    """Return the names asked for, each once. Raises DataError for one that is not known, with the nearest that is."""
     names = tuple(dict.fromkeys(wanted))
     for name in names:
         if name not in known:

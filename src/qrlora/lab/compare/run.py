@@ -1,4 +1,4 @@
-"""All cells of a plan: what is missing is done, over processes, and every record is kept as soon as it is there."""
+"""Run all cells of a plan: measure those that are missing in several processes, and save each record at once."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ def adapters_of(scope: Scope) -> list[str]:
 
 
 def cells_of(scope: Scope) -> Iterator[list[Cell]]:
-    """All cells in stages: those of one stage need only what earlier ones left. The first seed is done before the
-    second, so that what is there at any time is whole for some seeds."""
+    """Yield all cells in stages; a cell needs only results of earlier stages. The first seed is done before the second,
+    so that what is there at any time is whole for some seeds."""
     for seed in scope.seeds:
         training = [
             Cell("train", ROWS[row].adapter, seed, subject, style)
@@ -77,7 +77,7 @@ def read_records(file: Path) -> list[Record]:
 
 
 def known_records(folder: Path, scope: Scope, cells: Sequence[Cell], given: Sequence[Record] = ()) -> dict[str, Record]:
-    """Digest -> record, of those that these cells have already: in the folder, or given."""
+    """Return digest -> record, of those of these cells that are in the folder or given."""
     found = {record["digest"]: record for record in given}
     known = {}
     for digest in (digest_of(cell, scope) for cell in cells):
@@ -90,7 +90,7 @@ def known_records(folder: Path, scope: Scope, cells: Sequence[Cell], given: Sequ
 
 
 def run(folder: Path, scope: Scope, workers: int, say: Say, given: Sequence[Record] = ()) -> list[Record]:
-    """Every record of the plan, those that are missing measured now; in the order of the cells.
+    """Return every record of the plan in the order of the cells, and measure those that are missing.
 
     workers: processes, each on as many threads as the processor has cores for it. given: records of an earlier run that
     are taken as they are. Ctrl-C ends it after what is being done; the same call goes on from there.
@@ -105,13 +105,13 @@ def run(folder: Path, scope: Scope, workers: int, say: Say, given: Sequence[Reco
 
 
 def missing(folder: Path, scope: Scope, cells: Sequence[Cell], given: Sequence[Record] = ()) -> list[Cell]:
-    """The cells without a record."""
+    """Return the cells without a record."""
     known = known_records(folder, scope, cells, given)
     return [cell for cell in cells if digest_of(cell, scope) not in known]
 
 
 def run_stages(folder: Path, scope: Scope, stages: Sequence[Sequence[Cell]], workers: int, say: Say) -> None:
-    """Do these cells, stage by stage."""
+    """Measure these cells, stage by stage."""
     total, done, started = sum(map(len, stages)), 0, time.perf_counter()
     if total == 0:
         return
@@ -135,7 +135,7 @@ _BENCH: list[Bench] = []
 
 
 def _begin(folder: Path, scope: Scope, threads: int) -> None:
-    """A worker's own base model and judge. Signals are the parent's to take; without it there is nothing to do."""
+    """Load a worker's own base model and judge. Signals are the parent's to take; without it there is nothing to do."""
     for name in ("SIGINT", "SIGTERM", "SIGHUP"):
         if hasattr(signal, name):  # Windows has no SIGHUP
             signal.signal(getattr(signal, name), signal.SIG_IGN)
@@ -145,7 +145,7 @@ def _begin(folder: Path, scope: Scope, threads: int) -> None:
 
 
 def _end_with(parent: int) -> None:
-    """End this process when its parent has (killed, say, which it cannot tell its workers)."""
+    """End this process when its parent is gone, which a killed parent cannot tell its workers."""
     while os.getppid() == parent:
         time.sleep(1)
     os._exit(1)

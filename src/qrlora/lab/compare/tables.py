@@ -159,7 +159,7 @@ def plain(scene: world.Scene) -> Float[np.ndarray, "h w 3"]:
 
 
 def stretched(scene: world.Scene) -> Float[np.ndarray, "h w 3"]:
-    """The box around a scene's subject, at the size of the whole picture."""
+    """Return the box around a scene's subject, at the size of the whole picture."""
     pixels, mask = world.render(scene)
     down, across = (np.flatnonzero((mask > 0.5).any(axis=axis)) for axis in (1, 0))
     box = (int(across[0]), int(down[0]), int(across[-1]) + 1, int(down[-1]) + 1)
@@ -167,13 +167,14 @@ def stretched(scene: world.Scene) -> Float[np.ndarray, "h w 3"]:
 
 
 def trained(records: Iterable[Record], adapter: str) -> float | None:
-    """Numbers that a method trains for one adapter."""
+    """Return how many numbers a method trains for one adapter."""
     counted = [r["measured"]["trained"] for r in records if r["kind"] == "train" and r["adapter"] == adapter]
     return fmean(counted) if counted else None
 
 
 def against(records: Sequence[Record], row: str, baseline: str) -> dict[str, Estimate | None]:
-    """The row beside the baseline on the pairs that both have: differences (row less baseline) and ratios of means."""
+    """Compare the row with the baseline on the pairs that both have: differences (row less baseline) and ratios of
+    means."""
     found: dict[str, Estimate | None] = {}
     own, other = (_measures(records, who, ("both", "recognised", "named")) for who in (row, baseline))
     for name in own:
@@ -195,8 +196,8 @@ ROUNDED = 7
 
 
 def foretold(records: Sequence[Record], rows: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Measure of the files -> {"all": rank correlation with crosstalk over the pairs of all rows, row: the same within
-    it, "points": [[row, value, crosstalk], ...]}. Rows with fewer than 4 pairs have none."""
+    """Return measure of the files -> {"all": rank correlation with crosstalk over the pairs of all rows, row: the same
+    within it, "points": [[row, value, crosstalk], ...]}. Rows with fewer than 4 pairs have none."""
     files: dict[str, dict[str, Pairs]] = {}
     for row in rows:
         for record in records:
@@ -226,7 +227,8 @@ def by_seed(records: Iterable[Record], row: str, measure: str) -> dict[int, floa
 
 
 def agreement(records: Sequence[Record], rows: Sequence[str], measure: str) -> dict[str, float | None]:
-    """Two seeds, "0 and 1" -> rank correlation over rows of what they say: 1 if they put all rows in the same order."""
+    """Return "0 and 1" (two seeds) -> rank correlation of their measures over rows: 1 if both put all rows in the same
+    order."""
     each = {row: by_seed(records, row, measure) for row in rows}
     seeds = sorted({seed for found in each.values() for seed in found})
     return {

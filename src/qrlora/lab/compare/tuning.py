@@ -41,24 +41,25 @@ SLOWER = {"lora": 0.3, "pissa": 0.3, "qrlora_trained": 0.3, "oft": 0.3, "q_cayle
 SUMMED = ((1.0, 1.0), (1.0, 0.7), (1.4, 0.7), (1.4, 1.0), (1.4, 1.4))
 """Weights of subject and style in the sums that rates are chosen by."""
 WEIGHTS = (*SUMMED, (2.0, 1.0), (2.0, 1.4), (2.0, 2.0))
-"""Of subject and style in a composition."""
+"""Weights of subject and style to try in a composition."""
 EQUAL = tuple(weights for weights in WEIGHTS if weights[0] == weights[1])
-"""Of what was trained together."""
+"""Weights to try for adapters that were trained together."""
 TASKS = {"subject": {"even": "rocket", "odd": "robot"}, "style": {"even": "gold", "odd": "candy"}}
 """Role -> half of the reserved parts -> what is trained to choose for it: nothing of that half."""
 HALVES = ("even", "odd")
 PICTURES = 4
-"""Of every pair, to choose weights by."""
+"""Pictures of every pair, to choose weights by."""
 FILE = "rates.json"
 """In a folder: what was chosen, as the package has its own."""
 TRIED = "tried.json"
 """Beside it: what it was chosen from."""
 SCORED = ("recognised", "named", "both")
-"""What tuning goes by: the same question at three strictnesses, so that it is answered by weak and by good pictures."""
+"""Scores that tuning maximises: the same question at three strictnesses, so that weak and good pictures
+answer it."""
 Weighed = dict[str, dict[str, list[list[float]]]]
 """Row -> pair, as `key_of` has it -> for each of the row's weights the values of SCORED."""
 KEPT = (*SCORED, "p_subject", "p_style", "among_subject", "among_style")
-"""What TRIED keeps of each measurement; the records in the folder have all."""
+"""Scores that TRIED keeps of each measurement; the records in the folder have all."""
 
 
 def cells_alone(scope: Scope) -> list[Cell]:
@@ -107,18 +108,17 @@ def cells_weighed(rows: Iterable[str]) -> list[Cell]:
 
 
 def weights_of(row: str) -> tuple[tuple[float, float], ...]:
-    """The weights tried for a row."""
+    """Return the weights to try for a row."""
     return EQUAL if ROWS[row].joint else WEIGHTS
 
 
 def ladder(adapter: str, role: str) -> list[float]:
-    """The rates tried."""
+    """Return the rates to try."""
     return [float(f"{rate * SLOWER.get(adapter, 1):.2g}") for rate in LADDER[role]]
 
 
 def tuned(folder: Path, scope: Scope, workers: int, say: Say) -> Scope:
-    """The plan with rates and weights for all its rows: the folder's before the package's, and those that neither has
-    chosen now."""
+    """Return the plan with rates and weights for all its rows: the folder's, else the package's, else chosen now."""
     kept = _kept(folder)
     known = replace(scope, rates=scope.rates | kept["chosen"], balance=scope.balance | kept["balance"])
     rows = tuple(row for row in scope.rows if not _is_known(row, known))
@@ -134,8 +134,8 @@ def _is_known(row: str, scope: Scope) -> bool:
 
 
 def tune(folder: Path, scope: Scope, workers: int, say: Say) -> tuple[Rates, Balance]:
-    """Choose, and keep in the folder's FILE what was chosen for the rows and their methods, and in TRIED from what,
-    beside what was there.
+    """Choose rates and weights for the rows and their methods; add them to the folder's FILE, and the tried ones to
+    TRIED.
 
     What is there of another base model or judge is dropped, and of a method or merge that has changed since; and the
     weights of rows whose rates are others now.
@@ -192,7 +192,8 @@ def _brief(record: Record) -> Record:
 
 
 def _measured(folder: Path, scope: Scope, stages: Sequence[list[Cell]], workers: int, say: Say) -> list[Record]:
-    """Every record of these cells. An adapter that two of them need is trained in the stage before."""
+    """Return every record of these cells, and measure those that are missing. An adapter that two of them need is
+    trained in the stage before."""
     cells = [cell for stage in stages for cell in stage]
     run_stages(folder, scope, [missing(folder, scope, stage) for stage in stages], workers, say)
     known = known_records(folder, scope, cells)
@@ -211,7 +212,7 @@ def _is_sum(row: str) -> bool:
 
 
 def _kept(folder: Path) -> dict[str, Any]:
-    """The choices of earlier runs in this folder that still hold: same model and judge, same versions."""
+    """Return the choices of earlier runs in this folder that still hold: same model and judge, same versions."""
     nothing: dict[str, Any] = {"chosen": {}, "balance": {}, "weighed": {}, "tried": []}
     old = dict(nothing)
     for file in (folder / FILE, folder / TRIED):
@@ -236,8 +237,7 @@ def _kept(folder: Path) -> dict[str, Any]:
 
 
 def choose(tried: Sequence[Record]) -> Rates:
-    """The rates best on each half's tasks, alone and composed, or on two halves' tasks trained together; the lower
-    of equal ones."""
+    """Return the best rates on each half's tasks, alone and composed, or trained together; the lower of equal ones."""
     of_two = [record for record in tried if "row" in record]
     alone = {
         (r["adapter"], r.get("subject") or r["style"], *r["rates"]): _mean(r["measured"])
@@ -299,7 +299,7 @@ def balance(weighed: Weighed) -> Balance:
 
 
 def _best(weights: Sequence[tuple[float, float]], scored: Sequence[list[list[float]]]) -> tuple[float, float]:
-    """The best of these weights, given the scores of several pairs at each of them; the first of equal ones."""
+    """Return the best of these weights, by the scores of several pairs at each of them; the first of equal ones."""
     means = [fmean(map(fmean, at)) for at in zip(*scored, strict=True)]
     return weights[means.index(max(means))]
 

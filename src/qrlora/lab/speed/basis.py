@@ -60,7 +60,7 @@ def main(arguments: SimpleNamespace) -> None:
 
 
 def warm_up() -> None:
-    """The first call starts threads, which is nobody's time."""
+    """Compute once before timing, because the first call starts threads."""
     small = torch.randn(256, 256, generator=torch.Generator().manual_seed(1))
     for way in WAYS.values():
         way(small, 16)
@@ -212,7 +212,7 @@ VARIANTS = {
     "other kernels of the BLAS": ({"OMP_NUM_THREADS": "1", "MKL_CBWR": "COMPATIBLE"}, "cpu"),
     "a GPU": ({}, "cuda"),
 }
-"""What to set for a process that computes the same in another order, and where it computes."""
+"""Environment and device of processes that compute the same in another order."""
 OTHERWISE = """
 import sys
 import torch

@@ -39,7 +39,7 @@ SPREAD = 0.05
 
 @dataclass(frozen=True)
 class Site:
-    """What a catalog runs on.
+    """The hardware and the settings of a simulated catalog.
 
     Attributes:
         picture, training: seconds of a card for a picture and for an adapter.
@@ -63,7 +63,7 @@ class Site:
 
 @dataclass
 class Busy:
-    """Seconds that each part worked."""
+    """Seconds of work of each part."""
 
     cards: float = 0.0
     driver: float = 0.0
@@ -85,7 +85,7 @@ class Forecast:
 
 
 def simulate(site: Site, batches: int, of_product: int, seed: int = 0) -> Forecast:
-    """The time of so many batches. of_product: batches that share a product's adapter, which is read once for them."""
+    """Simulate so many batches, and return the time."""
     simpy = _simpy()
     world: Any = simpy.Environment()
     driver, storage = simpy.Resource(world), simpy.Resource(world)
@@ -149,7 +149,7 @@ def _simpy() -> Any:
 
 
 def driver_times(batch: int, rounds: int) -> dict[str, float]:
-    """Seconds of the driver for a batch (one commit) and for a picture (its key, its rows, its file's size)."""
+    """Return the driver's seconds for a batch (one commit) and for a picture (its key, its rows, its file's size)."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         adapter = folder / "adapter"
@@ -207,7 +207,7 @@ def registry_rates(options: SimpleNamespace) -> dict[str, float]:
 
 
 def against(folder: Path, times: Mapping[str, float]) -> dict[str, Any]:
-    """A catalog that ran in one go, from its first commit to its last, beside the model's time for it."""
+    """Compare a catalog that ran in one go, from first to last commit, with the model's time for it."""
     database = sqlite3.connect(f"{(folder / FILE).resolve().as_uri()}?mode=ro", uri=True)
     rows = database.execute("SELECT at, worker, seconds FROM picture WHERE error = '' ORDER BY at").fetchall()
     scoring = database.execute("SELECT seconds / count FROM spent WHERE what = 'scoring'").fetchone()[0]

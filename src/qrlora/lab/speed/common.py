@@ -24,7 +24,7 @@ from qrlora._files import write_atomically
 TEXT_TOKENS, TEXT_WIDTH, POOLED_WIDTH, LATENT_CHANNELS, HEAD = 64, 1024, 768, 16, 128
 WARM_UP, FEWEST_ROUNDS = 2, 5
 LOAD = psutil.getloadavg()[0]
-"""How many threads other work kept busy in the minute before."""
+"""Threads that other work kept busy in the minute before."""
 
 Times = dict[str, list[tuple[float, float]]]
 """(wall, processor) seconds of every turn of every arm, round by round."""
@@ -92,7 +92,7 @@ def conditions(n: int, device: str, dtype: torch.dtype) -> dict[str, Tensor]:
 
 
 def take_turns(arms: Mapping[str, Callable[[], object]], rounds: int, seconds: float, device: str) -> Times:
-    """Run every arm once a round, in turning order, for so many rounds or seconds; a few rounds are always taken."""
+    """Run every arm once a round, the first one another each round, for so many rounds or seconds; at least a few."""
     times: Times = {name: [] for name in arms}
     order, started = list(arms), time.perf_counter()
     for number in range(WARM_UP + rounds):

@@ -1,4 +1,4 @@
-"""The cost of checking a file's digest: what hashing adds to reading it, as a share of the time that loading takes.
+"""Measure the cost of checking a file's digest, as a share of the time that loading takes.
 
     qrlora lab speed integrity
 
@@ -31,7 +31,7 @@ PICO = 6 * [*8 * [(160, 160)], *2 * [(640, 160)], *2 * [(160, 640)]]
 
 
 def made(shapes: list[tuple[int, int]], rank: int, dtype: torch.dtype) -> Adapter:
-    """An adapter of random ΔR on a basis that need not be there."""
+    """Return an adapter of random ΔR on a basis that need not exist."""
     columns = tuple(range(rank))
     metadata = AdapterMetadata("qrlora", rank, float(rank), rank, columns, triangular=True, algorithm="fast")
     named = {f"blocks.{i}": shape for i, shape in enumerate(shapes)}
@@ -42,13 +42,13 @@ def made(shapes: list[tuple[int, int]], rank: int, dtype: torch.dtype) -> Adapte
 
 
 class Nothing:
-    """In place of a hash."""
+    """A hash that computes nothing."""
 
     def update(self, data: memoryview) -> None:
-        """Pass over them."""
+        """Ignore the data."""
 
     def hexdigest(self) -> str:
-        """No digest."""
+        """Return an empty digest."""
         return ""
 
 

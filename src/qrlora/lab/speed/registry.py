@@ -26,7 +26,7 @@ BINARIES = "postgresql/*/bin"
 
 
 def work(place: str, store: str, writer: int, count: int) -> list[str]:
-    """Write so many operations as one writer; return the digests of the objects that it added."""
+    """Write so many operations as one writer; return the digests of the added objects."""
     registry = Registry.open(place, actor=f"writer-{writer}", store=store)
     added: list[str] = []
     for number in range(count):
@@ -42,7 +42,7 @@ def work(place: str, store: str, writer: int, count: int) -> list[str]:
 
 
 def together(place: str, store: str, writers: int, operations: int) -> tuple[list[str], float]:
-    """Let processes write at once; return all digests, and operations a second from the first start to the last end."""
+    """Run several writers at once; return all digests, and operations a second from the first start to the last end."""
     Registry.open(place, store=store).close()  # the tables
     share = [operations // writers + (i < operations % writers) for i in range(writers)]
     with multiprocessing.get_context("spawn").Pool(writers) as pool:
@@ -59,7 +59,7 @@ def _ready(_: int) -> None:
 
 @contextlib.contextmanager
 def postgresql() -> Iterator[str]:
-    """A PostgreSQL server of its own, and its URL, until the block ends.
+    """Start a PostgreSQL server for the block, and yield its URL.
 
     Raises:
         QrloraError: its programs are not installed.

@@ -131,7 +131,7 @@ def make_jobs(count: int) -> list[Job]:
 
 
 def baseline_of(loras: Path, steps: int) -> Callable[[Job], np.ndarray]:
-    """One picture by diffusers alone: switch to its composition, call the pipeline."""
+    """Make one picture by diffusers alone: switch to its composition, call the pipeline."""
     pipe, family = load_pipeline("pico")
     for name in ROLES:
         pipe.load_lora_weights(loras, weight_name=f"{name}.safetensors", adapter_name=name)
@@ -173,7 +173,7 @@ def ray_nodes(count: int) -> Iterator[str | None]:
 
 @contextlib.contextmanager
 def served(files: Path, options: SimpleNamespace, address: str | None) -> Iterator[tuple[str, psutil.Process]]:
-    """`qrlora serve` in processes of its own: its url, and the process at the root of all that it started."""
+    """Start `qrlora serve` in processes of its own; yield its URL and its root process."""
     with socket.socket() as trial:
         trial.bind(("127.0.0.1", 0))
         port = trial.getsockname()[1]

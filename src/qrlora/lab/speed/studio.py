@@ -1,4 +1,4 @@
-"""How soon the studio's pictures follow a slider, in Chromium: ``qrlora lab speed studio``.
+"""Measure the time from a slider to its picture in the studio, in Chromium: ``qrlora lab speed studio``.
 
 `qrlora studio` in a process of its own, with a fresh registry and the adapters that come with it. Measured are the time
 from the command to the first page, the time until the base model makes pictures, and for every move of a slider the
@@ -64,7 +64,7 @@ def main(options: SimpleNamespace) -> None:
 
 
 def measure(chromium: Any, started: float, moves: int) -> dict[str, Any]:
-    """Seconds of everything. started: when the command was given."""
+    """Return the seconds of every measurement."""
     page = chromium.new_page(viewport={"width": 1440, "height": 900})
     page.set_default_timeout(PATIENCE)
     page.goto(f"http://127.0.0.1:{PORT}/mix")

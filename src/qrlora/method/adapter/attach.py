@@ -210,7 +210,7 @@ def _one_scaling(layers: Mapping[str, Any], adapter_name: str, config: LoraConfi
 def _tensors(
     model: nn.Module, layers: Mapping[str, Any], adapter_name: str, config: LoraConfig
 ) -> tuple[dict[str, Tensor], dict[str, Tensor] | None, dict[str, Any]]:
-    """ΔR or downs, ups if they are the adapter's own, and the metadata fields that say how to read them."""
+    """Return ΔR or the downs, the ups if the adapter has its own, and the metadata fields that describe them."""
     downs = {name: layer.lora_A[adapter_name] for name, layer in layers.items()}
     ups = {name: layer.lora_B[adapter_name] for name, layer in layers.items()}
     if not isinstance(config, QRLoraConfig):
@@ -236,8 +236,8 @@ def _tensors(
 
 
 def _halves(rows: Float[Tensor, "held width"], rank: int) -> Float[Tensor, "all width"]:
-    """Both halves of a trained basis' factor filled up with zeros to `rank` rows each, which changes no product: a LoRA
-    has one rank in all layers."""
+    """Pad both halves of a trained basis' factor with zeros to `rank` rows each, because a LoRA has one rank in all
+    layers; no product changes."""
     return torch.cat([nn.functional.pad(half, (0, 0, 0, rank - len(half))) for half in rows.chunk(2)])
 
 
@@ -290,7 +290,7 @@ def basis_of(denoiser: nn.Module, adapter: Adapter) -> Basis | None:
 
 
 def _base_of(meta: AdapterMetadata | None) -> str:
-    """The base model of an adapter, in words."""
+    """Describe the base model of an adapter."""
     known = f", {meta.base_model or 'not recorded'} ({meta.family or 'family unknown'})" if meta else ""
     return f"its base model{known}"
 

@@ -129,7 +129,7 @@ def load_adapter(path: str | Path) -> Adapter:
 
 
 def _folded(adapter: Adapter) -> Adapter:
-    """The same adapter with its scaling inside ΔR: alpha = rank."""
+    """Return the same adapter with its scaling inside ΔR: alpha = rank."""
     deltas = {name: (adapter.scaling * delta.float()).to(delta.dtype) for name, delta in adapter.deltas.items()}
     metadata = dataclasses.replace(adapter.metadata, alpha=float(adapter.metadata.rank))
     return dataclasses.replace(adapter, metadata=metadata, deltas=deltas)
@@ -146,7 +146,7 @@ def compact_tensors(adapter: Adapter) -> dict[str, Tensor]:
 
 
 def _pair_keys(layer: str, denoiser: str, names: Mapping[str, str] | None) -> tuple[str, str]:
-    """The keys of a layer's down and up."""
+    """Return the keys of a layer's down and up."""
     if names is None:
         return f"{denoiser}.{layer}.lora_A.weight", f"{denoiser}.{layer}.lora_B.weight"
     return f"{names[layer]}.lora_down.weight", f"{names[layer]}.lora_up.weight"
@@ -303,7 +303,8 @@ def _plan_foreign(raw: Mapping[str, str], header: Mapping[str, Any]) -> _Plan:
 
 
 def _foreign_alpha(raw: Mapping[str, str], denoiser: str, rank: int) -> float:
-    """alpha of a plain LoRA: its rank, unless diffusers wrote the LoraConfig beside it, which its loader then obeys."""
+    """Return alpha of a plain LoRA: its rank, unless diffusers wrote the LoraConfig beside it, which its loader then
+    obeys."""
     config = parse_json(raw.get("lora_adapter_metadata", "{}"), "lora_adapter_metadata")
     require(isinstance(config, dict), "lora_adapter_metadata is malformed", expected="a JSON object", got=config)
     fields = {key.removeprefix(f"{denoiser}."): value for key, value in config.items()}

@@ -119,7 +119,7 @@ def _check_recipe(meta: AdapterMetadata, spelling: str) -> None:
 
 
 def _resolved(columns: str | list[Any], rank: Any, basis_rank: int) -> list[Any] | str:
-    """The numbers of a recipe's columns; the words themselves where they fit no such basis."""
+    """Return the column numbers of a recipe's columns, or its text where that fits no such basis."""
     try:
         return list(resolve_columns(columns, rank, basis_rank))
     except (TunerError, TypeError):

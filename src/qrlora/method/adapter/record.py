@@ -225,8 +225,8 @@ class Adapter:
 
     @functools.cached_property
     def strength(self) -> float:
-        """A bound of the numbers that the adapter makes at weight 1: of the length of every row of s · ΔR, times that
-        of every row of an up of its own. What null-space projection leaves of a row is never longer than the row."""
+        """Bound the numbers that the adapter makes at weight 1: the length of the longest row of s · ΔR, times that of
+        its own ups. What null-space projection leaves of a row is never longer than the row."""
         lengths = {layer: _longest_row(delta) for layer, delta in self.deltas.items()}
         if self.ups is not None:
             lengths = {layer: length * _longest_row(self.ups[layer]) for layer, length in lengths.items()}
@@ -244,7 +244,7 @@ class Adapter:
             )
 
     def parameters(self) -> ParameterCount:
-        """Count what was trained: r·in per layer, less the zeros of the triangle; with r·out where Q trains too.
+        """Count the trained numbers: r·in per layer, less the zeros of the triangle; with r·out where Q trains too.
 
         LoRA of the same rank trains r·(out + in), in small layers too. A composition trains nothing: there `trained`
         counts what is kept.
@@ -279,12 +279,13 @@ class Adapter:
 
     @property
     def basis_version(self) -> int | None:
-        """Version of the algorithm that made its basis; None if its fingerprint is of none that is known."""
+        """Return the version of the algorithm that made its basis; None if its fingerprint is of no known one."""
         meta = self.metadata
         return version_of(meta.basis_fingerprint, self.digests, meta.basis_rank, meta.algorithm, meta.basis_seed)
 
     def check_version(self) -> None:
-        """Raise MismatchError if its basis is one that this package does not make from the same weights: another Q."""
+        """Raise MismatchError if its basis was made by an algorithm that this package does not have: it would make
+        another Q."""
         meta, found = self.metadata, self.basis_version
         ours = VERSIONS.get(meta.algorithm)
         if found is None or found != ours:
@@ -334,7 +335,7 @@ class Adapter:
 
 
 def _longest_row(matrix: Float[Tensor, "rows width"]) -> float:
-    """A bound of its rows' lengths, from its largest entry; NaN if there is one."""
+    """Return an upper bound of the rows' lengths, from the largest entry; NaN if there is one."""
     low, high = (float(value) for value in matrix.detach().aminmax())
     return max(-low, high) * math.sqrt(matrix.shape[1])
 

@@ -1,4 +1,4 @@
-"""Adapters put together, and compared.
+"""Compose and compare adapters.
 
 sum.py          Composition: Σ λᵢ ΔRᵢ on one basis, exact
 null_space.py   project_out: adapters less a share of what lies in the row spaces of the others

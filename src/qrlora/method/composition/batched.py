@@ -203,7 +203,7 @@ class Live:
         self._write()
 
     def check(self, row: Mapping[str, float]) -> None:
-        """Check that a composition can be computed; nothing changes.
+        """Raise MismatchError unless a composition can be computed; the current ones stay as they are.
 
         Raises:
             MismatchError: an adapter that is not there, a weight that is no finite number, or a sum beyond the numbers
@@ -246,7 +246,7 @@ class Live:
         self._take({**self._adapters, name: adapter})
 
     def remove(self, name: str) -> None:
-        """Remove an adapter that no current composition uses; these stay as they are.
+        """Remove an adapter, also from the current compositions; the others' weights stay.
 
         Raises:
             MismatchError: no such adapter.
@@ -272,7 +272,7 @@ class Live:
         self._projected.clear()
 
     def _take(self, adapters: dict[str, Adapter]) -> None:
-        """Compute with these adapters; where they are refused, go on with those there are."""
+        """Replace the adapters by these; if they are refused, restore those before."""
         blank = Composition([(adapter, 1.0) for adapter in adapters.values()]).blank()
         before = self._attached
         if before is None or not _within(blank, before[1]):

@@ -97,7 +97,8 @@ def row_space(rows: Float[Tensor, "rank in"]) -> Float[Tensor, "dims in"]:
 def project_rows(
     rows: Sequence[Float[Tensor, "_ in"]], spaces: Sequence[Float[Tensor, "_ in"]], strength: float
 ) -> list[Float[Tensor, "_ in"]]:
-    """The rows of every part in one layer, less `strength` of what lies in the row spaces of the other parts; float32.
+    """Return the rows of every part in one layer, less `strength` of what lies in the row spaces of the others;
+    float32.
 
     Args:
         rows: down factor of each part, any float dtype.

@@ -1,4 +1,4 @@
-"""Shared by all ways to compose adapters: names, checks, factors of one layer, collected metadata."""
+"""Name, check and collect the adapters of a composition: helpers of all ways to compose."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from qrlora.method.basis import TURNED, Basis, turned
 
 
 def called(adapter: Adapter) -> str:
-    """Name of an adapter for messages and tables: its own, else its trigger or role."""
+    """Return an adapter's name for messages and tables: its own, else its trigger or role."""
     return adapter.name or adapter.metadata.trigger or adapter.metadata.role or "unnamed"
 
 

@@ -55,7 +55,7 @@ def principal(rows: Sequence[Mapping[str, Tensor]], keep: int | None = None) -> 
 
 
 def _centred(rows: Sequence[Mapping[str, Tensor]]) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """Name, mean, and every row less the mean, in float64 on the CPU."""
+    """Yield name, mean, and every row less the mean, in float64 on the CPU."""
     for name in rows[0]:
         stacked = torch.stack([row[name].detach().cpu().double() for row in rows])
         mean = stacked.mean(0)

@@ -151,7 +151,8 @@ class Space:
         )
 
     def _nearest(self, z: Float[Tensor, " k"]) -> dict[str, float]:
-        """Members by cosine to a point, both less the mean; a coordinate counts by its component's length."""
+        """Return the members by cosine to a point, both less the mean; a coordinate counts by its component's
+        length."""
         lengths = torch.tensor(self.variances[: self.count], dtype=torch.float64).sqrt()
         cosines = torch.cosine_similarity(self.coordinates * lengths, (z * lengths)[None], eps=1e-30)
         order = cosines.argsort(descending=True).tolist()
@@ -193,7 +194,7 @@ def _called(adapter: Adapter) -> str:
 
 
 def _blank(adapters: Sequence[Adapter]) -> Adapter:
-    """The first adapter with what all of them have in common as its metadata."""
+    """Return the first adapter, with only the metadata that all of them share."""
     metas: list[Any] = [adapter.metadata for adapter in adapters]
     triggers, licences = ({getattr(meta, name) for meta in metas} for name in ("trigger", "licence"))
     metadata = dataclasses.replace(

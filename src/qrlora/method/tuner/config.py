@@ -116,7 +116,7 @@ class QRLoraConfig(LoraConfig):
 
 
 def _defaults(names: Sequence[str]) -> dict[str, object]:
-    """Defaults of these fields of LoraConfig."""
+    """Return LoraConfig's defaults of these fields."""
     plain = LoraConfig()
     return {name: getattr(plain, name) for name in names}
 
@@ -159,7 +159,7 @@ def resolve_columns(columns: str | Sequence[int], r: int, basis_rank: int | None
 
 
 def _residue(columns: str) -> tuple[int, int]:
-    """(i, n) of ``i/n`` or of a named set."""
+    """Return (i, n) of ``i/n`` or of a named set."""
     start, slash, step = NAMED_COLUMNS.get(columns, columns).partition("/")
     numbers = re.fullmatch(r"[0-9]{1,9}/[0-9]{1,9}", f"{start}{slash}{step}")
     if numbers and int(start) < int(step):

@@ -47,7 +47,7 @@ class SharedBasis(nn.Module):
 
 
 class BasisColumns(nn.Module):
-    """An adapter's columns of the shared Q, in ``lora_B``: nothing to train and nothing to save."""
+    """An adapter's columns of the shared Q, stored as ``lora_B``; none is trained or saved."""
 
     def __init__(self, basis: SharedBasis, columns: tuple[int, ...], kernel_dims: int):
         super().__init__()

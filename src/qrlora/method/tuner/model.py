@@ -1,4 +1,4 @@
-"""The PEFT tuner: where adapter layers go, and what may be combined."""
+"""Define the PEFT tuner: which layers get adapter layers, and which adapters may be combined."""
 
 from __future__ import annotations
 

@@ -99,7 +99,8 @@ def _by_original(pairs: Pairs, rows: tuple[Original, ...], shapes: Shapes) -> Pa
 
 
 def _stacked(parts: list[tuple[Tensor, Tensor] | None], heights: list[int]) -> tuple[Tensor, Tensor]:
-    """One pair for layers that lie below each other in one: all downs, and in the up each part over its own rows."""
+    """Stack the pairs of layers that are rows of one layer: all downs, and an up in which each part has its own
+    rows."""
     there = [part for part in parts if part is not None]
     down = torch.cat([part[0] for part in there])
     up = down.new_zeros(sum(heights), len(down))

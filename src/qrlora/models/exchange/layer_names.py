@@ -90,7 +90,8 @@ class LayerNames:
 
 
 def _fits_sdxl(layer: str, height: int, width: int) -> bool:
-    """True unless a layer found by counting full-size SDXL's blocks is one that SDXL has not, or of another width."""
+    """Return False if a layer, found by counting full-size SDXL's blocks, is one that SDXL lacks, or has in another
+    width."""
     match = _SDXL_PLACE.fullmatch(layer)
     if not match:
         return True

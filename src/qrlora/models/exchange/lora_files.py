@@ -245,7 +245,7 @@ def _scaling(layer: str, rank: int, own: Tensor | None, config: Mapping[str, Any
 def _filled_up(
     down: Float[Tensor, "own_rank in"], up: Float[Tensor, "out own_rank"], scaling: float, rank: int
 ) -> tuple[Float[Tensor, "rank in"], Float[Tensor, "out rank"]]:
-    """The same ΔW as a pair of `rank` at scaling 1; in float32 as soon as a value has to change."""
+    """Return the same ΔW as a pair of `rank` at scaling 1; in float32 as soon as a value has to change."""
     if scaling != 1.0 or down.dtype != up.dtype:
         down, up = scaling * down.float(), up.float()
     more = rank - down.shape[0]

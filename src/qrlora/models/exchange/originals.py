@@ -1,4 +1,4 @@
-"""The transformers' layers by the names of the code that each was published with, which ComfyUI and most trainers keep.
+"""Name the transformers' layers as the code does that each was published with, which ComfyUI and most trainers keep.
 
 One row per layer of the original: its name, and the diffusers layers that it holds, one below the other in its rows;
 `#` stands for the number of the block. Rows were checked against diffusers' own conversion of checkpoints

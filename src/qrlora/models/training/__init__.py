@@ -1,4 +1,4 @@
-"""Training: the steps of one run.
+"""Train one adapter from a recipe.
 
 recipe.py       Recipe: the validated description of a run
 sources.py      find pictures, captions and masks in files and folders

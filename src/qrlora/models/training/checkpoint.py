@@ -97,7 +97,7 @@ def _restore(
     parameters: dict[str, nn.Parameter],
     optimizer: torch.optim.Optimizer,
 ) -> None:
-    """Put parameters and the optimiser's state in place; any exception is the file's fault."""
+    """Put parameters and the optimiser's state in place; any exception means that the file is damaged."""
     for name, parameter in parameters.items():
         parameter.data.copy_(tensors[f"parameter.{name}"])
     state: dict[int, Any] = {}

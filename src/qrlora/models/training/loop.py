@@ -1,4 +1,4 @@
-"""The training loop: one for every method and family, and for one process or several.
+"""Run the training loop: one for every method and family, and for one process or several.
 
 Several processes are accelerate's (`accelerate launch`, torchrun). Each has the base model, or with `fsdp` a part of
 it, and all have the same ΔR, whose gradients are summed once a step: the recipe says what a step is, however many they
@@ -69,7 +69,8 @@ class TrainingInterrupted(KeyboardInterrupt):
 
 @dataclass
 class Run:
-    """All that a step reads or changes. `loss_scale` is a power of two, 1 unless the base is in float16."""
+    """The state that a training step reads or changes. `loss_scale` is a power of two, 1 unless the base is in
+    float16."""
 
     accelerator: Accelerator
     recipe: Recipe
@@ -239,7 +240,7 @@ def _stopped(run: Run, error: OSError) -> OutputError:
 
 
 def _step(run: Run) -> tuple[float, float]:
-    """One optimiser step; returns its mean loss and gradient norm, unclipped. It changes nothing if it raises."""
+    """Take one optimiser step; return its mean loss and gradient norm, unclipped. It changes nothing if it raises."""
     for group in run.optimizer.param_groups:
         group["lr"] = run.recipe.learning_rate * pace(run.recipe, run.step)
     while True:
@@ -327,7 +328,8 @@ def _kept(run: Run) -> str:
 
 
 def _file_sha256(example: Example) -> str:
-    """SHA-256 of the picture's file as it is now; empty if it is gone. `pixels_sha256` is of what was trained on."""
+    """Return the SHA-256 of the picture's file as it is now; empty if it is gone. `pixels_sha256` is of what was
+    trained on."""
     try:
         return hashlib.sha256(example.source.picture.read_bytes()).hexdigest()
     except OSError:

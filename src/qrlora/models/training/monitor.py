@@ -206,11 +206,11 @@ class Sampler:
 
 
 class _Encoded(Exception):
-    """The pipeline has encoded its prompts and turns to the denoiser."""
+    """Raised when the pipeline has encoded its prompts and calls the denoiser."""
 
 
 class _Unready:
-    """In the place of a denoiser: knows its facts, and stops the pipeline that calls it."""
+    """Stand in for a denoiser: it knows config and dtype, and stops the pipeline that calls it."""
 
     def __init__(self, denoiser: Any):
         self.config, self.dtype = denoiser.config, denoiser.dtype
@@ -256,7 +256,8 @@ class Selection:
 
 
 class Monitor:
-    """Everything that watches one run. Of several processes all paint, and the first alone scores, writes and logs."""
+    """Everything that watches one run: trackers, sample sheets and the selection of a step. Of several processes all
+    paint, and the first alone scores, writes and logs."""
 
     def __init__(self, recipe: Recipe, sampler: Sampler | None, score: Score | None, sampled: Sampled | None = None):
         self.recipe, self.sampler, self.sampled = recipe, sampler, sampled

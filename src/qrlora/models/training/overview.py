@@ -1,4 +1,4 @@
-"""One line before training: what was found where the recipe points, and what was not used."""
+"""Describe in one line before training which pictures and captions were found, and which files were not used."""
 
 from __future__ import annotations
 

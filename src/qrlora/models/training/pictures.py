@@ -225,7 +225,7 @@ def _too_large(path: Path, expected: str, got: str) -> DataError:
 
 
 def _upright(path: Path, content: bytes | None = None) -> Image.Image:
-    """The one frame of a file, decoded whole and turned as its camera was held."""
+    """Decode the one frame of a file as a whole, turned as the camera was held."""
     with _opened(path, content) as opened:
         opened.verify()  # PNG's checksums up to its end, of which decoding needs neither
     with _opened(path, content) as opened:
@@ -284,7 +284,7 @@ def _to_srgb(picture: Image.Image, path: Path) -> Image.Image:
 
 
 def _apply_profile(picture: Image.Image, profile: bytes, path: Path) -> Image.Image:
-    """From the embedded profile's colours to sRGB; a profile for another kind of picture does not apply."""
+    """Convert from the embedded profile's colours to sRGB; a profile for another kind of picture is ignored."""
     remedy = "save the picture again as an sRGB PNG"
     with parsing(f"unreadable colour profile in {path}", DataError, remedy=remedy):
         embedded = ImageCms.ImageCmsProfile(io.BytesIO(profile))

@@ -211,7 +211,7 @@ def _batch(recipe: Recipe, pipe: Any, family: ModelFamily, rows: int, side: int 
 
 
 def _metadata(recipe: Recipe, config: Any) -> AdapterMetadata:
-    """Estimate the size of the adapter's metadata in bytes."""
+    """Return the metadata, without its texts, that the adapter will have."""
     if not isinstance(config, QRLoraConfig):
         return AdapterMetadata("lora", recipe.rank, recipe.rank)
     columns = resolve_columns(config.columns, config.r, config.rank_of_basis)
@@ -222,7 +222,7 @@ def _metadata(recipe: Recipe, config: Any) -> AdapterMetadata:
 
 
 def _outside(metadata: AdapterMetadata, shapes: Mapping[str, tuple[int, ...]]) -> int:
-    """Entries of all ΔR that are kept at zero."""
+    """Count the entries of all ΔR that are kept at zero."""
     if not metadata.triangular:
         return 0
     return sum(column for shape in shapes.values() for column in metadata.columns_in(shape))
@@ -238,7 +238,8 @@ def _file_bytes(recipe: Recipe, metadata: AdapterMetadata, shapes: Mapping[str, 
 
 
 def _pictures_bytes(recipe: Recipe, pipe: Any, family: ModelFamily, device: torch.device) -> int:
-    """Latents and conditions: of all pictures, which wait in main memory; on a GPU of a batch."""
+    """Return the bytes of latents and conditions: of all pictures in main memory, where they wait; on a GPU of a
+    batch."""
     try:
         shown = len(find_pictures(recipe.images)) * len(views(recipe.flip, recipe.shift))
         count = shown if device.type == "cpu" else recipe.batch_size

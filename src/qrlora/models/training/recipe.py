@@ -210,7 +210,7 @@ class Recipe(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _plain(cls, value: Any, about: Any) -> Any:
-        """Numbers of the command line come as text; true is no number, and 1_0 is none."""
+        """Read numbers that the command line gives as text; booleans and 1_0 are no numbers."""
         annotation = cls.model_fields[about.field_name].annotation
         return plain_number(value) if {int, float} & {annotation, *get_args(annotation)} else value
 
@@ -388,7 +388,7 @@ def _plain(facts: dict[str, Any]) -> dict[str, Any]:
 
 
 def _explain(error: ValidationError) -> list[str]:
-    """One line per wrong field."""
+    """Describe the wrong fields, one a line."""
     lines = []
     for number, item in enumerate(error.errors()):
         name = ".".join(str(part) for part in item["loc"][:1])

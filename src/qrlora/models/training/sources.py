@@ -66,7 +66,7 @@ def find_pictures(images: Sequence[Path], repeats: Sequence[int] = ()) -> list[S
 
 
 def _folder(folder: Path) -> list[Source]:
-    """The pictures of a folder; if it has none, those of its folders `10_name`, as often as they say."""
+    """Find the pictures of a folder; if it has none, those of its folders `10_name`, as often as they say."""
     folders = [inside(path, folder, DataError) for path in visible(folder) if path.is_dir()]
     counts = {path: re.match(r"([1-9][0-9]{0,8})_", path.name) for path in folders}
     if _files(folder) or not any(counts.values()):
@@ -83,12 +83,12 @@ def _folder(folder: Path) -> list[Source]:
 
 
 def _files(folder: Path) -> list[Path]:
-    """Pictures and masks that lie directly in a folder."""
+    """List the pictures and masks that lie directly in a folder."""
     return [inside(path, folder, DataError) for path in visible(folder) if path.suffix.lower() in SUFFIXES]
 
 
 def _pictures(folder: Path) -> list[Source]:
-    """The pictures directly in a folder, with captions and masks by its metadata or by what lies beside them."""
+    """Find the pictures directly in a folder, with captions and masks by its metadata or by the files beside them."""
     files = _files(folder)
     if not files:
         raise DataError(
@@ -184,7 +184,7 @@ _ROW = '{"file_name": "mug.png", "text": "a photo of a [trigger] mug"}, and "mas
 
 
 def _row(row: Any, what: str) -> Sequence[str]:
-    """Name, caption and mask that a line of the metadata gives; "" without a mask."""
+    """Return name, caption and mask of one line of the metadata; "" without a mask."""
     row = {"mask": ""} | row if isinstance(row, dict) else {}
     fields = ["" if key == "mask" and row.get(key) is None else row.get(key) for key in ("file_name", "text", "mask")]
     if not all(isinstance(field, str) for field in fields):

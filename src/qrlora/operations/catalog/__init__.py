@@ -1,4 +1,4 @@
-"""The line: every product in every style.
+"""Make the line: every product in every style.
 
 tables.py    products.csv and styles.toml, checked as a whole before anything starts
 plan.py      the pictures there are to make, each under a digest of all its inputs

@@ -1,4 +1,4 @@
-"""Workers as Ray actors: on a Ray of this machine alone, which ends with this process, or on a cluster.
+"""Run workers as Ray actors: on a Ray of this machine alone, which ends with this process, or on a cluster.
 
 Ray promises to run a job at most once or at least once. Here a job runs at least once, and that it ran twice does no
 harm: a picture's file is renamed into place under the digest of its inputs, and its row is written by the driver alone.
@@ -140,7 +140,7 @@ class Actors:
             self._replace(slot)
 
     def _done(self, slot: _Slot) -> list[tuple[Any, Any]]:
-        """The first job of a worker; all of them if it died."""
+        """Return the first job of a worker with its result; all of its jobs, as lost, if it died."""
         reference, job = slot.jobs[0]
         try:
             result = ray.get(reference)
@@ -155,7 +155,7 @@ class Actors:
         return [(job, result)]
 
     def _replace(self, slot: _Slot) -> None:
-        """Another worker in its place, which waits until some machine has room for it."""
+        """Start another worker in its place, which waits until some machine has room for it."""
         ray.kill(slot.handle)
         self.slots[self.slots.index(slot)] = self._start()
 
@@ -183,7 +183,7 @@ class Actors:
 
 
 def _start_here(workers: int | None, threads: int | None) -> None:
-    """A Ray of this machine alone, which ends with this process."""
+    """Start a Ray of this machine alone, which ends with this process."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     options: dict[str, Any] = {"num_cpus": max(cores, (workers or 1) * (threads or 1))}
     options["object_store_memory"] = OBJECT_STORE_BYTES
@@ -195,7 +195,7 @@ def _start_here(workers: int | None, threads: int | None) -> None:
 
 @contextlib.contextmanager
 def _own_signals() -> Iterator[None]:
-    """Ray takes SIGTERM for itself; afterwards it is ours again."""
+    """Restore our handler of SIGTERM after Ray has replaced it."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

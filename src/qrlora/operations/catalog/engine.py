@@ -1,4 +1,4 @@
-"""Jobs to workers: never more at once than there is room for, whatever fails on the way.
+"""Give jobs to workers: never more at once than there is room for, whatever fails on the way.
 
 A pool is where the workers are: `Here` in this process, `cluster.Actors` on Ray.
 """
@@ -18,7 +18,7 @@ AHEAD = 2
 
 @dataclass(frozen=True)
 class Lost:
-    """A worker died with this job.
+    """The result of a job whose worker died.
 
     Attributes:
         begun: False if the job waited behind another, so that it is not what killed it.
@@ -30,7 +30,7 @@ class Lost:
 
 @runtime_checkable
 class Pool(Protocol):
-    """Workers, each of which does one thing at a time."""
+    """A set of workers, each of which does one thing at a time."""
 
     @property
     def room(self) -> int:
@@ -80,7 +80,7 @@ class Here:
 
 
 def drain(pool: Pool, method: str, jobs: Iterator[Any], finish: Callable[[Any, Any], Iterable[Any]]) -> None:
-    """Give every job to a worker, and what became of it to `finish`, which returns the jobs to give again."""
+    """Give every job to a worker, and its result to `finish`, which returns the jobs to repeat."""
     again: deque[Any] = deque()
     ahead = _Ahead(jobs)
     while True:

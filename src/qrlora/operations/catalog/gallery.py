@@ -1,4 +1,4 @@
-"""What a catalog shows: a page for so many products, an index, and the table as CSV and JSON.
+"""Write a catalog's results: pages of products, an index, and the table as CSV and JSON.
 
 Pages hold thumbnails and need no other file; a click on one opens the picture itself.
 """
@@ -39,7 +39,7 @@ COLUMNS = ("product", "style", "prompt", "seed", "state", "reason", "file", "sec
 
 @dataclass(frozen=True)
 class Spent:
-    """What a catalog has cost so far.
+    """Costs of a catalog so far.
 
     Attributes:
         seconds: of workers, by what they did.
@@ -151,7 +151,7 @@ def _write_page(folder: Path, name: str, number: int, products: Sequence[list[Ro
 
 
 def _tile(rows: list[Row], folder: Path) -> Picture:
-    """The first picture of a cell; grey where there is none."""
+    """Return the first picture of a cell; grey where there is none."""
     row = next((row for row in rows if row.state == "done"), rows[0])
     more = [f"{len(rows)} pictures"] if len(rows) > 1 else []
     if row.state != "done" or row.picture is None:

@@ -1,4 +1,4 @@
-"""A catalog where a registry or a policy is in play: what each cell may not do, and what was made is recorded."""
+"""Apply a registry and a policy to a catalog: refuse cells, and record finished pictures."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Governed:
         self.source = functools.lru_cache(maxsize=KEPT)(_source)
         self.artifact = functools.lru_cache(maxsize=KEPT)(self._registered)
         self.unapproved: list[Combination] = []
-        """What is refused for want of an approval alone."""
+        """Combinations that are refused only because an approval is missing."""
         self.compositions: dict[tuple[tuple[tuple[str, float], ...], float], Artifact] = {}
 
     def resolve(self, text: str) -> Path | None:
@@ -60,7 +60,7 @@ class Governed:
                 add_adapter(self.registry, path, role=item.role, tags=item.tags)
 
     def gate(self, cell: Cell, adapters: Mapping[str, Path], use: str) -> str:
-        """Return why a cell may not be made; empty if it may. use: in place of the policy's own, unless empty."""
+        """Return the reason why a cell may not be made; empty if it may."""
         if self.rules is None:
             return ""
         files = [adapters[adapter_name(item)] for item in (cell.product, cell.style.item)]

@@ -1,4 +1,4 @@
-"""What is finished of a catalog: one row a picture in `catalog.db`, written after the picture's file was renamed.
+"""Record finished pictures: one row each in `catalog.db`, written after the picture's file was renamed.
 
 The process that gives out the work is the only one that writes. A row without its file, or with one of another size, is
 no finished picture; a file without its row was finished by a process that was killed, and is found again by its key.
@@ -33,7 +33,7 @@ CREATE TABLE page (name TEXT PRIMARY KEY, digest TEXT NOT NULL) WITHOUT ROWID;
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one picture.
+    """The outcome of making one picture.
 
     Attributes:
         error: why there is none; empty if there is one.
@@ -98,7 +98,8 @@ class Journal:
         return found
 
     def commit(self, pairs: Iterable[tuple[Picture, Outcome]]) -> None:
-        """Write what became of these pictures, in one transaction. An error never replaces a finished picture's row."""
+        """Write the outcomes of these pictures, in one transaction. An error never replaces a finished picture's
+        row."""
         now = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
         with self.database:
             self.database.execute("BEGIN")
@@ -143,7 +144,7 @@ class Journal:
             self.database.execute("INSERT OR REPLACE INTO page VALUES (?,?)", (name, digest))
 
     def spent(self) -> dict[str, tuple[int, float]]:
-        """Return how often and how many seconds of workers: training, sampling, scoring, of all runs."""
+        """Return how often and for how many seconds workers trained, sampled and scored, in all runs."""
         return {row["what"]: (row["count"], row["seconds"]) for row in self.database.execute("SELECT * FROM spent")}
 
 

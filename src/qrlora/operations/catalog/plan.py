@@ -1,4 +1,4 @@
-"""The pictures of a catalog: products times styles times prompts times seeds, each under a digest of all its inputs."""
+"""List the pictures of a catalog, products times styles times prompts times seeds, each with a digest of its inputs."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def base_digest(model: str) -> str:
 
 @dataclass(frozen=True)
 class Settings:
-    """What is the same for every picture of a catalog.
+    """Settings that all pictures of a catalog share.
 
     Attributes:
         folder: of the catalog; on a cluster one that all machines share.
@@ -87,7 +87,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class Training:
-    """An adapter to train: what it is for (`adapter_name`), and its recipe with an output."""
+    """An adapter to train: its name (`adapter_name`), and its recipe with an output."""
 
     name: str
     recipe: Recipe
@@ -95,7 +95,7 @@ class Training:
 
 @dataclass(frozen=True)
 class Trained:
-    """What became of it; error: empty if it was written."""
+    """The outcome of a training; error: empty if the adapter was written."""
 
     name: str
     error: str = ""
@@ -121,12 +121,12 @@ class Cell:
 
 
 def cells(products: Sequence[Item], styles: Sequence[Style]) -> Iterator[Cell]:
-    """Every product in every style, product by product, so that a batch shares a product's adapter."""
+    """Return every product in every style, product by product, so that a batch shares a product's adapter."""
     return (Cell(product, style) for product in products for style in styles)
 
 
 def pictures(cell: Cell, adapters: Mapping[str, Path], settings: Settings) -> Iterator[Picture]:
-    """The pictures of a cell. adapters: the file of each product and style, by role and folder (`adapter_name`)."""
+    """Yield the pictures of a cell."""
     product, style = cell.product, cell.style
     files = [adapters[adapter_name(item)] for item in (product, style.item)]
     references = {item.role: str(item.picture) for item in (product, style.item) if item.picture}
@@ -160,7 +160,7 @@ def pictures(cell: Cell, adapters: Mapping[str, Path], settings: Settings) -> It
 
 
 def adapter_name(item: Item) -> str:
-    """Name of a product or style among the adapters: a product and a style may be called the same."""
+    """Return the name of a product's or style's adapter, which differs for a product and a style of one name."""
     return f"{item.role}/{item.folder}"
 
 
@@ -173,7 +173,7 @@ def _scored_by(settings: Settings, references: Mapping[str, str]) -> str:
 
 
 def recipe_digest(record: Mapping[str, Any], picture: Path, base: str) -> str:
-    """Digest of a training run: the recipe without where it reads and writes, the picture's bytes, the base model."""
+    """Return the digest of a training run: its recipe without paths, the picture's bytes, the base model."""
     said = {key: value for key, value in record.items() if key not in ("images", "output")} | {"model": base}
     digest = hashlib.sha256(canonical_json(said) + file_digest(picture).encode())
     for beside in sorted(picture.parent.glob(f"{glob.escape(picture.stem)}.*")):  # its mask and its caption
@@ -183,7 +183,7 @@ def recipe_digest(record: Mapping[str, Any], picture: Path, base: str) -> str:
 
 
 def record_of(picture: Picture, settings: Settings) -> dict[str, Any]:
-    """What is written into the file of a picture, by which it is found again and can be made again."""
+    """Return the record for a picture's file, by which it is found again and can be made again."""
     return {
         "key": picture.key,
         "product": picture.product,

@@ -1,4 +1,4 @@
-"""A catalog from its two files to its gallery: train what is missing, check each cell, sample, score, show.
+"""Run a catalog from its two files to its gallery: train what is missing, check each cell, sample, score, show.
 
 Everything finished is in the journal and the folder, so the same command continues after any end: of a picture, of a
 worker, of a machine, of this process.
@@ -33,15 +33,15 @@ if TYPE_CHECKING:
     from qrlora.operations.policy.combination import Combination
 
 MOST_ATTEMPTS = 3
-"""How often a picture is tried in one run."""
+"""Attempts at a picture in one run."""
 
 Progress = Callable[[str, int, int, str, float], None]
-"""What is counted, how many are done, of how many, a note, and the seconds left at the pace so far."""
+"""Arguments: what is counted, how many are done, of how many, a note, the seconds left at the pace so far."""
 
 
 @runtime_checkable
 class Governing(Protocol):
-    """`governed.Governed`, where a registry or a policy is in play."""
+    """The interface of `governed.Governed`, where a registry or a policy is in play."""
 
     unapproved: list[Combination]
 
@@ -59,7 +59,7 @@ STATES = ("done", "failed", "refused", "missing")
 
 @dataclass(frozen=True)
 class Row:
-    """One picture of the table, or a cell that has none.
+    """A row of the table: one picture, or a cell that has none.
 
     Attributes:
         state: done; failed (reason says why); refused (by the policy, reason says why); missing (not made yet).
@@ -75,7 +75,7 @@ class Row:
 
 @dataclass
 class Line:
-    """A catalog at work.
+    """A catalog that runs.
 
     Attributes:
         batch_size: pictures that a worker makes at once; no more are lost with it.
@@ -131,7 +131,7 @@ class Line:
         return self.settings.model, self.settings.dtype
 
     def _trained_path(self, item: Item) -> Path:
-        """Where its adapter is, under a digest of its recipe and picture: other ones make another adapter."""
+        """Return the path of an item's adapter, which holds a digest of its recipe and picture."""
         assert item.picture is not None
         record = recipe_for(item, self.file, *self._base(), None).record()
         digest = recipe_digest(record, item.picture, self.settings.base)
@@ -154,7 +154,7 @@ class Line:
         return left
 
     def _held_back(self, cell: Cell) -> tuple[str, str] | None:
-        """State and reason of a cell that is not made."""
+        """Return state and reason of a cell that is not made."""
         for item in (cell.product, cell.style.item):
             if why := self.untrained.get(adapter_name(item)):
                 return "failed", f"the adapter of {item.name} could not be trained: {why}"
@@ -163,7 +163,8 @@ class Line:
         return None
 
     def _pictures(self, cell: Cell) -> Iterator[tuple[Picture, dict[str, Any] | None]]:
-        """The pictures of a cell, each with its row if it is finished: its file there, and its scores up to date."""
+        """Yield the pictures of a cell, each with its row if it is finished: its file there, and its scores up to
+        date."""
         wanted = list(pictures(cell, self.adapters, self.settings))
         rows = self.journal.rows([picture.key for picture in wanted])
         for picture in wanted:
@@ -202,7 +203,7 @@ class Line:
         drain(pool, "render", self._batches(), finish)
 
     def _counter(self, what: str, of: int) -> Callable[..., None]:
-        """A function that counts one more, and tells how long the rest takes at the pace since now."""
+        """Return a function that counts one more, and reports the time left at the pace since now."""
         numbers, started = itertools.count(1), time.monotonic()
 
         def told(note: str = "") -> None:

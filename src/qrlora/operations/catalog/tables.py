@@ -1,4 +1,4 @@
-"""The two files of a catalog: products as a spreadsheet writes them, styles as TOML.
+"""Read the two files of a catalog: products as a spreadsheet writes them, styles as TOML.
 
 name;word;picture;adapter;tags           a table: one product a row
 teapot classic;teapot;teapot.png;;new
@@ -46,7 +46,7 @@ Resolve = Callable[[str], Path | None]
 
 
 def no_registry(text: str) -> Path | None:
-    """`Resolve` where no registry is in play. QrloraError for a reference to one."""
+    """Refuse references where no registry is in play; a `Resolve`. QrloraError for a reference to one."""
     if text.startswith("registry:"):
         remedy = "name it with --registry PLACE, or QRLORA_REGISTRY"
         raise QrloraError(f"{text} and no registry", expected="a registry", got="none", remedy=remedy)
@@ -77,12 +77,12 @@ class Item:
 
     @property
     def called(self) -> str:
-        """What prompts call it: `<c> teapot`, `<s>`."""
+        """Its words in a prompt: `<c> teapot`, `<s>`."""
         return self.trigger if self.role == "style" else f"{self.trigger} {self.word}".strip()
 
 
 class StyleFields(BaseModel):
-    """One [[style]] of the file."""
+    """The fields of one [[style]] of the file."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
@@ -141,7 +141,7 @@ class StylesFile(BaseModel):
 
 @dataclass(frozen=True)
 class Style:
-    """A style with what is made in it."""
+    """A style with its prompts, seeds and strength."""
 
     item: Item
     product_weight: float
@@ -182,7 +182,7 @@ def read_products(path: Path, resolve: Resolve) -> tuple[list[Item], list[str]]:
 
 
 def _table(path: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
-    """The header in lower case, and every row that is not empty with the number of its first line."""
+    """Return the header in lower case, and every row that is not empty with the number of its first line."""
     lines = read_text(path, "the table of products", DataError).splitlines(keepends=True)
     first = 0
     delimiter = ""
@@ -250,7 +250,8 @@ def item_of(
     tags: tuple[str, ...],
     resolve: Resolve,
 ) -> Item:
-    """A product or style, its files checked. ValueError or one of our errors says what is wrong with it."""
+    """Return a product or style after checking its files. ValueError or one of our errors says what is wrong with
+    it."""
     if not name:
         raise ValueError("it has no name")
     if not picture and not adapter:
@@ -270,7 +271,7 @@ def item_of(
 
 
 def _read_adapter(path: Path) -> tuple[str, str]:
-    """Role and trigger out of a file's metadata; empty where it states none."""
+    """Read role and trigger from a file's metadata; empty where it states none."""
     if path.suffix != ".safetensors" or not path.is_file():
         raise ValueError(f"no adapter {path}: a .safetensors file is needed")
     with path.open("rb") as stream:
@@ -332,7 +333,8 @@ def _style_item(given: StyleFields, folder: Path, resolve: Resolve) -> Item:
 
 
 def recipe_for(item: Item, file: StylesFile, model: str, dtype: str, output: Path | None) -> Recipe:
-    """The recipe that trains the adapter of a product or style from its picture. RecipeError: a wrong [training]."""
+    """Return the recipe that trains the adapter of a product or style from its picture. RecipeError: a wrong
+    [training]."""
     fixed = {"role", "images", "noun", "trigger", "output", "model", "dtype"} & set(file.training)
     if fixed:
         raise RecipeError(

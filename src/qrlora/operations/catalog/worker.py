@@ -1,4 +1,4 @@
-"""A worker: one copy of the base model that trains adapters, samples pictures and scores them.
+"""Define a worker: one copy of the base model that trains adapters, samples pictures and scores them.
 
 It raises what the whole catalog has to stop for: files that cannot be written, a base model that cannot be loaded. All
 else that goes wrong belongs to one picture or one adapter, and comes back as its outcome.
@@ -105,7 +105,7 @@ class Worker:
         return [self._finished(picture, outcomes[picture.key]) for picture in pictures]
 
     def _file_of(self, picture: Picture, image: Image.Image) -> bytes:
-        """A PNG that says how it was made; signed, if there is a certificate."""
+        """Return a PNG with a record of how it was made; signed, if there is a certificate."""
         info = PngInfo()
         info.add_itxt(RECORD, json.dumps(record_of(picture, self.settings), ensure_ascii=False))
         stream = BytesIO()
@@ -119,7 +119,8 @@ class Worker:
         return mark(stream.getvalue(), Origin.of(parts, *what, title=Path(picture.file).name), self.signer)
 
     def _is_there(self, picture: Picture) -> bool:
-        """Whether a file with this key is there: renamed, so whole, by a process that was killed before its row."""
+        """Return True if a whole file with this key is there, left by a process that was killed before it wrote the
+        row."""
         path = self.settings.folder / picture.file
         if not path.is_file():
             return False
@@ -129,7 +130,7 @@ class Worker:
             return False
 
     def _finished(self, picture: Picture, outcome: Outcome) -> Outcome:
-        """The outcome with the file's digest and its scores."""
+        """Return the outcome with the file's digest and its scores."""
         if outcome.error:
             return outcome
         content = (self.settings.folder / picture.file).read_bytes()
@@ -150,7 +151,7 @@ class Worker:
         )
 
     def _sample(self, pictures: Sequence[Picture]) -> list[Sampled]:
-        """The pictures in one batch; in place of those that failed, the error."""
+        """Sample the pictures in one batch; return the error in place of those that failed."""
         try:
             return list(self._batch(pictures))
         except PictureError as error:
@@ -176,7 +177,7 @@ class Worker:
         return images
 
     def _live_with(self, adapters: Mapping[str, Adapter]) -> Live:
-        """Live compositions of these adapters, and of those of the batches before as far as they are kept."""
+        """Return live compositions of these adapters, and of earlier batches' as far as they are kept."""
         if self.live and not on_one_basis([self.adapters[next(iter(self.on_live))], *adapters.values()]):
             self._close_live()
         if self.live is None:
@@ -201,7 +202,7 @@ class Worker:
     # Scores
 
     def _scores(self, picture: Picture) -> tuple[dict[str, float | None], bool | None, tuple[str, ...]]:
-        """Metrics by name, and the brand sheet's verdict with its reasons."""
+        """Return metrics by name, and the brand sheet's verdict with its reasons."""
         sheet = self.settings.sheet
         shown = replace(load_picture(self.settings.folder / picture.file), prompt=picture.prompt)
         given = {role: [self._reference(path)] for role, path in picture.references.items()}
@@ -222,7 +223,7 @@ class Worker:
 
 
 def _computable(name: str, wanted: Sequence[str] | None, picture: MeasuredPicture, references: References) -> bool:
-    """Whether a metric is asked for (all without a network, unless named), and has its inputs for this picture."""
+    """Return True if a metric is asked for (by default those without a network) and has its inputs for this picture."""
     metric = METRICS[name]
     if name not in wanted if wanted is not None else bool(metric.network):
         return False
@@ -231,7 +232,7 @@ def _computable(name: str, wanted: Sequence[str] | None, picture: MeasuredPictur
 
 
 def _kept(cache: OrderedDict[str, Made], name: str, make: Callable[[], Made]) -> Made:
-    """The entry of that name, made if it is missing; the least recently used ones are dropped."""
+    """Return the entry of that name, made if it is missing; drop the least recently used ones."""
     if name not in cache:
         cache[name] = make()
     cache.move_to_end(name)
@@ -247,7 +248,7 @@ def _signer(name: str) -> Certificate:
 
 
 def said(error: Exception) -> str:
-    """An error as one line of a table."""
+    """Describe an error as one line of a table."""
     if isinstance(error, QrloraError):
         return error.what + (f" ({error.got})" if error.got is not None else "")
     return f"{type(error).__name__}: {error}"

@@ -1,4 +1,4 @@
-"""The staged way from one picture to the line, with figures at every gate and a person's signed go or no-go.
+"""Lead from one picture to the line in stages, with figures at every gate and a person's signed go or no-go.
 
 line.py        line.toml: the subject, the styles, the products, what is asked of their pictures
 work.py        adapters and pictures, each made once

@@ -1,4 +1,4 @@
-"""What a pilot has cost so far, and what its next stage will: time, energy, money, storage, trained parameters."""
+"""Compute the costs of a pilot so far and of its next stage: time, energy, money, storage, trained parameters."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ GB = 1e9
 
 @dataclass(frozen=True)
 class Spent:
-    """One piece of work: what it was (train, generate, measure), its stage, seconds, and how many of it."""
+    """One piece of work: its kind (train, generate, measure), its stage, its seconds, and how many of it."""
 
     stage: str
     what: str

@@ -1,4 +1,4 @@
-"""The project file of a pilot: `line.toml`."""
+"""Read the project file of a pilot: `line.toml`."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Item(_Part):
 
 
 class Prompts(_Part):
-    """What is generated at each stage. {subject} and {style} stand for the triggers."""
+    """Prompts of each stage."""
 
     subject: tuple[str, ...] = Field(("a photo of a {subject}",), min_length=1, description="of the subject alone")
     style: tuple[str, ...] = Field(
@@ -63,7 +63,7 @@ class Prompts(_Part):
 
 
 class Sampling(_Part):
-    """How pictures are made and how many."""
+    """Settings and number of the pictures."""
 
     pictures: int = Field(16, ge=1, le=10_000, description="for each thing that is measured")
     per_product: int = Field(1, ge=1, le=1000, description="for each product, style and prompt, in stage 3")
@@ -76,14 +76,14 @@ class Sampling(_Part):
 
 
 class Scores(_Part):
-    """Which metric says how much of the subject, and of the style, is in a picture."""
+    """Metrics that score subject and style in a picture."""
 
     subject: str = Field("", description="metric of `qrlora evaluate` (default: the base model's own, else structure)")
     style: str = Field("", description="metric of `qrlora evaluate` (default: the base model's own, else texture)")
 
 
 class Gate(_Part):
-    """What a stage has to reach for a go to be recommended. A person decides."""
+    """Limits that a stage has to reach for a go to be recommended. A person decides."""
 
     compliance: float = Field(0.8, ge=0, le=1, description="least share of pictures that pass the brand sheet")
     crosstalk: float = Field(0.2, ge=0, description="largest loss of a score inside a composition (stages 2 and 3)")
@@ -98,7 +98,7 @@ class Gates(_Part):
 
 
 class Costs(_Part):
-    """What the machine costs; energy is an estimate from the time and its power."""
+    """Prices of the machine; energy is an estimate from the time and its power."""
 
     watts: float = Field(65.0, ge=0, description="power of the machine under load")
     per_kwh: float = Field(0.30, ge=0, description="price of a kilowatt-hour")

@@ -1,4 +1,4 @@
-"""A pilot under way: which stages have run on which inputs, what they found, and what was decided.
+"""Run a pilot, and keep its state: which stages ran on which inputs, their results, and the decisions.
 
     pilot = Pilot.open(Path("line.toml"), registry, scorers)
     pilot.run()                              # the next stage, and its reports
@@ -27,12 +27,12 @@ from qrlora.operations.pilot.report import report
 from qrlora.operations.pilot.stages import Result, one_picture, several_styles
 from qrlora.operations.pilot.whole_line import WholeLine
 from qrlora.operations.pilot.work import Scorer, Show, Work
-from qrlora.operations.policy.findings import trust_of
 from qrlora.operations.policy.rules import Policy
 from qrlora.operations.provenance.canonical import canonical_json, digest_of, file_digest
 from qrlora.operations.provenance.dsse import read_envelope, sign, statement, verify
 from qrlora.operations.provenance.keys import Person, SigningKey
 from qrlora.operations.registry import Link, Registry
+from qrlora.operations.registry.signatures import trust_of
 from qrlora.quality.metrics.shares import Share
 
 DECISION = "urn:qrlora:pilot-decision:v1"
@@ -74,7 +74,7 @@ class Ran:
 
 @dataclass
 class Pilot:
-    """A project file, its folder, the registry that remembers it, and who is at work."""
+    """A project file with its folder, the registry that records it, and the person at work."""
 
     path: Path
     line: Line
@@ -107,7 +107,7 @@ class Pilot:
 
     @property
     def folder(self) -> Path:
-        """Where state, adapters, pictures and reports are."""
+        """The folder of state, adapters, pictures and reports."""
         return self.path.with_suffix(".pilot")
 
     @property
@@ -124,7 +124,8 @@ class Pilot:
         return None
 
     def inputs(self, stage: Stage) -> str:
-        """Digest of what a stage depends on: the project, its pictures and tables, and the stages before it."""
+        """Return the digest of what a stage depends on: the project, its pictures and tables, and the stages before
+        it."""
         fields = self.line.model_dump(mode="json", exclude={"languages", "gates"})
         fields["gate"] = getattr(self.line.gates, stage).model_dump(mode="json")
         pictures = {item.name: self._pictures(item) for item in self.line.items}
@@ -143,7 +144,7 @@ class Pilot:
         return [file_digest(source.picture) for source in find_pictures([item.picture])]
 
     def check_ready(self, stage: Stage) -> None:
-        """PolicyError unless the stages before have a go that was decided on what they now depend on."""
+        """Raise PolicyError unless the stages before have a go that was decided on their present inputs."""
         for before in STAGES[: STAGES.index(stage)]:
             ran = self.ran(before)
             if ran is None or ran.inputs != self.inputs(before):
@@ -180,7 +181,7 @@ class Pilot:
         return {"one_picture": one_picture, "several_styles": several_styles, "line": self.whole_line}
 
     def report_folder(self, stage: Stage, language: str) -> Path:
-        """Where a stage's report in this language is."""
+        """Return the folder of a stage's report in this language."""
         return self.folder / "reports" / stage / language
 
     def _write(self, result: Result) -> None:
@@ -199,7 +200,7 @@ class Pilot:
         return self.folder / "study" / stage / "votes"
 
     def make_study(self, show: Show = lambda what, done, of: None) -> Path:
-        """Write a blind study of stage 2: pictures with the adapters against the base model told the same in words.
+        """Write a blind study of stage 2: pictures with the adapters against the base model's from a prompt in words.
 
         Returns the page's path. Votes go into the folder `votes` beside it; `run` counts them.
 
@@ -227,7 +228,7 @@ class Pilot:
         return folder / "vote.html"
 
     def _acceptance(self, stage: Stage) -> Share | None:
-        """The share of votes for the pilot's pictures in the stage's study, if any were cast."""
+        """Return the share of votes for the pilot's pictures in the stage's study, if any were cast."""
         from qrlora.quality.study.votes import checked_key, count_votes
 
         key_file, votes = self.votes(stage).parent / "key.json", sorted(self.votes(stage).glob("*.json"))
@@ -325,7 +326,7 @@ def _may_not(person: Person, author: str) -> str:
 
 
 def _without_places(fields: dict[str, Any]) -> dict[str, Any]:
-    """The project without where its files are: their digests stand for them."""
+    """Return the project without the paths of its files, whose digests stand for them."""
 
     def item(found: Mapping[str, Any]) -> dict[str, Any]:
         return {key: value for key, value in found.items() if key != "picture"}

@@ -1,4 +1,4 @@
-"""What a pilot's stage leaves in the registry: adapters, compositions, reports, requests for approvals.
+"""Record a pilot's stage in the registry: adapters, compositions, reports, requests for approvals.
 
 A composition has a report of its own, of nothing but its figures: the same figures are the same report, so that a stage
 that is run again leaves the approvals of its compositions as they are.
@@ -23,7 +23,7 @@ from qrlora.operations.registry.intake import add_adapter, add_base, add_composi
 
 
 def record(registry: Registry, work: Work, result: Result, inputs: str) -> tuple[Artifact, list[Combination]]:
-    """Add what a stage made and found; return its report, and the combinations that somebody has to approve.
+    """Add a stage's adapters and results; return its report, and the combinations that need an approval.
 
     Args:
         inputs: digest of what the stage depended on.
@@ -60,7 +60,8 @@ def _adapter(registry: Registry, work: Work, item: Item, base: Artifact) -> Arti
 
 
 def _figures(result: Result, style: Item, sheet: Artifact | None) -> dict[str, Any]:
-    """What stage 2 found of the subject in a style; `brand_sheet` is what the rule [brand] of a policy asks for."""
+    """Return the measurements of the subject in a style in stage 2; `brand_sheet` is what the rule [brand] of a policy
+    asks for."""
     group = result.group_of(style.name)
     found: dict[str, Any] = {
         "style": style.name,

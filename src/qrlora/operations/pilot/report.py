@@ -1,4 +1,4 @@
-"""A stage's report for people, in English and in Japanese."""
+"""Write a stage's report for people, in English and in Japanese."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SHOWN = 24
 
 @functools.cache
 def texts() -> dict[str, Any]:
-    """The report's texts: key -> language -> text."""
+    """Return the report's texts: key -> language -> text."""
     return read_toml(Path(__file__).with_name("texts.toml"), "texts of the reports", DataError, remedy="install again")
 
 
@@ -41,7 +41,7 @@ class Words:
 
 
 def report(result: Result, line: Line, scorers: dict[str, Scorer], language: Language, file: str) -> Report:
-    """The page of a stage.
+    """Make the page of a stage.
 
     Args:
         file: name of the project file, for the command that records the decision.

@@ -1,4 +1,4 @@
-"""The three stages of a pilot, and what each found.
+"""Run the three stages of a pilot.
 
 one picture      the subject, learned from its picture, alone
 several styles   each style alone on other things, and the subject in each style: the matrix of crosstalk
@@ -25,7 +25,7 @@ from qrlora.quality.metrics.table import References, select_metrics
 
 @dataclass(frozen=True)
 class Row:
-    """One pair in the matrix of crosstalk: scores alone, inside the composition, and what was lost.
+    """One pair in the matrix of crosstalk: scores alone, inside the composition, and the difference.
 
     lost: the score alone minus the score inside, turned so that positive is worse.
     """
@@ -66,7 +66,7 @@ class Check:
 
 @dataclass(frozen=True)
 class Asked:
-    """A composition that waits for its approval: what it is, and the digest of the request."""
+    """A composition that waits for its approval: its description, and the digest of the request."""
 
     title: str
     request: str
@@ -74,7 +74,7 @@ class Asked:
 
 @dataclass(frozen=True, eq=False)
 class Result:
-    """What a stage found."""
+    """The results of a stage."""
 
     stage: Stage
     groups: Sequence[Group]
@@ -90,7 +90,7 @@ class Result:
     parameters: Parameters | None = None
     gate: Gate = field(default_factory=lambda: Gate.model_validate({}))
     unapproved: Sequence[Combination] = ()
-    """What was refused for want of an approval alone."""
+    """Combinations that were refused only because an approval was missing."""
     to_approve: Sequence[Asked] = ()
 
     def group_of(self, style: str) -> Group:
@@ -193,7 +193,7 @@ def _at_least(name: str, share: Share, limit: float) -> Check:
 
 
 def one_picture(work: Work) -> Result:
-    """Stage 1: train the subject, generate it alone, measure."""
+    """Run stage 1: train the subject, generate it alone, measure."""
     line = work.line
     subject = line.subject
     prompts = [text.format(subject=_trigger(work, subject)) for text in line.prompts.subject]
@@ -205,7 +205,7 @@ def one_picture(work: Work) -> Result:
 
 
 def several_styles(work: Work) -> Result:
-    """Stage 2: train every style, generate each alone and with the subject, measure what they take from each other."""
+    """Run stage 2: train every style, generate each alone and with the subject, measure their crosstalk."""
     line = work.line
     subject = line.subject
     alone = work.pictures(

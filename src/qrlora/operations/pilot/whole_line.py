@@ -1,4 +1,4 @@
-"""Stage 3 of a pilot: every product in every style, by the catalog."""
+"""Run stage 3 of a pilot: every product in every style, by the catalog."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from qrlora.quality.metrics.shares import Share
 
 @dataclass(frozen=True)
 class WholeLine:
-    """How stage 3 is run.
+    """Settings of stage 3.
 
     Attributes:
         pool: makes the workers; one in this process if None.
@@ -75,7 +75,7 @@ class WholeLine:
 
 
 def _styles(work: Work) -> tuple[StylesFile, list[Style]]:
-    """The pilot's styles as a catalog's, each with the adapter that stage 2 trained."""
+    """Return the pilot's styles as a catalog's, each with the adapter that stage 2 trained."""
     line = work.line
     prompts = [text.replace("{subject}", "{product}") for text in line.prompts.of_line]
     seeds = range(line.sampling.seed, line.sampling.seed + line.sampling.per_product)

@@ -1,4 +1,4 @@
-"""The work of a pilot's stages: adapters and pictures, each made once, found again by the digest of its inputs."""
+"""Make a pilot's adapters and pictures, each once; a digest of its inputs finds it again."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ Show = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class Scorer:
-    """How much of a subject, or of a style, is in a picture.
+    """A score of how much of a subject, or of a style, is in a picture.
 
     score: pictures and the pictures it was learned from -> a number for each picture.
     """
@@ -69,7 +69,7 @@ def metric_scorer(role: str, name: str) -> Scorer:
 
 @dataclass
 class Work:
-    """A pilot's folder, its base model, and what was spent.
+    """A pilot's folder, its base model, and its ledger of costs.
 
     folder: adapters/, pictures/ and spent.json, all of which survive a kill and are used again.
     """
@@ -107,7 +107,7 @@ class Work:
         write_atomically(self._ledger, json.dumps([vars(one) for one in self.spent], indent=1).encode())
 
     def recipe(self, item: Item) -> Recipe:
-        """The recipe of the subject or of a style."""
+        """Return the recipe of the subject or of a style."""
         role = "subject" if item == self.line.subject else "style"
         fields: dict[str, Any] = {"role": role, "images": item.picture, "model": self.line.model}
         fields |= {"licence": self.line.licence, **self.line.training, **item.training}
@@ -116,7 +116,7 @@ class Work:
         return Recipe.of(fields)
 
     def adapter_file(self, item: Item) -> Path:
-        """Where the adapter of an item is, or will be: named by the digest of its recipe and pictures."""
+        """Return the path of an item's adapter, which holds the digest of its recipe and pictures."""
         return self.folder / "adapters" / f"{item.name}-{self._inputs(item)[7:23]}.safetensors"
 
     def _inputs(self, item: Item) -> str:
@@ -125,7 +125,7 @@ class Work:
         return digest_of(canonical_json([json.loads(json.dumps(record, default=str)), pictures, self.base]))
 
     def adapter(self, item: Item) -> Adapter:
-        """The adapter of an item, trained unless it was: an interrupted training goes on from its checkpoint."""
+        """Return the adapter of an item; train it if it is missing, from a checkpoint if there is one."""
         path = self.adapter_file(item)
         if not path.is_file():
             recipe = self.recipe(item).replace(output=path)
@@ -148,11 +148,11 @@ class Work:
         return read_products(self.line.products, known.get)[0]
 
     def learned_from(self, item: Item) -> list[MeasuredPicture]:
-        """The pictures that an item is learned from."""
+        """Return the pictures that an item is learned from."""
         return load_pictures([item.picture])
 
     def pictures(self, prompts: Sequence[str], adapters: Sequence[tuple[Item, float]] = ()) -> list[MeasuredPicture]:
-        """Pictures of these prompts in turn, as many as the project says, each made once.
+        """Return pictures of these prompts in turn, as many as the project says, each made once.
 
         Args:
             adapters: with their weights; none for the base model alone.
@@ -172,11 +172,11 @@ class Work:
         return [replace(load_picture(files[job]), prompt=job[0]) for job in jobs]
 
     def pair(self, style: Item) -> list[tuple[Item, float]]:
-        """The subject and a style with their weights in a composition."""
+        """Return the subject and a style with their weights in a composition."""
         return [(item, item.weight) for item in (self.line.subject, style)]
 
     def strength(self, items: Sequence[Item]) -> float:
-        """Null-space strength of a composition of these: the project's, else the default of their roles."""
+        """Return the null-space strength of their composition: the project's, else the default of their roles."""
         given = self.line.sampling.null_space if len(items) > 1 else None
         return default_strength([self.adapter(item) for item in items]) if given is None else given
 
@@ -197,7 +197,7 @@ class Work:
         self.spend("generate", started, len(jobs))
 
     def score(self, role: str, item: Item, pictures: Sequence[MeasuredPicture]) -> float:
-        """Mean score of pictures for an item, by the scorer of its role."""
+        """Return the mean score of pictures for an item, by the scorer of its role."""
         return float(np.mean(self.scorers[role].score(pictures, self.learned_from(item))))
 
     def stored(self) -> int:

@@ -1,4 +1,4 @@
-"""Tests of a policy: combinations described in TOML, without any files, and the rules that should refuse them.
+"""Test a policy: combinations described in TOML, without any files, and the rules that should refuse them.
 
 [[case]]
 name = "a style of somebody else's"
@@ -52,7 +52,7 @@ class Thing(_Described):
 
 
 class Tried(_Described):
-    """One case: a combination, and the rules that refuse it; none if it is permitted."""
+    """The result of one case: a combination, and the rules that refuse it; none if it is permitted."""
 
     name: str
     action: Action = "generate"

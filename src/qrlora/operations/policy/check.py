@@ -1,4 +1,4 @@
-"""Whether a policy permits an action on a combination, and the policy that is in force in a registry.
+"""Decide whether a policy permits an action on a combination, and find the policy in force in a registry.
 
 verdict = check(policy, combination, "serve", registry=registry)
 verdict.permitted, [finding.line() for finding in verdict.findings]
@@ -30,13 +30,13 @@ ACTIVATION = "urn:qrlora:policy-activation:v1"
 
 @dataclass(frozen=True)
 class Verdict:
-    """What each rule says to an action."""
+    """The findings of all rules on an action."""
 
     action: str
     title: str
     findings: tuple[Finding, ...]
     until: datetime | None = None
-    """When the approval that it rests on ends."""
+    """The end of the approval that it rests on."""
 
     @property
     def permitted(self) -> bool:
@@ -136,7 +136,7 @@ def in_force(registry: Registry) -> Policy | None:
 
 
 def _read(registry: Registry, artifact: Artifact) -> Policy:
-    """From its bytes, hashed again."""
+    """Read a policy from its bytes, hashed again."""
     if artifact.kind != "policy":
         raise PolicyError(f"{NAME}@{ALIAS} is no policy", got=artifact.kind, remedy="`qrlora policy activate FILE`")
     return Policy.parse(json.loads(registry.read(artifact)))

@@ -1,4 +1,4 @@
-"""What is to be permitted: adapters at weights on a base model, in one form however it was written down.
+"""Describe adapters at weights on a base model in one form, however the combination was written down.
 
 combination = Combination(base, (Part(teapot, 0.9), Part(chalk, 1.0)), null_space=0.5)
 combination.what        # what an approval is about: digests, and weights in decimal form
@@ -36,7 +36,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Combination:
-    """What is to be composed, generated, served, exported or put into a catalog.
+    """Adapters at weights that are to be composed, generated, served, exported or put into a catalog.
 
     Attributes:
         base: the base model; None if it is not registered.

@@ -1,4 +1,4 @@
-"""What was decided about a combination: approvals, rejections and revocations, read from their signed bytes.
+"""Read decisions about a combination, approvals, rejections and revocations, from their signed bytes.
 
 An approval is about one combination, its prompts, the policy and the report. Change one, and it is void.
 """
@@ -28,11 +28,11 @@ APPROVAL = "urn:qrlora:approval:v1"
 REQUEST = "approval-request"
 NEVER = datetime.max.replace(tzinfo=timezone.utc)
 CLOCKS = timedelta(minutes=5)
-"""How far the clock of who signs may be ahead of the registry's."""
+"""Time that a signer's clock may be ahead of the registry's."""
 
 
 class _AnyTime(Trust):
-    """Knows a key whatever its state: a revocation still counts when the key that signed it is revoked later."""
+    """Keys in any state: a revocation still counts when the key that signed it is revoked later."""
 
     def person_of(self, key_id: str, at: datetime | None = None) -> Person:
         key = self.key(key_id)
@@ -63,7 +63,7 @@ class Given:
 
 @dataclass(frozen=True)
 class Standing:
-    """Who has approved a combination.
+    """The approvals of a combination.
 
     Attributes:
         people: each once, whose approval holds.
@@ -141,7 +141,7 @@ def read(registry: Registry, artifact: Artifact, trust: Trust) -> Given:
 
 
 def _given(artifact: Artifact, predicate: Mapping[str, Any], person: Person) -> Given:
-    """Raises KeyError, TypeError or ValueError for a predicate of another form."""
+    """Return the decision in a predicate; raise KeyError, TypeError or ValueError for another form."""
     decision, said = predicate["decision"], predicate["about"]
     if decision == "revoke":
         str(said["approval"])

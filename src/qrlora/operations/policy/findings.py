@@ -1,4 +1,4 @@
-"""Each rule of a policy applied to a combination, and what was found."""
+"""Apply each rule of a policy to a combination, and describe what it finds."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from qrlora.operations.registry.signatures import signatures_of, trust_of
 
 @dataclass(frozen=True)
 class Finding:
-    """One rule and whether it holds.
+    """The result of one rule.
 
     Attributes:
         rule: its section and field, such as combine.owners.
@@ -43,7 +43,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class Case:
-    """What the rules are applied to; `adapters` are those that were trained, compositions taken apart."""
+    """The action that the rules are applied to; `adapters` are those that were trained, compositions taken apart."""
 
     policy: Policy
     combination: Combination
@@ -119,7 +119,7 @@ def _licence(case: Case) -> Iterator[Finding]:
 
 
 def _licences(case: Case) -> dict[str, str]:
-    """Title -> licence of the base model, the adapters, and all that they were made from."""
+    """Return title -> licence of the base model, the adapters, and all that they were made from."""
     base = [case.combination.base] if case.combination.base else []
     found: dict[str, Artifact] = {}
     ahead = [*base, *(part.artifact for part in case.adapters)]
@@ -215,7 +215,7 @@ def _weights(case: Case) -> Iterator[Finding]:
 
 
 def _within(value: float, at_least: float | None, at_most: float | None) -> bool:
-    """Up to the rounding of a sum of decimal numbers; NaN is in no limits."""
+    """Return True if the value is within the limits, up to the rounding of a sum of decimal numbers; NaN never is."""
     low = -math.inf if at_least is None else at_least
     high = math.inf if at_most is None else at_most
     return low - 1e-9 <= value <= high + 1e-9

@@ -1,4 +1,4 @@
-"""The licence of what is made from several things: the strictest of theirs, by the table in licences.toml.
+"""Compute the licence of what is made from several things: the strictest of theirs, by the table in licences.toml.
 
 A reading for planning, no legal advice: the licences' own texts decide, and a lawyer about them.
 
@@ -59,7 +59,7 @@ class Terms:
 
 @dataclass(frozen=True)
 class Asker:
-    """Who asks, and what for.
+    """The company that asks, and the use that it asks for.
 
     Attributes:
         use: one of USES.

@@ -1,4 +1,4 @@
-"""A policy: the rules of a company for what may be combined, as validated TOML.
+"""Read a policy: a company's rules for combining and using adapters, as validated TOML.
 
 policy = Policy.load(Path("policy.toml"))
 policy.digest       # of what the rules say: comments and the order of lines change nothing
@@ -45,7 +45,7 @@ class _Part(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _plain(cls, value: Any, about: Any) -> Any:
-        """true is no number, and "1_0" is none."""
+        """Read text as a number in plain notation only: no booleans, no "1_0"."""
         annotation = cls.model_fields[about.field_name].annotation
         return plain_number(value) if {int, float, Range} & {annotation, *get_args(annotation)} else value
 
@@ -62,7 +62,7 @@ class _Part(BaseModel):
 
 
 class LicenceRule(_Part):
-    """What we do with pictures and models, and who we are; without it nothing is asked of licences."""
+    """The company and its use of pictures and models; without this rule licences are not checked."""
 
     use: Use = Field("commercial", description="internal, outputs (commercial use of pictures) or commercial (all)")
     ours: tuple[Text, ...] = Field((), description="owners in LicenseRef-Proprietary-OWNER that are us")
@@ -105,7 +105,7 @@ class Never(_Part):
 
 
 class CombineRule(_Part):
-    """Which adapters may be combined."""
+    """Adapters that may be combined, and those that may not."""
 
     adapters: tuple[int, int] = Field((0, 1000), description="fewest and most")
     roles: tuple[tuple[Role, ...], ...] = Field((), description="sets of roles that may be combined; any if none")
@@ -124,7 +124,7 @@ class WeightRule(Selector):
 
 
 class ScoreRule(_Part):
-    """A value out of a report that measured the composition (or each adapter)."""
+    """Limits of a value in a report that measured the composition (or each adapter)."""
 
     report: Text = Field(description="name of the report in the registry, without a version")
     value: Text = Field(description="path in it, such as total.cosine; of a list or table the worst counts")
@@ -141,7 +141,7 @@ class ScoreRule(_Part):
 
 
 class BrandRule(_Part):
-    """A report says that the composition's pictures pass this brand sheet."""
+    """A report which states that the composition's pictures pass this brand sheet."""
 
     sheet: Text = Field(description="name of the sheet in the registry, or its sha256:…")
     at_least: float = Field(1.0, ge=0, le=1, description="share of the pictures that passes")
@@ -149,14 +149,14 @@ class BrandRule(_Part):
 
 
 class ForbiddenRule(_Part):
-    """Words that no prompt and triggers that no adapter may have, in whatever case."""
+    """Words that no prompt, and triggers that no adapter may have, in upper or lower case."""
 
     triggers: tuple[Text, ...] = ()
     words: tuple[Text, ...] = ()
 
 
 class SignatureRule(_Part):
-    """Signed adapters."""
+    """A requirement that adapters are signed."""
 
     adapters: bool = Field(False, description="every adapter has a signature of an author whom the registry trusts")
 
@@ -183,7 +183,7 @@ SECTIONS: dict[str, type[BaseModel]] = {
 
 
 class Policy(_Part):
-    """All rules. What stands in none is permitted."""
+    """All rules of a policy. What stands in none is permitted."""
 
     name: Text = Field(description="of the policy")
     version: int = Field(ge=1, description="counts up; a lower one replaces a higher one only signed by an operator")
@@ -290,7 +290,7 @@ def limits(at_least: float | None, at_most: float | None) -> str:
 
 
 def _explain(item: Any) -> str:
-    """A validation error as text, with the nearest known name."""
+    """Describe a validation error, with the nearest known name."""
     place = [str(part + 1) if isinstance(part, int) else str(part) for part in item["loc"]]
     name = ".".join(place)
     if item["type"] == "extra_forbidden":

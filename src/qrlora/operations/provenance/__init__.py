@@ -1,1 +1,1 @@
-"""Proofs that need no database: digests, the audit log's chain, signatures, C2PA manifests, perceptual hashes."""
+"""Prove things without a database: digests, the audit log's chain, signatures, C2PA manifests, perceptual hashes."""

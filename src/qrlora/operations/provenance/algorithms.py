@@ -1,4 +1,4 @@
-"""Keys as the algorithms know them: Ed25519, and ECDSA on P-256 with SHA-256; in PEM files."""
+"""Read, write and apply keys of Ed25519, and of ECDSA on P-256 with SHA-256, in PEM files."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def key_id_of(key: PublicKey) -> str:
 
 
 def signature_holds(key: PublicKey, signature: bytes, message: bytes) -> bool:
-    """Return whether this key signed the message. The key alone decides the algorithm, never what came with it."""
+    """Return True if this key signed the message. The key alone decides the algorithm, never what came with it."""
     try:
         if isinstance(key, ed25519.Ed25519PublicKey):
             key.verify(signature, message)

@@ -1,4 +1,4 @@
-"""The audit log as a hash chain: each entry's hash covers the entry and the hash before it.
+"""Chain the audit log by hashes: each entry's hash covers the entry and the hash before it.
 
 Changing, dropping or reordering entries breaks the chain; dropping the newest ones is found by a signed head.
 """

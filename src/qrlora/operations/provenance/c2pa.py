@@ -1,4 +1,4 @@
-"""C2PA manifests: pictures that say, signed, that a model made them, with what and by whom.
+"""Put C2PA manifests into pictures: signed statements that a model made them, with what and by whom.
 
 marked = mark(png, Origin("a teapot", prompt="a teapot", seed=3), Certificate.load("acme"))
 read(marked, own_roots()).words        # "made by ACME (acme), unchanged since"
@@ -40,7 +40,7 @@ _CHANGES = ("dataHash.mismatch", "hashedURI.mismatch", "claimSignature.mismatch"
 
 @dataclass(frozen=True)
 class Origin:
-    """What a picture was made with. All of it can be read by whoever has the picture.
+    """The prompt, seed, model and adapters that made a picture. All of it can be read by whoever has the picture.
 
     Attributes:
         ingredients: (name, `sha256:…`, kind out of `TYPES`) of adapters and the base model.
@@ -102,7 +102,7 @@ class Origin:
 
 @dataclass(frozen=True)
 class Found:
-    """What a picture says about itself, and whether that can be believed.
+    """The statement in a picture, and whether it can be believed.
 
     Attributes:
         state: valid (under a root that is trusted here), unknown (holds, by somebody else), expired, changed, invalid
@@ -148,7 +148,7 @@ def _signed(picture: bytes, origin: Origin, signer: Certificate, *, embed: bool)
     key = SigningKey(signer.name, signer.private)
 
     def sign(message: bytes) -> bytes:
-        """r and s side by side, as COSE has them."""
+        """Return r and s side by side, as COSE stores them."""
         return b"".join(number.to_bytes(32, "big") for number in decode_dss_signature(key.sign(message)))
 
     out = io.BytesIO()
@@ -166,7 +166,7 @@ def _signed(picture: bytes, origin: Origin, signer: Certificate, *, embed: bool)
 
 
 def read(picture: bytes, roots: Iterable[str] = (), *, manifest: bytes | None = None) -> Found:
-    """Return what the picture's manifest says, and whether it holds.
+    """Return the statement of the picture's manifest, and whether it holds.
 
     Args:
         roots: PEM of the certificates that are trusted, as `certificates.own_roots` finds them.

@@ -1,4 +1,4 @@
-"""One form of JSON and one form of digest for all that is signed or named by its content."""
+"""Define one form of JSON and one form of digest for all that is signed or named by its content."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Certificates for marking pictures: an own root and a long-lived leaf under it, made by one command.
+"""Make certificates for marking pictures: an own root, and a long-lived leaf under it.
 
 A C2PA manifest is signed with an X.509 certificate. Whoever trusts the root (NAME.root.crt) knows the pictures signed
 under it. Without a timestamp authority nothing proves when a picture was signed, so its signature ends with the leaf.
@@ -24,7 +24,7 @@ from qrlora.operations.provenance.keys import check_key_name, day, default_folde
 
 ROOT_YEARS, LEAF_YEARS = 20, 10
 NEAR = timedelta(days=60)
-"""How long before its end a certificate is spoken of."""
+"""Time before a certificate's end from which a warning is given."""
 _PEM = serialization.Encoding.PEM
 
 

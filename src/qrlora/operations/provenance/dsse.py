@@ -1,4 +1,4 @@
-"""Signed statements: in-toto Statement v1 in DSSE envelopes, and the same as sigstore bundles.
+"""Sign statements, and verify them: in-toto Statement v1 in DSSE envelopes, and the same as sigstore bundles.
 
 envelope = sign(statement(SIGNATURE, [("teapot.safetensors", digest)], {"note": "reviewed"}), key)
 found, people = verify(envelope, trust)

@@ -1,4 +1,4 @@
-"""Signing keys, which stay with their owners, and the people whom a registry trusts to sign as what.
+"""Keep signing keys, which stay with their owners, and the list of people whom a registry trusts.
 
 key = SigningKey.create(default_folder(), "ada")               # ~/.config/qrlora/keys/ada.pem, for its owner alone
 trust = Trust.load(registry.folder / "trust.json")
@@ -184,7 +184,7 @@ class Key(BaseModel):
 
 
 class Person(BaseModel):
-    """Somebody whose signature counts, and as what."""
+    """Somebody whose signature counts, and the roles in which it does."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     name: str = Field(min_length=1, max_length=100)
@@ -199,7 +199,8 @@ class _File(BaseModel):
 
 
 class Trust:
-    """Who may sign as what. It lies in the registry's folder, and never comes in with an import.
+    """The list of people who may sign, with roles and keys. It lies in the registry's folder, and never comes in with
+    an import.
 
     Raises (all methods): SignatureError.
     """

@@ -1,4 +1,4 @@
-"""Perceptual hashes: pictures that look alike, whatever became of their bytes."""
+"""Compute perceptual hashes, which are near for pictures that look alike, whatever became of their bytes."""
 
 from __future__ import annotations
 

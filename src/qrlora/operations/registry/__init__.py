@@ -1,4 +1,4 @@
-"""Immutable artifacts by digest, the edges between them, names, aliases and the audit log.
+"""Store immutable artifacts by digest, the edges between them, names, aliases and the audit log.
 
 references.py  registry:NAME@alias, and what may be a name
 records.py     Artifact, Edge, Link; the kinds and relations there are

@@ -1,4 +1,4 @@
-"""Base models: records of the digests of their files and weights. The weights stay where they are."""
+"""Register base models as records of the digests of their files and weights. The weights stay where they are."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def base_of(registry: Registry, artifact: Artifact) -> Artifact | None:
 
 
 def trained_under(registry: Registry, adapter: Adapter, given: Artifact | None) -> Artifact | None:
-    """The registered base model whose weights are those that the adapter was trained on."""
+    """Return the registered base model whose weights are those that the adapter was trained on."""
     if not adapter.digests:
         return given
     for base in [given] if given else registry.search(kind="base", deprecated=True):

@@ -1,4 +1,4 @@
-"""A part of a registry as one file: written the same bytes every time, and read from anybody without trusting it.
+"""Write a part of a registry as one file, always the same bytes, and read such a file without trusting it.
 
 The file is a tar of `manifest.json` (`Manifest`) and of `objects/<SHA-256>`, nothing else, in this order. A reader
 hashes every object again, reads facts of adapters, spaces, recipes and pictures from their bytes, and takes over no
@@ -38,7 +38,7 @@ FORMAT = 1
 MANIFEST = "manifest.json"
 MOST_MANIFEST = 64 * 2**20
 MOST_BYTES = 2**40
-"""Of all objects together; the free disk is checked as well."""
+"""Most bytes of all objects together; the free disk is checked as well."""
 MOST_OBJECTS = 100_000
 DIGEST = r"^sha256:[0-9a-f]{64}$"
 OF_POLICY = ("policy", "approval")
@@ -83,7 +83,7 @@ class Arc(_Strict):
 
 
 class Manifest(_Strict):
-    """What a bundle holds. names: (name, number, digest); aliases: (name, alias, digest)."""
+    """The content list of a bundle. names: (name, number, digest); aliases: (name, alias, digest)."""
 
     format: int
     artifacts: list[Item] = Field(max_length=MOST_OBJECTS)
@@ -94,7 +94,7 @@ class Manifest(_Strict):
 
 @dataclass
 class Imported:
-    """What came of a bundle.
+    """The result of an import.
 
     Attributes:
         added: digests that were not here.
@@ -154,7 +154,7 @@ def _item(one: Artifact) -> Item:
 
 
 def _header(name: str, size: int) -> tarfile.TarInfo:
-    """Owner, time and rights are the same for all, so that equal content makes an equal file."""
+    """Return a header with the same owner, time and rights for all, so that equal content makes an equal file."""
     header = tarfile.TarInfo(name)
     header.size, header.mode = size, 0o644
     return header
@@ -197,7 +197,7 @@ def _refuse(what: str, expected: object, got: object) -> RegistryError:
 
 
 def _unpacked(path: Path, scratch: Path) -> tuple[Manifest, dict[str, Path]]:
-    """The manifest and the objects, hashed; no path of the file is ever joined to a folder."""
+    """Read the manifest and the objects, hashed; no path of the file is ever joined to a folder."""
     files: dict[str, Path] = {}
     try:
         with path.open("rb") as stream, tarfile.open(fileobj=stream, mode="r:") as tar:
@@ -245,7 +245,7 @@ def _manifest(path: Path, tar: tarfile.TarFile) -> Manifest:
 
 
 def _check_manifest(path: Path, manifest: Manifest) -> None:
-    """What the types do not say."""
+    """Check what the types cannot: format, kinds, relations, and references inside the bundle."""
     digests = {item.digest for item in manifest.artifacts}
     if manifest.format != FORMAT:
         raise _refuse(f"{path} is of another format", FORMAT, manifest.format)
@@ -271,7 +271,8 @@ def _check_manifest(path: Path, manifest: Manifest) -> None:
 
 
 def _facts(item: Item, file: Path | None) -> dict[str, Any]:
-    """The facts that the bytes tell; those of what has none, or of a report, are the bundle's word."""
+    """Return the facts that the bytes tell; for those that tell none, and for reports, the facts that the bundle
+    states."""
     if file is None:
         return item.facts
     told = described_facts(item.kind, file, item.filename)
@@ -285,7 +286,7 @@ def _facts(item: Item, file: Path | None) -> dict[str, Any]:
 
 
 def _check_edges(manifest: Manifest, facts: dict[str, dict[str, Any]]) -> None:
-    """The edges of a composition are those of its record."""
+    """Refuse a composition whose edges differ from its record."""
     for item in manifest.artifacts:
         if item.kind == "composition":
             said = [
@@ -390,12 +391,12 @@ class _Taking:
         return {row.number: row.digest for row in rows}
 
     def _taken(self, name: str) -> bool:
-        """An alias is enough: nothing of ours shall be called by a name of theirs."""
+        """Return True if a name has versions or aliases here, so that nothing of ours gets a name of theirs."""
         aliases = select(AliasRow.alias).where(AliasRow.name == name).limit(1)
         return bool(self._versions(name)) or self.session.scalars(aliases).first() is not None
 
     def _free(self, name: str) -> str:
-        """The name under the prefix, numbered if that is taken as well."""
+        """Return the name under the prefix, numbered if that is taken as well."""
         plain = here = f"{self.prefix.partition('/')[0]}/{re.sub('/', '-', name)[:58].strip('._-')}"
         number = 2
         while self._taken(here):

@@ -1,4 +1,4 @@
-"""Model cards of adapters, as the Hugging Face hub reads them."""
+"""Write model cards of adapters, as the Hugging Face hub reads them."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def _measures(registry: Registry, artifact: Artifact) -> str:
 
 
 def _summary(group: Any) -> dict[str, Any]:
-    """The means of a report's group, whoever wrote the report."""
+    """Return the means of a report's group, whoever wrote the report."""
     found = group.get("summary", {}) if isinstance(group, dict) else {}
     return {name: one for name, one in found.items() if isinstance(one, dict) and "mean" in one}
 

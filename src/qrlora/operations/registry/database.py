@@ -1,4 +1,4 @@
-"""The registry's database: SQLite in WAL mode by default, PostgreSQL by URL; migrated when it is opened."""
+"""Open the registry's database, and migrate it: SQLite in WAL mode by default, PostgreSQL by URL."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from sqlalchemy.orm import Session
 from qrlora.errors import RegistryError
 
 BUSY_SECONDS = 60
-"""How long a writer waits for the others."""
+"""Seconds that a writer waits for the others."""
 LOCK = 0x71726C6F7261
 """Key of PostgreSQL's advisory lock: one writer at a time, because the audit log is a chain."""
 NEWEST = "0001"
@@ -72,7 +72,8 @@ def _revision(connection: Connection) -> str | None:
     """Return the last migration of the tables; None if there are none."""
     if not inspect(connection).has_table("alembic_version"):
         return None
-    return connection.scalar(text("SELECT version_num FROM alembic_version"))
+    found: str | None = connection.scalar(text("SELECT version_num FROM alembic_version"))
+    return found
 
 
 def _migrate(connection: Connection) -> None:
@@ -91,7 +92,7 @@ def _migrate(connection: Connection) -> None:
 
 @contextlib.contextmanager
 def writing(engine: Engine) -> Iterator[Session]:
-    """One transaction that writes: all of it or nothing, and no other writer between its first read and its commit."""
+    """Write in one transaction: all of it or nothing, and no other writer between its first read and its commit."""
     with _session(engine.connect()) as session, session.begin():
         _lock(session.connection())
         yield session
@@ -99,7 +100,7 @@ def writing(engine: Engine) -> Iterator[Session]:
 
 @contextlib.contextmanager
 def reading(engine: Engine) -> Iterator[Session]:
-    """One transaction that only reads, which waits for no writer."""
+    """Read in one transaction, which waits for no writer."""
     with _session(engine.connect().execution_options(reads=True)) as session, session.begin():
         yield session
 

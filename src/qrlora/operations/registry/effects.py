@@ -1,4 +1,5 @@
-"""What an adapter does to pictures of fixed prompts: to search by, and to find one that does what it should not.
+"""Measure an adapter's effect on pictures of fixed prompts, to search by it, and to find effects that it should not
+have.
 
 The effect is that of CARLoS (retrieving LoRAs by what they do): features of pictures with the adapter less those
 without, of the same prompts and seeds. Its mean is the direction, the mean length the strength, and the mean cosine of
@@ -35,12 +36,12 @@ PROMPTS = (
     "a <s> picture of a <c> fish",
     "a photo of a tree",
 )
-"""Of the index: with both default triggers, whatever the adapter's role, and one without."""
+"""Prompts of the index: with both default triggers, whatever the adapter's role, and one without."""
 
 
 @dataclass(frozen=True)
 class Probe:
-    """What effects are measured on; effects of different probes are not compared.
+    """The prompts, seeds and features by which effects are measured; effects of different probes are not compared.
 
     Attributes:
         features: the name of what turns pictures into numbers.
@@ -59,7 +60,8 @@ class Probe:
 
 
 def plain_features(pictures: UInt8[np.ndarray, "n h w 3"]) -> Float[np.ndarray, "n 400"]:
-    """Colours (quantiles in Lab, over 100) and form (the picture in grey, 16 by 16, from 0 to 1): no network."""
+    """Compute colours (quantiles in Lab, over 100) and form (the picture in grey, 16 by 16, from 0 to 1), without a
+    network."""
     small = [
         cv2.resize(cv2.cvtColor(one, cv2.COLOR_RGB2GRAY), (16, 16), interpolation=cv2.INTER_AREA) for one in pictures
     ]
@@ -116,7 +118,7 @@ def effects(registry: Registry, probe: str = "") -> dict[str, Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class Alike:
-    """An adapter by how much its effect is like another's."""
+    """An adapter, and the similarity of its effect to another's."""
 
     adapter: Artifact
     cosine: float
@@ -151,7 +153,7 @@ THRESHOLD = 1.4
 
 @dataclass(frozen=True)
 class Suspicion:
-    """How much an adapter changes what is seen for prompts that name neither its trigger nor what it learned.
+    """Changes by an adapter to pictures of prompts that name neither its trigger nor what it learned.
 
     Attributes:
         changes: prompt -> length of the mean difference of the features from the base model's.
@@ -192,7 +194,7 @@ def suspects(
 
 
 def _by_prompt(features: Float[np.ndarray, "n d"], prompts: Sequence[str]) -> dict[str, Float[np.ndarray, " d"]]:
-    """Means over the seeds."""
+    """Return the means over the seeds."""
     return {prompt: part.mean(axis=0) for prompt, part in zip(prompts, np.split(features, len(prompts)), strict=True)}
 
 

@@ -1,4 +1,4 @@
-"""Adapters that are already in folders, brought in with one call: each is read, and what is damaged is left out."""
+"""Bring in the adapters of existing folders with one call, without the damaged ones."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ NAMED = 60
 
 @dataclass
 class Intake:
-    """What came in, file by file, and why the others did not."""
+    """The result of bringing in a folder, file by file, with the reasons for those that were left out."""
 
     added: dict[Path, Artifact] = field(default_factory=dict)
     skipped: dict[Path, str] = field(default_factory=dict)
@@ -102,7 +102,7 @@ def _pictures(adapter: Adapter) -> list[dict[str, Any]]:
 
 
 def _names(folder: Path, paths: list[Path], prefix: str) -> dict[Path, str]:
-    """A name of its own for each file; where two come out alike, the later ones are numbered."""
+    """Return a name of its own for each file; where two come out alike, the later ones are numbered."""
     names: dict[Path, str] = {}
     for path in paths:
         group = prefix or slug("-".join(path.relative_to(folder).parts[:-1]))

@@ -1,4 +1,4 @@
-"""Signed heads of the audit log: what it was at a time, so that cutting it off or writing it anew is found.
+"""Sign heads of the audit log, so that cutting it off or rewriting it is found.
 
 They are kept in the database and in a file outside it; whoever wants to hide something has to change both, and every
 copy of the file that was taken elsewhere.

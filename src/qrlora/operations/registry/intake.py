@@ -1,4 +1,4 @@
-"""Put things into the registry: what is known of each is read from its bytes, and edges are found by digests.
+"""Add things to the registry: their facts are read from their bytes, and edges are found by digests.
 
 add_base(registry, "pico", licence="Apache-2.0")
 chalk = add_adapter(registry, Path("chalk.safetensors"), name="chalk")
@@ -87,7 +87,7 @@ def adapter_facts(adapter: Adapter) -> dict[str, Any]:
 
 
 def _said(what: str, file: str, given: str) -> str:
-    """The file's word, or the one given where the file has none."""
+    """Return the file's statement, or the given one where the file has none."""
     if file and given and file != given:
         remedy = f"leave it out: the registry takes the file's own {what}"
         raise RegistryError(f"the file says another {what}", expected=file, got=given, remedy=remedy)
@@ -101,7 +101,7 @@ def _how_known(adapter: Adapter, base: Artifact | None) -> str:
 
 
 def _links_by_digest(registry: Registry, adapter: Adapter) -> list[Link]:
-    """Edges to what the metadata names by digest and the registry has."""
+    """Return edges to what the metadata names by digest and the registry has."""
     origin, links = adapter.metadata.provenance, []
     for picture in _listed(origin, "pictures"):
         if registry.has(digest := f"sha256:{picture.get('sha256')}"):
@@ -117,12 +117,13 @@ def _links_by_digest(registry: Registry, adapter: Adapter) -> list[Link]:
 
 
 def _with_content(registry: Registry, kind: str, content: object) -> list[Artifact]:
-    """The one that was added first of those with this content, in whatever spelling of its file; none, if none is."""
+    """Return the first-added artifact with this content, in whatever spelling of its file, as a list; empty if there is
+    none."""
     return registry.search(kind=kind, fact=("content", str(content)), deprecated=True)[-1:]
 
 
 def _listed(origin: Mapping[str, Any], key: str) -> list[Mapping[str, Any]]:
-    """A list of objects out of metadata that any program may have written."""
+    """Return a list of objects from metadata that any program may have written."""
     found = origin.get(key)
     return [one for one in found if isinstance(one, Mapping)] if isinstance(found, list) else []
 
@@ -182,7 +183,8 @@ def add_picture(registry: Registry, path: Path, **described: Any) -> Artifact:
 
 
 def composition(base: Artifact | None, parts: Parts, null_space: float = 0.0, **described: Any) -> Addition:
-    """A composition: which adapters, at which weights, on which base model. The order of the parts makes no other one.
+    """Return a composition: which adapters, at which weights, on which base model. The order of the parts makes no
+    other one.
 
     Args:
         base: the base model; None if it is not known.
@@ -219,7 +221,7 @@ def generated(
     name: str | None = None,
     keep: bool = False,
 ) -> Addition:
-    """A generated picture: its exact digest, its perceptual hash, and what it was made with.
+    """Return a generated picture: its exact digest, its perceptual hash, and what it was made with.
 
     Args:
         origin: the composition, adapter or base model that made it.

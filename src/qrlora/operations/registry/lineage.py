@@ -1,4 +1,4 @@
-"""Lineage of an artifact: what it was made from, and what was made from it, as text and as a picture."""
+"""Follow the lineage of an artifact, its sources and its products, as text and as a picture."""
 
 from __future__ import annotations
 

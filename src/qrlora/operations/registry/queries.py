@@ -1,4 +1,4 @@
-"""Questions to the tables: which artifact a reference names, what matches, and all that belongs to an artifact."""
+"""Query the tables: which artifact a reference names, what matches, and all that belongs to an artifact."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the registry returns: artifacts, edges between them, moves of aliases."""
+"""Define what the registry returns: artifacts, edges between them, moves of aliases."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Names of artifacts: `registry:NAME@alias`, `NAME@v3`, `NAME` (its newest version), `sha256:…` (8 digits or more)."""
+"""Parse names of artifacts: `registry:NAME@alias`, `NAME@v3`, `NAME` (its newest version), `sha256:…` (8 digits or
+more)."""
 
 from __future__ import annotations
 

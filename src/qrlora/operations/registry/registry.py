@@ -1,4 +1,4 @@
-"""Registry: add artifacts and find them again.
+"""Add artifacts to a registry, and find them again.
 
 registry = Registry.open("company", actor="ada")
 registry.set_alias("chalk", "production", chalk.digest, reason="passed the brand sheet")

@@ -1,4 +1,5 @@
-"""Tables of the registry. Artifacts, edges and the audit log are only ever added to; names and aliases move."""
+"""Define the tables of the registry. Artifacts, edges and the audit log are only ever added to; names and aliases
+move."""
 
 from __future__ import annotations
 
@@ -61,7 +62,8 @@ class ArtifactRow(Base):
         return {key: special.get(key, getattr(self, key)) for key in LOGGED}
 
     def fill_in(self, again: ArtifactRow) -> None:
-        """Take what was not known when it was added first. RegistryError for another role, owner or licence."""
+        """Set role, owner and licence where the first adding left them empty. RegistryError for another role, owner or
+        licence."""
         for key in ("role", "owner", "licence"):
             known, said = getattr(self, key), getattr(again, key)
             if known and said and known != said:

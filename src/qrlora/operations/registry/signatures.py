@@ -1,4 +1,4 @@
-"""Signatures of registered artifacts: who answers for these bytes.
+"""Sign registered artifacts, and verify who signed them.
 
 A signature is an artifact of its own (kind `signature`, the DSSE envelope), with an edge `signed_by` to it from what
 it signs. It is judged as of the time at which the audit log has it, which no signer can choose.

@@ -1,4 +1,4 @@
-"""Bytes by their digest, in a folder or on any fsspec file system."""
+"""Store bytes by their digest, in a folder or on any fsspec file system."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from qrlora.operations.provenance.canonical import file_digest, stream_digest
 
 @runtime_checkable
 class Store(Protocol):
-    """Where the bytes of artifacts are. Digests were checked by the caller."""
+    """The place of the artifacts' bytes. Digests were checked by the caller."""
 
     def put(self, digest: str, source: Path) -> None:
         """Copy a file in, at once or not at all; nothing happens if it is there."""
@@ -35,7 +35,7 @@ class Store(Protocol):
     def delete(self, digest: str) -> None: ...
 
     def digests(self) -> set[str]:
-        """Return all that is there."""
+        """Return all digests that are there."""
 
     def sweep(self) -> None:
         """Remove the temporary files of processes that were killed."""
@@ -166,7 +166,7 @@ class RemoteStore:
         return {f"sha256:{name}" for name in self._names() if len(name) == 64}
 
     def sweep(self) -> None:
-        """Nothing tells a dead process's file from a living one's there: those of a day ago are dead."""
+        """Remove temporary files older than a day; no lock there tells whether a younger one's writer still runs."""
         for name in self._names():
             if re.fullmatch(r"[0-9a-f]{64}\.[0-9a-f]{16}", name):
                 path = f"{self.root}/{name[:2]}/{name}"

@@ -69,7 +69,7 @@ def verify(registry: Registry, progress: Progress | None = None) -> list[str]:
 
 
 def _database(registry: Registry) -> list[str]:
-    """Damage that the database itself finds."""
+    """Return the damage that the database itself finds."""
     if registry.engine.dialect.name != "sqlite":
         return []
     with reading(registry.engine) as session:
@@ -83,7 +83,7 @@ State = dict[tuple[str, ...], Any]
 
 
 def _told(log: Iterable[Entry]) -> State:
-    """What the tables hold if the log is all that happened."""
+    """Return what the tables would hold if the log were all that happened."""
     state: State = {}
     for entry in log:
         try:
@@ -117,7 +117,7 @@ def _apply(state: State, entry: Entry, details: dict[str, Any]) -> None:
 
 
 def _rows(session: Any) -> State:
-    """What the tables hold."""
+    """Return what the tables hold."""
     state: State = {}
     for row in session.scalars(select(ArtifactRow)):
         state["artifact", row.digest] = row.logged
@@ -134,7 +134,7 @@ def _rows(session: Any) -> State:
 
 
 def _differences(told: State, there: State) -> list[str]:
-    """Rows that are not as the log says they were written."""
+    """Describe the rows that differ from what the log says was written."""
     faults = []
     for key in sorted({*told, *there}):
         if told.get(key) != there.get(key):

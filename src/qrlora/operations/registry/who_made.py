@@ -1,4 +1,4 @@
-"""Where a picture comes from: its C2PA manifest, its text, the registered bytes, and what looks like it."""
+"""Trace a picture to its origin: its C2PA manifest, its text, the registered bytes, and similar pictures."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ MOST_SHOWN = 5
 
 @dataclass(frozen=True)
 class Origins:
-    """What is known of a picture, from the strongest to the weakest.
+    """The findings about a picture, from the strongest to the weakest.
 
     Attributes:
         manifest: signed, if it holds.

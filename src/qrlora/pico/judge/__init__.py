@@ -1,4 +1,4 @@
-"""pico's judge: does a picture show the subject asked for, in the style asked for?
+"""Judge whether a picture shows the subject asked for, in the style asked for.
 
 A classifier alone is easily pleased, so each answer must hold on every criterion it has, and the first two do not look
 at each other's question:

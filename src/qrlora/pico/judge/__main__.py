@@ -45,7 +45,7 @@ PATH = click.Path(path_type=Path)
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything that decides the result. A turn is one render of each of the 448 pairs."""
+    """All settings that decide the result. A turn is one render of each of the 448 pairs."""
 
     seed: int = 0
     first_scene: int = 1_000_000_000  # scene seeds from here on: none that the base model was trained on
@@ -64,7 +64,7 @@ class Plan:
 
 
 def rendered(work: Path, plan: Plan) -> list[np.ndarray]:
-    """Every turn: pictures (448, 128, 128, 4) uint8 of all pairs, the subject's mask as fourth channel."""
+    """Render every turn: pictures (448, 128, 128, 4) uint8 of all pairs, the subject's mask as fourth channel."""
     paths = [work / f"turn-{i:02d}.npy" for i in range(plan.train_turns + plan.limit_turns + plan.fresh_turns)]
     with ProcessPoolExecutor(2) as pool:
         list(pool.map(_render_turn, paths, repeat(plan), range(len(paths))))
@@ -126,12 +126,13 @@ class Examples:
         return defects.mild(picture, rng), *label
 
     def _colour(self, rng: np.random.Generator, s: int, before: np.ndarray, after: np.ndarray) -> tuple:
-        """A grey picture keeps its colours whatever the hue does: only a change that can be seen is a defect."""
+        """Label a recoloured picture: a defect only if the change can be seen, since a grey picture keeps its
+        colours."""
         change = np.abs(after - before).mean()
         return (s, NONE_STYLE if change > 0.05 else IGNORE), after
 
     def _styles(self, rng: np.random.Generator, s: int, t: int, picture: np.ndarray, mask: np.ndarray) -> tuple:
-        """The same subject in two styles at once."""
+        """Mix two styles of the same subject."""
         other, _ = self._take(rng, s, (t + int(rng.integers(1, len(STYLES)))) % len(STYLES))
         if rng.random() < 0.35:
             return (s, NONE_STYLE), other + (picture - other) * mask[..., None]
@@ -139,7 +140,7 @@ class Examples:
         return (IGNORE, NONE_STYLE), mixed
 
     def _subjects(self, rng: np.random.Generator, s: int, t: int, picture: np.ndarray) -> tuple:
-        """Two subjects in the same style at once."""
+        """Mix two subjects in the same style."""
         other, _ = self._take(rng, (s + int(rng.integers(1, len(SUBJECTS)))) % len(SUBJECTS), t)
         if rng.random() < 0.6:
             return (NONE_SUBJECT, IGNORE), defects.blended(picture, other, rng)
@@ -154,7 +155,7 @@ def _plain(turn: np.ndarray) -> UInt8[np.ndarray, "n h w 3"]:
 
 
 def miscoloured(turn: np.ndarray, seed: int) -> UInt8[np.ndarray, "n h w 3"]:
-    """The same pictures in wrong colours: what leaves the subject as right as it was."""
+    """Return the same pictures in wrong colours, which leave the subject as right as it was."""
     changes: tuple[Callable, ...] = (*defects.COLOUR_DEFECTS, defects.faded_ground)
     changed = np.empty((*turn.shape[:3], 3), np.uint8)
     for i, raw in enumerate(turn.astype(np.float32) / 255):

@@ -49,31 +49,31 @@ def mild(picture: Picture, rng: Random) -> Picture:
 
 
 def blurred(picture: Picture, rng: Random) -> Picture:
-    """Out of focus."""
+    """Blur the picture."""
     return cv2.GaussianBlur(picture, (0, 0), rng.uniform(1.6, 4.0))
 
 
 def noisy(picture: Picture, rng: Random) -> Picture:
-    """Grain of one to three pixels."""
+    """Add grain of one to three pixels."""
     h, w = (n // int(rng.integers(1, 4)) for n in picture.shape[:2])
     grain = rng.standard_normal((h, w, 3), dtype=np.float32) * np.float32(rng.uniform(0.08, 0.3))
     return picture + cv2.resize(grain, picture.shape[1::-1], interpolation=cv2.INTER_LINEAR)
 
 
 def sharpened(picture: Picture, rng: Random) -> Picture:
-    """Ringing edges."""
+    """Sharpen until edges ring."""
     soft = cv2.GaussianBlur(picture, (0, 0), rng.uniform(1, 2.5))
     return picture + (picture - soft) * np.float32(rng.uniform(1.5, 4))
 
 
 def washed_out(picture: Picture, rng: Random) -> Picture:
-    """Everything faded towards one colour, most often a grey."""
+    """Fade everything towards one colour, most often a grey."""
     colour = rng.uniform(0, 1, 3) if rng.random() < 0.3 else np.full(3, rng.uniform(0.1, 1))
     return picture + (colour.astype(np.float32) - picture) * np.float32(rng.uniform(0.3, 0.75))
 
 
 def discoloured(picture: Picture, rng: Random) -> Picture:
-    """Hues turned, and more or less saturated."""
+    """Turn the hues, and change the saturation."""
     hsv = cv2.cvtColor(np.clip(picture, 0, 1), cv2.COLOR_RGB2HSV)
     hsv[..., 0] = (hsv[..., 0] + rng.choice([0.0, rng.uniform(40, 320)], p=[0.25, 0.75])) % 360
     hsv[..., 1] = np.clip(hsv[..., 1] * rng.choice([rng.uniform(0, 0.4), 1.0, rng.uniform(1.5, 2.5)]), 0, 1)
@@ -81,7 +81,7 @@ def discoloured(picture: Picture, rng: Random) -> Picture:
 
 
 def cast(picture: Picture, rng: Random) -> Picture:
-    """Channels weakened or bent, one more than another."""
+    """Weaken or bend the channels, one more than another."""
     bend, gain = rng.uniform(0.6, 1.8, 3).astype(np.float32), rng.uniform(0.55, 1, 3).astype(np.float32)
     return np.clip(picture, 0, 1) ** bend * gain
 
@@ -91,7 +91,7 @@ COLOUR_DEFECTS: tuple[Callable[[Picture, Random], Picture], ...] = (washed_out, 
 
 
 def faded_ground(picture: Picture, mask: np.ndarray, rng: Random) -> Picture:
-    """The background alone faded towards one colour. mask: (h, w), 1 on the subject."""
+    """Fade the background alone towards one colour."""
     return picture + (washed_out(picture, rng) - picture) * (1 - mask[..., None])
 
 
@@ -99,12 +99,12 @@ def faded_ground(picture: Picture, mask: np.ndarray, rng: Random) -> Picture:
 
 
 def blended(one: Picture, other: Picture, rng: Random) -> Picture:
-    """Both at once, see-through."""
+    """Blend two pictures, as if each were transparent."""
     return one + (other - one) * np.float32(rng.uniform(0.35, 0.65))
 
 
 def halved(one: Picture, other: Picture, rng: Random) -> Picture:
-    """One on this side, the other on that."""
+    """Join a half of one picture to the other half of the other."""
     cut = int(rng.uniform(0.4, 0.6) * len(one))
     if rng.random() < 0.5:
         return np.concatenate([one[:cut], other[cut:]], 0)
@@ -115,7 +115,7 @@ def halved(one: Picture, other: Picture, rng: Random) -> Picture:
 
 
 def misshapen(picture: Picture, rng: Random) -> Picture:
-    """Shape lost, or quarters in another order and none where it was."""
+    """Distort the shape, or shuffle the quarters so that none is where it was."""
     if rng.random() < 0.5:
         return _warp(picture, rng, rng.uniform(9, 15), 28)
     h, w = picture.shape[0] // 2, picture.shape[1] // 2

@@ -45,7 +45,7 @@ PATH = click.Path(path_type=Path)
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything that decides the result."""
+    """All settings that decide the result."""
 
     seed: int = 0
     shards: int = 80  # of 500 pictures each, the last ``fresh`` of which only measure
@@ -58,7 +58,8 @@ class Plan:
 
 
 def sample(number: int) -> tuple[world.Scene, int, int]:
-    """A scene of anything in any style, and the labels of both. A third of the styles are nameless: "none of these"."""
+    """Return a scene of any subject in any style, and the labels of both. A third of the styles are nameless: "none of
+    these"."""
     rng = np.random.default_rng((_FIRST, number))
     subject = SUBJECTS[rng.integers(len(SUBJECTS))]
     kind = rng.random()
@@ -83,7 +84,7 @@ def _render(path: Path, first: int) -> None:
 
 
 def rendered(work: Path, plan: Plan) -> list[np.ndarray]:
-    """All shards, rendered where they are missing."""
+    """Return all shards; render those that are missing."""
     paths = [work / f"wide-judge-{i:03d}.npy" for i in range(plan.shards)]
     with ProcessPoolExecutor(plan.workers, multiprocessing.get_context("spawn")) as pool:
         list(pool.map(_render, paths, range(0, plan.shards * SHARD, SHARD)))

@@ -1,4 +1,4 @@
-"""The trained parts put together as a pipeline folder."""
+"""Assemble the trained parts as a pipeline folder."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def export_stage(work: Path, plan: Plan, target: Path) -> None:
 
 
 def _assembled(work: Path, plan: Plan) -> Any:
-    """The trained parts put together. Without a denoiser trained here, all but the decoder is the start's."""
+    """Assemble the trained parts. Without a denoiser trained here, all but the decoder is the start's."""
     alone = bool(plan.start) and not (work / "denoiser.pt").exists()
     pipe = model.load(Path(plan.start)) if alone else model.build(words(work, plan), plan.seed)
     for name in ("decoder",) if alone else ("autoencoder", "decoder", "denoiser"):

@@ -1,4 +1,4 @@
-"""Everything that decides the result of a pretraining run."""
+"""Define all settings that decide the result of a pretraining run."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import click
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything that decides the result. Times on two cores are in the model card."""
+    """All settings that decide the result. Times on two cores are in the model card."""
 
     seed: int = 0
     pictures: int = 24_000

@@ -21,7 +21,7 @@ from qrlora.errors import TrainingError
 
 
 def log(work: Path, stage: str, **facts: object) -> None:
-    """One line of JSON in the log file, and on the terminal."""
+    """Write one line of JSON to the log file and to the terminal."""
     line = json.dumps({"stage": stage, "time": round(time.time()), **facts})
     print(line, flush=True)
     path = work / "log.jsonl"
@@ -33,7 +33,7 @@ def log(work: Path, stage: str, **facts: object) -> None:
 
 
 def saved(state: dict[str, Any]) -> bytes:
-    """The bytes of torch.save, which on a full disk raises errors of its own."""
+    """Return the bytes of torch.save, which on a full disk raises errors of its own."""
     stream = io.BytesIO()
     torch.save(state, stream)
     return stream.getvalue()
@@ -128,7 +128,7 @@ class Run:
                 told, first, total = now, self.step, 0.0
 
     def _advance(self, loss_of: Callable[[int], Tensor]) -> float:
-        """One step; its loss."""
+        """Take one step; return its loss."""
         factor = self.schedule(self.step / self.steps)
         for optimiser in self.optimisers:
             for group in optimiser.param_groups:

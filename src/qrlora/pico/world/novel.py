@@ -102,7 +102,7 @@ def _screen(rng: Rng) -> np.ndarray:
 
 
 def _colour(rng: Rng, light: tuple[float, float]) -> np.ndarray:
-    """Any hue, of a lightness (the mean of the channels) within the bounds."""
+    """Return any hue, of a lightness (the mean of the channels) within the bounds."""
     hue = rng.dirichlet([0.7, 0.7, 0.7]) * 3
     level = rng.uniform(*light)
     grey = rng.uniform(0.1, 0.9)

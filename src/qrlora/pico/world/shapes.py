@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 TONES = ("main", "accent", "dark", "light", "metal", "glass")
-"""What a part is made of; a palette gives each tone its colour. "main" is the colour the caption names."""
+"""The tone of a part; a palette gives each tone its colour. "main" is the colour the caption names."""
 
 
 @dataclass(frozen=True)

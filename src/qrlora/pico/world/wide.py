@@ -47,7 +47,7 @@ DESCRIPTIONS = {
     "embroidery": ("woven ground", "stitched fill", "corded outline"),
     "clay": ("rounded shading", "soft shadow", "no outline"),
 }
-"""What captions can say of a named style; of reserved ones they say nothing."""
+"""Descriptions of the named styles for captions; there are none of reserved ones."""
 
 
 def held_back(subject: str, style: str) -> bool:
@@ -65,7 +65,7 @@ _HELD = frozenset(world.HELD_BACK_PAIRS)
 
 
 def sample(number: int, kind: tuple[str, str] | None = None) -> Scene:
-    """Scene ``number`` of the wide world; nothing reserved and no pair held back is among them."""
+    """Return scene ``number`` of the wide world, without reserved parts and without pairs that are held back."""
     rng = np.random.default_rng((_SEED, number))
     names = list(KINDS)
     drawn = names[rng.choice(len(names), p=np.array(list(KINDS.values())) / sum(KINDS.values()))]

@@ -178,7 +178,7 @@ def _prompt(path: Path, record: str) -> str:
 
 
 def _prompts(path: Path, record: str) -> list[str]:
-    """The prompts of a run, out of the record in one of its pictures."""
+    """Read the prompts of a run from the record in one of its pictures."""
     expected, remedy = "the record of qrlora generate", f"write the prompt into {path.stem}.txt beside it"
     made = parse_json(record, f"the record in {path}", DataError, expected=expected, remedy=remedy)
     prompts = made.get("prompt", []) if isinstance(made, dict) else None

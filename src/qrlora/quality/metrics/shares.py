@@ -38,7 +38,7 @@ class Share:
 
     @property
     def value(self) -> float:
-        """In [0, 1]."""
+        """The proportion, in [0, 1]."""
         return self.right / self.n
 
     @property

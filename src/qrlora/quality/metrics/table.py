@@ -195,7 +195,8 @@ def _structure(picture: MeasuredPicture, reference: MeasuredPicture) -> float:
 def _side_by_side(
     picture: MeasuredPicture, reference: MeasuredPicture
 ) -> tuple[UInt8[np.ndarray, "h w"], UInt8[np.ndarray, "h w"], Float[np.ndarray, "h w"] | None]:
-    """Both in grey at the picture's size, and the reference's mask, inside which they are compared."""
+    """Return picture and reference in grey at the picture's size, and the reference's mask, inside which they are
+    compared."""
     height, width = picture.pixels.shape[:2]
     ours, theirs = (cv2.cvtColor(p, cv2.COLOR_RGB2GRAY) for p in (picture.pixels, reference.fitted(width, height)))
     return ours, theirs, reference.fitted_mask(width, height)
@@ -228,7 +229,7 @@ def _grain(picture: MeasuredPicture, reference: MeasuredPicture) -> float:
 
 
 def _mean_distance(ours: Sequence[Float[np.ndarray, " bins"]], theirs: Sequence[Float[np.ndarray, " bins"]]) -> float:
-    """Mean Jensen-Shannon distance (base 2: 0 if equal, 1 if disjoint) of histograms, pairwise."""
+    """Return the mean Jensen-Shannon distance (base 2: 0 if equal, 1 if disjoint) of histograms, pair by pair."""
     from scipy.spatial.distance import jensenshannon
 
     return float(np.mean([jensenshannon(a, b, base=2) for a, b in zip(ours, theirs, strict=True)]))
@@ -259,12 +260,12 @@ def _copied(picture: MeasuredPicture, references: References, _: Any) -> float:
 def _against(
     what: Literal["subject", "style"], compare: Callable[[MeasuredPicture, MeasuredPicture], float]
 ) -> Compute:
-    """Mean over the references."""
+    """Return a metric that is the mean of `compare` over the references."""
     return lambda picture, given, _: float(np.mean([compare(picture, one) for one in getattr(given, what)]))
 
 
 def _network_similarity(model: str, what: Literal["subject", "style"]) -> Compute:
-    """Mean cosine to the references."""
+    """Return a metric that is the mean cosine to the references."""
     return lambda picture, given, networks: float(
         np.mean([networks.similarity(model, picture, one) for one in getattr(given, what)])
     )

@@ -63,7 +63,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class SearchResult:
-    """All candidates, and those that were confirmed."""
+    """All candidates of a search, and the confirmed ones."""
 
     candidates: tuple[Candidate, ...]
     confirmed: tuple[Candidate, ...]
@@ -128,7 +128,7 @@ def _evaluated(points: Sequence[Weights], score: Score) -> list[Candidate]:
 
 
 def _initial_points(count: int, dimensions: int, max_weight: float, seed: int) -> list[Weights]:
-    """All weights 1, which is the usual default, and then a Halton sequence."""
+    """Return the point of all weights 1, which is the usual default, and then a Halton sequence."""
     from scipy.stats import qmc
 
     points = qmc.Halton(dimensions, scramble=True, seed=seed).random(count - 1) * max_weight
@@ -138,7 +138,7 @@ def _initial_points(count: int, dimensions: int, max_weight: float, seed: int) -
 def _points_near_frontier(
     candidates: Sequence[Candidate], count: int, max_weight: float, rng: np.random.Generator
 ) -> list[Weights]:
-    """New points: midpoints between neighbours on the frontier, then Gaussian steps from its points in turn."""
+    """Return new points: midpoints between neighbours on the frontier, then Gaussian steps from its points in turn."""
     best = [candidates[i].weights for i in frontier([one.search_mean for one in candidates])]
     known, found = {one.weights for one in candidates}, []
     middles = (np.mean(pair, axis=0) for pair in itertools.pairwise(best))
@@ -154,7 +154,7 @@ def _points_near_frontier(
 
 
 def _rounded(point: Float[np.ndarray, " dimensions"], max_weight: float) -> Weights:
-    """Clipped, and rounded so that the weights can be typed on a command line."""
+    """Clip the weights, and round them so that they can be typed on a command line."""
     return tuple(float(round(value, 3)) for value in np.clip(point, 0, max_weight))
 
 

@@ -98,7 +98,7 @@ Side = tuple[str | None, MeasuredPicture]
 
 
 def _pairs(arms: Arms, by_order: bool) -> list[tuple[Side, Side]]:
-    """All comparisons: every two arms, picture by picture."""
+    """Return all comparisons: every two arms, picture by picture."""
     if len(arms) < 2:
         raise DataError("nothing to compare", expected="at least two folders of pictures", got=len(arms))
     called = {

@@ -106,7 +106,7 @@ class VoteCount:
 
 @dataclass(frozen=True)
 class Vote:
-    """One answer. choice: "a", "b" or "tie", as in the key's trial."""
+    """One rater's answer to one trial."""
 
     rater: str
     trial: str

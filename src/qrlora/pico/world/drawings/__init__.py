@@ -101,7 +101,7 @@ def _arrays() -> dict[str, np.ndarray]:
 
 @lru_cache(maxsize=1)
 def _index() -> tuple[tuple[str, ...], dict[str, list[int]]]:
-    """All names, and the drawings of each."""
+    """Return all names, and the drawings of each."""
     data = _arrays()
     names = tuple(data["names"].tobytes().decode().split("\n"))
     found: dict[str, list[int]] = {name: [] for name in names}

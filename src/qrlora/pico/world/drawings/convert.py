@@ -174,7 +174,7 @@ def _tone(kind: str, colour: tuple[float, float], main: tuple[float, float]) -> 
 
 
 def packed(drawings: list[tuple[int, str, list[TracedPart]]]) -> bytes:
-    """All drawings as a few flat arrays, compressed. Contours are kept as differences from point to point."""
+    """Pack all drawings as a few flat, compressed arrays. Contours are kept as differences from point to point."""
     things = sorted({name for _, name, _ in drawings})
     parts = [part for _, _, drawing in drawings for part in drawing]
     contours = [c for part in parts for c in part.contours]

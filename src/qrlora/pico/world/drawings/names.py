@@ -10,7 +10,7 @@ from functools import lru_cache
 from pathlib import Path
 
 CATEGORIES = ("Activities", "Animals & Nature", "Food & Drink", "Objects", "Travel & Places")
-"""Of the emoji sets: where their things are."""
+"""Categories of the emoji sets that hold things."""
 
 _LEFT_OUT = re.compile(
     r"oclock|thirty|-moon-face|sun-with-face|wind-face|-suit$|place-medal|musical-(note|score)|-slash|speaker-|"

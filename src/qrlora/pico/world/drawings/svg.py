@@ -217,7 +217,8 @@ def _rgb(text: str) -> tuple[float, float, float]:
 
 
 def _axis(element: ET.Element, shape: se.Shape) -> np.ndarray:
-    """From the first stop's place to the last's: (2, 2). A radial gradient is taken along its radius, downwards."""
+    """Return the way from the first stop to the last: (2, 2). A radial gradient is taken along its radius,
+    downwards."""
     radial = element.tag.endswith("radialGradient")
     own = element.get("gradientUnits") != "userSpaceOnUse"
     if radial:
