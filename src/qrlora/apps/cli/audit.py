@@ -23,7 +23,7 @@ heads_option = click.option(
     multiple=True,
     type=PATH,
     metavar="FILE",
-    help="signed heads kept elsewhere, beside those in the registry",
+    help="copy of audit-heads.jsonl kept elsewhere; its signed heads count besides the registry's",
 )
 
 
@@ -34,7 +34,7 @@ def audit() -> None:
 
 @command("show", "Print the newest entries of the audit log")
 @registry_option
-@click.option("--last", type=COUNT, default=20, help="how many (default: 20)")
+@click.option("--last", type=COUNT, default=20, help="number of entries (default: 20)")
 @json_option
 def run_show(options: Options) -> None:
     """Print the entries, oldest first."""
@@ -84,7 +84,9 @@ def run_audit_verify(options: Options) -> int:
 @command("who-made", "Print where a picture comes from: its signed manifest, the registry, what looks like it")
 @click.argument("picture", type=PATH)
 @registry_option
-@click.option("--root", multiple=True, type=PATH, help="root certificate to trust, beside those in your folder of keys")
+@click.option(
+    "--root", multiple=True, type=PATH, help="root certificate to trust, besides those in your folder of keys"
+)
 @click.option("--sidecar", type=PATH, help="C2PA manifest beside the picture (default: PICTURE.c2pa if it is there)")
 @json_option
 def run_who_made(options: Options) -> int:

@@ -28,20 +28,22 @@ if TYPE_CHECKING:
 )
 @click.argument("model", default="pico", metavar="[MODEL]", help=MODEL_HELP + " (default: pico)")
 @click.option("--rank", type=COUNT, help="rank of the adapters to be trained (default: that of `train`)")
-@click.option("--columns", default="subject", help="columns of the basis they train, as in `train` (default: subject)")
+@click.option(
+    "--columns", default="subject", help="columns of the basis that they train (see `train`; default: subject)"
+)
 @click.option("--basis-rank", type=COUNT, help="rank of the whole basis (default: the least that has those columns)")
 @click.option("--targets", help="module names (to_q,to_k), a regular expression, or all-linear (see `train`)")
 @click.option(
     "--algorithm",
     type=click.Choice(["fast", "exact"]),
     default="fast",
-    help="SVD (default: fast)",
+    help="truncated SVD by: fast, block Krylov iteration; exact, the full SVD (default: fast)",
 )
 @click.option(
     "--dtype",
     type=DTYPE,
     default="float32",
-    help="precision that the base model will be loaded in (default: float32, as in `train`)",
+    help="precision in which the base model will be trained (default: float32)",
 )
 @click.option("--json", is_flag=True, help="print what was done as JSON")
 def run_basis(options: Options) -> None:

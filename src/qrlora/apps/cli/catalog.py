@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     "catalog",
     "Make pictures of every product in every style, score them, and write a gallery and a table",
     "PRODUCTS is a CSV table, STYLES a TOML file (docs/catalog.md). Missing adapters are trained first. What is "
-    "finished stays finished: the same command continues after any end. The exit code is 1 if pictures failed.",
+    "finished is not made again: the same command continues an interrupted run. The exit code is 1 if pictures failed.",
 )
 @click.argument("products", type=PATH, help="CSV table of products: name, picture or adapter, word, tags")
 @click.argument("styles", type=PATH, help="TOML file of styles: name, picture or adapter, weight, prompts, seeds")
@@ -55,7 +55,7 @@ if TYPE_CHECKING:
 @click.option(
     "--brand", type=PATH, metavar="TOML", help="brand sheet that every picture is checked by (docs/evaluate.md)"
 )
-@click.option("--metrics", type=Names(), metavar="NAME,...", help="metrics (default: those without a network)")
+@click.option("--metrics", type=Names(), metavar="NAME,...", help="metrics (default: those without a neural network)")
 @click.option("--watts", type=NOT_NEGATIVE, default=65, help="power of a worker, for the energy estimate (default: 65)")
 @c2pa_option
 @registry_option

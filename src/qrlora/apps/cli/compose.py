@@ -37,12 +37,18 @@ from qrlora.apps.cli.shared import (
     OVERWRITE_HELP,
 )
 @click.argument("parts", nargs=-1, required=True, type=weighted_path, metavar="FILE[:WEIGHT]...", help=ADAPTER_HELP)
-@click.option("-o", "--output", type=PATH, default=Path("composition.safetensors"), help="file to write")
+@click.option(
+    "-o",
+    "--output",
+    type=PATH,
+    default=Path("composition.safetensors"),
+    help="file to write (default: composition.safetensors)",
+)
 @click.option(
     "--spelling",
     type=click.Choice(["compact", "lora"]),
     default="compact",
-    help="compact: ΔR alone (default); lora: up and down matrices, which every LoRA loader reads",
+    help="form of the file: compact, ΔR alone (default); lora, A and B matrices, which every LoRA loader reads",
 )
 @click.option(
     "--delta-weights",

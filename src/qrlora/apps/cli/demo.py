@@ -16,7 +16,11 @@ from qrlora.apps.cli.shared import COUNT, PATH, SEED, claim
     "With --subject or --style the picture is yours: any photograph, cropped to its square and resized.",
 )
 @click.option("--out", type=PATH, default=Path("out/demo"), help="folder of the report (default: out/demo)")
-@click.option("--company", is_flag=True, help="instead: a teapot maker's pilot, approved and marked; then tampering")
+@click.option(
+    "--company",
+    is_flag=True,
+    help="instead: a pilot of a teapot maker with approvals and signatures, then tampering that is detected",
+)
 @click.option("--subject", help="a picture of your own, or the name of a reserved subject of pico's world")
 @click.option("--style", help="a picture of your own, or the name of a reserved style of pico's world")
 @click.option("--seed", type=SEED, default=0, help="seed of everything (default: 0)")

@@ -42,8 +42,8 @@ if TYPE_CHECKING:
 DEFAULT_OUTPUT = "evaluation"
 NETWORKS = ("dino", "clip", "csd", "lpips")
 METRIC_HELP = (
-    "without weights: palette, palette_subject, colours, texture, grain, edges, structure, copied; with: dino, clip_i, "
-    "clip_style, clip_t, csd, lpips (docs/evaluate.md describes them)"
+    "without a neural network: palette, palette_subject, colours, texture, grain, edges, structure, copied; with one: "
+    "dino, clip_i, clip_style, clip_t, csd, lpips (docs/evaluate.md describes them)"
 )
 
 
@@ -65,7 +65,7 @@ weights_options = together(
         multiple=True,
         type=_located,
         metavar="NAME=WHERE",
-        help=f"weights of {', '.join(NETWORKS)}: a folder or file, or an id in the Hugging Face cache",
+        help=f"network weights of {', '.join(NETWORKS)}: a folder or file, or an id in the Hugging Face cache",
     ),
     click.option("--device", help="device of the networks: cpu, cuda, ... (default: a GPU if there is one)"),
 )
@@ -102,10 +102,14 @@ def _schema() -> str:
     "metrics",
     type=Names(),
     metavar="NAME,...",
-    help="metrics, or all (default: those without a network whose inputs are given)",
+    help="metrics, or all (default: those that need no neural network and whose inputs are given)",
 )
 @weights_options
-@click.option("--prompt", multiple=True, help="prompt to sample adapters with (several times), or the pictures' own")
+@click.option(
+    "--prompt",
+    multiple=True,
+    help="prompt to sample adapters with, or that the pictures were made from; may be given several times",
+)
 @seed_options
 @null_space_option
 @sampling_options

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 @command(
     "export",
-    "Write an adapter for another program, and count the layers that it will find",
+    "Write an adapter for another program, and check that it will find every layer",
     "Without -o the file is NAME-FORM.safetensors. " + OVERWRITE_HELP,
 )
 @click.argument("file", type=PATH, metavar="FILE", help="adapter file, or any LoRA")
@@ -90,7 +90,11 @@ def _no_base_model() -> QrloraError:
 
 basis_options = together(
     click.option("--basis-rank", type=COUNT, metavar="RANK", help="project onto the base model's basis of this rank"),
-    click.option("--columns", default="first", help="columns of it: first, i/n, subject, style (default: first, all)"),
+    click.option(
+        "--columns",
+        default="first",
+        help="columns of that basis: first, i/n, subject, style (default: first, that is all)",
+    ),
     click.option("--triangular", is_flag=True, help="keep the projected ΔR upper triangular"),
 )
 
@@ -99,9 +103,9 @@ description_options = together(
         "--role",
         type=click.Choice(["subject", "style"]),
         callback=lambda _ctx, _param, value: value or "",
-        help="of the adapter",
+        help="role to record in the adapter",
     ),
-    click.option("--trigger", default="", help="the word of a prompt that calls the adapter"),
+    click.option("--trigger", default="", help="word that calls the adapter in prompts"),
 )
 
 
@@ -115,7 +119,7 @@ description_options = together(
 @click.option("--model", help=f"{MODEL_HELP}; with it every layer is checked, and projection is possible")
 @basis_options
 @click.option("--like", type=PATH, metavar="ADAPTER", help="project onto this adapter's basis and columns")
-@click.option("--alpha", type=NUMBER, help="of a file that does not name it (default: its rank)")
+@click.option("--alpha", type=NUMBER, help="alpha of a file that does not give it (default: its rank)")
 @description_options
 @click.option("-o", "--output", type=PATH, help="file to write")
 @json_option

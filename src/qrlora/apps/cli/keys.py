@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 signing_option = click.option("--key", required=True, metavar="NAME", help="your private key (`qrlora keys list`)")
 public_option = click.option(
-    "--key", required=True, metavar="FILE.pub", help="the public key; or the name of a key in your own folder"
+    "--key", required=True, metavar="FILE.pub", help="public key: a file, or the name of a key in your folder of keys"
 )
 
 
@@ -71,9 +71,14 @@ def keys() -> None:
 
 
 @command("new", "Make a key of your own: NAME.pem stays with you, NAME.pub is for others")
-@click.argument("name")
-@click.option("--algorithm", type=click.Choice(["ed25519", "ecdsa-p256"]), default="ed25519", help="(default: ed25519)")
-@click.option("--passphrase", is_flag=True, help="ask for one (else $QRLORA_KEY_PASSPHRASE, else none)")
+@click.argument("name", help="NAME of the files in your folder of keys")
+@click.option(
+    "--algorithm",
+    type=click.Choice(["ed25519", "ecdsa-p256"]),
+    default="ed25519",
+    help="signature algorithm (default: ed25519)",
+)
+@click.option("--passphrase", is_flag=True, help="ask for a passphrase (else $QRLORA_KEY_PASSPHRASE, else none)")
 def run_new(options: Options) -> None:
     """Make the key and print where it is."""
     with packages():
@@ -161,10 +166,16 @@ DATE = click.DateTime(["%Y-%m-%d", "%Y-%m-%dT%H:%M:%S"])
 
 
 @command("trust", "Let the registry trust a person's key; the person has exactly these roles from now on")
-@click.argument("person")
+@click.argument("person", help="name of the person in this registry")
 @public_option
-@click.option("--role", multiple=True, required=True, type=click.Choice(["author", "reviewer", "operator"]))
-@click.option("--until", type=DATE, help="when it ends (default: never)")
+@click.option(
+    "--role",
+    multiple=True,
+    required=True,
+    type=click.Choice(["author", "reviewer", "operator"]),
+    help="may be given several times",
+)
+@click.option("--until", type=DATE, metavar="YYYY-MM-DD", help="day on which the trust ends (default: never)")
 @registry_option
 def run_trust(options: Options) -> None:
     """Add the key and print whom the registry trusts as what."""
@@ -175,8 +186,8 @@ def run_trust(options: Options) -> None:
     print(f"{person.name}: {', '.join(person.roles)}, with key {person.keys[-1].key_id[:12]}")
 
 
-@command("rotate", "Trust a person's new key instead of the old ones; what those signed still counts as of then")
-@click.argument("person")
+@command("rotate", "Trust a person's new key instead of the old ones; what those signed before still counts")
+@click.argument("person", help="name of the person in this registry")
 @public_option
 @registry_option
 def run_rotate(options: Options) -> None:
@@ -188,10 +199,15 @@ def run_rotate(options: Options) -> None:
     print(f"{person.name}: key {person.keys[-1].key_id[:12]} from now on")
 
 
-@command("revoke", "Let a key's signatures count no more: all it ever made, or those since a day")
+@command("revoke", "Invalidate a key's signatures: all it ever made, or those since a day")
 @click.argument("key", metavar="KEY_ID|FILE.pub")
-@click.option("--reason", required=True, help="a lost laptop, a person who left")
-@click.option("--since", type=DATE, help="signatures from before still count; only if you know it")
+@click.option("--reason", required=True, help="why, for the audit log")
+@click.option(
+    "--since",
+    type=DATE,
+    metavar="YYYY-MM-DD",
+    help="signatures made before it still count; give it only if you are sure of the day",
+)
 @registry_option
 def run_revoke(options: Options) -> None:
     """Revoke the key whose id begins so."""
@@ -208,9 +224,9 @@ def run_revoke(options: Options) -> None:
 
 
 @command("certificate", "Make a root and a certificate under it, to mark pictures with (C2PA)")
-@click.argument("name")
-@click.option("--organisation", help="who signs, as readers will see it")
-@click.option("--years", type=COUNT, default=10, help="how long it counts (default: 10)")
+@click.argument("name", help="NAME of the files in your folder of keys")
+@click.option("--organisation", help="the signer's name, as readers of a picture will see it")
+@click.option("--years", type=COUNT, default=10, help="years for which the certificate is valid (default: 10)")
 @click.option("--renew", is_flag=True, help="a new certificate for NAME under the same root")
 def run_certificate(options: Options) -> None:
     """Make the files and print what each is for."""
@@ -232,7 +248,7 @@ def run_certificate(options: Options) -> None:
 @click.argument("what", metavar="registry:NAME|FILE")
 @signing_option
 @click.option("--note", default="", help="what you looked at; it is signed too")
-@click.option("--bundle", is_flag=True, help="of a file: write a sigstore bundle, FILE.sigstore.json")
+@click.option("--bundle", is_flag=True, help="for a file: write a sigstore bundle, FILE.sigstore.json")
 @registry_option
 def run_sign(options: Options) -> None:
     """Sign and print where the signature is."""
@@ -263,7 +279,9 @@ def run_sign(options: Options) -> None:
 
 @command("verify", "Print who signed a registered artifact, or a file with its signature beside it")
 @click.argument("what", metavar="registry:NAME|FILE")
-@click.option("--signature", type=PATH, help="of a file: FILE.dsse.json or FILE.sigstore.json (default: beside it)")
+@click.option(
+    "--signature", type=PATH, help="signature of a file: FILE.dsse.json or FILE.sigstore.json (default: beside it)"
+)
 @registry_option
 def run_verify(options: Options) -> int:
     """Print each signature; 1 if nobody signed."""

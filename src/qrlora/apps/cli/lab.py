@@ -64,7 +64,7 @@ def _measured(measure: Callable[[SimpleNamespace], None], given: dict[str, Any])
 
 @click.group(cls=Group)
 def lab() -> None:
-    """Repeat the measurements of the docs: methods, published claims, speed, layers of subject and style."""
+    """Repeat the measurements of the docs: methods, published claims, speed, where subject and style are learned."""
 
 
 @lab.command()
@@ -110,8 +110,10 @@ def compare(**given: Any) -> None:
     "--tasks", type=Names(), default="teapot,rocket,chalk,mosaic", show_default=True, help="Names of pico's world."
 )
 @click.option("--steps", type=COUNT, default=100, show_default=True, help="Training steps of each adapter.")
-@click.option("--rank", type=COUNT, default=16, show_default=True)
-@click.option("--rates", type=Each(NUMBER), default="3e-4,1e-3,3e-3", show_default=True, help="For `convergence`.")
+@click.option("--rank", type=COUNT, default=16, show_default=True, help="Rank of the adapters.")
+@click.option(
+    "--rates", type=Each(NUMBER), default="3e-4,1e-3,3e-3", show_default=True, help="Learning rates of `convergence`."
+)
 @click.option("--seeds", type=COUNT, default=3, show_default=True, help="Number of seeds of `stability`.")
 @click.option("--json", type=PATH, default=Path("out/claims.json"), show_default=True)
 def claims(**given: Any) -> None:
@@ -123,7 +125,7 @@ def claims(**given: Any) -> None:
 
 @lab.command()
 @click.option("--tasks", type=Names(), default="teapot,chalk", show_default=True, help="Names of pico's world.")
-@click.option("--only", type=Names(), help="Some of blocks, groups, steps (default: all).")
+@click.option("--only", type=Names(), help="Parts to measure, of blocks, groups, steps (default: all).")
 @click.option("--pictures", type=COUNT, help="Pictures of each part (default: those of `compare`).")
 @click.option("--steps", type=COUNT, help="Training steps (default: those of `compare`).")
 @click.option("--denoising-steps", type=COUNT, help="Denoising steps (default: those of `compare`).")
@@ -139,19 +141,47 @@ def where(**given: Any) -> None:
 
 
 @lab.command()
-@click.option("--count", type=COUNT, default=24, show_default=True, help="Nameless styles that span the space.")
+@click.option(
+    "--count",
+    type=COUNT,
+    default=24,
+    show_default=True,
+    help="Random styles, without a word for them, that span the space.",
+)
 @click.option("--pictures", type=COUNT, default=8, show_default=True, help="Pictures of each of them.")
 @click.option("--library-steps", type=COUNT, default=80, show_default=True, help="Training steps of each of them.")
 @click.option("--components", type=COUNT, help="Components to keep (default: one less than --count).")
-@click.option("--ways", type=Names(), default="alone,qrlora,lora_one_start,lora_own_start,delta_w", show_default=True)
-@click.option("--styles", type=Names(), default="chalk,candy,mosaic", show_default=True, help="Trained from a picture.")
 @click.option(
-    "--remainders", type=Each(NUMBER), default="0", show_default=True, help="Free parts beside the coefficients."
+    "--ways",
+    type=Names(),
+    default="alone,qrlora,lora_one_start,lora_own_start,delta_w",
+    show_default=True,
+    help="Ways to train it.",
 )
-@click.option("--rate", type=click.FloatRange(min=0, min_open=True), default=0.03, show_default=True)
+@click.option(
+    "--styles",
+    type=Names(),
+    default="chalk,candy,mosaic",
+    show_default=True,
+    help="Styles that are trained from one picture.",
+)
+@click.option(
+    "--remainders",
+    type=Each(NUMBER),
+    default="0",
+    show_default=True,
+    help="Weights of a free ΔR beside the coefficients.",
+)
+@click.option(
+    "--rate",
+    type=click.FloatRange(min=0, min_open=True),
+    default=0.03,
+    show_default=True,
+    help="Learning rate of the coefficients.",
+)
 @click.option("--decay", type=NOT_NEGATIVE, default=0.1, show_default=True, help="Weight decay of the coefficients.")
 @click.option("--steps", type=COUNT, default=240, show_default=True, help="Training steps of a picture.")
-@click.option("--asked", type=COUNT, default=16, show_default=True, help="Pictures that are sampled and judged.")
+@click.option("--asked", type=COUNT, default=16, show_default=True, help="Pictures to sample and judge for each style.")
 @click.option("--seed", type=SEED, default=0, show_default=True)
 @click.option("--out", type=PATH, default=Path("out/space"), show_default=True)
 def space(**given: Any) -> None:
@@ -195,17 +225,17 @@ def speed() -> None:
 @speed.command()
 @click.option("--size", type=COUNT, default=3072, show_default=True, help="Rows and columns of the random weight.")
 @click.option("--shapes", type=click.Choice(SPEED_MODELS), help="Random weights of a model's shapes instead.")
-@click.option("--rank", type=COUNT, default=64, show_default=True)
+@click.option("--rank", type=COUNT, default=64, show_default=True, help="Rank of the basis.")
 @click.option("--decay", type=NUMBER, default=0.5, show_default=True, help="Column i is scaled by i^-decay.")
 @click.option("--weights", type=PATH, help="A .safetensors file instead of a random weight.")
 @click.option("--peft", is_flag=True, help="Also PEFT's pissa, pissa_niter_16, olora and mica.")
 @click.option("--whole", type=click.Choice(["flux.1"]), help="Time `fast` on random weights of all layers of a model.")
 @click.option("--reproduce", is_flag=True, help="Compute Q in other ways that differ by rounding alone.")
 @click.option("--rounds", type=COUNT, default=1, show_default=True, help="How often each weight is timed.")
-@click.option("--summary", is_flag=True, help="The last lines only.")
+@click.option("--summary", is_flag=True, help="Print the last lines only.")
 @click.option("--json", type=PATH, default=OUT / "basis.json", show_default=True)
 def basis(**given: Any) -> None:
-    """The `fast` basis beside a full SVD and PEFT's initialisations: time and energy."""
+    """Time the `fast` basis beside a full SVD and PEFT's initialisations, and compare their energy."""
     from qrlora.lab.speed import basis as times
 
     _measured(times.main, given)
@@ -215,9 +245,9 @@ denoiser_options = together(
     click.option("--width", type=COUNT, default=1024, show_default=True, help="Width of the denoiser, n x 128."),
     click.option("--blocks", type=COUNT, default=1, show_default=True, help="Blocks of each of FLUX's kinds."),
     click.option("--side", type=COUNT, default=16, show_default=True, help="Side of the picture in tokens."),
-    click.option("--rank", type=COUNT, default=16, show_default=True),
-    click.option("--rounds", type=COUNT, default=30, show_default=True),
-    click.option("--quick", is_flag=True, help="A quarter of the width, few rounds: does it run?"),
+    click.option("--rank", type=COUNT, default=16, show_default=True, help="Rank of the adapters."),
+    click.option("--rounds", type=COUNT, default=30, show_default=True, help="Rounds of one step by each method."),
+    click.option("--quick", is_flag=True, help="A quarter of the width and few rounds, to see it work."),
     click.option("--device", help="Device (default: a CUDA device if there is one, else the CPU)."),
 )
 """Options of a benchmark on one FLUX denoiser of random weights."""
@@ -225,13 +255,15 @@ denoiser_options = together(
 
 @speed.command()
 @denoiser_options
-@click.option("--batch-size", type=COUNT, default=1, show_default=True)
-@click.option("--dtypes", type=Names(), default="float32,bfloat16", show_default=True, help="Of the denoiser.")
+@click.option("--batch-size", type=COUNT, default=1, show_default=True, help="Examples of a step.")
+@click.option(
+    "--dtypes", type=Names(), default="float32,bfloat16", show_default=True, help="Precisions of the denoiser."
+)
 @click.option("--methods", help="Methods, separated by ';' (default: all).")
-@click.option("--seconds", type=NOT_NEGATIVE, default=150, show_default=True, help="Longest time for a dtype.")
+@click.option("--seconds", type=NOT_NEGATIVE, default=150, show_default=True, help="Most seconds for each precision.")
 @click.option("--json", type=PATH, default=OUT / "training.json", show_default=True)
 def training(**given: Any) -> None:
-    """A training step: time and memory beside LoRA, PiSSA, OLoRA, MiCA and the published layer."""
+    """Measure time and memory of a training step beside LoRA, PiSSA, OLoRA, MiCA and the published layer."""
     from qrlora.lab.speed import training as times
 
     _measured(times.main, given)
@@ -240,86 +272,106 @@ def training(**given: Any) -> None:
 @speed.command()
 @denoiser_options
 @click.option("--dtype", default="float32", show_default=True, help="Precision of all weights.")
-@click.option("--seconds", type=NOT_NEGATIVE, default=90, show_default=True, help="Longest time for a table.")
-@click.option("--only", type=Names(), default="composed,changing,mixed,layers,merging", show_default=True)
+@click.option("--seconds", type=NOT_NEGATIVE, default=90, show_default=True, help="Most seconds for each table.")
+@click.option(
+    "--only", type=Names(), default="composed,changing,mixed,layers,merging", show_default=True, help="Tables."
+)
 @click.option("--json", type=PATH, default=OUT / "inference.json", show_default=True)
 def inference(**given: Any) -> None:
-    """Composed adapters, mixed batches and merging beside PEFT's LoRA."""
+    """Time composed adapters, mixed batches and merging beside PEFT's LoRA."""
     from qrlora.lab.speed import inference as times
 
     _measured(times.main, given)
 
 
 @speed.command()
-@click.option("--clients", type=COUNT, default=32, show_default=True)
-@click.option("--rounds", type=COUNT, default=3, show_default=True, help="Rounds of each side.")
+@click.option("--clients", type=COUNT, default=32, show_default=True, help="Clients at once.")
+@click.option(
+    "--rounds", type=COUNT, default=3, show_default=True, help="Rounds, each of the server and of plain diffusers."
+)
 @click.option("--each", type=COUNT, default=4, show_default=True, help="Requests of a client in a round.")
 @click.option("--steps", type=COUNT, default=20, show_default=True, help="Denoising steps for throughput.")
 @click.option("--batch-size", type=COUNT, default=16, show_default=True, help="Batch size of the server.")
-@click.option("--requests", type=COUNT, default=2000, show_default=True, help="While memory is watched, at 2 steps.")
+@click.option(
+    "--requests", type=COUNT, default=2000, show_default=True, help="Requests of 2 steps while memory is watched."
+)
 @click.option("--quick", is_flag=True, help="One round of one request each of 8 steps, 100 requests.")
-@click.option("--nodes", type=COUNT, default=1, show_default=True, help="Ray nodes of this machine, an engine each.")
+@click.option(
+    "--nodes", type=COUNT, default=1, show_default=True, help="Ray nodes on this machine, with an engine each."
+)
 @click.option("--json", type=PATH, default=OUT / "serve.json", show_default=True)
 def serve(**given: Any) -> None:
-    """`qrlora serve` beside plain diffusers that switches LoRAs: throughput, correctness, memory."""
+    """Measure `qrlora serve` beside plain diffusers that switches LoRAs: throughput, correctness, memory."""
     from qrlora.lab.speed import serve as times
 
     _measured(times.main, given)
 
 
 @speed.command()
-@click.option("--moves", type=COUNT, default=12, show_default=True, help="Of a slider, each from rest.")
+@click.option(
+    "--moves", type=COUNT, default=12, show_default=True, help="Moves of a slider, each after the last picture."
+)
 @click.option("--browser", type=PATH, help="Chromium or Chrome (default: the one on the path).")
 @click.option("--json", type=PATH, default=OUT / "studio.json", show_default=True)
 def studio(**given: Any) -> None:
-    """Time from a slider to its picture in the studio, in Chromium."""
+    """Measure the time from a slider to its picture in the studio, in Chromium."""
     from qrlora.lab.speed import studio as times
 
     _measured(times.main, given)
 
 
 @speed.command()
-@click.option("--rounds", type=COUNT, default=7, show_default=True)
+@click.option("--rounds", type=COUNT, default=7, show_default=True, help="Rounds of each measurement.")
 @click.option("--json", type=PATH, default=OUT / "integrity.json", show_default=True)
 def integrity(**given: Any) -> None:
-    """The digest of an adapter's file: its cost as a share of the time that loading takes."""
+    """Measure what an adapter file's digest costs, as a share of the time that loading takes."""
     from qrlora.lab.speed import integrity as times
 
     _measured(times.main, given)
 
 
 @speed.command()
-@click.option("--writers", type=at_least(2), default=8, show_default=True, help="Processes at once.")
-@click.option("--operations", type=COUNT, default=1000, show_default=True, help="Of all together.")
+@click.option("--writers", type=at_least(2), default=8, show_default=True, help="Processes that write at once.")
+@click.option("--operations", type=COUNT, default=1000, show_default=True, help="Operations of all writers together.")
 @click.option("--json", type=PATH, default=OUT / "registry.json", show_default=True)
 def registry(**given: Any) -> None:
-    """The registry's commits a second on SQLite and PostgreSQL, by one writer and by several at once."""
+    """Measure the registry's commits a second on SQLite and PostgreSQL, by one writer and by several at once."""
     from qrlora.lab.speed import registry as times
 
     _measured(times.main, given)
 
 
 @speed.command()
-@click.option("--products", type=COUNT, default=100_000, show_default=True)
-@click.option("--styles", type=COUNT, default=20, show_default=True)
+@click.option("--products", type=COUNT, default=100_000, show_default=True, help="Products.")
+@click.option("--styles", type=COUNT, default=20, show_default=True, help="Styles.")
 @click.option("--each", type=COUNT, default=1, show_default=True, help="Pictures of a product in a style.")
-@click.option("--workers", type=COUNT, default=64, show_default=True, help="Cards.")
-@click.option("--card", default="a card", show_default=True, help="Name of the card, for the report.")
-@click.option("--seconds", type=NOT_NEGATIVE, default=3.0, show_default=True, help="Of the card for a picture.")
-@click.option("--training-seconds", type=NOT_NEGATIVE, default=0, show_default=True, help="Of the card for an adapter.")
-@click.option("--batch-size", type=COUNT, default=8, show_default=True)
-@click.option("--picture-mb", type=NOT_NEGATIVE, default=1.5, show_default=True, help="Of a picture's file.")
-@click.option("--adapter-mb", type=NOT_NEGATIVE, default=47, show_default=True, help="Of an adapter's file.")
-@click.option("--bandwidth-mb", type=NOT_NEGATIVE, default=1000, show_default=True, help="Of the storage, in a second.")
+@click.option("--workers", type=COUNT, default=64, show_default=True, help="GPUs.")
+@click.option("--card", default="a card", show_default=True, help="Name of the GPU, for the report.")
+@click.option("--seconds", type=NOT_NEGATIVE, default=3.0, show_default=True, help="Seconds of a GPU for a picture.")
+@click.option(
+    "--training-seconds", type=NOT_NEGATIVE, default=0, show_default=True, help="Seconds of a GPU for an adapter."
+)
+@click.option("--batch-size", type=COUNT, default=8, show_default=True, help="Pictures of a batch.")
+@click.option("--picture-mb", type=NOT_NEGATIVE, default=1.5, show_default=True, help="Megabytes of a picture's file.")
+@click.option("--adapter-mb", type=NOT_NEGATIVE, default=47, show_default=True, help="Megabytes of an adapter's file.")
+@click.option(
+    "--bandwidth-mb",
+    type=NOT_NEGATIVE,
+    default=1000,
+    show_default=True,
+    help="Megabytes that the storage writes in a second.",
+)
 @click.option("--sqlite-rate", type=NOT_NEGATIVE, help="Pictures recorded in a second (default: measured here).")
 @click.option("--postgresql", metavar="URL", help="Database to measure commits on.")
-@click.option("--postgresql-rate", type=NOT_NEGATIVE, help="Instead of measuring.")
-@click.option("--rounds", type=COUNT, default=300, show_default=True, help="Of each measurement.")
+@click.option(
+    "--postgresql-rate", type=NOT_NEGATIVE, help="Pictures recorded in a second (default: measured on --postgresql)."
+)
+@click.option("--rounds", type=COUNT, default=300, show_default=True, help="Rounds of each measurement.")
 @click.option("--against", multiple=True, type=PATH, help="Folder of a catalog that ran; may be given several times.")
-@click.option("--plot", type=PATH, help="Write an SVG of pictures a second over cards.")
+@click.option("--plot", type=PATH, help="Write an SVG of pictures a second over GPUs.")
 @click.option("--json", type=PATH, default=OUT / "catalog.json", show_default=True)
 def catalog(**given: Any) -> None:
-    """A catalog on many cards, simulated with measured times: hours, storage, where it saturates."""
+    """Simulate a catalog on many GPUs with measured times: hours, storage, where it saturates."""
     from qrlora.lab.speed import catalog as times
 
     _measured(times.main, given)

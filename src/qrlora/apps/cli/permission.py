@@ -18,10 +18,15 @@ if TYPE_CHECKING:
 PLACE = "QRLORA_REGISTRY"
 
 policy_option = click.option(
-    "--policy", type=PATH, metavar="TOML", help="rules to keep, besides those of the registry's policy: docs/policy.md"
+    "--policy",
+    type=PATH,
+    metavar="TOML",
+    help="policy file, which holds besides the registry's policy (docs/policy.md)",
 )
 approval_option = click.option(
-    "--require-approval", is_flag=True, help="refuse what nobody approved in the registry: docs/approval.md"
+    "--require-approval",
+    is_flag=True,
+    help="refuse combinations without an approval in the registry (docs/approval.md)",
 )
 permission_options = together(policy_option, approval_option)
 """For commands that are `referable`, which have --registry."""

@@ -28,13 +28,13 @@ LINE = click.argument("line", type=PATH, help="the project file, line.toml")
 REGISTRY = click.option(
     "--registry",
     metavar="PLACE",
-    help="registry that remembers it (default: $QRLORA_REGISTRY, else beside the project)",
+    help="registry of the pilot (default: $QRLORA_REGISTRY, else one beside the project file)",
 )
 
 
 @click.group("pilot", cls=Group)
 def pilot() -> None:
-    """Go from one picture to several styles to the whole line, with figures and a decision after each stage.
+    """Go from one picture to several styles to the whole product line, with a report and a decision after each stage.
 
     Begin with `qrlora pilot new line.toml`.
     """
@@ -47,8 +47,8 @@ def _schema() -> str:
 
 
 @command("new", "Write a project file to begin with, and the sample's pictures beside it")
-@click.argument("line", type=PATH, help="where to write it")
-@click.option("--sample", type=click.Choice(SAMPLES), default="teapots", help="what it is of (default: teapots)")
+@click.argument("line", type=PATH, help="project file to write: line.toml")
+@click.option("--sample", type=click.Choice(SAMPLES), default="teapots", help="sample project (default: teapots)")
 @print_and_exit("--schema", "print the JSON Schema of project files, and end", _schema)
 def new(options: Options) -> None:
     """Copy a sample project."""
@@ -70,7 +70,7 @@ def new(options: Options) -> None:
 @command("run", "Run the next stage, and write its reports")
 @LINE
 @REGISTRY
-@click.option("--stage", type=click.Choice(["one_picture", "several_styles", "line"]), help="run this one again")
+@click.option("--stage", type=click.Choice(["one_picture", "several_styles", "line"]), help="run this stage again")
 @permission_options
 @c2pa_option
 @json_option
@@ -103,7 +103,7 @@ def run(options: Options) -> int:
 @command("decide", "Record a signed go or no-go on the stage that has run")
 @LINE
 @REGISTRY
-@click.option("--go/--no-go", default=None, help="go on to the next stage, or not")
+@click.option("--go/--no-go", default=None, help="permit the next stage, or not")
 @click.option("--reason", required=True, metavar="TEXT", help="why, in a sentence")
 @click.option("--key", required=True, metavar="NAME", help="your signing key (`qrlora keys new NAME`)")
 def decide(options: Options) -> None:

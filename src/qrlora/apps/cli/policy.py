@@ -22,18 +22,21 @@ if TYPE_CHECKING:
     from qrlora.operations.registry import Registry
 
 ACTIONS = click.Choice(["compose", "generate", "serve", "export", "catalog"])
+NULL_SPACE_HELP = (
+    "null-space strength that the combination is used with (default: 0; generate takes 0.5 for a subject with a style)"
+)
 key_option = click.option("--key", required=True, metavar="NAME", help="your signing key: `qrlora keys new`")
 reason_option = click.option("--reason", required=True, metavar="TEXT", help="why; it is signed too")
 
 
 @click.group("policy", cls=Group)
 def policy() -> None:
-    """Rules of a company for what may be combined and used: docs/policy.md."""
+    """Check, test and activate a company's rules for what may be combined and used (docs/policy.md)."""
 
 
 @click.group("approval", cls=Group)
 def approval() -> None:
-    """Signed approvals of one combination each: docs/approval.md."""
+    """Request, sign, verify and revoke approvals of one combination each (docs/approval.md)."""
 
 
 def _registry(options: Options) -> Registry | None:
@@ -77,7 +80,7 @@ def run_schema() -> None:
 @command("explain", "Say in sentences what a policy asks for, and with --licences what each licence allows")
 @registry_option
 @policy_option
-@click.option("--licences", is_flag=True, help="the table of licences, with sources")
+@click.option("--licences", is_flag=True, help="print the table of licences, with sources")
 def run_explain(options: Options) -> None:
     """Print the rules, a line each."""
     from qrlora.operations.policy.licences import ADVICE, table
@@ -102,10 +105,12 @@ def run_explain(options: Options) -> None:
 @policy_option
 @click.option("--adapter", multiple=True, metavar="FILE[:WEIGHT]", help="adapter file, or registry:NAME[:WEIGHT]")
 @click.option("--composition", metavar="NAME", help="a registered composition, in place of --adapter")
-@click.option("--null-space", type=SHARE, default=0.0, metavar="STRENGTH", help="default: 0")
-@click.option("--prompt", multiple=True, help="that it is to be used with; may be given several times")
-@click.option("--action", type=ACTIONS, default="generate", help="default: generate")
-@click.option("--use", type=click.Choice(["internal", "outputs", "commercial"]), help="default: the policy's")
+@click.option("--null-space", type=SHARE, default=0.0, metavar="STRENGTH", help=NULL_SPACE_HELP)
+@click.option("--prompt", multiple=True, help="prompt that it will be used with; may be given several times")
+@click.option("--action", type=ACTIONS, default="generate", help="action to check (default: generate)")
+@click.option(
+    "--use", type=click.Choice(["internal", "outputs", "commercial"]), help="use to check (default: the policy's)"
+)
 @json_option
 def run_check(options: Options) -> int:
     """Print every finding."""
@@ -164,7 +169,7 @@ def _source(text: str, options: Options, registry: Registry | None) -> tuple[Any
     "Check cases, described in TOML without any files, against what a policy should say to them",
     "docs/policy.md shows such a file. Ends with 1 if one comes out otherwise.",
 )
-@click.argument("cases", type=PATH, metavar="CASES.toml")
+@click.argument("cases", type=PATH, metavar="CASES.toml", help="cases and the rules that should refuse them")
 @registry_option
 @policy_option
 def run_test(options: Options) -> int:
@@ -193,9 +198,9 @@ def _refused_by(rules: Sequence[str]) -> str:
     "Bring a policy into force in a registry: from then on it is asked wherever the registry is in play",
     "One that is not newer than those before needs the signature of an operator.",
 )
-@click.argument("file", type=PATH, metavar="TOML")
+@click.argument("file", type=PATH, metavar="TOML", help="the policy")
 @registry_option
-@click.option("--key", metavar="NAME", help="an operator's signing key, for an older version")
+@click.option("--key", metavar="NAME", help="an operator's signing key; needed for an older version")
 @click.option("--reason", default="", metavar="TEXT", help="why, for the audit log")
 def run_activate(options: Options) -> None:
     """Print what is in force now."""
@@ -215,9 +220,9 @@ def run_activate(options: Options) -> None:
 @policy_option
 @click.option("--adapter", multiple=True, metavar="FILE[:WEIGHT]", help="registered adapter, or registry:NAME[:WEIGHT]")
 @click.option("--composition", metavar="NAME", help="a registered composition, in place of --adapter")
-@click.option("--null-space", type=SHARE, default=0.0, metavar="STRENGTH", help="default: 0")
+@click.option("--null-space", type=SHARE, default=0.0, metavar="STRENGTH", help=NULL_SPACE_HELP)
 @click.option("--prompt", multiple=True, help="ask for these prompts alone (default: for any)")
-@click.option("--note", default="", metavar="TEXT", help="for whoever decides")
+@click.option("--note", default="", metavar="TEXT", help="note to the reviewer")
 def run_request(options: Options) -> None:
     """Print the digest of the request."""
     from qrlora.operations.policy.approval import request
@@ -229,11 +234,11 @@ def run_request(options: Options) -> None:
 
 
 @command("approve", "Sign the approval of a request")
-@click.argument("request", metavar="REQUEST")
+@click.argument("request", metavar="REQUEST", help="digest of the request (`approval list`)")
 @registry_option
 @policy_option
 @key_option
-@click.option("--days", type=COUNT, help="after which it ends (default: the policy's)")
+@click.option("--days", type=COUNT, help="days after which it ends (default: the policy's)")
 def run_approve(options: Options) -> None:
     """Print the digest of the approval, and who has approved by now."""
     from qrlora.operations.policy.approval import approve, refers
@@ -248,7 +253,7 @@ def run_approve(options: Options) -> None:
 
 
 @command("reject", "Sign the rejection of a request")
-@click.argument("request", metavar="REQUEST")
+@click.argument("request", metavar="REQUEST", help="digest of the request (`approval list`)")
 @registry_option
 @key_option
 @reason_option
@@ -261,7 +266,7 @@ def run_reject(options: Options) -> None:
 
 
 @command("revoke", "Sign the revocation of an approval: by who gave it, or an operator")
-@click.argument("given", metavar="APPROVAL")
+@click.argument("given", metavar="APPROVAL", help="digest of the approval (`approval list`)")
 @registry_option
 @key_option
 @reason_option
@@ -291,8 +296,8 @@ def run_list(options: Options) -> None:
 @policy_option
 @click.option("--adapter", multiple=True, metavar="FILE[:WEIGHT]", help="adapter file, or registry:NAME[:WEIGHT]")
 @click.option("--composition", metavar="NAME", help="a registered composition, request or approval")
-@click.option("--null-space", type=SHARE, default=0.0, metavar="STRENGTH", help="default: 0")
-@click.option("--prompt", multiple=True, help="that it is to be used with")
+@click.option("--null-space", type=SHARE, default=0.0, metavar="STRENGTH", help=NULL_SPACE_HELP)
+@click.option("--prompt", multiple=True, help="prompt that it will be used with; may be given several times")
 def run_verify(options: Options) -> int:
     """Print who has approved it, and what is wrong with other approvals."""
     from qrlora.operations.policy.decisions import find

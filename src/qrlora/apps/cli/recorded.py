@@ -48,7 +48,8 @@ registry_option = click.option(
 recording_option = click.option(
     "--registry",
     metavar="PLACE",
-    help="record what is done in this registry, also where nothing is named by registry:NAME (docs/registry.md)",
+    help="record inputs and results in this registry, a folder or database URL (default: nothing is recorded unless an "
+    "argument is registry:NAME; docs/registry.md)",
 )
 
 

@@ -31,8 +31,10 @@ KINDS = ("base", "adapter", "space", "recipe", "picture", "brand", "report", "po
 """Kinds of artifacts that people add by hand; the rest is recorded by the command that makes it."""
 
 licence_option = click.option("--licence", default="", help="an SPDX expression, such as Apache-2.0")
-owner_option = click.option("--owner", default="", help="whose it is")
-tag_option = click.option("--tag", "tags", multiple=True, metavar="TAG", help="may be given several times")
+owner_option = click.option("--owner", default="", help="its owner, such as a company")
+tag_option = click.option(
+    "--tag", "tags", multiple=True, metavar="TAG", help="word to search by and for policies; may be given several times"
+)
 
 
 @click.group(cls=Group)
@@ -51,9 +53,13 @@ def registry() -> None:
     "and left out.",
 )
 @click.argument("what", nargs=-1, required=True, metavar="WHAT...", help="files, a folder of adapters, or a model")
-@click.option("--name", help="of one file, such as teapots/classic; of a folder's, the part before the /")
-@click.option("--kind", type=click.Choice(KINDS), help="where a file's name does not tell it; base for a base model")
-@click.option("--role", default="", help="of an adapter that names none itself: subject or style")
+@click.option(
+    "--name", help="name for a single file, such as teapots/classic; for a folder, the part of the names before the /"
+)
+@click.option(
+    "--kind", type=click.Choice(KINDS), help="kind, if the file's name does not tell it; base for a base model"
+)
+@click.option("--role", default="", help="role of an adapter that records none: subject or style")
 @together(licence_option, owner_option, tag_option)
 @click.option(
     "--base", help=f"the base model of the adapters, {MODEL_HELP.removeprefix('base model: ')}, or registered"
@@ -111,16 +117,20 @@ def _base(to: Registry, model: str | None) -> Artifact | None:
     return to.get(model) if model.startswith((PREFIX, "sha256:")) else add_base(to, model)
 
 
-@command("search", "List what matches everything given, newest first")
-@click.argument("text", required=False, default="", metavar="[TEXT]", help="in names, file names and triggers")
-@click.option("--kind", help="adapter, base, composition, generated, ...")
-@click.option("--role", help="subject or style")
-@click.option("--owner", help="whose it is")
-@click.option("--licence", help="as it was registered")
-@click.option("--tag", help="one that it has")
-@click.option("--like", metavar="REFERENCE", help="adapters by how much they do what this one does (registry index)")
-@click.option("--deprecated", is_flag=True, help="also what should no longer be used")
-@click.option("--limit", type=click.IntRange(min=1), default=100, help="most that are listed (default: 100)")
+@command("search", "List the artifacts that match all options, newest first")
+@click.argument("text", required=False, default="", metavar="[TEXT]", help="text in names, file names or triggers")
+@click.option("--kind", help="only this kind: adapter, base, composition, generated, ...")
+@click.option("--role", help="only this role: subject or style")
+@click.option("--owner", help="only of this owner")
+@click.option("--licence", help="only with this licence, as it was registered")
+@click.option("--tag", help="only with this tag")
+@click.option(
+    "--like",
+    metavar="REFERENCE",
+    help="adapters in the order of how similar their effect is to this one's (`registry index`)",
+)
+@click.option("--deprecated", is_flag=True, help="also list what is deprecated")
+@click.option("--limit", type=click.IntRange(min=1), default=100, help="largest number of results (default: 100)")
 @registry_option
 @json_option
 def run_search(options: Options) -> None:
@@ -182,7 +192,7 @@ def _numbers(edge: Any) -> str:
 
 @command("lineage", "Print what an artifact was made from, and what was made from it, as a tree")
 @reference_argument
-@click.option("--svg", type=PATH, metavar="FILE", help="also as a picture that needs no other file")
+@click.option("--svg", type=PATH, metavar="FILE", help="also write the tree as an SVG")
 @registry_option
 @json_option
 def run_lineage(options: Options) -> None:
@@ -209,12 +219,12 @@ def run_lineage(options: Options) -> None:
     "Point NAME@alias at an artifact; without REFERENCE, print where it pointed",
     "A protected alias moves only with --force. Its history stays.",
 )
-@click.argument("alias", metavar="NAME@ALIAS")
+@click.argument("alias", metavar="NAME@ALIAS", help="the alias, such as chalk@production")
 @click.argument("reference", required=False, metavar="[REFERENCE]", help=REFERENCE_HELP)
 @click.option("--reason", default="", help="why, for the history")
-@click.option("--protect/--unprotect", default=None, help="set or clear its protection")
-@click.option("--force", is_flag=True, help="although it is protected")
-@click.option("--remove", is_flag=True, help="take the alias away")
+@click.option("--protect/--unprotect", default=None, help="protect the alias from being moved, or stop protecting it")
+@click.option("--force", is_flag=True, help="move it although it is protected")
+@click.option("--remove", is_flag=True, help="remove the alias")
 @registry_option
 @json_option
 def run_alias(options: Options) -> None:
@@ -239,7 +249,7 @@ def run_alias(options: Options) -> None:
 
 @command("tag", "Add tags to an artifact")
 @reference_argument
-@click.argument("tags", nargs=-1, required=True, metavar="TAG...")
+@click.argument("tags", nargs=-1, required=True, metavar="TAG...", help="words to search by and for policies")
 @registry_option
 @json_option
 def run_tag(options: Options) -> None:
@@ -249,10 +259,14 @@ def run_tag(options: Options) -> None:
     _changed(where, options)
 
 
-@command("deprecate", "Say why an artifact should no longer be used", "Commands that use it print the reason.")
+@command(
+    "deprecate",
+    "Mark an artifact as no longer to be used",
+    "Commands that use it print the reason; policies refuse it.",
+)
 @reference_argument
-@click.argument("reason", required=False, default="", metavar="[REASON]")
-@click.option("--undo", is_flag=True, help="it may be used again")
+@click.argument("reason", required=False, default="", metavar="[REASON]", help="why")
+@click.option("--undo", is_flag=True, help="clear the deprecation")
 @registry_option
 @json_option
 def run_deprecate(options: Options) -> None:
@@ -270,9 +284,9 @@ def _changed(where: Registry, options: Options) -> None:
 
 
 @command("log", "Print the audit log: who did what to which artifact, and when")
-@click.option("--action", help="such as add, alias, deprecate, approve")
-@click.option("--actor", help="who")
-@click.option("--last", type=click.IntRange(min=1), metavar="COUNT", help="that many entries (default: all)")
+@click.option("--action", help="only this action, such as add, alias, deprecate, approve")
+@click.option("--actor", help="only by this person or program ($QRLORA_ACTOR)")
+@click.option("--last", type=click.IntRange(min=1), metavar="COUNT", help="number of newest entries (default: all)")
 @registry_option
 @json_option
 def run_log(options: Options) -> None:

@@ -59,7 +59,9 @@ def run_export_bundle(options: Options) -> None:
     "is new has the tag `imported`.",
 )
 @click.argument("file", type=PATH, metavar="FILE")
-@click.option("--prefix", default="imported", help="of names that are something else here (default: imported)")
+@click.option(
+    "--prefix", default="imported", help="put before names that already mean another artifact here (default: imported)"
+)
 @registry_option
 @json_option
 def run_import_bundle(options: Options) -> None:
@@ -79,8 +81,8 @@ def run_import_bundle(options: Options) -> None:
         print(f"not taken: {line}", file=sys.stderr)
 
 
-@command("gc", "List bytes that nothing refers to; with --delete, remove them")
-@click.option("--delete", is_flag=True, help="remove them, and what killed processes left")
+@command("gc", "List stored files that nothing refers to; with --delete, remove them")
+@click.option("--delete", is_flag=True, help="remove them, and temporary files of killed processes")
 @registry_option
 @json_option
 def run_gc(options: Options) -> None:
@@ -197,7 +199,9 @@ def features_of(model: str) -> tuple[str, Features]:
     "Measure what adapters do to fixed prompts, so that `registry search --like` finds them by it",
     "Each is measured once on a model.",
 )
-@click.argument("references", nargs=-1, metavar="[REFERENCE...]", help="adapters (default: all of the model)")
+@click.argument(
+    "references", nargs=-1, metavar="[REFERENCE...]", help="adapters (default: all that were trained on --model)"
+)
 @model_option
 @steps_option
 @registry_option

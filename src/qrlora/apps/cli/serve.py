@@ -63,9 +63,21 @@ RAY_SETTINGS = {
 )
 @null_space_option
 @click.option("--batch-size", type=COUNT, default=8, help="pictures made at once (default: 8)")
-@click.option("--queue", type=COUNT, default=256, help="most pictures waiting (default: 256)")
-@click.option("--max-side", type=COUNT, metavar="PIXELS", help="longest side (default: twice the model's own)")
-@click.option("--max-steps", type=COUNT, default=100, help="most denoising steps of a request (default: 100)")
+@click.option(
+    "--queue",
+    type=COUNT,
+    default=256,
+    help="largest number of waiting pictures; beyond it requests get 429 (default: 256)",
+)
+@click.option(
+    "--max-side",
+    type=COUNT,
+    metavar="PIXELS",
+    help="longest side that a request may ask for (default: twice the model's own)",
+)
+@click.option(
+    "--max-steps", type=COUNT, default=100, help="most denoising steps that a request may ask for (default: 100)"
+)
 @click.option("--threads", type=COUNT, help="processor cores of an engine (default: all, in equal shares)")
 @click.option("--engines", type=COUNT, default=1, help="copies of the base model; more than one run on Ray Serve")
 @click.option(

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from qrlora.method.basis import Basis
 
 ADAPTER_HELP = "adapter file or registry:NAME@alias, with a weight if not 1: mug.safetensors:0.9"
-OVERWRITE_HELP = "A file named by -o is replaced if it is there; a default name never is."
+OVERWRITE_HELP = "An existing file is replaced only if -o names it."
 MODEL_HELP = "base model: pico (small, in this package), a folder in the diffusers layout, or a hub id"
 PATH = click.Path(path_type=Path)
 REFRESH = 0.1
@@ -91,7 +91,7 @@ def weighted_path(text: str) -> tuple[Path, float]:
     return Path(text), 1.0  # the last colon belongs to the path
 
 
-json_option = click.option("--json", is_flag=True, help="print the numbers as JSON")
+json_option = click.option("--json", is_flag=True, help="print the result as JSON")
 
 seed_options = together(
     click.option(
@@ -120,7 +120,7 @@ sampling_options = together(
     model_options,
     click.option("--steps", type=COUNT, help="denoising steps (default: the family's)"),
     click.option("--guidance", type=NUMBER, help="classifier-free guidance scale (default: the family's)"),
-    click.option("--resolution", type=COUNT, help="side of the pictures in pixels (default: the model's)"),
+    click.option("--resolution", type=COUNT, help="side of the square pictures in pixels (default: the model's)"),
     click.option("--batch-size", type=COUNT, default=8, help="pictures made at once (default: 8)"),
 )
 
@@ -128,8 +128,8 @@ null_space_option = click.option(
     "--null-space",
     type=SHARE,
     metavar="STRENGTH",
-    help="null-space projection, 0 to 1: the share that each adapter loses of what lies in the input directions "
-    "that the others read; 0 is the exact sum (default: 0.5 for a subject with a style, else 0; docs/compare.md)",
+    help="null-space projection, 0 to 1: the share that each ΔR loses of its part in the input directions that the "
+    "others read; 0 is the plain sum (default: 0.5 for a subject with a style, else 0; docs/compare.md)",
 )
 
 

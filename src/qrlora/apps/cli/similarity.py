@@ -20,12 +20,12 @@ from qrlora.errors import QrloraError
     "Compare two adapters: cosines of Q, R, ΔR and ΔW, per layer and in all",
     "Q and R are the base model's: it is loaded for them, unless --files-only.",
 )
-@click.argument("first", type=PATH)
-@click.argument("second", type=PATH)
+@click.argument("first", type=PATH, help="adapter file")
+@click.argument("second", type=PATH, help="the adapter file to compare it with")
 @click.option("--model", help=f"{MODEL_HELP} (default: the one each adapter names)")
-@click.option("--files-only", is_flag=True, help="only what follows from the files, without the base model")
+@click.option("--files-only", is_flag=True, help="do not load the base model: ΔR and, on one basis, ΔW")
 @json_option
-@click.option("--plot", type=PATH, metavar="PNG", help="also plot them, layer by layer")
+@click.option("--plot", type=PATH, metavar="PNG", help="also plot the cosines, layer by layer")
 @referable()
 def run_similarity(options: Options) -> None:
     """Print the cosines, and draw them if asked."""

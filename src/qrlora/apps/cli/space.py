@@ -78,7 +78,7 @@ def run_build(options: Options) -> None:
     "--walk",
     type=COUNT,
     metavar="I",
-    help="sample a picture at -2 to 2 standard deviations of component I, from 1; needs -o",
+    help="sample a picture at -2, -1, 0, 1, 2 standard deviations of component I (the first is 1); needs -o",
 )
 @click.option("-o", "--output", type=PATH, help="PNG to write the walk to")
 @click.option("--prompt", help="prompt of the walk (default: the role's caption, with the trigger of the space)")

@@ -17,7 +17,7 @@ LOCAL = ("127.0.0.1", "localhost", "::1")
 
 @command(
     "studio",
-    "Open the studio in the browser: train, mix, prove and keep adapters",
+    "Open the studio in the browser: train, mix, evaluate and register adapters",
     "Needs pip install 'qrlora[studio]'. The page is there at once; the base model is loaded behind it. Ctrl-C ends "
     "it, and a training run with it, which can be resumed. See docs/studio.md.",
 )
@@ -27,7 +27,7 @@ LOCAL = ("127.0.0.1", "localhost", "::1")
 @click.option("--adapters", type=PATH, metavar="DIR", help="a folder of adapter files, beside those of the registry")
 @model_options
 @click.option("--host", default="127.0.0.1", help="address to listen on (default: this machine alone)")
-@click.option("--port", type=COUNT, default=8765, help="default: 8765")
+@click.option("--port", type=COUNT, default=8765, help="port to listen on (default: 8765)")
 @click.option(
     "--api-key-file",
     type=PATH,

@@ -24,21 +24,31 @@ KEY = "key.json"
     "stays here: with it --tally counts the files that the page saved.",
 )
 @click.argument(
-    "folders", nargs=-1, type=PATH, metavar="[FOLDER...]", help="two or more; pictures of the same name are compared"
+    "folders",
+    nargs=-1,
+    type=PATH,
+    metavar="[FOLDER...]",
+    help="two folders or more; pictures of the same name are compared",
 )
 @click.option("--question", help="what to choose by (default: which picture do you like better?)")
 @pictures_option("--reference", "shown above every pair")
-@click.option("--trials", type=COUNT, help="at most so many pairs for each person (default: all)")
+@click.option("--trials", type=COUNT, help="largest number of pairs for each person (default: all)")
 @click.option(
     "--catch",
     type=WHOLE,
     default=4,
     metavar="COUNT",
-    help="trials with a right answer, to exclude people who guess (default: 4)",
+    help="trials with a right answer, to exclude people who guess (0: none; default: 4)",
 )
 @click.option("--by-order", is_flag=True, help="compare pictures by their order instead of by name")
 @click.option("--seed", type=SEED, default=0, help="seed of all random choices (default: 0)")
-@click.option("--tally", cls=Several, type=PATH, metavar="JSON...", help="count these files instead")
+@click.option(
+    "--tally",
+    cls=Several,
+    type=PATH,
+    metavar="JSON...",
+    help="count the votes in these files, instead of writing a page",
+)
 @click.option("--key", type=PATH, help=f"with --tally: the study's key (default: {DEFAULT_OUTPUT}/{KEY})")
 @click.option(
     "--misses",
@@ -47,7 +57,7 @@ KEY = "key.json"
     metavar="COUNT",
     help="with --tally: catch trials that one person may miss (default: 1)",
 )
-@click.option("--json", is_flag=True, help="with --tally: print the numbers as JSON")
+@click.option("--json", is_flag=True, help="with --tally: print the result as JSON")
 @click.option("-o", "--output", type=PATH, help="folder (default: study/); with --tally, for a report")
 def run_study(options: Options) -> None:
     """Write the page and its key, or count votes."""

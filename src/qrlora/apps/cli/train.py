@@ -32,10 +32,12 @@ def _schema() -> str:
 
 recipe_options = together(
     *(click.option_panel(name) for name in ("Arguments", "Options", RECIPE_PANEL)),  # in this order
-    click.argument("recipe", required=False, type=PATH, help="TOML recipe (see recipes/); options win over it"),
+    click.argument("recipe", required=False, type=PATH, help="TOML recipe (see recipes/); options override its fields"),
     click.option("--subject", cls=Several, metavar="IMAGE...", help="pictures or a folder of the subject to train on"),
     click.option("--style", cls=Several, metavar="IMAGE...", help="pictures or a folder of the style to train on"),
-    click.option("--images", cls=Several, metavar="IMAGE...", help="other pictures for the recipe's role"),
+    click.option(
+        "--images", cls=Several, metavar="IMAGE...", help="pictures or a folder to train on, instead of the recipe's"
+    ),
 )
 """Train by a recipe file, by options, or both; the recipe's other fields are added by `RecipeCommand`."""
 

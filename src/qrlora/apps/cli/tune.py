@@ -40,7 +40,7 @@ DEFAULTS = {"subject": "edges,structure", "style": "texture,grain"}
 
 def _aim_options(side: str) -> tuple[Decorator, Decorator]:
     aim = (
-        f"what the {side} should be like: a picture or folder, or given again; or a name of pico's world, for its judge"
+        f"reference pictures of the {side}: picture or folder (several times), or a name of pico's world for its judge"
     )
     metrics = f"metrics of qrlora evaluate that score against pictures (default: {DEFAULTS[side]})"
     return (
@@ -56,16 +56,23 @@ def _aim_options(side: str) -> tuple[Decorator, Decorator]:
     "docs/evaluate.md describes the search.",
 )
 @click.argument(
-    "adapters", nargs=-1, required=True, type=PATH, metavar="ADAPTER...", help="adapter files, subject and style first"
+    "adapters",
+    nargs=-1,
+    required=True,
+    type=PATH,
+    metavar="ADAPTER...",
+    help="adapter files: the subject, the style, then any others",
 )
 @click.option("--prompt", multiple=True, help="prompt; may be given several times (default: from the adapters)")
 @together(*_aim_options("subject"), *_aim_options("style"))
-@click.option("--budget", type=COUNT, default=120, metavar="PICTURES", help="most pictures to sample (default: 120)")
+@click.option(
+    "--budget", type=COUNT, default=120, metavar="PICTURES", help="largest number of pictures to sample (default: 120)"
+)
 @click.option(
     "--per-block",
     type=COUNT,
     metavar="PARTS",
-    help="split each adapter into parts by blocks, each with a weight",
+    help="split each adapter's blocks into this many groups, each with its own weight",
 )
 @click.option("--highest", type=NUMBER, default=1.5, help="largest weight tried (default: 1.5)")
 @click.option("--seed", type=SEED, default=0, help="seed of the search and of the first picture (default: 0)")

@@ -74,16 +74,17 @@ class Recipe(BaseModel):
         description="pictures to train on: one, several, or a folder (captions and masks: docs/data.md)",
     )
     num_repeats: tuple[Annotated[int, Field(ge=1)], ...] = Field(
-        (), description="how often an epoch shows the pictures of each entry of images: one number each (default: once)"
+        (),
+        description="how often an epoch shows the pictures of each entry of images: a number for each (default: once)",
     )
     buckets: bool = Field(
         False, description="keep aspect ratios: crop to shapes of about resolution squared pixels instead of squares"
     )
-    flip: bool = Field(False, description="train on the mirror image of every picture, too")
+    flip: bool = Field(False, description="train also on the mirror image of every picture")
     shift: int = Field(
         0,
         ge=0,
-        description="train on copies of every picture, moved by this many pixels to each side, too (0: none)",
+        description="train also on four copies of every picture, moved by so many pixels left, right, up, down (0: no)",
     )
     alpha_mask: bool = Field(False, description="take a picture's transparency for its mask, unless it has a mask file")
     mask_min_value: float = Field(
@@ -98,10 +99,10 @@ class Recipe(BaseModel):
         min_length=1, description=f"caption of pictures that have none of their own; {TRIGGER} stands for the trigger"
     )
     rank: int = Field(DEFAULT_RANK, ge=1, description="rank of the adapter: rows of ΔR in each layer")
-    alpha: int = Field(ge=1, description="scaling times rank (default: the rank, so scaling 1)")
+    alpha: int = Field(ge=1, description="the update is scaled by alpha / rank (default: the rank, so scaling 1)")
     columns: str | tuple[int, ...] = Field(
-        description="columns of Q that belong to the adapter: subject or style (disjoint halves), i/n (every n-th "
-        "from i), first, or a list of numbers (default: the role's)"
+        description="columns of Q that the adapter trains: subject or style (disjoint halves), i/n (every n-th "
+        "from i), first (as published), or a list of numbers (default: the role's)"
     )
     basis_rank: int | None = Field(
         None, ge=1, description="rank of the whole basis (default: the least that has those columns)"
@@ -110,32 +111,34 @@ class Recipe(BaseModel):
     train_basis: bool = Field(False, description="published mode: train Q and R; cannot be composed exactly")
     targets: str | tuple[str, ...] | None = Field(
         None,
-        description="module names (to_q,to_k), or a regular expression, to adapt (default: the family's published set)",
+        description="layers to adapt: names (to_q,to_k), a regular expression, or all-linear (default: the family's)",
     )
     preserve: tuple[str, ...] = Field(
-        (), description="prompts whose pictures should stay those of the base model; separated by ; in a flag"
+        (), description="prompts whose pictures should stay as the base model makes them; separated by ; in a flag"
     )
     preserve_weight: float = Field(1.0, gt=0, description="weight of preserve in the loss")
     steps: int = Field(200, ge=1, description="optimiser steps")
     batch_size: int = Field(8, ge=1, description="examples per forward pass, of all processes together")
     accumulation: int = Field(1, ge=1, description="forward passes per optimiser step")
     optimizer: Literal["adamw", "adamw8bit", "prodigy", "schedulefree"] = Field(
-        "adamw", description="adamw, or with a package of its own adamw8bit, prodigy or schedulefree"
+        "adamw", description="adamw; or adamw8bit, prodigy, schedulefree, which need a package (docs/training.md)"
     )
     learning_rate: float = Field(
         ONE_PICTURE,
         gt=0,
-        description="learning rate of one picture (in a space 0.03 by default; prodigy: a factor of its estimate, 1)",
+        description="learning rate for one picture (default in a space: 0.03; prodigy: a factor of its estimate, 1)",
     )
     learning_rate_several: float = Field(
         gt=0,
-        description="learning rate if there are two pictures or more (default: learning_rate if that is given; else "
+        description="learning rate for two pictures or more (default: learning_rate; but if that is not given, "
         f"{SEVERAL_PICTURES} for method qrlora on pico)",
     )
     warmup_steps: int = Field(0, ge=0, description="first steps, over which the learning rate rises to its value")
     cooldown_steps: int = Field(0, ge=0, description="last steps, over which the learning rate falls to zero")
-    weight_decay: float = Field(1e-4, ge=0, description="weight decay of ΔR (in a space 0.1 by default)")
-    space: Path | None = Field(None, description="space (qrlora space build) to train a point of")
+    weight_decay: float = Field(1e-4, ge=0, description="weight decay of ΔR (default in a space: 0.1)")
+    space: Path | None = Field(
+        None, description="space file (qrlora space build): train the coefficients of a point in it"
+    )
     space_remainder: float = Field(0.0, ge=0, description="weight of a free ΔR beside the coefficients in the space")
     logit_mean: float | None = Field(
         None,
@@ -173,9 +176,9 @@ class Recipe(BaseModel):
         (),
         description=f"prompts of the sheets, {TRIGGER} for the trigger; separated by ; (default: the caption)",
     )
-    sample_seeds: int = Field(2, ge=1, description="sample pictures of each prompt, from seeds counted on from seed")
+    sample_seeds: int = Field(2, ge=1, description="sample pictures of each prompt; their seeds count up from seed")
     patience: int = Field(
-        0, ge=0, description="sheets without a better score after which training stops (0: never); with a judge only"
+        0, ge=0, description="sheets without a better score after which training stops (0: never); needs --judge"
     )
     log_with: str | None = Field(
         None,
