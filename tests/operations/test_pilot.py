@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
@@ -286,3 +289,15 @@ def test_the_command_line(tmp_path, capsys, monkeypatch):
     assert "one_picture: not run" in capsys.readouterr().out
     assert main(["pilot", "decide", line, "--go", "--reason", "x", "--key", "nobody"]) == 2
     assert "no private key" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [["status"], ["decide", "--go", "--reason", "good", "--key", "ben"]])
+def test_status_and_decide_wait_for_no_torch(opened, people, project, tmp_path, command):
+    opened().run()
+    code = (
+        "import sys; from qrlora.apps.cli import main\n"
+        f"code = main(['pilot', {command[0]!r}, {str(project)!r}, *{command[1:]!r}])\n"
+        "sys.exit(code or 10 * ('torch' in sys.modules))"
+    )
+    places = {"QRLORA_REGISTRY": str(tmp_path / "registry"), "QRLORA_KEYS": str(tmp_path / "keys")}
+    assert subprocess.run([sys.executable, "-c", code], check=False, env={**os.environ, **places}).returncode == 0

@@ -20,9 +20,8 @@ from typing import Any
 from qrlora._files import claimed, make_folder, write_all, write_atomically
 from qrlora._reading import read_json
 from qrlora.errors import PolicyError, RegistryError, SignatureError
-from qrlora.models.training.dataset import find_pictures
+from qrlora.models.training.sources import find_pictures
 from qrlora.operations.pilot.line import STAGES, Item, Line, Stage
-from qrlora.operations.pilot.recording import ask, record
 from qrlora.operations.pilot.report import report
 from qrlora.operations.pilot.stages import Result, one_picture, several_styles
 from qrlora.operations.pilot.whole_line import WholeLine
@@ -163,6 +162,8 @@ class Pilot:
         Raises:
             PolicyError: a stage before it has no go.
         """
+        from qrlora.operations.pilot.recording import ask, record  # torch, which a decision does without
+
         stage = stage or self.next or STAGES[-1]
         self.check_ready(stage)
         make_folder(self.folder)

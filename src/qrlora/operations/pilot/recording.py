@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from qrlora.models.training.dataset import find_pictures
+from qrlora.models.training.sources import find_pictures
 from qrlora.operations.pilot.line import Item
 from qrlora.operations.pilot.stages import Asked, Result
 from qrlora.operations.pilot.work import Work
