@@ -27,6 +27,7 @@ from qrlora.operations.provenance.certificates import own_roots
 from qrlora.operations.provenance.dsse import sign, statement
 from qrlora.operations.provenance.keys import SigningKey, Trust
 from qrlora.operations.registry import Registry
+from qrlora.operations.registry.intake import add_picture
 from qrlora.quality.metrics.shares import Share
 
 SAMPLE = Path(str(files("qrlora.operations") / "pilot" / "samples" / "teapots"))
@@ -158,6 +159,7 @@ def test_costs_are_time_times_price():
 def test_three_stages_from_one_picture_to_the_line(opened, people, project):
     keys = people
     pilot = opened()
+    known = add_picture(pilot.registry, project.parent / "pictures" / "teapot.png", licence="Apache-2.0")
     with pytest.raises(PolicyError, match="one_picture has to be run first"):
         pilot.run("several_styles")
     with pytest.raises(PolicyError, match="nothing to decide"):
@@ -175,6 +177,7 @@ def test_three_stages_from_one_picture_to_the_line(opened, people, project):
     assert pilot.verify() == []
     assert len(found.groups) == 2
     assert found.made == 4 * 2 * 2
+    assert pilot.registry.get(known.digest).licence == "Apache-2.0", "what was registered keeps its licence"
     ledger = pilot.folder / "spent.json"
     before = ledger.read_text()
     assert opened().run("several_styles").made
