@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from browsers import chromium, findings, page_of, shown, slide
-from qrlora.apps.pilots import sample_files
+from qrlora.apps.samples import sample_files
 from qrlora.apps.studio import train
 from qrlora.apps.studio.pages import HERE
 from qrlora.apps.studio.state import Studio

@@ -14,7 +14,7 @@ from qrlora.apps.cli.keys import c2pa_option, load_certificate, load_key
 from qrlora.apps.cli.permission import permission_options
 from qrlora.apps.cli.recorded import open_registry, packages
 from qrlora.apps.cli.shared import PATH, Bar, json_option, refuse_to_replace
-from qrlora.apps.pilots import SAMPLES, open_pilot, sample_files
+from qrlora.apps.samples import SAMPLES, sample_files
 
 if TYPE_CHECKING:
     from qrlora.operations.pilot import Pilot
@@ -151,6 +151,7 @@ def study(options: Options) -> None:
 
 def _opened(options: Options) -> Pilot:
     with packages():
+        from qrlora.apps.pilots import open_pilot
         from qrlora.operations.pilot import Line
     Line.load(options.line)  # before a registry is made beside it
     beside = options.line.with_suffix(".pilot") / "registry"

@@ -10,7 +10,8 @@ from fastapi import APIRouter, Request, Response
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import FileResponse
 
-from qrlora.apps.pilots import SAMPLES, open_pilot
+from qrlora.apps.pilots import open_pilot
+from qrlora.apps.samples import SAMPLES
 from qrlora.apps.studio import projects
 from qrlora.apps.studio.forms import Form, fields, upload
 from qrlora.apps.studio.library import reason_and_key

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qrlora._files import make_folder, write_all, write_atomically
-from qrlora.apps.pilots import SAMPLES, sample_files
+from qrlora.apps.samples import SAMPLES, sample_files
 from qrlora.apps.studio.forms import renamed
 from qrlora.errors import QrloraError, RequestError
 from qrlora.models.training.pictures import open_picture
