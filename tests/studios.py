@@ -17,16 +17,27 @@ import pytest
 from PIL import Image
 from starlette.testclient import TestClient
 
+from qrlora.apps.pilots import open_pilot
 from qrlora.apps.serving import engine as real
 from qrlora.apps.serving.connections import Server
 from qrlora.apps.serving.protocol import Event, Facts, Made, Refused, Settings
 from qrlora.apps.studio.app import create_app
+from qrlora.apps.studio.projects import project_file
 from qrlora.apps.studio.state import Studio
 from qrlora.errors import MismatchError
 from qrlora.method.adapter import load_adapter
 from qrlora.models.request import Request
+from qrlora.operations.pilot.costs import Cost, Parameters
+from qrlora.operations.pilot.line import Stage
+from qrlora.operations.pilot.project import Done
+from qrlora.operations.pilot.stages import Asked, Group, Result, Row
 from qrlora.operations.provenance.canonical import known_digest
+from qrlora.operations.provenance.keys import SigningKey
 from qrlora.operations.registry import Registry
+from qrlora.operations.registry.intake import add_report
+from qrlora.operations.registry.signatures import trust_of
+from qrlora.quality.images.read import load_picture
+from qrlora.quality.metrics.shares import Share
 
 SIDE, STEPS = 32, 6
 
@@ -96,6 +107,39 @@ def made_studio(place: Path, patch: pytest.MonkeyPatch, **options: Any) -> Studi
     loading.join()
     assert studio.model.failed is None, studio.model.failed
     return studio
+
+
+def trust(registry: Registry, folder: Path, *names: str) -> None:
+    """Make a key for each, and trust them as reviewers."""
+    people = trust_of(registry)
+    for name in names:
+        people.add(name, ["reviewer"], SigningKey.create(folder, name).public_pem)
+    people.save(registry.folder / "trust.json")
+
+
+def ran_stage(studio: Studio, name: str, person: str, stage: Stage = "one_picture") -> None:
+    """Let a pilot's stage have run: its report in the registry, and squares for its pictures."""
+    registry = studio.registry_of(person)
+    pilot = open_pilot(project_file(studio.place, name), registry)
+    folder = pilot.folder / "pictures"
+    folder.mkdir(parents=True, exist_ok=True)
+    pictures = []
+    for number in range(4):
+        Image.new("RGB", (SIDE, SIDE), (20, 60 * number, 152)).save(folder / f"{number}.png")
+        pictures.append(load_picture(folder / f"{number}.png"))
+    groups = [Group("teapot", pictures, 0.75, Share(3, 4), ["house teal covers 1 % of it"])]
+    costs, parameters = (
+        (Cost(63.0, 0.001, 0.0003, 120_000), Cost(252.0, 0.004, 0.0012, 480_000)),
+        Parameters(10, 20, 900),
+    )
+    rows = [Row("chalk", "subject", 0.8, 0.7, 0.1)]
+    asked = [Asked("teapots/teapot-in-chalk@v1", "sha256:" + "0" * 64)]
+    result = Result(stage, groups, [], rows, {"chalk": 0.01}, None, 4, 0, 0, *costs, parameters, to_approve=asked)
+    content = {"pilot": name, "inputs": pilot.inputs(stage), **result.to_dict()}
+    report = add_report(registry, content, [], name=f"{name}/{stage.replace('_', '-')}")
+    pilot.stages[stage] = Done(report.digest)
+    pilot._write(result)
+    pilot._save()
 
 
 class Visitor(TestClient):

@@ -52,7 +52,8 @@ class QrloraError(ValueError):
     """Base of all errors raised on purpose; the command line prints it without a traceback."""
 
     def __init__(self, what: str, *, expected: object = None, got: object = None, remedy: str | None = None):
-        what, expected, got = str(bounded(what)), bounded(expected), bounded(got)
+        shown, expected, got = bounded(what), bounded(expected), bounded(got)
+        what = shown if isinstance(shown, str) else str(shown)
         self.what, self.expected, self.got, self.remedy = what, expected, got, remedy
         lines = [what]
         lines += [f"  expected: {expected}"] if expected is not None else []

@@ -30,7 +30,7 @@ from qrlora.operations.policy.rules import Policy
 from qrlora.operations.registry import Registry
 from studios import STEPS, SquareEngine, Visitor, made_studio, serving, visiting
 
-PAGES = ("/mix", "/train", "/library", "/explore", "/prove")
+PAGES = ("/mix", "/train", "/library", "/explore", "/prove", "/pilot")
 PNG = (HERE / "starters" / "teapot.png").read_bytes()
 
 

@@ -10,13 +10,14 @@ from typing import Any
 import pytest
 
 from browsers import chromium, findings, page_of, shown, slide
+from qrlora.apps.samples import sample_files
 from qrlora.apps.studio import train
 from qrlora.apps.studio.pages import HERE
 from qrlora.apps.studio.state import Studio
 from qrlora.operations.registry import Registry
-from studios import made_studio, serving
+from studios import made_studio, ran_stage, serving, trust
 
-PAGES = ("/mix?c=teapot:1,chalk:0.5", "/train", "/library", "/explore", "/prove", "/nowhere")
+PAGES = ("/mix?c=teapot:1,chalk:0.5", "/train", "/library", "/explore", "/prove", "/pilot", "/nowhere")
 
 
 @pytest.fixture(scope="module")
@@ -105,6 +106,37 @@ def test_a_point_of_the_map_is_reached_by_key(browser: Any, squares: tuple[str, 
         assert float(page.get_by_label("Component 1").input_value()) != 0
 
 
+@pytest.mark.parametrize(("scheme", "locale"), [("light", "en-US"), ("dark", "ja-JP")])
+def test_axe_finds_nothing_serious_on_a_pilot(
+    browser: Any, squares: tuple[str, Studio], scheme: str, locale: str
+) -> None:
+    """Before its first stage, with a report that waits for a decision, and while a stage waits its turn."""
+    address, studio = squares
+    name = f"teapots-{scheme}"
+    with page_of(browser, address, color_scheme=scheme, locale=locale) as page:
+        page.goto("/pilot")
+        page.locator("summary").click()
+        toml = sample_files("teapots", Path("line.toml"))[Path("line.toml")].decode()
+        page.locator("textarea").fill(toml.replace('name = "teapots"', f'name = "{name}"'))
+        found = findings(page)
+        page.locator("main form button").click()
+        page.get_by_role("heading", name=name).wait_for()
+        found += findings(page)
+        ran_stage(studio, name, "linus")
+        page.reload()
+        page.locator("main > details summary").last.click()
+        found += findings(page)
+        page.set_input_files("input[type=file]", HERE / "starters" / "mosaic.png")
+        page.locator("figcaption", has_text="pictures/mosaic.png").wait_for(state="attached")
+        page.locator("details.report button").focus()
+        page.keyboard.press("Enter")
+        page.locator("progress").wait_for()
+        found += findings(page)
+        page.locator(".now button").click()
+        page.locator(".now form").wait_for()
+    assert not found
+
+
 # From a picture to stock diffusers, with the real model
 
 
@@ -118,7 +150,7 @@ def test_from_a_picture_to_stock_diffusers(browser: Any, tmp_path: Path, monkeyp
     monkeypatch.setenv("QRLORA_KEYS", str(tmp_path / "keys"))
     monkeypatch.setitem(train.PRESETS, "quick", (*train.PRESETS["quick"][:2], 8))
     studio = Studio(Registry.open(tmp_path / "registry", actor="ada"))
-    trust_grace(studio.registry)
+    trust(studio.registry, tmp_path / "keys", "grace")
     studio.start()
     try:
         with serving(studio) as address, page_of(browser, address, accept_downloads=True) as page:
@@ -132,17 +164,6 @@ def test_from_a_picture_to_stock_diffusers(browser: Any, tmp_path: Path, monkeyp
     finally:
         studio.close()
     check_in_diffusers(exported)
-
-
-def trust_grace(registry: Registry) -> None:
-    """grace may approve what ada asks for."""
-    from qrlora.operations.policy.findings import trust_of
-    from qrlora.operations.provenance.keys import SigningKey
-
-    key = SigningKey.create(None, "grace")
-    trust = trust_of(registry)
-    trust.add("grace", ["reviewer"], key.public_pem)
-    trust.save(registry.folder / "trust.json")
 
 
 def train_gold(page: Any) -> None:
@@ -203,6 +224,49 @@ def check_in_diffusers(path: Path) -> None:
     before = made()
     pipe.load_lora_weights(str(path))
     assert np.abs(made() - before).max() > 0.05
+
+
+@pytest.mark.slow
+def test_a_pilot_from_its_project_to_a_signed_go(browser: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a worker of its own that trains and samples; its page is left meanwhile, and comes back with the report."""
+    monkeypatch.setenv("QRLORA_KEYS", str(tmp_path / "keys"))
+    studio = Studio(Registry.open(tmp_path / "registry", actor="ada"))
+    trust(studio.registry, tmp_path / "keys", "grace")
+    studio.start()
+    try:
+        with serving(studio) as address, page_of(browser, address) as page:
+            make_pilot(page, quick_pilot())
+            page.get_by_role("button", name="Run this stage").click()
+            page.get_by_role("progressbar").wait_for()
+            page.goto("/mix")
+            page.goto("/pilot/teapots")
+            page.get_by_role("button", name="No-go").wait_for(timeout=900_000)
+            assert page.locator(".report img").count() == 2
+            page.get_by_label("Your key").fill("grace")
+            page.get_by_label("Reason").fill("clean on every board")
+            page.get_by_role("button", name="Go", exact=True).click()
+            page.get_by_text("decided by grace: clean on every board").wait_for()
+            assert "several styles" in page.locator("[aria-current=step]").inner_text()
+    finally:
+        studio.close()
+    assert studio.registry.get("teapots/teapot").created_by == "ada"
+
+
+def quick_pilot() -> str:
+    """The teapots with few steps and pictures."""
+    text = sample_files("teapots", Path("line.toml"))[Path("line.toml")].decode()
+    for long, short in {"steps = 240": "steps = 2", "= 120": "= 1", "pictures = 16": "pictures = 2\nsteps = 2"}.items():
+        assert long in text
+        text = text.replace(long, short)
+    return text
+
+
+def make_pilot(page: Any, text: str) -> None:
+    page.goto("/pilot")
+    page.get_by_text("Begin with a project file of your own").click()
+    page.get_by_label("Project file (TOML)").fill(text)
+    page.get_by_role("button", name="Make the pilot").click()
+    page.get_by_role("button", name="Run this stage").wait_for()
 
 
 # The command, and the pictures of the docs

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
@@ -24,6 +27,7 @@ from qrlora.operations.provenance.certificates import own_roots
 from qrlora.operations.provenance.dsse import sign, statement
 from qrlora.operations.provenance.keys import SigningKey, Trust
 from qrlora.operations.registry import Registry
+from qrlora.operations.registry.intake import add_picture
 from qrlora.quality.metrics.shares import Share
 
 SAMPLE = Path(str(files("qrlora.operations") / "pilot" / "samples" / "teapots"))
@@ -155,6 +159,7 @@ def test_costs_are_time_times_price():
 def test_three_stages_from_one_picture_to_the_line(opened, people, project):
     keys = people
     pilot = opened()
+    known = add_picture(pilot.registry, project.parent / "pictures" / "teapot.png", licence="Apache-2.0")
     with pytest.raises(PolicyError, match="one_picture has to be run first"):
         pilot.run("several_styles")
     with pytest.raises(PolicyError, match="nothing to decide"):
@@ -172,6 +177,7 @@ def test_three_stages_from_one_picture_to_the_line(opened, people, project):
     assert pilot.verify() == []
     assert len(found.groups) == 2
     assert found.made == 4 * 2 * 2
+    assert pilot.registry.get(known.digest).licence == "Apache-2.0", "what was registered keeps its licence"
     ledger = pilot.folder / "spent.json"
     before = ledger.read_text()
     assert opened().run("several_styles").made
@@ -286,3 +292,15 @@ def test_the_command_line(tmp_path, capsys, monkeypatch):
     assert "one_picture: not run" in capsys.readouterr().out
     assert main(["pilot", "decide", line, "--go", "--reason", "x", "--key", "nobody"]) == 2
     assert "no private key" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [["status"], ["decide", "--go", "--reason", "good", "--key", "ben"]])
+def test_status_and_decide_wait_for_no_torch(opened, people, project, tmp_path, command):
+    opened().run()
+    code = (
+        "import sys; from qrlora.apps.cli import main\n"
+        f"code = main(['pilot', {command[0]!r}, {str(project)!r}, *{command[1:]!r}])\n"
+        "sys.exit(code or 10 * ('torch' in sys.modules))"
+    )
+    places = {"QRLORA_REGISTRY": str(tmp_path / "registry"), "QRLORA_KEYS": str(tmp_path / "keys")}
+    assert subprocess.run([sys.executable, "-c", code], check=False, env={**os.environ, **places}).returncode == 0

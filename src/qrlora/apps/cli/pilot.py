@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import functools
-import importlib.resources
 import json
 import os
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import rich_click as click
@@ -17,13 +14,11 @@ from qrlora.apps.cli.keys import c2pa_option, load_certificate, load_key
 from qrlora.apps.cli.permission import permission_options
 from qrlora.apps.cli.recorded import open_registry, packages
 from qrlora.apps.cli.shared import PATH, Bar, json_option, refuse_to_replace
+from qrlora.apps.samples import SAMPLES, sample_files
 
 if TYPE_CHECKING:
-    from qrlora.operations.pilot import Pilot, Scorer, WholeLine
-    from qrlora.operations.policy.rules import Policy
-    from qrlora.operations.registry import Registry
+    from qrlora.operations.pilot import Pilot
 
-SAMPLES = ("teapots", "icons")
 LINE = click.argument("line", type=PATH, help="the project file, line.toml")
 REGISTRY = click.option(
     "--registry",
@@ -53,13 +48,7 @@ def _schema() -> str:
 def new(options: Options) -> None:
     """Copy a sample project."""
     make_folder(options.line.parent)
-    sample = importlib.resources.files("qrlora.operations") / "pilot" / "samples" / options.sample
-    contents: dict[Path, bytes] = {}
-    for name in ("line.toml", "brand.toml", "products.csv", "policy.toml"):
-        path = options.line if name == "line.toml" else options.line.parent / name
-        contents[path] = (sample / name).read_bytes()
-    for picture in (sample / "pictures").iterdir():
-        contents[options.line.parent / "pictures" / picture.name] = picture.read_bytes()
+    contents = sample_files(options.sample, options.line)
     for path in contents:
         refuse_to_replace(path, "name another folder")
     write_all(contents, make_folder=True)
@@ -162,58 +151,14 @@ def study(options: Options) -> None:
 
 def _opened(options: Options) -> Pilot:
     with packages():
-        from qrlora.operations.pilot import Line, Pilot
-    line = Line.load(options.line)
-    place = options.registry or os.environ.get("QRLORA_REGISTRY") or options.line.with_suffix(".pilot") / "registry"
+        from qrlora.apps.pilots import open_pilot
+        from qrlora.operations.pilot import Line
+    Line.load(options.line)  # before a registry is made beside it
+    beside = options.line.with_suffix(".pilot") / "registry"
+    place = options.registry or os.environ.get("QRLORA_REGISTRY") or beside
     registry = open_registry(Options(registry=str(place)), create=True)
-    return Pilot.open(options.line, registry, scorers_of(line), *_governed(options, registry, line))
-
-
-def _governed(options: Options, registry: Registry, line: Any) -> tuple[WholeLine, Policy | None]:
-    """Return stage 3 under the rules in force, with its pictures recorded, and the policy that approvals name."""
-    from qrlora.operations.catalog.governed import Governed
-    from qrlora.operations.pilot import WholeLine
-    from qrlora.operations.policy.action import Rules
-
-    rules = Rules.of(registry, getattr(options, "policy", None), getattr(options, "require_approval", False))
-
-    def governed(folder: Path) -> Governed:
-        return Governed(registry, None if rules.empty else rules, folder, line.model)
-
-    return WholeLine(governed=governed, c2pa=getattr(options, "c2pa", None)), next(iter(rules.policies), None)
-
-
-def scorers_of(line: Any) -> dict[str, Scorer]:
-    """Return the scorers of subject and style: the named metrics; else on pico its judge's features, elsewhere
-    structure and texture."""
-    from qrlora.operations.pilot import metric_scorer
-
-    found: dict[str, Scorer] = {}
-    for role, default in (("subject", "structure"), ("style", "texture")):
-        name = getattr(line.scores, role)
-        found[role] = _judged(role) if not name and line.model == "pico" else metric_scorer(role, name or default)
-    return found
-
-
-def _judged(role: str) -> Scorer:
-    from qrlora.operations.pilot import Scorer
-
-    def score(pictures: Any, learned_from: Any) -> list[float]:
-        import numpy as np
-
-        height, width = pictures[0].pixels.shape[:2]
-        references = np.stack([one.fitted(width, height) for one in learned_from])
-        return _judge().likeness(role, np.stack([one.pixels for one in pictures]), references)
-
-    return Scorer("the cosine of pico's judge", score)
-
-
-@functools.cache
-def _judge() -> Any:
-    """Return pico's judge, loaded when the first picture is scored: most commands score none."""
-    from qrlora.pico.judge import Judge
-
-    return Judge.load()
+    given = {name: getattr(options, name) for name in ("policy", "require_approval", "c2pa") if hasattr(options, name)}
+    return open_pilot(options.line, registry, **given)
 
 
 for _command in (new, run, decide, status, study):

@@ -10,6 +10,7 @@ train.py     pictures in, runs out; runs.py: the queue; worker.py: the process o
 library.py   the registry: search, lineage, aliases, export, verify
 explore.py   the space of adapters as sliders
 prove.py     scores and crosstalk of two mixes, and a blind vote
+pilot.py     the stages of a product line, their reports and decisions; projects.py: the files of its projects
 static/      one style sheet, one script; vendor/ htmx, Alpine, Inter (see vendor/NOTICE)
 locale/      studio.pot's strings in other languages, read as they are
 """

@@ -12,7 +12,7 @@ from starlette.middleware.sessions import SessionMiddleware
 from starlette.staticfiles import StaticFiles
 
 from qrlora.apps.serving.app import create_app as create_api
-from qrlora.apps.studio import explore, library, mix, prove, train
+from qrlora.apps.studio import explore, library, mix, pilot, prove, train
 from qrlora.apps.studio.forms import fields
 from qrlora.apps.studio.guard import Guard, right_key, secret_in
 from qrlora.apps.studio.pages import HERE, LANGUAGES, THEMES, error_page, page
@@ -43,7 +43,7 @@ def create_app(studio: Studio, *, local: bool = True) -> FastAPI:
     app.add_exception_handler(QrloraError, _refused)  # type: ignore[arg-type]
     app.add_exception_handler(HTTPException, _not_here)  # type: ignore[arg-type]
     app.add_exception_handler(Exception, _fault)
-    for part in (mix, train, library, explore, prove):
+    for part in (mix, train, library, explore, prove, pilot):
         app.include_router(part.router)
     _add_common(app)
     app.mount("/static", StaticFiles(directory=HERE / "static"))

@@ -9,7 +9,7 @@ from urllib.parse import parse_qsl
 
 from starlette.requests import Request
 
-from qrlora.errors import RequestError
+from qrlora.errors import QrloraError, RequestError
 
 MOST_FORM = 256 * 1024
 MOST_UPLOAD = 64 * 2**20
@@ -53,6 +53,15 @@ async def upload(request: Request, path: Path) -> None:
     except RequestError:
         path.unlink(missing_ok=True)
         raise
+
+
+def renamed(error: QrloraError, path: Path, name: str) -> QrloraError:
+    """Return the error about a file or folder of the studio, with its name as its sender knows it."""
+    if isinstance(error, RequestError):
+        return error
+    said = {key: getattr(error, key) for key in ("expected", "got", "remedy")}
+    renamed = {key: str(value).replace(str(path), name) for key, value in said.items() if value is not None}
+    return QrloraError(error.what.replace(str(path), name), **renamed)  # type: ignore[arg-type]
 
 
 class Form:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastapi import APIRouter, Request, Response
 from fastapi.concurrency import run_in_threadpool
@@ -22,6 +22,9 @@ from qrlora.operations.policy.decisions import find
 from qrlora.operations.provenance.audit import broken
 from qrlora.operations.registry import Artifact, Registry
 from qrlora.operations.registry.lineage import graph
+
+if TYPE_CHECKING:
+    from qrlora.operations.provenance.keys import SigningKey
 
 router = APIRouter()
 SHOWN = {
@@ -150,7 +153,7 @@ async def act(request: Request, digest: str, action: str) -> Response:
         "alias": _move_alias,
         "deprecate": lambda registry, artifact, form: registry.deprecate(artifact.digest, form.text("reason", 400)),
         "request": _ask,
-        "approve": _approve,
+        "approve": lambda registry, artifact, form: _approve(registry, artifact, form, studio_of(request)),
     }
     try:
         if action not in known:
@@ -174,17 +177,30 @@ def _ask(registry: Registry, artifact: Artifact, form: Form) -> None:
     approval.request(registry, combination, in_force(registry), form.text("reason", 400))
 
 
-def _approve(registry: Registry, artifact: Artifact, form: Form) -> None:
-    """Sign the newest request about an artifact with a key of this machine, or reject it."""
+def reason_and_key(studio: Studio, form: Form) -> tuple[str, SigningKey]:
+    """Return the reason and the signing key that a decision's form names: a key of this machine.
+
+    Raises:
+        RequestError: no reason, or others reach this studio, whose keys are not on this machine.
+        SignatureError: there is no such key, or its passphrase is wrong.
+    """
     from qrlora.operations.provenance.keys import SigningKey
 
-    asked = _approval(registry, artifact)["asked"]
-    if not asked:
-        raise RequestError("nobody has asked for an approval", remedy="ask for it first")
+    if studio.keys:
+        remedy = "copy the command that the page shows"
+        raise RequestError("decisions are signed on the reviewer's own machine", status=403, remedy=remedy)
     reason = form.text("reason", 400)
     if not reason:
         raise RequestError("a decision needs a reason", expected="a sentence", got="none")
-    key = SigningKey.load(form.text("key", 60), form.text("passphrase", 200) or None)
+    return reason, SigningKey.load(form.text("key", 60), form.text("passphrase", 200) or None)
+
+
+def _approve(registry: Registry, artifact: Artifact, form: Form, studio: Studio) -> None:
+    """Sign the newest request about an artifact with a key of this machine, or reject it."""
+    asked = _approval(registry, artifact)["asked"]
+    if not asked:
+        raise RequestError("nobody has asked for an approval", remedy="ask for it first")
+    reason, key = reason_and_key(studio, form)
     if form.text("decision") == "reject":
         approval.reject(registry, asked[0].digest, key, reason)
     else:

@@ -17,10 +17,11 @@ from starlette.responses import HTMLResponse
 
 from qrlora.apps.studio.guard import csrf_of
 from qrlora.errors import QrloraError, RequestError
+from qrlora.operations.policy.said import translated
 
 HERE = Path(__file__).parent
 LANGUAGES = {"en": "English", "ja": "日本語"}
-NAVIGATION = ("mix", "train", "library", "explore", "prove")
+NAVIGATION = ("mix", "train", "library", "explore", "prove", "pilot")
 THEMES = ("auto", "light", "dark")
 VERSIONS = {"htmx": "htmx-2.0.11.min.js", "alpine": "alpine-csp-3.17.4.min.js"}
 
@@ -56,6 +57,8 @@ def environment(language: str) -> Environment:
     )
     made.install_gettext_translations(translations(language), newstyle=True)  # type: ignore[attr-defined]
     made.globals.update(languages=LANGUAGES, navigation=NAVIGATION, vendor=VERSIONS)
+    gettext = translations(language).gettext
+    made.filters["said"] = lambda text: translated(text, gettext)
     made.filters["percent"] = lambda share: f"{100 * share:.0f} %"
     return made
 

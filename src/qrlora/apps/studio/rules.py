@@ -9,6 +9,7 @@ from qrlora.errors import PolicyError
 from qrlora.operations.policy.action import Rules, Source, combination_of_files
 from qrlora.operations.policy.check import Verdict
 from qrlora.operations.policy.licences import ADVICE, Licence, compute
+from qrlora.operations.policy.said import said
 
 if TYPE_CHECKING:
     from qrlora.apps.studio.shelf import Card
@@ -32,7 +33,7 @@ def licence_of(studio: Studio, parts: Mapping[str, float]) -> dict[str, Any]:
             "expression": computed.expression if not found["without"] else found["expression"],
         }
     except PolicyError as error:
-        found["trouble"] = f"{error.what}: {error.got}"
+        found["trouble"] = said("%(what)s (%(got)s)", what=error.what, got=error.got)
     return found
 
 

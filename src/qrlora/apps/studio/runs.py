@@ -1,4 +1,5 @@
-"""Queue training runs fairly: one worker process at a time, and a folder for each run from which a restart goes on.
+"""Queue training runs and stages of pilots fairly: one worker process at a time, and a folder for each run from which a
+restart goes on.
 
 runs/ID/run.json        what was asked for, by whom, and where it stands
 runs/ID/recipe.json     the recipe's fields
@@ -12,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import os
 import secrets
 import shutil
 import signal
@@ -26,9 +28,11 @@ from typing import Any
 
 from qrlora._files import make_folder, write_atomically
 from qrlora.errors import QrloraError, RequestError
+from qrlora.operations.registry.registry import PLACE
 
 log = logging.getLogger(__name__)
 
+TRAINING, PILOT = "training", "pilot"
 WAITING, RUNNING, STOPPED, FAILED, DONE = "waiting", "running", "stopped", "failed", "done"
 ADAPTER = "adapter.safetensors"
 GRACE_SECONDS = 30
@@ -37,7 +41,7 @@ GRACE_SECONDS = 30
 
 @dataclass(frozen=True)
 class Run:
-    """The state of one training run."""
+    """The state of one training run, or of one stage of a pilot: then `name` is the pilot's and `role` the stage."""
 
     id: str
     person: str
@@ -50,6 +54,7 @@ class Run:
     error: str = ""
     reference: str = ""
     taken: dict[str, str] = field(default_factory=dict)
+    kind: str = TRAINING
 
     @property
     def over(self) -> bool:
@@ -57,15 +62,16 @@ class Run:
 
 
 class Runs:
-    """The queue of training runs. Next is the run of whoever has waited longest since a run of theirs began.
+    """The queue of runs. Next is the run of whoever has waited longest since a run of theirs began.
 
     Args:
         place: folder of the runs.
         finished: called with the folder of a finished run and its person; returns the adapter's reference.
+        registry: what opens the registry that pilots are recorded in.
     """
 
-    def __init__(self, place: Path, finished: Callable[[Path, str], str]):
-        self.place, self.finished = place, finished
+    def __init__(self, place: Path, finished: Callable[[Path, str], str], registry: str = ""):
+        self.place, self.finished, self.registry = place, finished, registry
         make_folder(place)
         self._changed = threading.Condition()
         self._process: tuple[str, subprocess.Popen[bytes]] | None = None
@@ -103,10 +109,10 @@ class Runs:
     def get(self, name: str) -> Run:
         return Run(**json.loads((self.folder(name) / "run.json").read_text()))
 
-    def all(self) -> list[Run]:
-        """List the runs, newest first."""
+    def all(self, *kinds: str) -> list[Run]:
+        """List the runs of these kinds, or of all, newest first."""
         found = [self.get(path.parent.name) for path in self.place.glob("*/run.json")]
-        return sorted(found, key=lambda run: -run.created)
+        return sorted((run for run in found if not kinds or run.kind in kinds), key=lambda run: -run.created)
 
     def ahead_of(self, run: Run) -> int:
         """Count the runs that come before one that waits."""
@@ -131,6 +137,19 @@ class Runs:
         """Queue a run whose pictures are in its folder."""
         write_atomically(folder / "recipe.json", json.dumps(recipe, indent=1).encode())
         run = Run(folder.name, person, name, recipe["role"], int(recipe["steps"]), time.time())
+        self._save(run)
+        return run
+
+    def add_stage(self, pilot: str, stage: str, person: str) -> Run:
+        """Queue a stage of a pilot; its runs that are over are forgotten, because the pilot's folder has all of it.
+
+        Raises:
+            RequestError: another stage of it waits or runs.
+        """
+        for run in self.all(PILOT):
+            if run.name == pilot:
+                self.forget(run.id)
+        run = Run(self.new_folder().name, person, pilot, stage, 0, time.time(), kind=PILOT)
         self._save(run)
         return run
 
@@ -202,21 +221,27 @@ class Runs:
         folder = self.place / run.id
         command = [sys.executable, "-m", "qrlora.apps.studio.worker", str(folder)]
         with (folder / "worker.log").open("ab") as output:
-            process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=output)
+            process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                env={**os.environ, PLACE: self.registry},
+            )
             self._process = run.id, process
             self._obey()  # whoever stopped it before it was there
             code = process.wait()
             self._process = None
         run = replace(self.get(run.id), state=RUNNING)
         last = (events(folder) or [{}])[-1]
-        if code == 0 and (folder / ADAPTER).is_file():
+        if code == 0 and (run.kind == PILOT or (folder / ADAPTER).is_file()):
             return replace(run, state=DONE, reference=self.finished(folder, run.person))
         if "error" in last:
             return replace(run, state=FAILED, error=last["error"])
         if "stopped" in last or self._ending or code in (-signal.SIGINT, 130):
             return replace(run, state=STOPPED)
         tail = (folder / "worker.log").read_text(errors="replace")[-600:]
-        error = QrloraError("the training process ended", expected="an adapter", got=f"exit code {code}: {tail}")
+        error = QrloraError("the process of this run ended", expected="its result", got=f"exit code {code}: {tail}")
         return replace(run, state=FAILED, error=str(error))
 
 

@@ -15,7 +15,7 @@ from qrlora.apps.serving.permission import Gate
 from qrlora.apps.serving.protocol import Limits, Permission
 from qrlora.apps.serving.service import Service
 from qrlora.apps.studio.model import LazyEngine
-from qrlora.apps.studio.runs import Runs
+from qrlora.apps.studio.runs import ADAPTER, Runs
 from qrlora.apps.studio.shelf import StudioShelf
 from qrlora.operations.registry import Registry
 
@@ -76,7 +76,7 @@ class Studio:
         self.recent: Recent[bytes] = Recent(PICTURES_KEPT)
         self.interference: Recent[LayerInterference] = Recent(COMPOSITIONS_KEPT)
         self.newest: dict[str, Request] = {}  # of every open page, its newest request for a preview
-        self.runs = Runs(self.place / "runs", self._trained)
+        self.runs = Runs(self.place / "runs", self._finished, registry.place)
         self._looking = threading.Lock()
 
     def start(self) -> None:
@@ -110,11 +110,12 @@ class Studio:
         """Return the registry with this person as the actor."""
         return Registry(self.registry.engine, self.registry.store, self.registry.folder, person)
 
-    def _trained(self, folder: Path, person: str) -> str:
-        """Put a finished run's adapter, with its pictures, into the registry; returns its reference."""
+    def _finished(self, folder: Path, person: str) -> str:
+        """Put a training run's adapter, with its pictures, into the registry; returns its reference. What a pilot's
+        stage made is there already."""
         from qrlora.apps.studio.records import add_trained
 
-        reference = add_trained(self.registry_of(person), folder)
+        reference = add_trained(self.registry_of(person), folder) if (folder / ADAPTER).is_file() else ""
         self.look()
         return reference
 

@@ -15,13 +15,13 @@ from typing import Any
 
 from fastapi import APIRouter, Request, Response
 from fastapi.concurrency import run_in_threadpool
-from fastapi.responses import FileResponse, StreamingResponse
+from fastapi.responses import FileResponse, RedirectResponse, StreamingResponse
 from PIL import Image
 
 from qrlora._files import make_folder
-from qrlora.apps.studio.forms import Form, fields, number, upload
+from qrlora.apps.studio.forms import Form, fields, number, renamed, upload
 from qrlora.apps.studio.pages import N_, error_page, page
-from qrlora.apps.studio.runs import ADAPTER, Run, events
+from qrlora.apps.studio.runs import ADAPTER, PILOT, TRAINING, Run, events
 from qrlora.apps.studio.state import Studio, person_of, registry_for, studio_of
 from qrlora.errors import QrloraError, RequestError
 from qrlora.models.training.pictures import OpenPicture, open_picture
@@ -56,14 +56,14 @@ def train(request: Request) -> Response:
     studio = studio_of(request)
     runs, spaces = studio.runs, studio.registry.search(kind="space")
     known = {"presets": PRESETS, "triggers": TRIGGERS, "spaces": [one for one in spaces if one.stored and one.names]}
-    return page(request, "train.html", runs=runs.all(), ahead=runs.ahead_of, **known)  # type: ignore[arg-type]
+    return page(request, "train.html", runs=runs.all(TRAINING), ahead=runs.ahead_of, **known)  # type: ignore[arg-type]
 
 
 @router.get("/train/runs")
 def runs(request: Request) -> Response:
     """Show the list of runs alone."""
     queue = studio_of(request).runs
-    return page(request, "part_runs.html", runs=queue.all(), ahead=queue.ahead_of)
+    return page(request, "part_runs.html", runs=queue.all(TRAINING), ahead=queue.ahead_of)
 
 
 @router.post("/train/pictures")
@@ -79,19 +79,10 @@ async def add_upload(request: Request, name: str = "picture") -> Response:
         picture = await run_in_threadpool(open_picture, path)
     except QrloraError as error:
         path.unlink(missing_ok=True)
-        return error_page(request, _renamed(error, path, name[:100]))
+        return error_page(request, renamed(error, path, name[:100]))
     await run_in_threadpool(_save_shown, picture, path)
     facts = _read_facts(picture)
     return page(request, "part_picture.html", token=token, name=name[:100], picture=picture.image, read=facts)
-
-
-def _renamed(error: QrloraError, path: Path, name: str) -> QrloraError:
-    """Return the error about an upload, with the file's name as its sender knows it."""
-    if isinstance(error, RequestError):
-        return error
-    said = {key: getattr(error, key) for key in ("expected", "got", "remedy")}
-    renamed = {key: str(value).replace(str(path), name) for key, value in said.items() if value is not None}
-    return QrloraError(error.what.replace(str(path), name), **renamed)  # type: ignore[arg-type]
 
 
 def _save_shown(picture: OpenPicture, path: Path) -> None:
@@ -234,6 +225,8 @@ def _of_space(studio: Studio, name: str, folder: Path) -> dict[str, Any]:
 def show(request: Request, name: str) -> Response:
     runs = studio_of(request).runs
     run, folder = runs.get(name), runs.folder(name)
+    if run.kind == PILOT:
+        return RedirectResponse(f"/pilot/{run.name}", 303)
     recipe = json.loads((folder / "recipe.json").read_text())
     pictures = [path.name for path in sorted((folder / "pictures").glob("*.png")) if ".mask." not in path.name]
     return page(request, "run.html", run=run, recipe=recipe, pictures=pictures, ahead=runs.ahead_of(run))
@@ -287,6 +280,7 @@ def _told(run: Run, new: Sequence[Mapping[str, Any]], ahead: int) -> str:
         "left": steps[-1]["left"] if steps else None,
         "samples": [one["sample"] for one in new if "sample" in one],
         "notes": [one["note"] for one in new if "note" in one],
+        "work": next((one for one in reversed(new) if "work" in one), None),
     }
     return f"event: run\ndata: {json.dumps(content)}\n\n"
 
@@ -300,7 +294,7 @@ async def act(request: Request, name: str, action: str) -> Response:
             await run_in_threadpool(getattr(studio.runs, action), name)
             target = "/train" if action == "forget" else f"/train/{name}"
             return Response(status_code=204, headers={"HX-Redirect": target})
-        if action != "take":
+        if action != "take" or studio.runs.get(name).kind == PILOT:
             raise RequestError("no such action", status=404, got=action[:40])
         from qrlora.apps.studio.records import add_trained
 

@@ -1,12 +1,14 @@
-"""Run one training run in a process of its own: `python -m qrlora.apps.studio.worker FOLDER` (see runs.py)."""
+"""Run one training run, or one stage of a pilot, in a process of its own: `python -m qrlora.apps.studio.worker FOLDER`
+(see runs.py)."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -66,29 +68,42 @@ class Journal(logging.Handler):
 
 
 def main(folder: Path) -> int:
-    """Train by the folder's recipe, from the newest checkpoint if there is one; returns the exit code."""
+    """Do what the folder's run asks for, from where the last attempt ended; returns the exit code."""
     if hasattr(os, "nice"):
         os.nice(NICENESS)
     journal = Journal(folder)
+    run = json.loads((folder / "run.json").read_text())
     try:
-        from qrlora.models.training.loop import TrainingInterrupted, train
-        from qrlora.models.training.outputs import newest
-        from qrlora.models.training.recipe import Recipe
-
-        recipe = Recipe.of(json.loads((folder / "recipe.json").read_text()))
-        try:
-            train(recipe, progress=journal.step, resume=newest(recipe) is not None, sampled=journal.sampled)
-        except TrainingInterrupted as stopped:
-            journal.say(stopped=stopped.step)
-            return 130
+        (_make_stage if run["kind"] == "pilot" else _train)(folder, run, journal)
     except QrloraError as error:
         journal.say(error=str(error))
         return 2
-    except KeyboardInterrupt:
-        journal.say(stopped=0)
+    except KeyboardInterrupt as stopped:  # or TrainingInterrupted, which knows its step
+        journal.say(stopped=getattr(stopped, "step", 0))
         return 130
     journal.say(done=True)
     return 0
+
+
+def _train(folder: Path, run: Mapping[str, Any], journal: Journal) -> None:
+    """Train by the folder's recipe, from the newest checkpoint if there is one."""
+    from qrlora.models.training.loop import train
+    from qrlora.models.training.outputs import newest
+    from qrlora.models.training.recipe import Recipe
+
+    recipe = Recipe.of(json.loads((folder / "recipe.json").read_text()))
+    train(recipe, progress=journal.step, resume=newest(recipe) is not None, sampled=journal.sampled)
+
+
+def _make_stage(folder: Path, run: Mapping[str, Any], journal: Journal) -> None:
+    """Run a pilot's stage as the person who asked for it. What is trained and sampled already is used again."""
+    from qrlora.apps.pilots import open_pilot
+    from qrlora.apps.studio.projects import project_file
+    from qrlora.operations.registry import Registry
+
+    with contextlib.closing(Registry.open(actor=run["person"], create=False)) as registry:
+        pilot = open_pilot(project_file(folder.parent.parent, run["name"]), registry)
+        pilot.run(run["role"], lambda what, at, of: journal.say(work=what, at=at, of=of))
 
 
 if __name__ == "__main__":

@@ -22,7 +22,6 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from qrlora._reading import plain_float, plain_number, read_text, read_toml
-from qrlora._tensor_file import read_header
 from qrlora.errors import DataError, QrloraError, RecipeError
 from qrlora.models.training.pictures import open_picture
 from qrlora.models.training.recipe import TRIGGERS, Recipe
@@ -274,6 +273,8 @@ def _read_adapter(path: Path) -> tuple[str, str]:
     """Read role and trigger from a file's metadata; empty where it states none."""
     if path.suffix != ".safetensors" or not path.is_file():
         raise ValueError(f"no adapter {path}: a .safetensors file is needed")
+    from qrlora._tensor_file import read_header  # torch, which tables without adapters do without
+
     with path.open("rb") as stream:
         metadata = read_header(stream).get("__metadata__", {})
     return metadata.get("qrlora.role", ""), metadata.get("qrlora.trigger", "")

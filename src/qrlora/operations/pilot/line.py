@@ -144,17 +144,25 @@ class Line(_Part):
         """Read a project file; its paths count from its folder.
 
         Raises:
-            DataError: it cannot be read, has unknown, missing or contradictory fields, or names a file that is missing.
+            DataError: as `read`, or it names a file that is missing.
+        """
+        return cls.read(path)._placed(path)
+
+    @classmethod
+    def read(cls, path: Path) -> Line:
+        """Read a project file without a look at the files that it names; their paths are as they are written.
+
+        Raises:
+            DataError: it cannot be read, or has unknown, missing or contradictory fields.
         """
         remedy = "`qrlora pilot new line.toml` writes one to begin with"
         fields = read_toml(path, "project file", DataError, remedy=remedy)
         try:
-            line = cls.model_validate(fields)
+            return cls.model_validate(fields)
         except ValidationError as error:
             said = "; ".join(f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in error.errors())
             remedy = "`qrlora pilot new --schema` prints what a project file may hold"
             raise DataError(f"{path} is no project file", got=said, remedy=remedy) from error
-        return line._placed(path)
 
     def _placed(self, path: Path) -> Line:
         folder = path.resolve().parent

@@ -20,9 +20,8 @@ from typing import Any
 from qrlora._files import claimed, make_folder, write_all, write_atomically
 from qrlora._reading import read_json
 from qrlora.errors import PolicyError, RegistryError, SignatureError
-from qrlora.models.training.dataset import find_pictures
+from qrlora.models.training.sources import find_pictures
 from qrlora.operations.pilot.line import STAGES, Item, Line, Stage
-from qrlora.operations.pilot.recording import ask, record
 from qrlora.operations.pilot.report import report
 from qrlora.operations.pilot.stages import Result, one_picture, several_styles
 from qrlora.operations.pilot.whole_line import WholeLine
@@ -61,14 +60,19 @@ class Ran:
     Attributes:
         inputs: digest of all that it depended on.
         author: who ran it.
+        results: of the stage, as `Result.to_dict` has them.
         go: the decision, if it is signed by somebody who may decide and is about this run; None if there is none.
+        by, reason: who decided, and why, as it is signed.
         faults: why a recorded decision does not count.
     """
 
     inputs: str
     passes: bool
     author: str
+    results: Mapping[str, Any] = field(default_factory=dict)
     go: bool | None = None
+    by: str = ""
+    reason: str = ""
     faults: tuple[str, ...] = ()
 
 
@@ -163,6 +167,8 @@ class Pilot:
         Raises:
             PolicyError: a stage before it has no go.
         """
+        from qrlora.operations.pilot.recording import ask, record  # torch, which a decision does without
+
         stage = stage or self.next or STAGES[-1]
         self.check_ready(stage)
         make_folder(self.folder)
@@ -286,17 +292,16 @@ class Pilot:
         if (record.get("pilot"), record.get("stage")) != (self.line.name, stage):
             remedy = f"qrlora pilot run {self.path} --stage {stage}"
             raise RegistryError(f"{done.report[:19]} is no report of stage {stage}", got=artifact.title, remedy=remedy)
-        ran = Ran(record["inputs"], record["passes"], artifact.created_by)
+        ran = Ran(record["inputs"], record["passes"], artifact.created_by, record)
         if not done.decision:
             return ran
         try:
-            go, faults = self._decided(stage, done, ran)
+            return self._decided(stage, done, ran)
         except (RegistryError, SignatureError) as error:
-            go, faults = None, (str(error),)
-        return replace(ran, go=None if faults else go, faults=faults)
+            return replace(ran, faults=(str(error),))
 
-    def _decided(self, stage: Stage, done: Done, ran: Ran) -> tuple[bool, tuple[str, ...]]:
-        """Return a recorded decision, and why it does not count."""
+    def _decided(self, stage: Stage, done: Done, ran: Ran) -> Ran:
+        """Add the recorded decision, or why it does not count."""
         artifact = self.registry.get(done.decision)
         envelope, trust = read_envelope(self.registry.read(artifact)), trust_of(self.registry)
         found, people = verify(envelope, trust, at=self.registry.added_at(artifact.digest), predicate_type=DECISION)
@@ -304,7 +309,10 @@ class Pilot:
         about = {"pilot": self.line.name, "stage": stage, "inputs": ran.inputs, "report": done.report}
         faults = [f"the decision was on another {key}" for key, value in about.items() if said.get(key) != value]
         faults += filter(None, (_may_not(person, ran.author) for person in people))
-        return said.get("go") is True, tuple(faults)
+        if faults:
+            return replace(ran, faults=tuple(faults))
+        names = ", ".join(person.name for person in people)
+        return replace(ran, go=said.get("go") is True, by=names, reason=str(said.get("reason", "")))
 
     def verify(self) -> list[str]:
         """Return what is wrong with the recorded stages and decisions, one line a fault; empty if nothing is."""

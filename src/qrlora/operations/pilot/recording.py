@@ -6,11 +6,12 @@ that is run again leaves the approvals of its compositions as they are.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
-from qrlora.models.training.dataset import find_pictures
+from qrlora.models.training.sources import find_pictures
 from qrlora.operations.pilot.line import Item
 from qrlora.operations.pilot.stages import Asked, Result
 from qrlora.operations.pilot.work import Work
@@ -18,6 +19,7 @@ from qrlora.operations.policy.approval import open_request, request
 from qrlora.operations.policy.combination import Combination, combination_of
 from qrlora.operations.policy.decisions import find
 from qrlora.operations.policy.rules import Policy
+from qrlora.operations.provenance.canonical import file_digest
 from qrlora.operations.registry import Artifact, Link, Registry
 from qrlora.operations.registry.intake import add_adapter, add_base, add_composition, add_picture, add_report
 
@@ -53,10 +55,16 @@ def record(registry: Registry, work: Work, result: Result, inputs: str) -> tuple
 def _adapter(registry: Registry, work: Work, item: Item, base: Artifact) -> Artifact:
     line = work.line
     described: dict[str, Any] = {"owner": line.owner, "licence": line.licence}
-    pictures = [add_picture(registry, source.picture, **described) for source in find_pictures([item.picture])]
+    pictures = [_picture(registry, source.picture, described) for source in find_pictures([item.picture])]
     links = [Link("trained_on", picture.digest) for picture in pictures]
     name = f"{line.name}/{item.name}"
     return add_adapter(registry, work.adapter_file(item), name=name, base=base, links=links, **described)
+
+
+def _picture(registry: Registry, path: Path, described: Mapping[str, Any]) -> Artifact:
+    """Add a picture. One that is registered keeps its owner and licence: a project file does not change them."""
+    known = registry.has(file_digest(path))
+    return add_picture(registry, path, **({} if known else described))
 
 
 def _figures(result: Result, style: Item, sheet: Artifact | None) -> dict[str, Any]:

@@ -9,8 +9,8 @@ from typing import Any
 
 from qrlora._reading import read_toml
 from qrlora.errors import DataError
-from qrlora.operations.pilot.costs import GB, Cost
-from qrlora.operations.pilot.line import Language, Line
+from qrlora.operations.pilot.costs import GB, Cost, Parameters
+from qrlora.operations.pilot.line import Costs, Language, Line
 from qrlora.operations.pilot.stages import Check, Group, Result
 from qrlora.operations.pilot.work import Scorer
 from qrlora.quality.evaluation import thumbnail
@@ -78,7 +78,8 @@ def _gate(result: Result, line: Line, say: Words) -> Section:
     header = [say(f"table.{name}") for name in ("condition", "found", "limit", "verdict")]
     rows: list[list[str | Share | None]] = []
     for check in result.checks:
-        rows.append([say(f"kpi.{check.name}"), _value(check), _limit(check), _verdict(check, result, say)])
+        share = getattr(result, check.name, None)
+        rows.append(gate_row(check, share if isinstance(share, Share) else None, say))
     blocks: list[Block] = [Table(header, rows)]
     reasons = sorted({reason for group in result.groups for reason in group.reasons})
     if reasons:
@@ -86,23 +87,22 @@ def _gate(result: Result, line: Line, say: Words) -> Section:
     return Section(say("heading.gate"), blocks)
 
 
-def _value(check: Check) -> str | None:
-    if check.value is None:
-        return None
-    return f"{check.value:.0f}" if check.name == "failed" else f"{check.value:.3f}"
+def gate_row(check: Check, share: Share | None, say: Words) -> list[str | Share | None]:
+    """Return a condition, what was found, its limit, and the verdict.
 
-
-def _limit(check: Check) -> str:
+    Args:
+        share: that the condition is about; None for another number.
+    """
+    value = None if check.value is None else f"{check.value:.0f}" if check.name == "failed" else f"{check.value:.3f}"
     sign = "≥" if check.name in ("compliance", "acceptance") else "≤"
-    return f"{sign} {check.limit:g}"
+    return [say(f"kpi.{check.name}"), value, f"{sign} {check.limit:g}", _verdict(check, share, say)]
 
 
-def _verdict(check: Check, result: Result, say: Words) -> str:
+def _verdict(check: Check, share: Share | None, say: Words) -> str:
     if check.value is None:
         return say("verdict.unmeasured")
     verdict = say("verdict.holds" if check.passed else "verdict.fails")
-    share: Share | None = getattr(result, check.name, None)
-    return verdict if check.sure or not isinstance(share, Share) else say("verdict.unsure", verdict=verdict, n=share.n)
+    return verdict if check.sure or share is None else say("verdict.unsure", verdict=verdict, n=share.n)
 
 
 def _pictures(result: Result, say: Words) -> list[Section]:
@@ -143,22 +143,29 @@ def _approvals(result: Result, say: Words) -> Section:
 
 
 def _cost(result: Result, line: Line, say: Words) -> Section:
-    costs = (result.cost, result.next_cost)
+    header = [say(f"cost.{name}") for name in ("what", "so_far", "next")]
+    rows = cost_rows(result.cost, result.next_cost, result.parameters, line.costs, say)
+    return Section(say("heading.cost"), [Table(header, rows)])
+
+
+def cost_rows(
+    so_far: Cost | None, later: Cost | None, parameters: Parameters | None, costs: Costs, say: Words
+) -> list[list[str | Share | None]]:
+    """Return what was spent, what the next stage will take, and the trained parameters beside those of others."""
 
     def row(key: str, form: Any, **values: Any) -> list[str | Share | None]:
-        return [say(key, **values), *(form(cost) if cost else None for cost in costs)]
+        return [say(key, **values), *(form(cost) if cost else None for cost in (so_far, later))]
 
     rows = [
         row("cost.time", lambda cost: _duration(cost.seconds)),
-        row("cost.energy", lambda cost: f"{cost.kwh:.4f} kWh", watts=line.costs.watts),
-        row("cost.money", lambda cost: _money(cost, line.costs.currency)),
+        row("cost.energy", lambda cost: f"{cost.kwh:.4f} kWh", watts=costs.watts),
+        row("cost.money", lambda cost: _money(cost, costs.currency)),
         row("cost.storage", lambda cost: f"{cost.stored / GB * 1000:.2f} MB"),
     ]
-    if result.parameters:
+    if parameters:
         for key, name in (("parameters", "trained"), ("lora", "lora"), ("full", "full")):
-            rows.append([say(f"cost.{key}"), f"{getattr(result.parameters, name):,}", None])
-    header = [say(f"cost.{name}") for name in ("what", "so_far", "next")]
-    return Section(say("heading.cost"), [Table(header, rows)])
+            rows.append([say(f"cost.{key}"), f"{getattr(parameters, name):,}", None])
+    return rows
 
 
 def _duration(seconds: float) -> str:

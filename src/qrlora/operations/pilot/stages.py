@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from qrlora.method.composition import Composition
 from qrlora.operations.pilot.costs import Cost, Parameters, cost_of, parameters_of, projected
 from qrlora.operations.pilot.line import STAGES, Gate, Item, Stage
 from qrlora.operations.pilot.work import Work
@@ -206,6 +205,8 @@ def one_picture(work: Work) -> Result:
 
 def several_styles(work: Work) -> Result:
     """Run stage 2: train every style, generate each alone and with the subject, measure their crosstalk."""
+    from qrlora.method.composition import Composition  # torch, which reading a result does without
+
     line = work.line
     subject = line.subject
     alone = work.pictures(

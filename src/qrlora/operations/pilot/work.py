@@ -1,4 +1,7 @@
-"""Make a pilot's adapters and pictures, each once; a digest of its inputs finds it again."""
+"""Make a pilot's adapters and pictures, each once; a digest of its inputs finds it again.
+
+What imports torch is imported where it is used: state and decisions of a pilot do without it.
+"""
 
 from __future__ import annotations
 
@@ -9,21 +12,15 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import cycle, islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from qrlora._files import make_folder, write_all, write_atomically
 from qrlora._reading import read_json
 from qrlora.errors import DataError
-from qrlora.method.adapter import Adapter, load_adapter
-from qrlora.method.composition import default_strength, project_out
-from qrlora.models.families import load_pipeline
-from qrlora.models.generation import generate_jobs
-from qrlora.models.training import outputs
-from qrlora.models.training.dataset import find_pictures
-from qrlora.models.training.loop import Progress, train
 from qrlora.models.training.recipe import Recipe
+from qrlora.models.training.sources import find_pictures
 from qrlora.operations.catalog.plan import base_digest
 from qrlora.operations.catalog.tables import Item as Product
 from qrlora.operations.catalog.tables import read_products
@@ -33,6 +30,10 @@ from qrlora.operations.provenance.canonical import canonical_json, digest_of, fi
 from qrlora.quality.images.png import png_bytes
 from qrlora.quality.images.read import MeasuredPicture, load_picture, load_pictures
 from qrlora.quality.metrics.table import METRICS, References, compute_metrics, select_metrics
+
+if TYPE_CHECKING:
+    from qrlora.method.adapter import Adapter
+    from qrlora.models.training.loop import Progress
 
 Show = Callable[[str, int, int], None]
 """Progress: what is being done, how much is done, of how much."""
@@ -94,6 +95,8 @@ class Work:
     @cached_property
     def model(self) -> tuple[Any, Any]:
         """The base model's pipeline and family, loaded when the first picture or adapter needs it."""
+        from qrlora.models.families import load_pipeline
+
         return load_pipeline(self.line.model)
 
     @cached_property
@@ -126,6 +129,10 @@ class Work:
 
     def adapter(self, item: Item) -> Adapter:
         """Return the adapter of an item; train it if it is missing, from a checkpoint if there is one."""
+        from qrlora.method.adapter import load_adapter
+        from qrlora.models.training import outputs
+        from qrlora.models.training.loop import train
+
         path = self.adapter_file(item)
         if not path.is_file():
             recipe = self.recipe(item).replace(output=path)
@@ -157,6 +164,8 @@ class Work:
         Args:
             adapters: with their weights; none for the base model alone.
         """
+        from qrlora.method.composition import project_out
+
         strength = self.strength([item for item, _ in adapters])
         projected = project_out([(self.adapter(item), weight) for item, weight in adapters], strength)
         settings = self.line.sampling
@@ -177,6 +186,8 @@ class Work:
 
     def strength(self, items: Sequence[Item]) -> float:
         """Return the null-space strength of their composition: the project's, else the default of their roles."""
+        from qrlora.method.composition import default_strength
+
         given = self.line.sampling.null_space if len(items) > 1 else None
         return default_strength([self.adapter(item) for item in items]) if given is None else given
 
@@ -190,6 +201,8 @@ class Work:
         adapters: Sequence[tuple[Adapter, float]],
         options: Mapping[str, Any],
     ) -> None:
+        from qrlora.models.generation import generate_jobs
+
         pipe, family = self.model
         started = time.perf_counter()
         images = generate_jobs(pipe, family, jobs, adapters=adapters, batch_size=len(jobs), **options)

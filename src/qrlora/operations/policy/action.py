@@ -98,9 +98,9 @@ def artifact_of(registry: Registry | None, source: Source) -> Artifact:
     if registry and source.content:
         for found in registry.search(kind="adapter", fact=("content", source.content), deprecated=True)[-1:]:
             return found
-    said: dict[str, Any] = {name: str(source.facts.get(name) or "") for name in ("role", "licence")}
-    said |= {"owner": "", "created_by": "", "created_at": now(), "facts": dict(source.facts)}
-    return Artifact(source.digest, "adapter", 0, source.title, False, **said)
+    known: dict[str, Any] = {name: str(source.facts.get(name) or "") for name in ("role", "licence")}
+    known |= {"owner": "", "created_by": "", "created_at": now(), "facts": dict(source.facts)}
+    return Artifact(source.digest, "adapter", 0, source.title, False, **known)
 
 
 def combination_of_files(

@@ -69,11 +69,11 @@ def asked(registry: Registry, reference: str) -> dict[str, Any]:
     return record
 
 
-def combination_asked(registry: Registry, said: Mapping[str, Any]) -> Combination:
+def combination_asked(registry: Registry, content: Mapping[str, Any]) -> Combination:
     """Return the combination that a request or an approval is about."""
-    parts = tuple(Part(registry.get(one["adapter"]), float(one["weight"])) for one in said["parts"])
-    prompts = tuple(said["prompts"]["texts"]) if said["prompts"] else ()
-    return Combination(registry.get(said["base"]), parts, float(said["null_space"]), prompts)
+    parts = tuple(Part(registry.get(one["adapter"]), float(one["weight"])) for one in content["parts"])
+    prompts = tuple(content["prompts"]["texts"]) if content["prompts"] else ()
+    return Combination(registry.get(content["base"]), parts, float(content["null_space"]), prompts)
 
 
 def approve(
@@ -122,19 +122,21 @@ def revoke(registry: Registry, reference: str, key: SigningKey, reason: str) -> 
 
 
 def _decide(
-    registry: Registry, decision: str, said: Mapping[str, Any], key: SigningKey, more: Mapping[str, Any]
+    registry: Registry, decision: str, content: Mapping[str, Any], key: SigningKey, more: Mapping[str, Any]
 ) -> Artifact:
-    predicate = {"decision": decision, "about": dict(said), "at": now().isoformat(), **more}
-    named = [("approval", said["approval"])] if decision == "revoke" else [("base", said["base"])]
-    named += [("adapter", one["adapter"]) for one in said.get("parts", ())]
+    predicate = {"decision": decision, "about": dict(content), "at": now().isoformat(), **more}
+    named = [("approval", content["approval"])] if decision == "revoke" else [("base", content["base"])]
+    named += [("adapter", one["adapter"]) for one in content.get("parts", ())]
     envelope = sign(statement(APPROVAL, named, predicate), key)
-    facts = {"type": decision, "key": key.key_id, "about": dict(said), **more}
-    links = [Link("governed_by", said["policy"])] if said.get("policy") and registry.has(said["policy"]) else []
+    facts = {"type": decision, "key": key.key_id, "about": dict(content), **more}
+    links = (
+        [Link("governed_by", content["policy"])] if content.get("policy") and registry.has(content["policy"]) else []
+    )
     added = registry.add(canonical_json(envelope), "approval", filename="approval.json", facts=facts, links=links)
     if decision == "approve":
-        for one in same(registry, combination_asked(registry, said)):
+        for one in same(registry, combination_asked(registry, content)):
             registry.link(one.digest, Link("approved_by", added.digest))
-    registry.audit(decision, said.get("approval") or added.digest, {"approval": added.digest, "key": key.key_id})
+    registry.audit(decision, content.get("approval") or added.digest, {"approval": added.digest, "key": key.key_id})
     return added
 
 

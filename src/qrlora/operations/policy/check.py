@@ -17,6 +17,7 @@ from qrlora.operations.policy.combination import Combination
 from qrlora.operations.policy.decisions import Given, find, type_of
 from qrlora.operations.policy.findings import Case, Finding, findings
 from qrlora.operations.policy.rules import ACTIONS, Policy
+from qrlora.operations.policy.said import joined, said, verbatim
 from qrlora.operations.provenance.canonical import canonical_json
 from qrlora.operations.provenance.dsse import read_envelope, sign, statement, subjects_of, verify
 from qrlora.operations.provenance.keys import SigningKey, now
@@ -83,14 +84,15 @@ def _approved(
 ) -> tuple[Finding, datetime | None]:
     """Return the finding on approvals, and when they end."""
     if registry is None:
-        remedy = "name it with --registry"
-        return Finding("approval", False, "no registry is in play", "approvals in a registry", remedy), None
+        got, remedy = said("no registry is in play"), said("name it with --registry")
+        return Finding("approval", False, got, said("approvals in a registry"), remedy), None
     try:
         standing = find(registry, combination, policy, at=at, given=given)
         return standing.finding(combination.title), standing.expires
     except QrloraError as error:
-        got, remedy = f"{error.what} ({error.got})", error.remedy or "`qrlora registry verify`"
-        return Finding("approval", False, got, "approvals that can be read", remedy), None
+        got = said("%(what)s (%(got)s)", what=error.what, got=error.got)
+        remedy = verbatim(error.remedy or "`qrlora registry verify`")
+        return Finding("approval", False, got, said("approvals that can be read"), remedy), None
 
 
 def enforce(verdicts: Sequence[Verdict], registry: Registry | None) -> None:
@@ -103,9 +105,8 @@ def enforce(verdicts: Sequence[Verdict], registry: Registry | None) -> None:
     if registry:
         rules = sorted({finding.rule for verdict in refused for finding in verdict.refusals})
         registry.audit("refused", first.action, {"what": first.title, "rules": rules})
-    raise PolicyError(
-        f"{first.action} is not permitted: {first.title}", got="\n" + "\n".join(f"    {line}" for line in lines)
-    )
+    what = said("%(action)s is not permitted: %(title)s", action=first.action, title=first.title)
+    raise PolicyError(what, got=said("\n    %(findings)s", findings=joined(lines, "\n    ")))
 
 
 def in_force(registry: Registry) -> Policy | None:

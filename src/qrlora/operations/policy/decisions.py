@@ -17,6 +17,7 @@ from qrlora.errors import QrloraError, RegistryError, SignatureError
 from qrlora.operations.policy.combination import Combination, leaves, reports, same, unfolded
 from qrlora.operations.policy.findings import Finding, signers_of
 from qrlora.operations.policy.rules import Policy
+from qrlora.operations.policy.said import Said, joined, said, verbatim
 from qrlora.operations.provenance.canonical import canonical_json, digest_of
 from qrlora.operations.provenance.dsse import read_envelope, subjects_of, verify
 from qrlora.operations.provenance.keys import Person, Trust, now
@@ -49,7 +50,7 @@ class Given:
         about: what it is about: digests, weights, strength, prompts, policy, report; of a revocation, the approval.
         person: who signed it.
         at, expires: when it was given, and when it ends.
-        fault: why it counts for nothing, whatever it is asked for; empty if it may count.
+        fault: why it counts for nothing, whatever it is asked for; None if it may count.
     """
 
     digest: str
@@ -58,7 +59,7 @@ class Given:
     person: Person | None
     at: datetime
     expires: datetime | None
-    fault: str = ""
+    fault: Said | None = None
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ class Standing:
     people: tuple[str, ...]
     needed: int
     given: tuple[Given, ...] = ()
-    reasons: tuple[str, ...] = field(default=())
+    reasons: tuple[Said, ...] = field(default=())
     expires: datetime | None = None
 
     @property
@@ -85,10 +86,12 @@ class Standing:
 
     def finding(self, title: str) -> Finding:
         """Return it as the finding of a rule."""
-        got = f"{title} is approved by {', '.join(self.people) or 'nobody'}"
-        got += f" ({'; '.join(self.reasons[:3])})" if self.reasons and not self.holds else ""
-        remedy = "`qrlora approval request`, then a reviewer: `qrlora approval approve`"
-        return Finding("approval", self.holds, got, f"{self.needed} valid approval(s) by different people", remedy)
+        got = said("%(title)s is approved by %(people)s", title=title, people=", ".join(self.people) or said("nobody"))
+        if self.reasons and not self.holds:
+            got = said("%(what)s (%(got)s)", what=got, got=joined(self.reasons[:3]))
+        expected = said("%(count)s valid approval(s) by different people", count=self.needed)
+        remedy = said("`qrlora approval request`, then a reviewer: `qrlora approval approve`")
+        return Finding("approval", self.holds, got, expected, remedy)
 
 
 def prompts_digest(prompts: Sequence[str]) -> str:
@@ -121,41 +124,44 @@ def read(registry: Registry, artifact: Artifact, trust: Trust) -> Given:
         envelope = read_envelope(registry.read(artifact))
         try:
             found, people = verify(envelope, trust, at=added, predicate_type=APPROVAL)
-            fault = ""
+            faults = list[Said]()
         except SignatureError as error:
             found, people = verify(envelope, _AnyTime(trust.people.values()), predicate_type=APPROVAL)
-            fault = _said(error)
+            faults = [_told(error)]
         given = _given(artifact, found["predicate"], people[0])
     except (QrloraError, KeyError, TypeError, ValueError, IndexError) as error:
-        why = _said(error) if isinstance(error, QrloraError) else f"it has no form of ours ({type(error).__name__})"
+        form = said("it has no form of ours (%(error)s)", error=type(error).__name__)
+        why = _told(error) if isinstance(error, QrloraError) else form
         return Given(artifact.digest, "", {}, None, artifact.created_at, None, why)
-    said = given.about
-    meant = {said["approval"]} if "approval" in said else {said["base"], *(one["adapter"] for one in said["parts"])}
-    faults = [fault]
-    faults += ["its subjects are not what it is about"] if set(subjects_of(found)) != meant else []
-    faults += ["it is signed by several people: each signs an approval of their own"] if len(people) != 1 else []
-    late = given.at > added + CLOCKS
-    faults += [f"it is dated after it came into the registry: {given.at.isoformat()}"] if late else []
-    faults += [f"deprecated: {artifact.deprecated}"] if artifact.deprecated else []
-    return replace(given, fault="; ".join(one for one in faults if one))
+    named = given.about
+    meant = {named["approval"]} if "approval" in named else {named["base"], *(one["adapter"] for one in named["parts"])}
+    if set(subjects_of(found)) != meant:
+        faults.append(said("its subjects are not what it is about"))
+    if len(people) != 1:
+        faults.append(said("it is signed by several people: each signs an approval of their own"))
+    if given.at > added + CLOCKS:
+        faults.append(said("it is dated after it came into the registry: %(at)s", at=given.at.isoformat()))
+    if artifact.deprecated:
+        faults.append(said("deprecated: %(reason)s", reason=artifact.deprecated))
+    return replace(given, fault=joined(faults) if faults else None)
 
 
 def _given(artifact: Artifact, predicate: Mapping[str, Any], person: Person) -> Given:
     """Return the decision in a predicate; raise KeyError, TypeError or ValueError for another form."""
-    decision, said = predicate["decision"], predicate["about"]
+    decision, content = predicate["decision"], predicate["about"]
     if decision == "revoke":
-        str(said["approval"])
+        str(content["approval"])
     elif decision in ("approve", "reject"):
-        [(one["adapter"], one["weight"]) for one in said["parts"]]
-        str(said["base"])
+        [(one["adapter"], one["weight"]) for one in content["parts"]]
+        str(content["base"])
     else:
         raise ValueError(decision)
     ends = _time(predicate["expires"]) if predicate.get("expires") else None
-    return Given(artifact.digest, decision, said, person, _time(predicate["at"]), ends)
+    return Given(artifact.digest, decision, content, person, _time(predicate["at"]), ends)
 
 
-def _said(error: QrloraError) -> str:
-    return f"{error.what} ({error.got})" if error.got else error.what
+def _told(error: QrloraError) -> Said:
+    return said("%(what)s (%(got)s)", what=error.what, got=error.got) if error.got else verbatim(error.what)
 
 
 def type_of(data: bytes) -> str:
@@ -200,7 +206,7 @@ def decisions(registry: Registry) -> list[Given]:
 def _revoked(given: Given, by: Sequence[Person]) -> Given:
     own = given.person.name if given.person else ""
     allowed = [person.name for person in by if person.name == own or "operator" in person.roles]
-    return replace(given, fault=given.fault or f"revoked by {allowed[0]}") if allowed else given
+    return replace(given, fault=given.fault or said("revoked by %(name)s", name=allowed[0])) if allowed else given
 
 
 def find(
@@ -218,18 +224,20 @@ def find(
     """
     combination, at = unfolded(registry, combination), at or now()
     given = decisions(registry) if given is None else given
-    current, holding, reasons = about(registry, combination, policy), dict[str, Given](), list[str]()
+    current, holding, reasons = about(registry, combination, policy), dict[str, Given](), list[Said]()
     rejected: set[str] = set()
     for one in given:  # newest first
         if one.decision == "revoke" or not _concerns(one, current):
             continue
         name = one.person.name if one.person else ""
-        why: str | None = one.fault or "; ".join(differences(one.about, current))
+        others = () if one.fault else differences(one.about, current)
+        why = one.fault or (joined(others) if others else None)
         if not why and one.decision == "reject":
             rejected.add(name)
         why = why or _at_fault(registry, one, combination, policy, at, rejected)
         if why:
-            reasons.append(f"{one.decision or 'a decision'} {one.digest[7:15]} by {name or 'nobody known'}: {why}")
+            facts = {"what": one.decision or said("a decision"), "name": name or said("nobody known"), "why": why}
+            reasons.append(said("%(what)s %(digest)s by %(name)s: %(why)s", digest=one.digest[7:15], **facts))
         elif name not in holding or (_end(one, policy) or NEVER) > (_end(holding[name], policy) or NEVER):
             holding[name] = one
     needed = policy.approval.needed if policy and policy.approval else 1
@@ -255,29 +263,31 @@ def _end(one: Given, policy: Policy | None) -> datetime | None:
 
 def _at_fault(
     registry: Registry, one: Given, combination: Combination, policy: Policy | None, at: datetime, rejected: set[str]
-) -> str | None:
+) -> Said | None:
     """Return why the decision is no approval that holds now; None if it is one."""
     if one.decision != "approve" or one.person is None:
-        return "it is a rejection"
+        return said("it is a rejection")
     if one.person.name in rejected:
-        return f"{one.person.name} has rejected it since"
+        return said("%(name)s has rejected it since", name=one.person.name)
     end = _end(one, policy)
     if end and at >= end:
-        return f"it ended on {end.date()}"
+        return said("it ended on %(day)s", day=end.date())
     return may_not(registry, combination, policy, one.person)
 
 
 def may_not(
     registry: Registry, combination: Combination, policy: Policy | None, person: Person, asked_by: str = ""
-) -> str | None:
+) -> Said | None:
     """Return why a person may not approve this; None if they may."""
     allowed = policy.approval.approvers if policy and policy.approval else ()
     if "reviewer" not in person.roles:
-        return f"{person.name} is {', '.join(person.roles)}, not a reviewer"
+        return said("%(name)s is %(roles)s, not a reviewer", name=person.name, roles=", ".join(person.roles))
     if allowed and person.name not in allowed:
-        return f"the policy lets {', '.join(allowed)} approve, not {person.name}"
+        return said("the policy lets %(people)s approve, not %(name)s", people=", ".join(allowed), name=person.name)
     if person.name.casefold() in {name.casefold() for name in (*authors(registry, combination), asked_by)}:
-        return f"{person.name} trained, composed, signed or asked for it, and nobody approves their own"
+        return said(
+            "%(name)s trained, composed, signed or asked for it, and nobody approves their own", name=person.name
+        )
     return None
 
 
@@ -291,41 +301,54 @@ def authors(registry: Registry, combination: Combination) -> Iterator[str]:
         yield one.created_by
 
 
-def differences(said: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
+def differences(approved: Mapping[str, Any], current: Mapping[str, Any]) -> list[Said]:
     """Return what of a combination is not as it was approved, a clause each."""
-    found = []
-    for name in ("base", "basis", "null_space", "policy", "report"):
-        if said.get(name) != current[name]:
-            found.append(
-                f"{name.replace('null_space', 'null-space strength')} is {_short(current[name])}, approved was "
-                f"{_short(said.get(name))}"
-            )
-    approved, used = (sorted((one["adapter"], one["weight"]) for one in side["parts"]) for side in (said, current))
-    if approved != used:
-        if [one for one, _ in approved] != [one for one, _ in used]:
-            names = [", ".join(_short(one) for one, _ in side) or "none" for side in (used, approved)]
-            found.append(f"adapters are {names[0]}, approved were {names[1]}")
-        else:
-            pairs = zip(used, approved, strict=True)
-            changes = [f"{_short(one)} is {got}, approved was {was}" for (one, got), (_, was) in pairs if got != was]
-            found.append(f"weight of {'; of '.join(changes)}")
-    return found + _other_prompts(said.get("prompts"), current["prompts"])
+    titles = {
+        "base": said("base"),
+        "basis": said("basis"),
+        "null_space": said("null-space strength"),
+        "policy": said("policy"),
+        "report": said("report"),
+    }
+    found = [
+        _changed(what, current[name], approved.get(name))
+        for name, what in titles.items()
+        if approved.get(name) != current[name]
+    ]
+    then, used = (sorted((one["adapter"], one["weight"]) for one in side["parts"]) for side in (approved, current))
+    if [one for one, _ in then] != [one for one, _ in used]:
+        named = [", ".join(_short(one) for one, _ in side) or said("none") for side in (used, then)]
+        found.append(said("adapters are %(now)s, approved were %(was)s", now=named[0], was=named[1]))
+    else:
+        pairs = zip(used, then, strict=True)
+        found += [
+            _changed(said("weight of %(adapter)s", adapter=_short(one)), got, was)
+            for (one, got), (_, was) in pairs
+            if got != was
+        ]
+    return found + _other_prompts(approved.get("prompts"), current["prompts"])
 
 
-def _other_prompts(said: Mapping[str, Any] | None, current: Mapping[str, Any] | None) -> list[str]:
-    if said is None:
+def _changed(what: Said, current: Any, approved: Any) -> Said:
+    facts = {"what": what, "now": _short(current), "was": _short(approved)}
+    return said("%(what)s is %(now)s, approved was %(was)s", **facts)
+
+
+def _other_prompts(approved: Mapping[str, Any] | None, current: Mapping[str, Any] | None) -> list[Said]:
+    if approved is None:
         return []
-    if prompts_digest(said["texts"]) != said["digest"]:
-        return ["its prompts are not those of their digest"]
+    if prompts_digest(approved["texts"]) != approved["digest"]:
+        return [said("its prompts are not those of their digest")]
     if current is None:
-        return ["approved were named prompts alone, and none is named"]
-    others = [text for text in current["texts"] if text not in said["texts"]]
-    return [f"the prompt {others[0][:100]!r} is none of the {len(said['texts'])} approved"] if others else []
+        return [said("approved were named prompts alone, and none is named")]
+    others = [text for text in current["texts"] if text not in approved["texts"]]
+    facts = {"prompt": repr(others[0][:100]), "count": len(approved["texts"])} if others else {}
+    return [said("the prompt %(prompt)s is none of the %(count)s approved", **facts)] if others else []
 
 
-def _short(value: Any) -> str:
-    text = "none" if value is None else str(value)[:80] or "none"
-    return text[:19] if text.startswith("sha256:") else text
+def _short(value: Any) -> Said:
+    text = "" if value is None else str(value)[:80]
+    return verbatim(text[:19] if text.startswith("sha256:") else text) if text else said("none")
 
 
 def listing(registry: Registry) -> list[str]:

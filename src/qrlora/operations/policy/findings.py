@@ -14,6 +14,7 @@ from qrlora.errors import PolicyError, QrloraError, bounded
 from qrlora.operations.policy.combination import Combination, Part, leaves, reports, sources
 from qrlora.operations.policy.licences import ADVICE, compute, licence_of_model
 from qrlora.operations.policy.rules import Policy, ScoreRule, Selector, limits
+from qrlora.operations.policy.said import Said, joined, said, verbatim
 from qrlora.operations.registry import Artifact, Registry
 from qrlora.operations.registry.signatures import signatures_of, trust_of
 
@@ -30,15 +31,15 @@ class Finding:
 
     rule: str
     passed: bool
-    got: str
-    expected: str
-    remedy: str = ""
+    got: Said
+    expected: Said
+    remedy: Said
 
-    def line(self) -> str:
+    def line(self) -> Said:
         """Return it as one line; with the remedy if it does not hold."""
         if self.passed:
-            return f"holds    {self.rule}: {self.got}"
-        return f"refused  {self.rule}: {self.got}; expected {self.expected}. Remedy: {self.remedy}"
+            return said("holds    %(rule)s: %(got)s", rule=self.rule, got=self.got)
+        return said("refused  %(rule)s: %(got)s; expected %(expected)s. Remedy: %(remedy)s", **vars(self))
 
 
 @dataclass(frozen=True)
@@ -71,31 +72,33 @@ def distinct(artifacts: Sequence[Artifact]) -> list[Artifact]:
     return list({one.digest: one for one in artifacts}.values())
 
 
-def _listed(values: Sequence[str]) -> str:
-    return ", ".join(str(one) for one in values) or "none"
+def _listed(values: Sequence[str]) -> Said:
+    return verbatim(", ".join(values)) if values else said("none")
 
 
 def _expiry(case: Case) -> Iterator[Finding]:
     if until := case.policy.expires:
         today: date = case.at.date()
-        remedy = "activate a policy that has not expired: `qrlora policy activate`"
-        yield Finding("expires", today <= until, f"the policy ends on {until}", f"a policy in force on {today}", remedy)
+        remedy = said("activate a policy that has not expired: `qrlora policy activate`")
+        got, expected = said("the policy ends on %(day)s", day=until), said("a policy in force on %(day)s", day=today)
+        yield Finding("expires", today <= until, got, expected, remedy)
 
 
 def _deprecated(case: Case) -> Iterator[Finding]:
     base = [case.combination.base] if case.combination.base else []
     for one in distinct([*base, *(part.artifact for part in (*case.combination.parts, *case.adapters))]):
         if one.deprecated:
-            got = f"{one.title} is deprecated: {one.deprecated}"
-            yield Finding("deprecated", False, got, "nothing deprecated", "use the version that replaces it")
+            got = said("%(title)s is deprecated: %(reason)s", title=one.title, reason=one.deprecated)
+            remedy = said("use the version that replaces it")
+            yield Finding("deprecated", False, got, said("nothing deprecated"), remedy)
 
 
 def _known_parts(case: Case) -> Iterator[Finding]:
     for part in case.adapters:
         if "composition" in (part.artifact.role, part.artifact.facts.get("role")):
-            got = f"the parts of {part.artifact.title} are not in the registry"
-            remedy = "register its parts and compose it again with --registry, or name them in its place"
-            yield Finding("lineage", False, got, "a composition whose parts are known", remedy)
+            got = said("the parts of %(title)s are not in the registry", title=part.artifact.title)
+            remedy = said("register its parts and compose it again with --registry, or name them in its place")
+            yield Finding("lineage", False, got, said("a composition whose parts are known"), remedy)
 
 
 def _licence(case: Case) -> Iterator[Finding]:
@@ -107,15 +110,19 @@ def _licence(case: Case) -> Iterator[Finding]:
     try:
         licence = compute(told.values(), asker)
     except PolicyError as error:
-        yield Finding("licence.use", False, f"{error.what} ({error.got})", str(error.expected), error.remedy or "")
+        got, expected = said("%(what)s (%(got)s)", what=error.what, got=error.got), verbatim(error.expected)
+        yield Finding("licence.use", False, got, expected, verbatim(error.remedy or ""))
         return
     missing = [name for name, expression in told.items() if not expression]
     shared = case.action == "export" and licence.conflict
-    got = licence.reasons.get(asker.use) or (licence.conflict if shared else "") or f"{licence.expression}"
-    got += f": {_listed(missing)}" if missing else ""
-    remedy = f"leave out or replace what is under it, or state an agreement in [licence.agreements] ({ADVICE})"
+    got = licence.reasons.get(asker.use) or (licence.conflict if shared else None) or verbatim(licence.expression)
+    got = said("%(why)s: %(titles)s", why=got, titles=_listed(missing)) if missing else got
+    remedy = said(
+        "leave out or replace what is under it, or state an agreement in [licence.agreements] (%(advice)s)",
+        advice=ADVICE,
+    )
     passed = asker.use in licence.allows and not shared
-    yield Finding("licence.use", passed, got, f"licences that allow {asker.use} use", remedy)
+    yield Finding("licence.use", passed, got, said("licences that allow %(use)s use", use=asker.use), remedy)
 
 
 def _licences(case: Case) -> dict[str, str]:
@@ -143,55 +150,63 @@ def _of_model(artifact: Artifact) -> str:
 def _combine(case: Case) -> Iterator[Finding]:
     rule, adapters = case.policy.combine, [part.artifact for part in case.adapters]
     low, high = rule.adapters
-    count = f"{len(adapters)} adapters"
-    yield Finding(
-        "combine.adapters", low <= len(adapters) <= high, count, f"{low} to {high}", "add or leave out adapters"
-    )
+    count, expected = said("%(count)s adapters", count=len(adapters)), _from_to(low, high)
+    passed = low <= len(adapters) <= high
+    yield Finding("combine.adapters", passed, count, expected, said("add or leave out adapters"))
     if rule.roles:
         roles = sorted(one.role for one in adapters)
         allowed = any(roles == sorted(one) for one in rule.roles)
-        expected = "; or ".join(" + ".join(one or "none" for one in roles) for roles in rule.roles)
-        got = " + ".join(one or "none" for one in roles) or "no adapter"
-        yield Finding("combine.roles", allowed, got, expected, "combine adapters of other roles")
+        expected = joined(map(_together, rule.roles), "; or ")
+        yield Finding("combine.roles", allowed, _together(roles), expected, said("combine adapters of other roles"))
     low_strength, high_strength = rule.null_space
     if len(adapters) > 1:
         strength = case.combination.null_space
         yield Finding(
             "combine.null_space",
             low_strength <= strength <= high_strength,
-            f"null-space projection {strength:g}",
-            f"{low_strength:g} to {high_strength:g}",
-            f"give --null-space {low_strength:g} to {high_strength:g}",
+            said("null-space projection %(strength)s", strength=f"{strength:g}"),
+            _from_to(low_strength, high_strength),
+            said("give --null-space %(limits)s", limits=_from_to(low_strength, high_strength)),
         )
     yield from _never(case)
+
+
+def _from_to(low: float, high: float) -> Said:
+    return said("%(low)s to %(high)s", low=f"{low:g}", high=f"{high:g}")
+
+
+def _together(roles: Sequence[str]) -> Said:
+    return verbatim(" + ".join(one or "none" for one in roles)) if roles else said("no adapter")
 
 
 def _whose(case: Case) -> Iterator[Finding]:
     rule = case.policy.combine
     for one in distinct([part.artifact for part in case.adapters]):
         if rule.owners:
-            remedy = f"use an adapter of {' or '.join(rule.owners)}"
-            got = f"{one.title} is owned by {one.owner or 'nobody'}"
-            yield Finding("combine.owners", one.owner in rule.owners, got, " or ".join(rule.owners), remedy)
+            owners = joined(map(verbatim, rule.owners), " or ")
+            remedy = said("use an adapter of %(owners)s", owners=owners)
+            got = said("%(title)s is owned by %(owner)s", title=one.title, owner=one.owner or said("nobody"))
+            yield Finding("combine.owners", one.owner in rule.owners, got, owners, remedy)
         if rule.required_tags:
             missing = [tag for tag in rule.required_tags if tag not in one.tags]
-            got = f"{one.title} has the tags {_listed(one.tags)}"
-            remedy = f"`qrlora registry tag` it {_listed(missing)} when it has earned that, or use another"
+            got = said("%(title)s has the tags %(tags)s", title=one.title, tags=_listed(one.tags))
+            remedy = said(
+                "`qrlora registry tag` it %(tags)s when it has earned that, or use another", tags=_listed(missing)
+            )
             yield Finding("combine.required_tags", not missing, got, _listed(rule.required_tags), remedy)
         if forbidden := [tag for tag in rule.forbidden_tags if tag in one.tags]:
-            expected = f"none of {_listed(rule.forbidden_tags)}"
-            got = f"{one.title} has the tag {_listed(forbidden)}"
-            yield Finding("combine.forbidden_tags", False, got, expected, "use another adapter")
+            expected = said("none of %(tags)s", tags=_listed(rule.forbidden_tags))
+            got = said("%(title)s has the tag %(tags)s", title=one.title, tags=_listed(forbidden))
+            yield Finding("combine.forbidden_tags", False, got, expected, said("use another adapter"))
 
 
 def _never(case: Case) -> Iterator[Finding]:
     for pair in case.policy.combine.never:
         for one, other in itertools.permutations([part.artifact for part in case.adapters], 2):
             if selects(pair.one, one) and selects(pair.other, other):
-                got = f"{one.title} with {other.title}"
-                yield Finding(
-                    "combine.never", False, got, pair.why or "not these two together", "leave one of them out"
-                )
+                got = said("%(one)s with %(other)s", one=one.title, other=other.title)
+                expected = verbatim(pair.why) if pair.why else said("not these two together")
+                yield Finding("combine.never", False, got, expected, said("leave one of them out"))
 
 
 def selects(selector: Selector, artifact: Artifact) -> bool:
@@ -209,9 +224,9 @@ def selects(selector: Selector, artifact: Artifact) -> bool:
 def _weights(case: Case) -> Iterator[Finding]:
     for rule, part in itertools.product(case.policy.weight, case.adapters):
         if selects(rule, part.artifact):
-            got, expected = f"{part.artifact.title} at weight {part.weight:g}", limits(rule.at_least, rule.at_most)
-            passed = _within(part.weight, rule.at_least, rule.at_most)
-            yield Finding("weight", passed, got, expected, "give it a weight within these limits")
+            got = said("%(title)s at weight %(weight)s", title=part.artifact.title, weight=f"{part.weight:g}")
+            passed, expected = _within(part.weight, rule.at_least, rule.at_most), limits(rule.at_least, rule.at_most)
+            yield Finding("weight", passed, got, expected, said("give it a weight within these limits"))
 
 
 def _within(value: float, at_least: float | None, at_most: float | None) -> bool:
@@ -232,17 +247,21 @@ def _scores(case: Case) -> Iterator[Finding]:
 
 def _score(case: Case, rule: ScoreRule, combination: Combination) -> Finding:
     name, expected = f"score {rule.report}:{rule.value}", limits(rule.at_least, rule.at_most)
-    remedy = f"measure it, register the report as {rule.report} and link it (measured_by)"
+    remedy = said("measure it, register the report as %(report)s and link it (measured_by)", report=rule.report)
     found = next(_named(case, combination, rule.report), None)
     if found is None:
-        return Finding(name, False, f"no report {rule.report} of {combination.title}", expected, remedy)
+        got = said("no report %(report)s of %(title)s", report=rule.report, title=combination.title)
+        return Finding(name, False, got, expected, remedy)
     try:
         value = _worst(_at_path(_content(case, found), rule.value), rule)
     except (PolicyError, KeyError, TypeError, ValueError, IndexError) as error:
-        got = f"{found.title} has no number at {rule.value} ({type(error).__name__})"
-        return Finding(name, False, got, expected, remedy)
-    remedy = "train or combine until it is within these limits, and measure again"
-    return Finding(name, _within(value, rule.at_least, rule.at_most), f"{value:.4g} in {found.title}", expected, remedy)
+        facts = {"report": found.title, "value": rule.value, "error": type(error).__name__}
+        return Finding(
+            name, False, said("%(report)s has no number at %(value)s (%(error)s)", **facts), expected, remedy
+        )
+    remedy = said("train or combine until it is within these limits, and measure again")
+    got = said("%(value)s in %(report)s", value=f"{value:.4g}", report=found.title)
+    return Finding(name, _within(value, rule.at_least, rule.at_most), got, expected, remedy)
 
 
 def _named(case: Case, combination: Combination, name: str) -> Iterator[Artifact]:
@@ -282,22 +301,27 @@ def _brand(case: Case) -> Iterator[Finding]:
     rule = case.policy.brand
     if rule is None or case.action not in rule.actions:
         return
-    expected = f"{100 * rule.at_least:g} % of the pictures pass the sheet {rule.sheet}"
-    remedy = "evaluate it with that sheet (`qrlora evaluate --brand`), and register the report"
+    least = f"{100 * rule.at_least:g}"
+    expected = said("%(share)s %% of the pictures pass the sheet %(sheet)s", share=least, sheet=rule.sheet)
+    remedy = said("evaluate it with that sheet (`qrlora evaluate --brand`), and register the report")
     try:
         sheet = case.registry.get(rule.sheet).digest if case.registry else rule.sheet
     except QrloraError as error:
-        yield Finding("brand", False, error.what, expected, f"register the sheet as {rule.sheet}")
+        remedy = said("register the sheet as %(sheet)s", sheet=rule.sheet)
+        yield Finding("brand", False, verbatim(error.what), expected, remedy)
         return
     for report in reports(case.registry, case.combination) if case.registry else []:
         brand = (_content(case, report) or {}).get("brand_sheet") if report.kind == "report" else None
         if isinstance(brand, dict) and brand.get("digest") == sheet:
             share = float(brand.get("share") or 0.0)
-            got = f"{100 * share:.3g} % of the pictures pass, in {report.title}"
+            facts = {"share": f"{100 * share:.3g}", "report": report.title}
+            got = said("%(share)s %% of the pictures pass, in %(report)s", **facts)
             passed = _within(share, rule.at_least, None)
-            yield Finding("brand", passed, got, expected, "train or combine until enough pass, and evaluate again")
+            remedy = said("train or combine until enough pass, and evaluate again")
+            yield Finding("brand", passed, got, expected, remedy)
             return
-    yield Finding("brand", False, f"no report on this sheet of {case.combination.title}", expected, remedy)
+    got = said("no report on this sheet of %(title)s", title=case.combination.title)
+    yield Finding("brand", False, got, expected, remedy)
 
 
 def _forbidden(case: Case) -> Iterator[Finding]:
@@ -305,8 +329,9 @@ def _forbidden(case: Case) -> Iterator[Finding]:
     for part in case.adapters:
         trigger = str(part.artifact.facts.get("trigger") or "")
         if trigger.casefold() in {one.casefold() for one in rule.triggers}:
-            got = f"{part.artifact.title} is called by {trigger!r}"
-            yield Finding("forbidden.triggers", False, got, "another trigger", "use an adapter with another trigger")
+            got = said("%(title)s is called by %(trigger)s", title=part.artifact.title, trigger=repr(trigger))
+            remedy = said("use an adapter with another trigger")
+            yield Finding("forbidden.triggers", False, got, said("another trigger"), remedy)
     yield from forbidden_words(case.policy, case.combination.prompts)
 
 
@@ -317,8 +342,10 @@ def forbidden_words(policy: Policy, prompts: Sequence[str]) -> Iterator[Finding]
         for word in (*policy.forbidden.words, *policy.forbidden.triggers):
             bare = " ".join("".join(c if c.isalnum() else " " for c in word.casefold()).split())
             if f" {bare} " in folded or (not word.isascii() and word.casefold() in prompt.casefold()):
-                got = f"the prompt {str(bounded(prompt))[:100]!r} has {word!r}"
-                yield Finding("forbidden.words", False, got, f"no {word!r} in a prompt", "write another prompt")
+                start = repr(str(bounded(prompt))[:100])
+                got = said("the prompt %(prompt)s has %(word)s", prompt=start, word=repr(word))
+                expected = said("no %(word)s in a prompt", word=repr(word))
+                yield Finding("forbidden.words", False, got, expected, said("write another prompt"))
 
 
 def _signatures(case: Case) -> Iterator[Finding]:
@@ -326,21 +353,24 @@ def _signatures(case: Case) -> Iterator[Finding]:
         return
     for one in distinct([part.artifact for part in case.adapters]):
         signers, why = signers_of(case.registry, one)
-        remedy = "its author signs it: `qrlora keys sign registry:NAME --key NAME`"
-        got = f"{one.title} is signed by {_listed(signers)}" if signers else f"{one.title}: {why}"
-        yield Finding("signatures.adapters", bool(signers), got, "the signature of an author", remedy)
+        remedy = said("its author signs it: `qrlora keys sign registry:NAME --key NAME`")
+        got = said("%(title)s: %(why)s", title=one.title, why=why)
+        if signers:
+            got = said("%(title)s is signed by %(people)s", title=one.title, people=_listed(signers))
+        yield Finding("signatures.adapters", bool(signers), got, said("the signature of an author"), remedy)
 
 
-def signers_of(registry: Registry | None, artifact: Artifact) -> tuple[list[str], str]:
+def signers_of(registry: Registry | None, artifact: Artifact) -> tuple[list[str], Said]:
     """Return the names of the authors who signed an artifact, and why there are none."""
     if registry is None:
-        return [], "signatures are kept in a registry, and none is in play"
+        return [], said("signatures are kept in a registry, and none is in play")
     try:
         found, faults = signatures_of(registry, artifact, trust_of(registry))
     except QrloraError as error:  # its own bytes, or the trust file
         found, faults = [], [error]
     names = dict.fromkeys(one.person.name for one in found if "author" in one.person.roles)
-    return list(names), "; ".join(f"{fault.what} ({fault.got})" for fault in faults) or "not signed by an author"
+    why = [said("%(what)s (%(got)s)", what=fault.what, got=fault.got) for fault in faults]
+    return list(names), joined(why) if why else said("not signed by an author")
 
 
 RULES: tuple[Callable[[Case], Iterator[Finding]], ...] = (

@@ -22,13 +22,14 @@ from license_expression import ParseError as WordsError
 
 from qrlora._reading import read_toml
 from qrlora.errors import PolicyError
+from qrlora.operations.policy.said import Said, joined, said
 
 USES = ("internal", "outputs", "commercial")
 """internal: research and trials; outputs: commercial use of pictures; commercial: running the model for it too."""
 PROPRIETARY = re.compile(r"LicenseRef-Proprietary-([A-Za-z0-9.-]+)", re.IGNORECASE)
 MOST_CHOICES = 256
 """Alternatives that the ORs of all licences together may give."""
-ADVICE = "a reading by qrlora's table, no legal advice: the licences' own texts decide"
+ADVICE = said("a reading by qrlora's table, no legal advice: the licences' own texts decide")
 
 
 @dataclass(frozen=True)
@@ -50,11 +51,12 @@ class Terms:
     pass_on: str = ""
     aliases: tuple[str, ...] = ()
 
-    def obligations(self) -> list[str]:
+    def obligations(self) -> list[Said]:
         """Return what has to be done by who uses it."""
-        done = [f"keep the notice of {self.id}"] if self.attribution else []
-        done += [f"pass on, by {self.id}: {self.pass_on}"] if self.pass_on else []
-        return done + ([f"share what is made from it under {self.id}"] if self.share_alike else [])
+        done = [said("keep the notice of %(id)s", id=self.id)] if self.attribution else []
+        if self.pass_on:
+            done.append(said("pass on, by %(id)s: %(what)s", id=self.id, what=said(self.pass_on)))
+        return done + ([said("share what is made from it under %(id)s", id=self.id)] if self.share_alike else [])
 
 
 @dataclass(frozen=True)
@@ -89,9 +91,9 @@ class Licence:
 
     expression: str
     allows: frozenset[str]
-    conflict: str | None
-    reasons: Mapping[str, str]
-    obligations: tuple[str, ...]
+    conflict: Said | None
+    reasons: Mapping[str, Said]
+    obligations: tuple[Said, ...]
 
 
 @functools.cache
@@ -151,10 +153,10 @@ def alternatives(expression: str) -> list[frozenset[str]]:
         if isinstance(error, PolicyError):
             raise
         raise PolicyError(
-            f"no licence expression: {expression[:200]!r}",
-            expected="SPDX, such as Apache-2.0, or CC-BY-4.0 AND LicenseRef-Proprietary-acme",
+            said("no licence expression: %(text)s", text=repr(expression[:200])),
+            expected=said("SPDX, such as Apache-2.0, or CC-BY-4.0 AND LicenseRef-Proprietary-acme"),
             got=str(error).splitlines()[0] if str(error) else type(error).__name__,
-            remedy="https://spdx.org/licenses lists the ids; docs/policy.md those of model licences",
+            remedy=said("https://spdx.org/licenses lists the ids; docs/policy.md those of model licences"),
         ) from error
 
 
@@ -184,23 +186,23 @@ def _few(choices: Iterable[frozenset[str]]) -> list[frozenset[str]]:
     found = list(dict.fromkeys(choices))
     if len(found) > MOST_CHOICES:
         raise PolicyError(
-            "too many alternatives in the licences",
-            expected=f"at most {MOST_CHOICES}",
+            said("too many alternatives in the licences"),
+            expected=said("at most %(high)s", high=MOST_CHOICES),
             got=len(found),
-            remedy="name the licence that was chosen in place of an OR",
+            remedy=said("name the licence that was chosen in place of an OR"),
         )
     return found
 
 
 def _of(ids: Sequence[str], asker: Asker) -> Licence:
-    reasons: dict[str, str] = {}
+    reasons: dict[str, Said] = {}
     conflict = _conflict(ids, asker)
     for use in USES:
         against = [reason for one in ids if (reason := _forbids(one, use, asker))]
         if use != "internal" and conflict:
             against.append(conflict)
         if against:
-            reasons[use] = "; ".join(dict.fromkeys(against))
+            reasons[use] = joined(dict.fromkeys(against))
     known = [table()[one] for one in ids if one in table()]
     return Licence(
         expression=" AND ".join(one or "NONE" for one in ids),
@@ -211,57 +213,60 @@ def _of(ids: Sequence[str], asker: Asker) -> Licence:
     )
 
 
-def _forbids(one: str, use: str, asker: Asker) -> str | None:
+def _forbids(one: str, use: str, asker: Asker) -> Said | None:
     """Return why a licence does not allow a use; None if it does."""
     if not one:
-        return "something of it has no licence, and unknown is no permission"
+        return said("something of it has no licence, and unknown is no permission")
     if one in asker.agreements:
         return None
     if owned := PROPRIETARY.fullmatch(one):
         ours = owned[1].lower() in {owner.lower() for owner in asker.ours}
-        return None if ours else f"{one} belongs to {owned[1]}, with whom no agreement is stated"
+        theirs = said("%(id)s belongs to %(owner)s, with whom no agreement is stated", id=one, owner=owned[1])
+        return None if ours else theirs
     terms = table().get(one)
     if terms is None:
-        return f"{one} is not in the table of licences, and unknown is no permission"
+        return said("%(id)s is not in the table of licences, and unknown is no permission", id=one)
     if use == "internal":
         return None
     if not terms.commercial_outputs:
-        return f"{one} forbids the commercial use of pictures"
+        return said("%(id)s forbids the commercial use of pictures", id=one)
     if use == "commercial" and not terms.commercial_weights:
-        return f"{one} forbids the commercial use of the model"
-    limits = [("revenue", terms.revenue_limit, asker.revenue, "US dollars a year")]
-    limits += [("users", terms.users_limit, asker.users, "users a month")]
+        return said("%(id)s forbids the commercial use of the model", id=one)
+    limits = [("revenue", terms.revenue_limit, asker.revenue, said("US dollars a year"))]
+    limits += [("users", terms.users_limit, asker.users, said("users a month"))]
     for what, limit, got, unit in limits:
         if limit is not None and (got is None or got > limit):
-            said = f"not stated ({what} of [licence])" if got is None else f"{got:,.0f}"
-            return f"{one} ends above {limit:,} {unit}, and ours are {said}"
+            stated = said("not stated (%(field)s of [licence])", field=what) if got is None else f"{got:,.0f}"
+            facts = {"id": one, "limit": f"{limit:,}", "unit": unit, "ours": stated}
+            return said("%(id)s ends above %(limit)s %(unit)s, and ours are %(ours)s", **facts)
     return None
 
 
-def _conflict(ids: Sequence[str], asker: Asker) -> str | None:
+def _conflict(ids: Sequence[str], asker: Asker) -> Said | None:
     """Return why these licences cannot be met together by what is shared; None if they can."""
     rows = [table()[one] for one in ids if one in table() and one not in asker.agreements]
     for terms in rows:
         if not terms.derivatives:
-            return f"{terms.id} lets nothing be shared that is made from it"
+            return said("%(id)s lets nothing be shared that is made from it", id=terms.id)
     for terms in (one for one in rows if one.share_alike):
         for other in ids:
             if other not in (terms.id, "") and other not in asker.agreements and (why := _adds(other, terms)):
-                return f"{terms.id} asks for the same licence on what is made from it, and {other} {why}"
+                facts = {"id": terms.id, "other": other, "why": why}
+                return said("%(id)s asks for the same licence on what is made from it, and %(other)s %(why)s", **facts)
     return None
 
 
-def _adds(other: str, alike: Terms) -> str | None:
+def _adds(other: str, alike: Terms) -> Said | None:
     """Return the restriction that a licence adds to a share-alike one; None if it adds none."""
     if PROPRIETARY.fullmatch(other):
-        return "is proprietary"
+        return said("is proprietary")
     terms = table().get(other)
     if terms is None:
-        return "is unknown"
+        return said("is unknown")
     if terms.share_alike:
-        return "asks for itself"
+        return said("asks for itself")
     if alike.commercial_weights and not terms.commercial_weights:
-        return "forbids commercial use"
+        return said("forbids commercial use")
     if terms.pass_on or terms.revenue_limit or terms.users_limit:
-        return "adds restrictions"
+        return said("adds restrictions")
     return None

@@ -17,6 +17,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from qrlora._reading import plain_number, read_toml
 from qrlora.errors import PolicyError
 from qrlora.operations.policy.licences import Asker, alternatives
+from qrlora.operations.policy.said import Said, joined, said
 from qrlora.operations.provenance.canonical import canonical_json, digest_of
 
 Action = Literal["compose", "generate", "serve", "export", "catalog"]
@@ -261,15 +262,15 @@ class Policy(_Part):
 
     def _combine_lines(self) -> Iterator[str]:
         rule = self.combine
-        said = rule.model_fields_set
-        if "adapters" in said:
+        given = rule.model_fields_set
+        if "adapters" in given:
             yield f"combine: {rule.adapters[0]} to {rule.adapters[1]} adapters"
         if rule.roles:
             yield "combine: roles " + "; or ".join(" + ".join(one or "none" for one in roles) for roles in rule.roles)
         for what in ("owners", "required_tags", "forbidden_tags"):
             if getattr(rule, what):
                 yield f"combine: {what.replace('_', ' ')}: {', '.join(getattr(rule, what))}"
-        if "null_space" in said:
+        if "null_space" in given:
             yield f"combine: null-space projection {rule.null_space[0]:g} to {rule.null_space[1]:g}"
         for pair in rule.never:
             one, other = (
@@ -283,10 +284,11 @@ def _selected(selector: Selector) -> list[tuple[str, str]]:
     return [(name, value) for name, value in found if value is not None]
 
 
-def limits(at_least: float | None, at_most: float | None) -> str:
+def limits(at_least: float | None, at_most: float | None) -> Said:
     """Return limits as text."""
-    said = [f"at least {at_least:g}"] if at_least is not None else []
-    return " and ".join(said + ([f"at most {at_most:g}"] if at_most is not None else []))
+    parts = [said("at least %(low)s", low=f"{at_least:g}")] if at_least is not None else []
+    parts += [said("at most %(high)s", high=f"{at_most:g}")] if at_most is not None else []
+    return joined(parts, " and ") if parts else said("any")
 
 
 def _explain(item: Any) -> str:

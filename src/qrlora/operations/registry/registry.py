@@ -88,6 +88,12 @@ class Registry:
         make_folder(folder)
         return cls(connect(f"sqlite:///{folder / 'registry.db'}"), store_at(store or folder / "objects"), folder, actor)
 
+    @property
+    def place(self) -> str:
+        """What opens it again: its folder, or the URL of its database."""
+        url = self.engine.url
+        return str(self.folder) if url.drivername == "sqlite" else url.render_as_string(hide_password=False)
+
     # Adding
 
     def add(self, source: Path | bytes, kind: str, **described: Any) -> Artifact:
