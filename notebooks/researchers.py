@@ -180,7 +180,8 @@ _ = panels[0].set(ylabel="crosstalk: teapot, chalk")
 # **Proven on pico** (24 pairs, 3 seeds, intervals; `qrlora lab compare`): with c = 0.5 more composed pictures are
 # recognised, and there is less crosstalk, than with LoRAs that are merged directly. **Level, not ahead**: plain LoRA
 # with the same projection. **Not decided here**: one pair and a few pictures are an illustration, and may show the
-# opposite. **Unknown**: all of it on a large model.
+# opposite: here c helps at the large weights and hardly at 1, which is why the comparison chooses every method's
+# weights on other pairs. **Unknown**: all of it on a large model.
 #
 # ## 5. A space of adapters
 #
