@@ -139,7 +139,7 @@ def prepare(language: str, folder: Path) -> Path:
 
 
 def _elsewhere(page: Path, link: re.Match[str]) -> str:
-    """Return a link to a page that has no translation, as it is between the two sites."""
+    """Return a link to a page that has no translation, as it is between the two sites; in <>, so that it stays."""
     up = "../" if page.stem == "index" else "../../"
     return f"](<{up}en/{link[1]}/{link[2] or ''}>)"
 
