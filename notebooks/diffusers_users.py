@@ -120,7 +120,7 @@ assert np.array_equal(before, removed) and not np.array_equal(before, after)
 # %% [markdown]
 # ## 4. Compose
 #
-# In diffusers two LoRAs are combined by `set_adapters(["teapot", "gold"], [1.2, 1.6])`: both stay loaded, and every
+# In diffusers two LoRAs are combined by `set_adapters(["teapot", "gold"], [1.0, 1.0])`: both stay loaded, and every
 # adapted layer computes two more products. Here all adapters of one base model share Q, so their weighted sum is again
 # one adapter, exact: Σ λᵢ ΔRᵢ. `set_adapters` works, too; the two give the same picture.
 #
@@ -132,11 +132,11 @@ prompt = "a photo of a teal <c> in <s> style"
 ours.set_progress_bar_config(disable=True)
 attach(ours.transformer, subject, "teapot")
 attach(ours.transformer, style, "gold")
-ours.set_adapters(["teapot", "gold"], [1.2, 1.6])
+ours.set_adapters(["teapot", "gold"], [1.0, 1.0])
 two_adapters = sample(ours, prompt)
 ours.delete_adapters(["teapot", "gold"])
 
-plain = Composition([(subject, 1.2), (style, 1.6)])
+plain = Composition([(subject, 1.0), (style, 1.0)])
 attach(ours.transformer, plain.adapter(), "sum")
 one_adapter = sample(ours, prompt)
 ours.delete_adapters("sum")
@@ -157,7 +157,7 @@ assert away <= 4
 # %%
 pictures = {}
 for strength in (0.0, 0.5, 1.0):
-    composed = Composition([(subject, 1.2), (style, 1.6)], null_space=strength)
+    composed = Composition([(subject, 1.0), (style, 1.0)], null_space=strength)
     attach(ours.transformer, composed.adapter(), "both")
     pictures[f"c_=_{strength:g}"] = sample(ours, prompt)
     ours.delete_adapters("both")
@@ -174,7 +174,7 @@ show(**pictures)
 # picture that it gives here.
 
 # %%
-both = Composition([(subject, 1.2), (style, 1.6)], null_space=0.5).adapter()
+both = Composition([(subject, 1.0), (style, 1.0)], null_space=0.5).adapter()
 export_adapter(both, "both-diffusers.safetensors", "diffusers", ours, family, basis=basis_of(ours.transformer, both))
 theirs.load_lora_weights("both-diffusers.safetensors", adapter_name="both")
 exported = sample(theirs, prompt)

@@ -95,7 +95,7 @@ print(f"⟨ΔW, ΔW⟩ of chalk and gold in one layer: {by_weights:.5f} by ΔW, 
 assert torch.allclose(by_weights, by_deltas, rtol=1e-3, atol=1e-5)
 
 found = Composition([(adapter, 1.0) for adapter in adapters.values()]).interference()
-_, both = plt.subplots(1, 2, figsize=(7, 3.2))
+_, both = plt.subplots(1, 2, figsize=(7, 3.2), layout="constrained")
 for axes, (title, table) in zip(
     both, {"cosine of ΔW": found.total.cosine, "shared rows": found.total.shared_rows}.items(), strict=True
 ):
@@ -161,7 +161,7 @@ def scores(part, prompt, subject, style):
 
 
 STRENGTHS = (0.0, 0.5, 1.0)
-_, panels = plt.subplots(1, 2, figsize=(7, 2.6), sharey=True)
+_, panels = plt.subplots(1, 2, figsize=(7, 2.6), sharey=True, layout="constrained")
 for axes, weights in zip(panels, ((1.0, 1.0), (1.2, 1.6)), strict=True):
     parts = list(zip((teapot, chalk), weights, strict=True))
     alone = scores(parts[0], SUBJECT, "teapot", "flat")[0], scores(parts[1], STYLE, "car", "chalk")[1]
