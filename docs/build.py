@@ -4,7 +4,6 @@ The pages of docs/ are copied, the reference of commands and schemas is generate
 docs/ become plain text, and zensical builds each site in strict mode. Nothing is fetched, by the build or by the pages.
 """
 
-import functools
 import json
 import re
 import shutil
@@ -130,18 +129,12 @@ def prepare(language: str, folder: Path) -> Path:
                 (shutil.copytree if found.is_dir() else shutil.copy)(found, source / shared)
     for page in source.rglob("*.md"):
         if language != "en":  # pictures are shared, and were copied; what is in English alone is in the other site
-            text = ENGLISH.sub(functools.partial(_elsewhere, page), page.read_text("utf-8"))
+            text = ENGLISH.sub(r"](<../en/\1/\2>)", page.read_text("utf-8"))
             page.write_text(text.replace("](../", "]("), "utf-8")
         page.write_text(_without_outside(page, source), "utf-8")
     settings = (DOCS / f"site.{language}.toml").read_text("utf-8").replace("@SOURCE@", str(DOCS.parent / "src"))
     (folder / "zensical.toml").write_text(settings, "utf-8")
     return folder / "zensical.toml"
-
-
-def _elsewhere(page: Path, link: re.Match[str]) -> str:
-    """Return a link to a page that has no translation, as it is between the two sites; in <>, so that it stays."""
-    up = "../" if page.stem == "index" else "../../"
-    return f"](<{up}en/{link[1]}/{link[2] or ''}>)"
 
 
 def _without_outside(page: Path, root: Path) -> str:

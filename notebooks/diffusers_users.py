@@ -55,20 +55,23 @@ def show(**pictures):
 # latents and text embeddings. Two things differ: no LoRA pair is trained but ΔR alone, and the basis Q that ΔR stands
 # on is computed from the base weights (truncated SVD, then QR), not stored in the file.
 #
-# `noun` names what the picture shows, so that the style is what remains: the picture is a *car*, in gold.
+# `noun` names what the picture shows, so that the style is what remains: the picture is a *car*, as a mosaic.
 
 # %%
 recipe = Recipe(
     role="style",
-    images=str(STARTERS / "gold.png"),
+    images=str(STARTERS / "mosaic.png"),
     noun="car",
     steps=STEPS,
     batch_size=4,
     cooldown_steps=STEPS // 2,
-    output="gold.safetensors",
+    learning_rate=5e-3,
+    logit_mean=0.5,
+    logit_std=1.5,
+    output="mosaic.safetensors",
 )
 style = train(recipe, progress=lambda at: at.step % 20 or print(f"step {at.step} of {at.steps}, loss {at.loss:.4f}"))
-show(the_one_picture=Image.open(STARTERS / "gold.png"))
+show(the_one_picture=Image.open(STARTERS / "mosaic.png"))
 
 # %% [markdown]
 # ## 2. The file
@@ -92,7 +95,7 @@ print(f"{count.trained:,} trained parameters; a LoRA of this rank has {count.lor
 
 # %%
 ours, family = load_pipeline("pico")  # a diffusers pipeline, with the facts of its family
-export_adapter(style, "gold-diffusers.safetensors", "diffusers", ours, family, basis=basis_of(ours.transformer, style))
+export_adapter(style, "style-diffusers.safetensors", "diffusers", ours, family, basis=basis_of(ours.transformer, style))
 
 
 def stock():
@@ -110,9 +113,9 @@ def sample(pipe, prompt, seed=0):
 
 theirs = stock()
 before = sample(theirs, "a photo of a red mug in <s> style")
-theirs.load_lora_weights("gold-diffusers.safetensors", adapter_name="gold")
+theirs.load_lora_weights("style-diffusers.safetensors", adapter_name="mosaic")
 after = sample(theirs, "a photo of a red mug in <s> style")
-theirs.delete_adapters("gold")
+theirs.delete_adapters("mosaic")
 removed = sample(theirs, "a photo of a red mug in <s> style")
 show(base_model=before, with_the_style=after, removed_again=removed)
 assert np.array_equal(before, removed) and not np.array_equal(before, after)
@@ -120,7 +123,7 @@ assert np.array_equal(before, removed) and not np.array_equal(before, after)
 # %% [markdown]
 # ## 4. Compose
 #
-# In diffusers two LoRAs are combined by `set_adapters(["teapot", "gold"], [1.0, 1.0])`: both stay loaded, and every
+# In diffusers two LoRAs are combined by `set_adapters(["teapot", "mosaic"], [1.0, 1.0])`: both stay loaded, and every
 # adapted layer computes two more products. Here all adapters of one base model share Q, so their weighted sum is again
 # one adapter, exact: Σ λᵢ ΔRᵢ. `set_adapters` works, too; the two give the same picture.
 #
@@ -131,10 +134,10 @@ subject = load_adapter(STARTERS / "teapot.safetensors")
 prompt = "a photo of a teal <c> in <s> style"
 ours.set_progress_bar_config(disable=True)
 attach(ours.transformer, subject, "teapot")
-attach(ours.transformer, style, "gold")
-ours.set_adapters(["teapot", "gold"], [1.0, 1.0])
+attach(ours.transformer, style, "mosaic")
+ours.set_adapters(["teapot", "mosaic"], [1.0, 1.0])
 two_adapters = sample(ours, prompt)
-ours.delete_adapters(["teapot", "gold"])
+ours.delete_adapters(["teapot", "mosaic"])
 
 plain = Composition([(subject, 1.0), (style, 1.0)])
 attach(ours.transformer, plain.adapter(), "sum")

@@ -465,6 +465,11 @@ def test_both_sites_build_without_a_warning_and_ask_nothing_of_others(tmp_path: 
             fetched = re.findall(r'(?:src|href)="(https?://[^"]+)"[^>]*(?:script|stylesheet)', page.read_text("utf-8"))
             fetched += re.findall(r'<script[^>]+src="(https?:[^"]+)', page.read_text("utf-8"))
             assert not fetched, page
+    across = 0
+    for page in (tmp_path / "ja").rglob("*.html"):
+        for link in re.findall(r'href="((?:\.\./)+en/[^"#]*)', page.read_text("utf-8")):
+            across += (page.parent / link / "index.html").exists() or pytest.fail(f"{page}: {link}")
+    assert across
     commands = (tmp_path / "en" / "commands" / "index.html").read_text("utf-8")
     assert "qrlora pilot decide" in commands
     assert "Adapter" in (tmp_path / "en" / "reference" / "index.html").read_text("utf-8")
