@@ -15,7 +15,7 @@
 #
 # Train a style from one picture, load it with stock diffusers, compose it with a subject, export the composition. Each
 # step says what it corresponds to in diffusers and PEFT. Everything runs on pico, the base model of 8 million
-# parameters that ships with `qrlora`: no GPU, no download, about five minutes on two idle cores.
+# parameters that ships with `qrlora`: no GPU, no download, about a minute of processor time.
 #
 # The files are written into the folder that the notebook runs in.
 
