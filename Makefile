@@ -3,7 +3,7 @@ PYTHON ?= python3
 OUT ?= out/demo
 BIN = $(VENV)/bin
 
-.PHONY: demo demo-company docs test test-quick clean
+.PHONY: demo demo-company docs notebooks test test-quick clean
 .DEFAULT_GOAL := demo
 
 INSTALL = $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt
@@ -20,7 +20,7 @@ $(VENV)/.registry: $(VENV)/.ready
 	touch $@
 
 $(VENV)/.tools: $(VENV)/.ready  # what tests need besides: optional packages, too, which slow the start of every command
-	$(INSTALL) -e '.[test]'
+	$(INSTALL) -e '.[dev]'
 	touch $@
 
 demo: $(VENV)/.ready  ## train a subject and a style on pico, compose them, write a report
@@ -55,6 +55,13 @@ test-quick: $(VENV)/.tools  ## before each commit: lint, and a minute of tests
 
 docs: $(VENV)/.tools  ## both documentation sites, English and Japanese, into out/site
 	$(BIN)/python docs/build.py
+
+notebooks: $(VENV)/.tools  ## run the notebooks on pico; with their outputs they lie in out/notebooks
+	mkdir -p out/notebooks
+	for name in $(notdir $(basename $(wildcard notebooks/*.py))); do \
+		$(BIN)/jupytext --quiet --to ipynb --output out/notebooks/$$name.ipynb notebooks/$$name.py && \
+		$(BIN)/jupyter execute --inplace out/notebooks/$$name.ipynb || exit 1; \
+	done
 
 clean:
 	rm -rf $(VENV) out build

@@ -20,6 +20,7 @@ from qrlora.apps.cli import PANELS, cli
 
 DOCS = Path(__file__).parent
 LANGUAGES = ("en", "ja")
+ENGLISH = re.compile(r"\]\(\.\./(?!\.\./)([^)#]+)\.md(#[^)]*)?\)")
 OUTSIDE = re.compile(r"\[([^\]]+)\]\(((?:\.\./)+[^)#]*)(?:#[^)]*)?\)")
 
 
@@ -127,8 +128,9 @@ def prepare(language: str, folder: Path) -> Path:
             if (found := DOCS / shared).exists():
                 (shutil.copytree if found.is_dir() else shutil.copy)(found, source / shared)
     for page in source.rglob("*.md"):
-        if language != "en":  # pictures are shared, and were copied
-            page.write_text(page.read_text("utf-8").replace("](../", "]("), "utf-8")
+        if language != "en":  # pictures are shared, and were copied; what is in English alone is in the other site
+            text = ENGLISH.sub(r"](<../en/\1/\2>)", page.read_text("utf-8"))
+            page.write_text(text.replace("](../", "]("), "utf-8")
         page.write_text(_without_outside(page, source), "utf-8")
     settings = (DOCS / f"site.{language}.toml").read_text("utf-8").replace("@SOURCE@", str(DOCS.parent / "src"))
     (folder / "zensical.toml").write_text(settings, "utf-8")

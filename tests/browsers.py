@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-AXE = (Path(__file__).parent / "apps" / "vendor" / "axe-4.14.1.min.js").read_text()
+AXE_VERSION = "4.14.1"
+AXE = (Path(__file__).parent / "apps" / "vendor" / f"axe-{AXE_VERSION}.min.js").read_text()
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 PATIENCE = 120_000
 """Milliseconds; tests share the machine."""

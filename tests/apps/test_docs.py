@@ -18,6 +18,7 @@ import textwrap
 import time
 import types
 import urllib.request
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -134,6 +135,35 @@ def test_both_languages_show_the_same() -> None:
             assert ast.dump(ast.parse(one)) == ast.dump(ast.parse(other))
         else:
             assert plain(kind, one) == plain(kind, other)
+
+
+TRANSLATED = sorted((ROOT / "docs/ja").glob("*.md"))
+SHORTER = {"studio.md"}
+"""Japanese pages that say less than the English ones."""
+
+
+def outline(page: Path) -> dict[str, Any]:
+    """Links, numbers of two digits and more (smaller ones are words), code in sentences, headings, lists and rows."""
+    prose = re.sub(r"^ *```.*?^ *```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    numbers = re.findall(r"\d+(?:[.,]\d+)*", re.sub(r"(\d+)年\d+月", r"\1 ", prose))
+    return {
+        "links": {re.sub(r"^(\.\./)+", "", link) for link in re.findall(r"\]\(([^)]+)\)", prose)},
+        "numbers": Counter(number for number in numbers if len(number) > 1),
+        "code": {" ".join(code.split()) for code in re.findall(r"`[^`]+`", prose)},
+        "shape": Counter(re.findall(r"^(#+|- |\|(?!-))", prose, re.MULTILINE)),
+    }
+
+
+@pytest.mark.parametrize("page", TRANSLATED, ids=lambda page: page.name)
+def test_a_japanese_page_shows_what_its_english_page_shows(page: Path) -> None:
+    english = ROOT / "docs" / page.name
+    shown, meant = ([(kind, plain(kind, text)) for kind, text in snippets(one)] for one in (page, english))
+    if page.name in SHORTER:
+        assert set(shown) <= set(meant)
+        return
+    assert shown == meant
+    said, asked = outline(page), outline(english)
+    assert {what: said[what] for what in asked if said[what] != asked[what]} == {}, asked
 
 
 # ---------------------------------------------------------------------------------------- what is shown, to its picture
@@ -381,7 +411,11 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         yield folder
 
 
-RUN = [pytest.param(page, marks=() if page.name == "README.md" else pytest.mark.slow) for page in PAGES]
+RUN = [
+    pytest.param(page, marks=() if page.name == "README.md" else pytest.mark.slow)
+    for page in PAGES
+    if page not in TRANSLATED  # they show the same
+]
 
 
 @pytest.mark.parametrize("page", RUN, ids=lambda page: page.relative_to(ROOT).as_posix())
@@ -431,6 +465,11 @@ def test_both_sites_build_without_a_warning_and_ask_nothing_of_others(tmp_path: 
             fetched = re.findall(r'(?:src|href)="(https?://[^"]+)"[^>]*(?:script|stylesheet)', page.read_text("utf-8"))
             fetched += re.findall(r'<script[^>]+src="(https?:[^"]+)', page.read_text("utf-8"))
             assert not fetched, page
+    across = 0
+    for page in (tmp_path / "ja").rglob("*.html"):
+        for link in re.findall(r'href="((?:\.\./)+en/[^"#]*)', page.read_text("utf-8")):
+            across += (page.parent / link / "index.html").exists() or pytest.fail(f"{page}: {link}")
+    assert across
     commands = (tmp_path / "en" / "commands" / "index.html").read_text("utf-8")
     assert "qrlora pilot decide" in commands
     assert "Adapter" in (tmp_path / "en" / "reference" / "index.html").read_text("utf-8")

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import ast
+import functools
+import importlib
+import json
 import os
 import re
 import resource
@@ -318,3 +321,114 @@ def serving(port: str) -> subprocess.Popen[bytes]:
             time.sleep(0.1)
     server.kill()
     raise AssertionError("the server did not start")
+
+
+# ----------------------------------------------------------------------------------------------------------- notebooks
+
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.py"))
+
+
+def cells(path: Path) -> list[Any]:
+    jupytext = pytest.importorskip("jupytext", reason="no jupytext: pip install 'qrlora[dev]'")
+    return list(jupytext.read(path, fmt="py:percent").cells)
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_explains_every_step_and_imports_what_there_is(path: Path) -> None:
+    kinds = [cell.cell_type for cell in cells(path)]
+    assert kinds[0] == kinds[-1] == "markdown" and kinds.count("markdown") > 4
+    assert [cell.metadata.get("tags") for cell in cells(path)].count(["parameters"]) == 1
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            module = importlib.import_module(node.module or "")
+            assert all(hasattr(module, name.name) for name in node.names), ast.unparse(node)
+        if isinstance(node, ast.Import):
+            assert all(importlib.import_module(name.name) for name in node.names)
+    assert {path.stem for path in NOTEBOOKS} == {"diffusers_users", "researchers"}
+    assert f"notebooks/{path.name}" in (ROOT / "docs/index.md").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config`")
+def test_a_notebook_runs_to_its_figures(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With 2 in place of every number among its parameters; what it asserts has to hold even so."""
+    import matplotlib.pyplot as plt
+
+    monkeypatch.chdir(tmp_path)
+    plt.switch_backend("agg")
+    plt.close("all")
+    sources = [
+        re.sub(r"= \d+", "= 2", cell.source) if "parameters" in cell.metadata.get("tags", ()) else cell.source
+        for cell in cells(path)
+        if cell.cell_type == "code"
+    ]
+    exec(compile("\n".join(sources), path.name, "exec"), {})
+    assert len(plt.get_fignums()) >= 5
+    for number in plt.get_fignums():
+        plt.figure(number).savefig("figure.png")
+        assert np.asarray(Image.open("figure.png").convert("L"), float).std() > 1
+    plt.close("all")
+
+
+# ---------------------------------------------------------------------------------------------------------- containers
+
+
+@functools.cache
+def stages() -> dict[str, list[tuple[str, str]]]:
+    """The instructions of every stage of the Dockerfile by its name, after those of the stage that it begins from."""
+    text = re.sub(r"\\\n\s*", "", re.sub(r"^#.*\n|^\n", "", (ROOT / "Dockerfile").read_text(), flags=re.MULTILINE))
+    found: dict[str, list[tuple[str, str]]] = {}
+    for word, rest in (line.split(" ", 1) for line in text.splitlines()):
+        if word == "FROM":
+            base, _, name = rest.partition(" AS ")
+            found[name] = list(found.get(base, ()))
+        found[name].append((word, rest))
+    return found
+
+
+def test_the_dockerfile_names_what_there_is() -> None:
+    """Extras, files that .dockerignore lets through, stages, the Python of the classifiers."""
+    sent = {line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")}
+    every = {step for steps in stages().values() for step in steps}
+    for word, rest in every:
+        if word == "COPY" and rest.startswith("--from="):
+            assert rest.split()[0].removeprefix("--from=") in stages()
+        elif word == "COPY":
+            sources = rest.split()[:-1]
+            assert all((ROOT / name).exists() for name in sources) and set(sources) <= sent, rest
+        elif word == "FROM" and not rest.startswith(tuple(stages())):
+            assert re.match(r"python:(3\.\d+)-", rest)[1] in PYTHONS  # type: ignore[index]
+    installed = [rest for word, rest in every if word == "RUN" and "pip install" in rest]
+    assert len(installed) == 2 and all("-c constraints.txt" in rest for rest in installed)
+    extras = {extra for rest in installed for extra in re.findall(r"\.\[(\w+)\]", rest)}
+    assert extras == {"studio"} and extras <= set(PROJECT["project"]["optional-dependencies"])
+    assert "qrlora[serve,registry]" in PROJECT["project"]["optional-dependencies"]["studio"]
+    kept = " ".join(rest for word, rest in every if word in ("ENV", "ARG"))
+    assert not re.search("key|secret|token|password", kept, re.IGNORECASE)
+
+
+@pytest.mark.parametrize("target", ["serve", "studio"])
+def test_a_container_runs_a_command_that_can_be_typed_as_nobody_special(target: str) -> None:
+    import click
+
+    from qrlora.apps.cli import cli
+
+    last = dict(stages()[target])
+    program, *arguments = json.loads(last["ENTRYPOINT"])
+    context = click.Context(cli, info_name=program)
+    name, command, rest = cli.resolve_command(context, arguments)
+    assert command is not None
+    options = command.make_context(name, rest, parent=context).params
+    assert name == target and options["host"] == "0.0.0.0" and str(options["port"]) == last["EXPOSE"]
+    assert f"http://127.0.0.1:{last['EXPOSE']}/health" in last["HEALTHCHECK"]
+    ast.parse(json.loads(last["HEALTHCHECK"].partition("CMD ")[2])[2])
+    assert last["USER"] not in ("0", "root") and last["VOLUME"] == "/data"
+    assert f"docker build --target {target} " in (ROOT / "docs/serve.md").read_text()
+
+
+def test_hadolint_finds_nothing_in_the_dockerfile() -> None:
+    hadolint = shutil.which("hadolint", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    if hadolint is None:
+        pytest.skip("no hadolint: pip install 'qrlora[dev]'")
+    run(hadolint, ROOT / "Dockerfile")

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import os
+import re
 import time
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from browsers import chromium, findings, page_of, shown, slide
+from browsers import AXE_VERSION, chromium, findings, page_of, shown, slide
 from qrlora.apps.samples import sample_files
 from qrlora.apps.studio import train
+from qrlora.apps.studio.guard import POLICY
 from qrlora.apps.studio.pages import HERE
 from qrlora.apps.studio.state import Studio
 from qrlora.operations.registry import Registry
@@ -63,14 +67,47 @@ def test_a_slider_moves_the_picture_and_the_mix_is_kept(browser: Any, squares: t
     assert {part["weight"] for part in studio.registry.get("chalk-teapot").facts["parts"]} == {1.0, 1.5}
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_axe_finds_nothing_serious_on_any_page(browser: Any, squares: tuple[str, Studio], scheme: str) -> None:
-    address, studio = squares
+CHECKED = Path(__file__).parents[2] / "docs/studio/checks.md"
+
+
+def report(browser: str) -> str:
+    """The page that says what the test below has checked; it is written when nothing was found."""
+    rows = "".join(f"| `{page}` | 0 | 0 |\n" for page in (*PAGES, "/library/DIGEST", "/login", "/train with a picture"))
+    policy = "\n".join(f"    {part}" for part in POLICY.split("; "))
+    return f"""# What was checked on the studio's pages
+
+Written by `STUDIO_REPORT=1 pytest tests/apps/test_studio_pages.py -k axe`, which fails at any finding.
+axe-core {AXE_VERSION}, Playwright {version("playwright")}, Chromium {browser}. Serious and critical findings:
+
+| page | light | dark |
+|---|---|---|
+{rows}
+No page threw an error, and nothing on one was refused by its content security policy, which every page bears:
+
+{policy}
+"""
+
+
+def test_the_report_of_the_pages_is_of_these_pages_and_this_policy() -> None:
+    said = CHECKED.read_text()
+    assert re.findall(r"^\| `(\S+)` \| 0 \| 0 \|$", said, re.MULTILINE) == [*PAGES, "/library/DIGEST", "/login"]
+    assert "; ".join(re.findall("^    (.+)$", said, re.MULTILINE)) == POLICY and f"axe-core {AXE_VERSION}," in said
+
+
+def test_axe_finds_nothing_serious_on_any_page(browser: Any, squares: tuple[str, Studio]) -> None:
+    policies = {policy for scheme in ("light", "dark") for policy in checked(browser, *squares, scheme)}
+    assert policies == {POLICY}
+    if os.environ.get("STUDIO_REPORT"):
+        CHECKED.write_text(report(browser.version))
+
+
+def checked(browser: Any, address: str, studio: Studio, scheme: str) -> set[str | None]:
+    """Check every page in this colour scheme; returns the content policies that were sent with them."""
     chalk = studio.registry.get("chalk").digest
     with page_of(browser, address, color_scheme=scheme) as page:
-        found = []
+        found, policies = [], set()
         for path in (*PAGES, f"/library/{chalk}", "/login"):
-            page.goto(path)
+            policies.add(page.goto(path).headers.get("content-security-policy"))
             if path.startswith(("/mix", "/explore")):
                 shown(page)
             found += findings(page)
@@ -80,6 +117,7 @@ def test_axe_finds_nothing_serious_on_any_page(browser: Any, squares: tuple[str,
         assert not found + findings(page)
         brush = page.locator(".upload canvas").evaluate("it => getComputedStyle(it).color")
         assert brush == {"light": "rgb(184, 64, 15)", "dark": "rgb(255, 143, 90)"}[scheme]  # a mask is painted in it
+    return policies
 
 
 def test_the_language_and_the_appearance_are_chosen_and_stay(browser: Any, squares: tuple[str, Studio]) -> None:

@@ -21,7 +21,7 @@ from conftest import BUILDERS, build_tiny_sd3, build_tiny_sdxl
 from qrlora.apps.cli import main
 from qrlora.errors import AdapterFileError, MismatchError
 from qrlora.method.adapter import Adapter, AdapterMetadata, attach, load_adapter, save_adapter
-from qrlora.method.adapter.attach import base_weights
+from qrlora.method.adapter.attach import base_weights, remove_adapters
 from qrlora.method.adapter.record import triangular_mask
 from qrlora.method.basis import Basis
 from qrlora.method.composition import Composition, compose_delta_weights
@@ -245,6 +245,19 @@ def test_an_export_in_half_precision_keeps_its_strength(sdxl: Any, tmp_path: Pat
     bare = {key: value.float() for key, value in tensors.items()}  # as a program that knows nothing of qrlora
     loaded = load_any(write(tmp_path / "bare.safetensors", bare), names=LayerNames(family_of(sdxl), sdxl.unet))
     assert_same(delta_weights(loaded), delta_weights(adapter, basis), 4 * torch.finfo(torch.float16).eps / EPS)
+
+
+@pytest.mark.parametrize("target", ["diffusers", "kohya"])
+def test_an_adapter_can_be_exported_while_the_model_carries_one(sdxl: Any, tmp_path: Path, target: str) -> None:
+    layers = layers_of(sdxl)
+    basis = basis_for(sdxl, layers)
+    adapter = trained(sdxl, layers, basis)
+    attach(sdxl.unet, adapter, "here")
+    try:
+        export = export_adapter(adapter, tmp_path / "a.safetensors", target, sdxl, family_of(sdxl), basis=basis)
+    finally:
+        remove_adapters(sdxl.unet, ["here"])
+    assert set(export.matched.values()) == {len(layers)}
 
 
 def test_a_misnamed_key_is_an_error_that_lists_it(sdxl: Any, tmp_path: Path) -> None:

@@ -304,4 +304,4 @@ async def act(request: Request, name: str, action: str) -> Response:
         await run_in_threadpool(studio.look)
     except QrloraError as error:
         return error_page(request, error)
-    return page(request, "part_taken.html", reference=reference, step=step)
+    return page(request, "part_taken.html", reference=reference, step=step, run=studio.runs.get(name))

@@ -104,7 +104,9 @@ def _fault(parts: Mapping[str, Tensor], denoiser: nn.Module, name: str) -> str:
 
 
 def _adaptable(denoiser: nn.Module) -> set[str]:
-    return {name for name, module in denoiser.named_modules() if isinstance(module, (nn.Linear, nn.Conv2d))}
+    """Return the names of the layers that take an adapter; one that carries one already is named as without it."""
+    modules = denoiser.named_modules()
+    return {name.removesuffix(".base_layer") for name, module in modules if isinstance(module, (nn.Linear, nn.Conv2d))}
 
 
 def _by_diffusers(tensors: Mapping[str, Tensor], family: ModelFamily, denoiser: nn.Module) -> tuple[Layers, list[str]]:
