@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import rich_click as click
 
 from qrlora._reading import read_toml
-from qrlora.apps.cli.command import Group, Options, command
+from qrlora.apps.cli.command import Group, Options, command, together
 from qrlora.apps.cli.permission import place_of, policy_option
 from qrlora.apps.cli.recorded import open_registry, registry_option
 from qrlora.apps.cli.shared import COUNT, PATH, SHARE, json_option, weighted_path
@@ -23,6 +23,14 @@ if TYPE_CHECKING:
 
 ACTIONS = click.Choice(["compose", "generate", "serve", "export", "catalog"])
 key_option = click.option("--key", required=True, metavar="NAME", help="your signing key: `qrlora keys new`")
+combination_options = together(
+    click.option("--adapter", multiple=True, metavar="FILE[:WEIGHT]", help="adapter file, or registry:NAME[:WEIGHT]"),
+    click.option(
+        "--composition", metavar="NAME", help="a registered composition, request or approval, in place of --adapter"
+    ),
+    click.option("--null-space", type=SHARE, default=0.0, metavar="STRENGTH", help="default: 0"),
+    click.option("--prompt", multiple=True, help="that it is used with; may be given several times (default: any)"),
+)
 reason_option = click.option("--reason", required=True, metavar="TEXT", help="why; it is signed too")
 
 
@@ -100,10 +108,7 @@ def run_explain(options: Options) -> None:
 )
 @registry_option
 @policy_option
-@click.option("--adapter", multiple=True, metavar="FILE[:WEIGHT]", help="adapter file, or registry:NAME[:WEIGHT]")
-@click.option("--composition", metavar="NAME", help="a registered composition, in place of --adapter")
-@click.option("--null-space", type=SHARE, default=0.0, metavar="STRENGTH", help="default: 0")
-@click.option("--prompt", multiple=True, help="that it is to be used with; may be given several times")
+@combination_options
 @click.option("--action", type=ACTIONS, default="generate", help="default: generate")
 @click.option("--use", type=click.Choice(["internal", "outputs", "commercial"]), help="default: the policy's")
 @json_option
@@ -213,10 +218,7 @@ def run_activate(options: Options) -> None:
 @command("request", "Ask for the approval of a combination, as it is now")
 @registry_option
 @policy_option
-@click.option("--adapter", multiple=True, metavar="FILE[:WEIGHT]", help="registered adapter, or registry:NAME[:WEIGHT]")
-@click.option("--composition", metavar="NAME", help="a registered composition, in place of --adapter")
-@click.option("--null-space", type=SHARE, default=0.0, metavar="STRENGTH", help="default: 0")
-@click.option("--prompt", multiple=True, help="ask for these prompts alone (default: for any)")
+@combination_options
 @click.option("--note", default="", metavar="TEXT", help="for whoever decides")
 def run_request(options: Options) -> None:
     """Print the digest of the request."""
@@ -247,30 +249,27 @@ def run_approve(options: Options) -> None:
     print(f"approved by {', '.join(standing.people)}: {len(standing.people)} of {standing.needed}")
 
 
-@command("reject", "Sign the rejection of a request")
-@click.argument("request", metavar="REQUEST")
-@registry_option
-@key_option
-@reason_option
-def run_reject(options: Options) -> None:
-    """Print the digest of the rejection."""
-    from qrlora.operations.policy.approval import reject
+def _withdrawal(name: str, text: str, what: str, made: str) -> click.Command:
+    """Return a command that signs a decision against a request or an approval, with its reason."""
 
-    found = reject(open_registry(options), options.request, _key(options), options.reason)
-    print(f"rejection {found.digest[:19]}")
+    @command(name, text)
+    @click.argument("what", metavar=what)
+    @registry_option
+    @key_option
+    @reason_option
+    def run(options: Options) -> None:
+        from qrlora.operations.policy import approval
+
+        given = getattr(approval, name)(open_registry(options), options.what, _key(options), options.reason)
+        print(f"{made} {given.digest[:19]}")
+
+    return run
 
 
-@command("revoke", "Sign the revocation of an approval: by who gave it, or an operator")
-@click.argument("given", metavar="APPROVAL")
-@registry_option
-@key_option
-@reason_option
-def run_revoke(options: Options) -> None:
-    """Print the digest of the revocation."""
-    from qrlora.operations.policy.approval import revoke
-
-    found = revoke(open_registry(options), options.given, _key(options), options.reason)
-    print(f"revocation {found.digest[:19]}")
+run_reject = _withdrawal("reject", "Sign the rejection of a request", "REQUEST", "rejection")
+run_revoke = _withdrawal(
+    "revoke", "Sign the revocation of an approval: by who gave it, or an operator", "APPROVAL", "revocation"
+)
 
 
 @command("list", "List requests, approvals, rejections and revocations, newest first")
@@ -289,10 +288,7 @@ def run_list(options: Options) -> None:
 )
 @registry_option
 @policy_option
-@click.option("--adapter", multiple=True, metavar="FILE[:WEIGHT]", help="adapter file, or registry:NAME[:WEIGHT]")
-@click.option("--composition", metavar="NAME", help="a registered composition, request or approval")
-@click.option("--null-space", type=SHARE, default=0.0, metavar="STRENGTH", help="default: 0")
-@click.option("--prompt", multiple=True, help="that it is to be used with")
+@combination_options
 def run_verify(options: Options) -> int:
     """Print who has approved it, and what is wrong with other approvals."""
     from qrlora.operations.policy.decisions import find

@@ -13,10 +13,12 @@ from typing import TYPE_CHECKING, Any
 import rich_click as click
 
 from qrlora._files import write_atomically
-from qrlora.apps.cli.command import Options, command
+from qrlora.apps.cli.audit import check_heads, heads_option
+from qrlora.apps.cli.command import Options, check_one_of, command, hold
 from qrlora.apps.cli.recorded import open_registry, registry_option
 from qrlora.apps.cli.registry_output import REFERENCE_HELP, print_artifacts, print_json, print_table, reference_argument
 from qrlora.apps.cli.shared import COUNT, MODEL_HELP, OVERWRITE_HELP, PATH, Bar, claim, json_option, refuse_to_replace
+from qrlora.errors import RegistryError
 
 if TYPE_CHECKING:
     from qrlora.operations.registry import Artifact, Registry
@@ -34,10 +36,14 @@ steps_option = click.option("--steps", type=COUNT, default=12, help="denoising s
 )
 @click.argument("references", nargs=-1, required=True, metavar="REFERENCE...", help=REFERENCE_HELP)
 @click.option("-o", "--output", type=PATH, help="file to write (default: registry.tar)")
+@click.option("--to", metavar="mlflow:URI", help="log adapters to MLflow instead, a run each: mlflow:sqlite:///runs.db")
 @registry_option
 @json_option
 def run_export_bundle(options: Options) -> None:
     """Write the bundle and say what is in it."""
+    check_one_of(options, "output", "to")
+    if options.to:
+        return _log_to_mlflow(options)
     output = options.output or Path("registry.tar")
     if options.output is None:
         refuse_to_replace(output)
@@ -52,13 +58,23 @@ def run_export_bundle(options: Options) -> None:
         print(f"{output}: {len(manifest.artifacts)} artifacts, {output.stat().st_size:,} bytes")
 
 
+def _log_to_mlflow(options: Options) -> None:
+    where = open_registry(options)
+    from qrlora.operations.registry.tracking import PREFIX, log_adapters
+
+    if not options.to.startswith(PREFIX):
+        raise RegistryError("no place to export to", expected=f"{PREFIX}URI", got=options.to)
+    runs = log_adapters(where, options.references, options.to.removeprefix(PREFIX))
+    print_json({"runs": runs}) if options.json else print(*runs.values(), sep="\n")
+
+
 @command(
     "import",
-    "Take over a file that `qrlora registry export` wrote, from anybody: all of it or nothing",
+    "Take over a file that `qrlora registry export` wrote, or a run that it logged to MLflow: all of it or nothing",
     "Every object is hashed again. No policy, no alias of a name that is here, and nobody's trust come with it; what "
     "is new has the tag `imported`.",
 )
-@click.argument("file", type=PATH, metavar="FILE")
+@click.argument("file", metavar="FILE|mlflow:URI#RUN")
 @click.option("--prefix", default="imported", help="of names that are something else here (default: imported)")
 @registry_option
 @json_option
@@ -66,8 +82,12 @@ def run_import_bundle(options: Options) -> None:
     """Import the bundle; print what came in, under which names, and what was not taken."""
     where = open_registry(options, create=True)
     from qrlora.operations.registry.bundle import import_bundle
+    from qrlora.operations.registry.tracking import PREFIX, fetch_bundle
 
-    found = import_bundle(where, options.file, options.prefix)
+    file, holding = Path(options.file), ""
+    if options.file.startswith(PREFIX):
+        file, holding = fetch_bundle(options.file, Path(hold(tempfile.TemporaryDirectory())))
+    found = import_bundle(where, file, options.prefix, holding=holding)
     if options.json:
         print_json(vars(found))
         return
@@ -107,14 +127,19 @@ def run_gc(options: Options) -> None:
 @click.option("--probe", is_flag=True, help="also sample unrelated prompts with each adapter, for hidden triggers")
 @model_option
 @steps_option
+@heads_option
 @registry_option
 @json_option
 def run_verify(options: Options) -> int:
-    """Print every fault, one a line."""
+    """Print every fault, one a line, and up to where the log is signed."""
     where = open_registry(options)
+    from qrlora.operations.registry.heads import newest_head
+    from qrlora.operations.registry.signatures import trust_of
     from qrlora.operations.registry.upkeep import verify
 
-    faults = verify(where, Bar("object"))
+    check_heads(options.heads)
+    faults = verify(where, Bar("object"), options.heads)
+    signed = None if faults else newest_head(where, trust_of(where), where.log(), options.heads)
     probed = _probed(where, options) if options.probe and not faults else []
     for one in probed:
         for prompt in one.suspicious:
@@ -124,9 +149,9 @@ def run_verify(options: Options) -> int:
             )
     if options.json:
         rows = [{"adapter": one.adapter.digest, "changes": one.changes, "ratios": one.ratios} for one in probed]
-        print_json({"faults": faults, "probed": rows})
+        print_json({"faults": faults, "signed": vars(signed) if signed else None, "probed": rows})
     else:
-        print("\n".join(faults or ["nothing is wrong"]))
+        print("\n".join([*(faults or ["nothing is wrong"]), *([f"audit log: {signed.words}"] if signed else [])]))
     return 1 if faults else 0
 
 

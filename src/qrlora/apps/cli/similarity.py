@@ -26,7 +26,7 @@ from qrlora.errors import QrloraError
 @click.option("--files-only", is_flag=True, help="only what follows from the files, without the base model")
 @json_option
 @click.option("--plot", type=PATH, metavar="PNG", help="also plot them, layer by layer")
-@referable()
+@referable(records=False)
 def run_similarity(options: Options) -> None:
     """Print the cosines, and draw them if asked."""
     if options.plot:

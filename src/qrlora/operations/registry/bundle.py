@@ -167,11 +167,12 @@ def _place(digest: str) -> str:
 # Reading
 
 
-def import_bundle(registry: Registry, path: Path, prefix: str = IMPORTED) -> Imported:
+def import_bundle(registry: Registry, path: Path, prefix: str = IMPORTED, *, holding: str = "") -> Imported:
     """Take over a bundle from anybody: all of it or nothing.
 
     Args:
         prefix: first part of the names of what comes under a name that is something else here.
+        holding: digest of an artifact that has to be in it.
 
     Raises:
         RegistryError: no bundle, or one whose objects are not what it says; nothing was taken then.
@@ -179,6 +180,8 @@ def import_bundle(registry: Registry, path: Path, prefix: str = IMPORTED) -> Imp
     check_name(prefix)
     with tempfile.TemporaryDirectory() as scratch:
         manifest, files = _unpacked(path, Path(scratch))
+        if holding and holding not in (digests := [item.digest for item in manifest.artifacts]):
+            raise _refuse(f"{path.name} holds something else", holding, digests[:9])
         facts = {item.digest: _facts(item, files.get(item.digest)) for item in manifest.artifacts}
         _check_edges(manifest, facts)
         digest = file_digest(path)
