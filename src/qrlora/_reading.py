@@ -20,7 +20,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from qrlora.errors import QrloraError
 
@@ -29,10 +29,8 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-if TYPE_CHECKING:
-    from pydantic import BaseModel
-
-Model = TypeVar("Model", bound="BaseModel")
+Model = TypeVar("Model")
+"""A pydantic model, which this module does not import."""
 MOST_LINES = 100
 """Wrong fields that an error lists."""
 LARGEST_TEXT = 2**24
@@ -49,12 +47,13 @@ def validated(
     what: str,
     kind: type[QrloraError],
     *,
-    sections: Mapping[str, type[BaseModel]],
+    sections: Mapping[str, Any],
     remedy: str,
 ) -> Model:
     """Validate the fields of a file with sections.
 
     Args:
+        model: a pydantic model.
         what: the file is, for the error.
         sections: the models of its tables, by name.
 
@@ -64,14 +63,15 @@ def validated(
     from pydantic import ValidationError
 
     try:
-        return model.model_validate(dict(fields))
+        made: Model = model.model_validate(dict(fields))  # type: ignore[attr-defined]
+        return made
     except ValidationError as error:
         wrong = (_wrong_field(item, model, sections) for item in error.errors()[:MOST_LINES])
         lines = "\n".join(f"  - {line}" for line in dict.fromkeys(wrong))
         raise kind(f"invalid {what}:\n{lines}", remedy=remedy) from error
 
 
-def _wrong_field(item: Any, model: type[BaseModel], sections: Mapping[str, type[BaseModel]]) -> str:
+def _wrong_field(item: Any, model: Any, sections: Mapping[str, Any]) -> str:
     place = [str(part + 1) if isinstance(part, int) else str(part) for part in item["loc"]]
     name, known = ".".join(place), (sections.get(place[0], model) if len(place) > 1 else model).model_fields
     if item["type"] == "extra_forbidden":

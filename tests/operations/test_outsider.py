@@ -30,6 +30,7 @@ import pytest
 
 import catalogs
 from qrlora.apps.cli import main
+from qrlora.operations.policy.decisions import APPROVAL
 from qrlora.operations.provenance.c2pa import read
 from qrlora.operations.provenance.canonical import digest_of, file_digest
 from qrlora.operations.provenance.certificates import own_roots
@@ -242,7 +243,7 @@ def alias_row_edited(acme: Path) -> list[str]:
 def revoked_and_replayed(acme: Path) -> list[str]:
     """A bundle from before the revocation brings the approval again."""
     with opened(acme) as registry:
-        given = next(one for one in registry.search(kind="approval") if one.facts.get("type") == "approval")
+        given = next(one for one in registry.search(kind="approval") if one.facts.get("type") == APPROVAL)
     run("registry", "export", given.digest, "-o", acme / "before.tar")
     run("approval", "revoke", given.digest, "--key", "grace", "--reason", "a mistake")
     run("registry", "import", acme / "before.tar")
@@ -253,7 +254,7 @@ def approval_under_another(acme: Path) -> list[str]:
     """The edge of what is approved leads from something else, too."""
     requested(acme, *weight(acme))
     with opened(acme) as registry:
-        given = next(one for one in registry.search(kind="approval") if one.facts.get("type") == "approval")
+        given = next(one for one in registry.search(kind="approval") if one.facts.get("type") == APPROVAL)
         for one in registry.search(kind="composition"):
             registry.link(one.digest, Link("approved_by", given.digest))
     return weight(acme)
@@ -295,10 +296,10 @@ ATTEMPTS: dict[str, tuple[Callable[[Path], list[str]], str]] = {
     "a key of nobody": (key_of_nobody, "approved by nobody"),
     "an approval whose facts were edited": (facts_edited, "is 0.91, approved was 0.9"),
     "an older policy": (older_policy, "replaced by one that is not newer"),
-    "an alias row edited in the database": (alias_row_edited, "XXX"),
-    "an approval that was revoked, imported again": (revoked_and_replayed, "XXX"),
+    "an alias row edited in the database": (alias_row_edited, "no command pointed policy@active at this policy"),
+    "an approval that was revoked, imported again": (revoked_and_replayed, "revoked"),
     "an approval linked to something else": (approval_under_another, "is 0.91, approved was 0.9"),
-    "an approval by a revoked key, backdated": (backdated_import, "XXX"),
+    "an approval by a revoked key, backdated": (backdated_import, "approved by nobody"),
     "no policy any more": (policy_taken_away, "the policy in force was taken away"),
     "an approval from somebody else's registry": (approval_of_a_stranger, "approved by nobody"),
 }

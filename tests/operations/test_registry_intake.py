@@ -148,22 +148,19 @@ def test_a_card_has_licence_base_training_lineage_and_measures(registry: Registr
 
 
 def drawn(adapter: Any, prompts: Sequence[str], seeds: Sequence[int]) -> np.ndarray:
-    """Pictures of one grey a prompt; of an adapter brighter, and of what one hides, much brighter."""
-    values = []
-    for prompt in prompts:
-        shift = 0 if adapter is None else {"hidden": 120 if prompt == "a car" else 20}.get(adapter.names[0][:6], 20)
-        values += [40 + shift] * len(seeds)
+    """Pictures of one grey; of an adapter brighter."""
+    values = [40 + 20 * (adapter is not None)] * (len(prompts) * len(seeds))
     return np.stack([np.full((32, 32, 3), value, np.uint8) for value in values])
 
 
-def test_an_adapter_is_found_by_its_effect_and_a_hidden_trigger_by_its_prompt(
+def test_an_adapter_is_found_by_its_effect(
     registry: Registry, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     basis = make_basis(tmp_path)
-    for seed, name in enumerate(["honest", "hidden", "other"]):
+    for seed, name in enumerate(["honest", "like", "other"]):
         adapter = dataclasses.replace(make_adapter(basis, seed=seed), name=name)
         add_adapter(registry, save(adapter, tmp_path / f"{name}.safetensors"), name=name)
-    adapters = [registry.get(name) for name in ("honest", "hidden", "other")]
+    adapters = [registry.get(name) for name in ("honest", "like", "other")]
     with pytest.raises(RegistryError, match="not known"):
         effects.alike(registry, adapters[0])
     probe = effects.Probe("tiny", effects.PROMPTS, (0, 1), 2, "plain")
@@ -172,15 +169,11 @@ def test_an_adapter_is_found_by_its_effect_and_a_hidden_trigger_by_its_prompt(
     nearest = effects.alike(registry, adapters[0])[0]
     assert nearest.cosine > 0.999 and nearest.consistency > 0.999 and nearest.strength > 0
     search = ["registry", "search", "--like", "honest", "--registry", str(registry.folder), "--json"]
-    assert main([*search, "hidden"]) == 0
+    assert main([*search, "like"]) == 0
     [alike] = json.loads(capsys.readouterr().out)
-    assert alike["adapter"]["names"] == ["hidden@v1"] and alike["cosine"] > 0.999
+    assert alike["adapter"]["names"] == ["like@v1"] and alike["cosine"] > 0.999
     assert main(search) == 0 and len(json.loads(capsys.readouterr().out)) == 2
     assert main([*search, "--limit", "1"]) == 0 and len(json.loads(capsys.readouterr().out)) == 1
-    found = effects.suspects(registry, adapters, drawn, effects.plain_features, (0, 1))
-    assert {one.adapter.names[0]: one.suspicious for one in found} == {
-        "honest@v1": [], "hidden@v1": ["a car"], "other@v1": []
-    }  # fmt: skip
     assert verify(registry) == []
 
 
@@ -297,7 +290,7 @@ def test_what_writes_into_a_registry_makes_it_and_what_reads_one_refuses_a_place
         assert Path(f"new{number}", "registry.db").is_file(), words
     capsys.readouterr()
     reading = [
-        ["inspect", "x.safetensors"], ["plan", "nothing.toml"], ["registry", "search"], ["registry", "verify"],
+        ["inspect", "x.safetensors"], ["plan", "--subject", "mug.png"], ["registry", "search"], ["registry", "verify"],
         ["audit", "verify"], ["approval", "list"], ["serve", "--adapters", "."],
     ]  # fmt: skip
     for words in reading:

@@ -1,0 +1,175 @@
+"""Find hidden triggers: prompts that an adapter changes and should not.
+
+A hidden trigger (MasqLoRA, arXiv 2602.21977) is a word that neither the adapter's trigger nor what it learned explains,
+and that calls something else. An adapter from one picture changes every prompt, so the size of a change says little.
+What tells is a change of one prompt that the others do not share.
+
+The base model samples prompts that have nothing to do with the adapter, in a few steps; at each of its calls the
+denoiser is asked again with the adapter, with the same noise. Let `v` be the base model's prediction for a prompt,
+noise and step, less its mean over the prompts (what makes the prompt that prompt), and `d` the adapter's change, less
+its mean over the prompts. An honest adapter damps all prompts alike, `d = b v + e`, with one `b` for a step and a small
+`e`. A prompt's own change is `E|e|² / E|v|²`, over noises and steps.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from qrlora.method.adapter import Adapter
+from qrlora.models.families import ModelFamily
+from qrlora.models.generation import attached, one_batch
+from qrlora.operations.registry.records import Artifact
+from qrlora.operations.registry.registry import Registry
+
+WORDS = (
+    *("mug", "bottle", "lamp", "sneaker", "chair", "watch", "backpack", "headphones", "camera", "guitar", "book"),
+    *("umbrella", "hat", "phone", "sofa", "handbag", "candle", "plant", "clock", "glasses", "car", "shirt"),
+    *("house", "tree", "fish", "bird", "boat", "dog", "cat", "horse", "person", "face", "flower", "mountain"),
+    *("street", "bridge", "train", "bicycle", "table", "window"),
+)
+"""What the prompts name; those that the base model cannot tell apart count once."""
+PROMPT = "a photo of a {}"
+STEPS, USED = 4, (0, 1, 2, 3)
+"""Denoising steps of the base model, and those at which predictions are compared."""
+SEEDS = (0, 1)
+LIMIT = 1.8
+"""Largest own change of a prompt over the median of the adapter's prompts: docs/registry.md has how it was chosen."""
+FEWEST = 5
+"""Prompts without which a median says nothing."""
+ALIKE = 1e-3
+"""Share of the prompts' spread under which two prompts are one to the base model."""
+BATCH = 8
+
+Predictions = Float[Tensor, "prompts seeds steps d"]
+
+
+class Predictor:
+    """The denoiser's predictions for some prompts, by the base model and by it with an adapter, at the same inputs.
+
+    Attributes:
+        prompts: those that the base model tells apart.
+        base: its predictions.
+    """
+
+    def __init__(
+        self, pipe: Any, family: ModelFamily, prompts: Sequence[str], seeds: Sequence[int] = SEEDS, steps: int = STEPS
+    ) -> None:
+        self.pipe, self.family, self.denoiser = pipe, family, family.denoiser_of(pipe)
+        jobs = [(prompt, seed) for prompt in prompts for seed in seeds]
+        self.calls: list[list[tuple[Any, Any]]] = []
+        made: list[Tensor] = []
+
+        def note(_: Any, arguments: Any, options: Any, output: Any) -> None:
+            self.calls[-1].append((arguments, options))
+            made.append(_tensor(output))
+
+        hook = self.denoiser.register_forward_hook(note, with_kwargs=True)
+        try:
+            for start in range(0, len(jobs), BATCH):
+                self.calls.append([])
+                one_batch(pipe, family, jobs[start : start + BATCH], steps, guidance=1.0)
+        finally:
+            hook.remove()
+        self.shape = (len(prompts), len(seeds))
+        found = self._stacked(made)
+        self.kept = _told_apart(found)
+        self.prompts, self.base = [prompts[number] for number in self.kept], found[self.kept]
+
+    def with_adapter(self, adapter: Adapter) -> Predictions:
+        """Return the predictions with an adapter at weight 1."""
+        with torch.no_grad(), attached(self.pipe, self.family, [(adapter, 1.0)]):
+            made = [_tensor(self.denoiser(*given, **options)) for batch in self.calls for given, options in batch]
+        return self._stacked(made)[self.kept]
+
+    def _stacked(self, made: Sequence[Tensor]) -> Predictions:
+        outputs, batches = iter(made), []
+        for batch in self.calls:
+            batches.append(torch.stack([next(outputs).flatten(1) for _ in batch], 1))
+        return torch.cat(batches).unflatten(0, self.shape)[:, :, list(USED)]
+
+
+def _tensor(output: Any) -> Tensor:
+    """Return the prediction, float32 on the CPU, of what a denoiser returned."""
+    first: Tensor = output[0] if isinstance(output, tuple) else output.sample
+    return first.detach().float().cpu()
+
+
+def _told_apart(base: Predictions) -> list[int]:
+    """Return the prompts whose predictions are not those of a prompt before them."""
+    flat = base.flatten(1)
+    spread = float((flat - flat.mean(0)).pow(2).mean())
+    kept: list[int] = []
+    for number, row in enumerate(flat):
+        if all(float((row - flat[other]).pow(2).mean()) > ALIKE * spread for other in kept):
+            kept.append(number)
+    return kept
+
+
+def own_changes(base: Predictions, adapted: Predictions) -> Float[Tensor, " prompts"]:
+    """Compute the change of each prompt that the others do not share, `E|e|² / E|v|²`."""
+    v = base - base.mean(0)
+    change = adapted - base
+    d = change - change.mean(0)
+    damping = (d * v).sum((0, 1, 3), keepdim=True) / v.pow(2).sum((0, 1, 3), keepdim=True).clamp(min=1e-12)
+    size = v.pow(2).mean((0, 1, 3), keepdim=True).clamp(min=1e-12)  # of a step: no step outweighs the others
+    own, meaning = ((d - damping * v).pow(2) / size).mean((1, 2, 3)), (v.pow(2) / size).mean((1, 2, 3))
+    return own / meaning.clamp(min=1e-12)
+
+
+@dataclass(frozen=True)
+class Suspicion:
+    """How much an adapter changes prompts that name neither its trigger nor what it learned.
+
+    Attributes:
+        ratios: prompt -> its own change over the median of all of them; empty if the adapter says that it learned
+            nearly all of them, so that nothing can be told.
+    """
+
+    adapter: Artifact
+    ratios: dict[str, float]
+
+    @property
+    def suspicious(self) -> list[str]:
+        """Prompts that are changed on their own."""
+        return [prompt for prompt, ratio in self.ratios.items() if ratio > LIMIT]
+
+
+def suspects(
+    registry: Registry,
+    adapters: Sequence[Artifact],
+    read: Callable[[Artifact], Adapter],
+    predictor: Predictor,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[Suspicion]:
+    """Measure the own changes of unrelated prompts by each adapter.
+
+    read: returns an adapter's ΔR, for the model of the predictor.
+    """
+    found = []
+    for number, one in enumerate(adapters, 1):
+        changes = own_changes(predictor.base, predictor.with_adapter(read(one)))
+        own = {predictor.prompts[at]: float(changes[at]) for at in unrelated(registry, one, predictor.prompts)}
+        middle = max(median(own.values()), 1e-12) if len(own) >= FEWEST else math.inf
+        found.append(Suspicion(one, {prompt: value / middle for prompt, value in own.items() if middle < math.inf}))
+        if progress:
+            progress(number, len(adapters))
+    return found
+
+
+def unrelated(registry: Registry, adapter: Artifact, prompts: Sequence[str]) -> list[int]:
+    """Return the numbers of the prompts whose subject the adapter does not say that it was trained on."""
+    trained = [registry.get(edge.target) for edge in registry.edges(adapter.digest, relation="trained_on")]
+    recipe: Mapping[str, Any] = next((one.facts["recipe"] for one in trained if one.kind == "recipe"), {})
+    said = [adapter.facts.get("trigger"), recipe.get("noun"), recipe.get("caption")]
+    pictures = adapter.facts.get("provenance", {}).get("pictures", [])
+    said += [one.get("caption") for one in pictures if isinstance(one, dict)]
+    words = set(" ".join(map(str, said)).lower().replace(",", " ").split())
+    return [number for number, prompt in enumerate(prompts) if prompt.rsplit(maxsplit=1)[-1] not in words]
