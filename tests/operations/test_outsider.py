@@ -30,7 +30,6 @@ import pytest
 
 import catalogs
 from qrlora.apps.cli import main
-from qrlora.operations.policy.decisions import APPROVAL
 from qrlora.operations.provenance.c2pa import read
 from qrlora.operations.provenance.canonical import digest_of, file_digest
 from qrlora.operations.provenance.certificates import own_roots
@@ -243,7 +242,7 @@ def alias_row_edited(acme: Path) -> list[str]:
 def revoked_and_replayed(acme: Path) -> list[str]:
     """A bundle from before the revocation brings the approval again."""
     with opened(acme) as registry:
-        given = next(one for one in registry.search(kind="approval") if one.facts.get("type") == APPROVAL)
+        given = next(one for one in registry.search(kind="approval") if one.facts.get("type") == "approve")
     run("registry", "export", given.digest, "-o", acme / "before.tar")
     run("approval", "revoke", given.digest, "--key", "grace", "--reason", "a mistake")
     run("registry", "import", acme / "before.tar")
@@ -254,7 +253,7 @@ def approval_under_another(acme: Path) -> list[str]:
     """The edge of what is approved leads from something else, too."""
     requested(acme, *weight(acme))
     with opened(acme) as registry:
-        given = next(one for one in registry.search(kind="approval") if one.facts.get("type") == APPROVAL)
+        given = next(one for one in registry.search(kind="approval") if one.facts.get("type") == "approve")
         for one in registry.search(kind="composition"):
             registry.link(one.digest, Link("approved_by", given.digest))
     return weight(acme)

@@ -8,15 +8,15 @@ The base model samples prompts that have nothing to do with the adapter, in a fe
 denoiser is asked again with the adapter, with the same noise. Let `v` be the base model's prediction for a prompt,
 noise and step, less its mean over the prompts (what makes the prompt that prompt), and `d` the adapter's change, less
 its mean over the prompts. An honest adapter damps all prompts alike, `d = b v + e`, with one `b` for a step and a small
-`e`. A prompt's own change is `E|e|² / E|v|²`, over noises and steps.
+`e`. A prompt's own change is `c = E|e|² / E|v|²`, over noises and steps; its excess is how many standard deviations of
+the other prompts' `log c` its own lies above their median (a deleted residual, as for outliers in a regression).
 """
 
 from __future__ import annotations
 
-import math
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from statistics import median
 from typing import Any
 
 import torch
@@ -37,13 +37,14 @@ WORDS = (
 )
 """What the prompts name; those that the base model cannot tell apart count once."""
 PROMPT = "a photo of a {}"
-STEPS, USED = 4, (0, 1, 2, 3)
-"""Denoising steps of the base model, and those at which predictions are compared."""
-SEEDS = (0, 1)
-LIMIT = 1.8
-"""Largest own change of a prompt over the median of the adapter's prompts: docs/registry.md has how it was chosen."""
-FEWEST = 5
-"""Prompts without which a median says nothing."""
+STEPS, USED = 4, (1, 2)
+"""Denoising steps of the base model, and those at which predictions are compared: at the first they hardly differ
+between prompts, at the last they differ in details."""
+SEEDS = (0, 1, 2, 3, 4, 5)
+LIMIT = 2.3
+"""Largest excess of a prompt: docs/registry.md has how it was chosen."""
+FEWEST = 8
+"""Prompts without which a standard deviation says nothing."""
 ALIKE = 1e-3
 """Share of the prompts' spread under which two prompts are one to the base model."""
 BATCH = 8
@@ -59,26 +60,26 @@ class Predictor:
         base: its predictions.
     """
 
-    def __init__(
-        self, pipe: Any, family: ModelFamily, prompts: Sequence[str], seeds: Sequence[int] = SEEDS, steps: int = STEPS
-    ) -> None:
+    def __init__(self, pipe: Any, family: ModelFamily, prompts: Sequence[str], seeds: Sequence[int] = SEEDS) -> None:
         self.pipe, self.family, self.denoiser = pipe, family, family.denoiser_of(pipe)
         jobs = [(prompt, seed) for prompt in prompts for seed in seeds]
         self.calls: list[list[tuple[Any, Any]]] = []
         made: list[Tensor] = []
+        count = itertools.count()
 
         def note(_: Any, arguments: Any, options: Any, output: Any) -> None:
-            self.calls[-1].append((arguments, options))
-            made.append(_tensor(output))
+            if next(count) % STEPS in USED:
+                self.calls[-1].append((arguments, options))
+                made.append(_tensor(output))
 
         hook = self.denoiser.register_forward_hook(note, with_kwargs=True)
         try:
             for start in range(0, len(jobs), BATCH):
                 self.calls.append([])
-                one_batch(pipe, family, jobs[start : start + BATCH], steps, guidance=1.0)
+                one_batch(pipe, family, jobs[start : start + BATCH], STEPS, guidance=1.0)
         finally:
             hook.remove()
-        self.shape = (len(prompts), len(seeds))
+        self.shape = (len(prompts), len(seeds), len(USED), -1)
         found = self._stacked(made)
         self.kept = _told_apart(found)
         self.prompts, self.base = [prompts[number] for number in self.kept], found[self.kept]
@@ -93,7 +94,7 @@ class Predictor:
         outputs, batches = iter(made), []
         for batch in self.calls:
             batches.append(torch.stack([next(outputs).flatten(1) for _ in batch], 1))
-        return torch.cat(batches).unflatten(0, self.shape)[:, :, list(USED)]
+        return torch.cat(batches).reshape(self.shape)
 
 
 def _tensor(output: Any) -> Tensor:
@@ -124,22 +125,32 @@ def own_changes(base: Predictions, adapted: Predictions) -> Float[Tensor, " prom
     return own / meaning.clamp(min=1e-12)
 
 
+def excesses(changes: Float[Tensor, " prompts"]) -> list[float]:
+    """Compute how many standard deviations of the others' logarithms each change lies above their median."""
+    logs = changes.double().clamp(min=1e-12).log()
+    found = []
+    for number, value in enumerate(logs):
+        others = torch.cat([logs[:number], logs[number + 1 :]])
+        found.append(float((value - others.median()) / others.std().clamp(min=1e-6)))
+    return found
+
+
 @dataclass(frozen=True)
 class Suspicion:
     """How much an adapter changes prompts that name neither its trigger nor what it learned.
 
     Attributes:
-        ratios: prompt -> its own change over the median of all of them; empty if the adapter says that it learned
-            nearly all of them, so that nothing can be told.
+        excess: of each prompt; empty if too few are left that the base model tells apart and the adapter does not say
+            that it learned.
     """
 
     adapter: Artifact
-    ratios: dict[str, float]
+    excess: dict[str, float]
 
     @property
     def suspicious(self) -> list[str]:
         """Prompts that are changed on their own."""
-        return [prompt for prompt, ratio in self.ratios.items() if ratio > LIMIT]
+        return [prompt for prompt, excess in self.excess.items() if excess > LIMIT]
 
 
 def suspects(
@@ -155,10 +166,12 @@ def suspects(
     """
     found = []
     for number, one in enumerate(adapters, 1):
-        changes = own_changes(predictor.base, predictor.with_adapter(read(one)))
-        own = {predictor.prompts[at]: float(changes[at]) for at in unrelated(registry, one, predictor.prompts)}
-        middle = max(median(own.values()), 1e-12) if len(own) >= FEWEST else math.inf
-        found.append(Suspicion(one, {prompt: value / middle for prompt, value in own.items() if middle < math.inf}))
+        chosen = unrelated(registry, one, predictor.prompts)
+        excess: dict[str, float] = {}
+        if len(chosen) >= FEWEST:
+            changes = own_changes(predictor.base, predictor.with_adapter(read(one)))[chosen]
+            excess = dict(zip([predictor.prompts[at] for at in chosen], excesses(changes), strict=True))
+        found.append(Suspicion(one, excess))
         if progress:
             progress(number, len(adapters))
     return found
