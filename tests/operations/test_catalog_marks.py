@@ -20,7 +20,7 @@ import catalogs
 from operations.test_catalog_kills import alive
 from qrlora.apps.cli import main
 from qrlora.operations.catalog.journal import FILE
-from qrlora.operations.provenance.c2pa import read
+from qrlora.operations.provenance.c2pa import Origin, mark, read
 from qrlora.operations.provenance.canonical import file_digest
 from qrlora.operations.provenance.certificates import Certificate, own_roots
 
@@ -32,7 +32,8 @@ from qrlora.apps.cli import main
 
 *words, keys = sys.argv[1:]
 options = {"num_cpus": 1, "object_store_memory": 80 * 2**20}
-cluster = Cluster(initialize_head=True, head_node_args={**options, "include_dashboard": False})
+head = {**options, "_system_config": {"worker_niceness": 0}, "include_dashboard": False}
+cluster = Cluster(initialize_head=True, head_node_args=head)
 cluster.add_node(**options)
 os.environ["QRLORA_KEYS"] = keys  # after the nodes were started: they have none
 code = main([*words, "--address", cluster.address, "--workers", "2"])
@@ -70,12 +71,14 @@ def test_what_was_made_but_not_marked_is_marked_when_the_catalog_goes_on(words: 
     paths = check(tmp_path / "out")
     marked = {path: path.read_bytes() for path in paths}
     (tmp_path / "out" / FILE).unlink()  # as if it was killed before any row: one file is marked, the others are not
+    stranger = Certificate.create(tmp_path / "strange", "acme", "ACME")
     for path in paths[1:]:
         with Image.open(path) as image:
             text = PngInfo()
             text.add_itxt("qrlora", image.info["qrlora"])
             image.load()
             image.save(path, pnginfo=text)
+    paths[1].write_bytes(mark(paths[1].read_bytes(), Origin("by somebody else"), stranger))
     assert main([*words, "--workers", "0"]) == 0
     assert check(tmp_path / "out") == paths and paths[0].read_bytes() == marked[paths[0]]
 

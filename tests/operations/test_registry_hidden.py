@@ -13,7 +13,7 @@ from PIL import Image
 from qrlora.apps.cli import main
 from qrlora.method.adapter import load_adapter, save_adapter
 from qrlora.operations.registry import Registry
-from qrlora.operations.registry.hidden import LIMIT, own_changes, unrelated
+from qrlora.operations.registry.hidden import LIMIT, WORDS, own_changes, unrelated
 from qrlora.operations.registry.intake import add_adapter
 from qrlora.pico import world
 from samples import make_adapter, make_basis
@@ -47,20 +47,32 @@ def test_prompts_of_what_an_adapter_says_that_it_learned_are_left_out(tmp_path: 
     assert unrelated(registry, one, prompts) == [1]
 
 
-def test_an_adapter_that_names_every_word_is_a_fault_of_its_own(
+def test_every_adapter_is_probed_or_said_not_to_be(
     tiny_sd3: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The tiny model tells no word from another, so that none is left."""
+    """One that says that it learned all the words there are is a fault of its own: nothing can be told of it."""
     monkeypatch.chdir(tmp_path)
     Image.radial_gradient("L").convert("RGB").save("mug.png")
     small = ["--rank", "2", "--steps", "1", "--batch-size", "1"]
-    command = ["train", "--model", str(tiny_sd3), "--subject", "mug.png", *small, "-o", "registry:mug"]
-    assert main([*command, "--registry", "registry"]) == 0
+    assert main(["train", "--model", str(tiny_sd3), "--subject", "mug.png", *small, "-o", "mug.safetensors"]) == 0
+    mug = load_adapter("mug.safetensors")
+    all_of_them = dataclasses.replace(mug.metadata, provenance={"pictures": [{"caption": " ".join(WORDS)}]})
+    save_adapter(dataclasses.replace(mug, metadata=all_of_them), "all.safetensors")
+    registry = Registry.open(tmp_path / "registry")
+    for name in ("mug", "all"):
+        add_adapter(registry, Path(f"{name}.safetensors"), name=name)
     capsys.readouterr()
     assert main(["registry", "verify", "--registry", "registry"]) == 0
     assert "no head is signed" in capsys.readouterr().out
-    assert main(["registry", "verify", "--probe", "--model", str(tiny_sd3), "--registry", "registry"]) == 1
-    assert "mug@v1 cannot be probed" in capsys.readouterr().out
+    probe = ["registry", "verify", "--probe", "--model", str(tiny_sd3), "--registry", "registry", "--json"]
+    assert main(probe) == 1
+    told = json.loads(capsys.readouterr().out)
+    assert [fault for fault in told["faults"] if "cannot be probed" in fault] == [
+        "all@v1 cannot be probed: too few words are left that it does not say it learned"
+    ]
+    excess = {registry.get(one["adapter"]).title: one["excess"] for one in told["probed"]}
+    assert excess["all@v1"] == {} and len(excess["mug@v1"]) > 8
+    assert told["signed"] == {"seq": 0, "hash": "", "after": len(registry.log())}
 
 
 @pytest.mark.slow

@@ -90,7 +90,8 @@ def referable(suffix: str = "", *, records: bool = True) -> Callable[[Function],
     def decorate(run: Function) -> Function:
         @functools.wraps(run)
         def wrapper(options: Options) -> Any:
-            references = [*_references(options), *_references_of_recipe(options).values()]
+            named = [getattr(options, key, None) for key in (*INPUTS, *MODELS, "output")]
+            references = _refers(named) or _references_of_recipe(options)
             create = records and getattr(options, "record", True)
             recorder = Recorder(open_registry(options, create=create)) if options.registry or references else None
             meta = get_current_context().meta
@@ -129,12 +130,6 @@ def shown(path: object) -> str:
     """Return a path as the user knows it: a file that stands in for a reference by the reference."""
     recorder, text = recorder_here(), str(path)
     return recorder.shown(Path(text)) if recorder and text else text
-
-
-def _references(options: Options) -> list[Any]:
-    """Return the options that refer to a registry."""
-    named = [getattr(options, key, None) for key in (*INPUTS, *MODELS, "output")]
-    return [value for value in named if _refers(value)]
 
 
 def _references_of_recipe(options: Options) -> dict[str, Any]:

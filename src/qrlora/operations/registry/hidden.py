@@ -45,8 +45,8 @@ LIMIT = 2.3
 """Largest excess of a prompt: docs/registry.md has how it was chosen."""
 FEWEST = 8
 """Prompts without which a standard deviation says nothing."""
-ALIKE = 1e-3
-"""Share of the prompts' spread under which two prompts are one to the base model."""
+ALIKE = 0.1
+"""Share of the prompts' spread under which two prompts are one to the base model: words it never learned."""
 BATCH = 8
 
 Predictions = Float[Tensor, "prompts seeds steps d"]
