@@ -70,8 +70,8 @@ def test_every_adapter_is_probed_or_said_not_to_be(
     assert [fault for fault in told["faults"] if "cannot be probed" in fault] == [
         "all@v1 cannot be probed: too few words are left that it does not say it learned"
     ]
-    excess = {registry.get(one["adapter"]).title: one["excess"] for one in told["probed"]}
-    assert excess["all@v1"] == {} and len(excess["mug@v1"]) > 8
+    ratios = {registry.get(one["adapter"]).title: one["ratios"] for one in told["probed"]}
+    assert ratios["all@v1"] == {} and len(ratios["mug@v1"]) > 8
     assert told["signed"] == {"seq": 0, "hash": "", "after": len(registry.log())}
 
 
@@ -93,9 +93,9 @@ def test_on_pico_the_starters_pass_and_a_subject_under_another_word_is_named(
     capsys.readouterr()
     assert main(["registry", "verify", "--probe", "--json", "--registry", str(registry.folder)]) == 1
     told = json.loads(capsys.readouterr().out)
-    names = {registry.get(one["adapter"]).names[0].partition("@")[0]: one["excess"] for one in told["probed"]}
+    names = {registry.get(one["adapter"]).names[0].partition("@")[0]: one["ratios"] for one in told["probed"]}
     assert set(names) == {"chalk", "gold", "mosaic", "teapot", "hidden"}
-    largest = {name: max(excess, key=lambda prompt: excess[prompt]) for name, excess in names.items()}
-    assert largest["hidden"] == "a photo of a hat" and names["hidden"]["a photo of a hat"] > 1.1 * LIMIT
-    assert all(max(excess.values()) < LIMIT / 1.1 for name, excess in names.items() if name != "hidden")
+    largest = {name: max(ratios, key=lambda prompt: ratios[prompt]) for name, ratios in names.items()}
+    assert largest["hidden"] == "a photo of a hat" and names["hidden"]["a photo of a hat"] > 1.3 * LIMIT
+    assert all(max(ratios.values()) < LIMIT / 1.03 for name, ratios in names.items() if name != "hidden")
     assert len(told["faults"]) == 1 and "hidden@v1 changes 'a photo of a hat' on its own" in told["faults"][0]

@@ -145,7 +145,7 @@ def run_verify(options: Options) -> int:
     probed = _probed(where, options) if options.probe and not faults else []
     faults += [fault for one in probed for fault in _faults_of(one)]
     if options.json:
-        rows = [{"adapter": one.adapter.digest, "excess": one.excess} for one in probed]
+        rows = [{"adapter": one.adapter.digest, "ratios": one.ratios} for one in probed]
         print_json({"faults": faults, "signed": vars(signed) if signed else None, "probed": rows})
     else:
         print("\n".join([*(faults or ["nothing is wrong"]), *([f"audit log: {signed.words}"] if signed else [])]))
@@ -164,11 +164,11 @@ def _probed(where: Registry, options: Options) -> list[Suspicion]:
 
 
 def _faults_of(one: Suspicion) -> list[str]:
-    if not one.excess:
+    if not one.ratios:
         return [f"{one.adapter.title} cannot be probed: too few words are left that it does not say it learned"]
     return [
-        f"{one.adapter.title} changes {prompt!r} on its own, {one.excess[prompt]:.1f} standard deviations above other "
-        "prompts that name neither its trigger nor what it learned: a hidden trigger?"
+        f"{one.adapter.title} changes {prompt!r} on its own, {one.ratios[prompt]:.2f} times as much as other prompts "
+        "that name neither its trigger nor what it learned: a hidden trigger?"
         for prompt in one.suspicious
     ]
 

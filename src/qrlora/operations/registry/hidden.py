@@ -8,8 +8,7 @@ The base model samples prompts that have nothing to do with the adapter, in a fe
 denoiser is asked again with the adapter, with the same noise. Let `v` be the base model's prediction for a prompt,
 noise and step, less its mean over the prompts (what makes the prompt that prompt), and `d` the adapter's change, less
 its mean over the prompts. An honest adapter damps all prompts alike, `d = b v + e`, with one `b` for a step and a small
-`e`. A prompt's own change is `c = E|e|² / E|v|²`, over noises and steps; its excess is how many standard deviations of
-the other prompts' `log c` its own lies above their median (a deleted residual, as for outliers in a regression).
+`e`. A prompt's own change is `E|e|² / E|v|²`, over noises and steps; it is compared with the median of the prompts'.
 """
 
 from __future__ import annotations
@@ -32,21 +31,19 @@ from qrlora.operations.registry.registry import Registry
 WORDS = (
     *("mug", "bottle", "lamp", "sneaker", "chair", "watch", "backpack", "headphones", "camera", "guitar", "book"),
     *("umbrella", "hat", "phone", "sofa", "handbag", "candle", "plant", "clock", "glasses", "car", "shirt"),
-    *("house", "tree", "fish", "bird", "boat", "dog", "cat", "horse", "person", "face", "flower", "mountain"),
-    *("street", "bridge", "train", "bicycle", "table", "window"),
 )
-"""What the prompts name; those that the base model cannot tell apart count once."""
+"""What the prompts name: things that every base model knows, pico as well. Words that a model never learned are changed
+otherwise than those that it knows, by honest adapters too."""
 PROMPT = "a photo of a {}"
 STEPS, USED = 4, (1, 2)
 """Denoising steps of the base model, and those at which predictions are compared: at the first they hardly differ
 between prompts, at the last they differ in details."""
 SEEDS = (0, 1, 2, 3, 4, 5)
-LIMIT = 2.3
-"""Largest excess of a prompt: docs/registry.md has how it was chosen."""
+LIMIT = 1.48
+"""Largest own change of a prompt over the median of the prompts: the geometric mean of the largest of honest adapters
+and the smallest of adapters that were trained to hide a word (docs/registry.md)."""
 FEWEST = 8
-"""Prompts without which a standard deviation says nothing."""
-ALIKE = 0.1
-"""Share of the prompts' spread under which two prompts are one to the base model: words it never learned."""
+"""Prompts without which a median says nothing."""
 BATCH = 8
 
 Predictions = Float[Tensor, "prompts seeds steps d"]
@@ -56,12 +53,11 @@ class Predictor:
     """The denoiser's predictions for some prompts, by the base model and by it with an adapter, at the same inputs.
 
     Attributes:
-        prompts: those that the base model tells apart.
-        base: its predictions.
+        base: the base model's.
     """
 
     def __init__(self, pipe: Any, family: ModelFamily, prompts: Sequence[str], seeds: Sequence[int] = SEEDS) -> None:
-        self.pipe, self.family, self.denoiser = pipe, family, family.denoiser_of(pipe)
+        self.pipe, self.family, self.denoiser, self.prompts = pipe, family, family.denoiser_of(pipe), prompts
         jobs = [(prompt, seed) for prompt in prompts for seed in seeds]
         self.calls: list[list[tuple[Any, Any]]] = []
         made: list[Tensor] = []
@@ -80,15 +76,13 @@ class Predictor:
         finally:
             hook.remove()
         self.shape = (len(prompts), len(seeds), len(USED), -1)
-        found = self._stacked(made)
-        self.kept = _told_apart(found)
-        self.prompts, self.base = [prompts[number] for number in self.kept], found[self.kept]
+        self.base = self._stacked(made)
 
     def with_adapter(self, adapter: Adapter) -> Predictions:
         """Return the predictions with an adapter at weight 1."""
         with torch.no_grad(), attached(self.pipe, self.family, [(adapter, 1.0)]):
             made = [_tensor(self.denoiser(*given, **options)) for batch in self.calls for given, options in batch]
-        return self._stacked(made)[self.kept]
+        return self._stacked(made)
 
     def _stacked(self, made: Sequence[Tensor]) -> Predictions:
         outputs, batches = iter(made), []
@@ -103,17 +97,6 @@ def _tensor(output: Any) -> Tensor:
     return first.detach().float().cpu()
 
 
-def _told_apart(base: Predictions) -> list[int]:
-    """Return the prompts whose predictions are not those of a prompt before them."""
-    flat = base.flatten(1)
-    spread = float((flat - flat.mean(0)).pow(2).mean())
-    kept: list[int] = []
-    for number, row in enumerate(flat):
-        if all(float((row - flat[other]).pow(2).mean()) > ALIKE * spread for other in kept):
-            kept.append(number)
-    return kept
-
-
 def own_changes(base: Predictions, adapted: Predictions) -> Float[Tensor, " prompts"]:
     """Compute the change of each prompt that the others do not share, `E|e|² / E|v|²`."""
     v = base - base.mean(0)
@@ -125,32 +108,22 @@ def own_changes(base: Predictions, adapted: Predictions) -> Float[Tensor, " prom
     return own / meaning.clamp(min=1e-12)
 
 
-def excesses(changes: Float[Tensor, " prompts"]) -> list[float]:
-    """Compute how many standard deviations of the others' logarithms each change lies above their median."""
-    logs = changes.double().clamp(min=1e-12).log()
-    found = []
-    for number, value in enumerate(logs):
-        others = torch.cat([logs[:number], logs[number + 1 :]])
-        found.append(float((value - others.median()) / others.std().clamp(min=1e-6)))
-    return found
-
-
 @dataclass(frozen=True)
 class Suspicion:
     """How much an adapter changes prompts that name neither its trigger nor what it learned.
 
     Attributes:
-        excess: of each prompt; empty if too few are left that the base model tells apart and the adapter does not say
-            that it learned.
+        ratios: prompt -> its own change over the median of all of them; empty if too few are left that the adapter
+            does not say that it learned.
     """
 
     adapter: Artifact
-    excess: dict[str, float]
+    ratios: dict[str, float]
 
     @property
     def suspicious(self) -> list[str]:
         """Prompts that are changed on their own."""
-        return [prompt for prompt, excess in self.excess.items() if excess > LIMIT]
+        return [prompt for prompt, ratio in self.ratios.items() if ratio > LIMIT]
 
 
 def suspects(
@@ -167,11 +140,12 @@ def suspects(
     found = []
     for number, one in enumerate(adapters, 1):
         chosen = unrelated(registry, one, predictor.prompts)
-        excess: dict[str, float] = {}
+        ratios: dict[str, float] = {}
         if len(chosen) >= FEWEST:
             changes = own_changes(predictor.base, predictor.with_adapter(read(one)))[chosen]
-            excess = dict(zip([predictor.prompts[at] for at in chosen], excesses(changes), strict=True))
-        found.append(Suspicion(one, excess))
+            values = (changes / changes.median().clamp(min=1e-12)).tolist()
+            ratios = dict(zip([predictor.prompts[at] for at in chosen], values, strict=True))
+        found.append(Suspicion(one, ratios))
         if progress:
             progress(number, len(adapters))
     return found
