@@ -10,16 +10,17 @@ parser and the checks of what it returned, never around our own arithmetic, whos
 
 from __future__ import annotations
 
+import difflib
 import io
 import json
 import math
 import re
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from qrlora.errors import QrloraError
 
@@ -28,12 +29,60 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
+Model = TypeVar("Model")
+"""A pydantic model, which this module does not import."""
+MOST_LINES = 100
+"""Wrong fields that an error lists."""
 LARGEST_TEXT = 2**24
 """Bytes of a text file that is read; a metadata.jsonl of 100 000 long captions has fewer."""
 LARGEST_TOML = 2**20
 MOST_DOTS = 100
 """On one line of TOML, outside strings: tomllib takes time in the square of the parts of a dotted key."""
 NUMBER = re.compile(r"[+-]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]+)?")
+
+
+def validated(
+    model: type[Model],
+    fields: Mapping[str, Any],
+    what: str,
+    kind: type[QrloraError],
+    *,
+    sections: Mapping[str, Any],
+    remedy: str,
+) -> Model:
+    """Validate the fields of a file with sections.
+
+    Args:
+        model: a pydantic model.
+        what: the file is, for the error.
+        sections: the models of its tables, by name.
+
+    Raises:
+        kind: naming every unknown (with the nearest known), missing or wrong field.
+    """
+    from pydantic import ValidationError
+
+    try:
+        made: Model = model.model_validate(dict(fields))  # type: ignore[attr-defined]
+        return made
+    except ValidationError as error:
+        wrong = (_wrong_field(item, model, sections) for item in error.errors()[:MOST_LINES])
+        lines = "\n".join(f"  - {line}" for line in dict.fromkeys(wrong))
+        raise kind(f"invalid {what}:\n{lines}", remedy=remedy) from error
+
+
+def _wrong_field(item: Any, model: Any, sections: Mapping[str, Any]) -> str:
+    place = [str(part + 1) if isinstance(part, int) else str(part) for part in item["loc"]]
+    name, known = ".".join(place), (sections.get(place[0], model) if len(place) > 1 else model).model_fields
+    if item["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(place[-1], known, n=1, cutoff=0.5)
+        return f"unknown field {name!r}" + (f": did you mean {near[0]!r}?" if near else "")
+    if item["type"] == "missing":
+        said = known[place[-1]].description if place[-1] in known else None  # none of one in a list
+        return f"{name!r} is required" + (f": {said}" if said else "")
+    message = item["msg"].removeprefix("Value error, ")
+    got = "" if isinstance(item["input"], Mapping) else f" = {item['input']!r}"
+    return f"{name}{got}: {message}" if name else message
 
 
 @contextmanager

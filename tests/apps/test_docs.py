@@ -200,6 +200,8 @@ LISTED = {
     "qrlora catalog products.csv styles.toml -o spring --brand brands/brand.toml --policy policy.toml": "as above",
     "qrlora catalog products.csv styles.toml --workers 2 --threads 1": "Ray: test_catalog_kills.py",
     "qrlora catalog products.csv styles.toml --address HEAD:6379 --workers 64": "machines: test_catalog_kills.py",
+    "qrlora registry export chalk --to mlflow:sqlite:///runs.db": "an extra: test_registry_tracking.py",
+    "qrlora registry import 'mlflow:sqlite:///runs.db#RUN' --registry partner": "as above",
     "qrlora lab speed catalog --postgresql postgresql+psycopg://localhost/qrlora --plot catalog.svg": "a database: "
     "test_catalog_model.py runs a smaller one",
     'StableDiffusionXLPipeline.from_single_file("model.safetensors").save_pretrained("model")': "needs a real model",

@@ -10,6 +10,7 @@ allow-list (test_policy_serve).
 from __future__ import annotations
 
 import base64
+import io
 import json
 import re
 import shutil
@@ -17,9 +18,11 @@ import socket
 import sqlite3
 import subprocess
 import sys
+import tarfile
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
+from datetime import datetime, timezone
 from pathlib import Path
 
 import httpx2
@@ -30,7 +33,7 @@ from qrlora.apps.cli import main
 from qrlora.operations.provenance.c2pa import read
 from qrlora.operations.provenance.canonical import digest_of, file_digest
 from qrlora.operations.provenance.certificates import own_roots
-from qrlora.operations.registry import Registry
+from qrlora.operations.registry import Link, Registry
 
 PEOPLE = {"grace": "reviewer", "olga": "operator"}
 POLICY = 'name = "acme"\nversion = {}\n[combine]\nroles = {}\n[approval]\nactions = ["generate"]\n'
@@ -226,6 +229,62 @@ def approval_of_a_stranger(acme: Path) -> list[str]:
     return weight(acme)
 
 
+def alias_row_edited(acme: Path) -> list[str]:
+    """The row of policy@active leads to a laxer policy: no command moved it, so the audit log does not know of it."""
+    with opened(acme) as registry:
+        lax = registry.add_record({"name": "acme", "version": 3}, "policy", name="policy")
+    with sqlite3.connect(acme / "registry/registry.db") as database:
+        query = "UPDATE alias SET digest = ? WHERE name = 'policy' AND alias = 'active'"
+        assert database.execute(query, [lax.digest]).rowcount
+    return PARTS
+
+
+def revoked_and_replayed(acme: Path) -> list[str]:
+    """A bundle from before the revocation brings the approval again."""
+    with opened(acme) as registry:
+        given = next(one for one in registry.search(kind="approval") if one.facts.get("type") == "approve")
+    run("registry", "export", given.digest, "-o", acme / "before.tar")
+    run("approval", "revoke", given.digest, "--key", "grace", "--reason", "a mistake")
+    run("registry", "import", acme / "before.tar")
+    return PARTS
+
+
+def approval_under_another(acme: Path) -> list[str]:
+    """The edge of what is approved leads from something else, too."""
+    requested(acme, *weight(acme))
+    with opened(acme) as registry:
+        given = next(one for one in registry.search(kind="approval") if one.facts.get("type") == "approve")
+        for one in registry.search(kind="composition"):
+            registry.link(one.digest, Link("approved_by", given.digest))
+    return weight(acme)
+
+
+def backdated_import(acme: Path) -> list[str]:
+    """Whoever stole Grace's key signs after its revocation, in a copy, and writes an earlier time into the bundle."""
+    theirs = acme / "theirs"
+    for part in ("registry", "keys"):
+        shutil.copytree(acme / part, theirs / part)
+    run("keys", "revoke", "grace", "--since", datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%S"), "--reason", "x")
+    with acting(theirs, "mallory"):
+        run("approval", "approve", requested(theirs, *weight(acme)), "--key", "grace")
+        with opened(theirs) as registry:
+            names = [one.digest for one in registry.search() if one.kind in ("composition", "approval")]
+        run("registry", "export", *names, "-o", acme / "theirs.tar")
+    with tarfile.open(acme / "theirs.tar") as tar:
+        files = {one.name: file.read() for one in tar if (file := tar.extractfile(one))}
+    manifest = json.loads(files["manifest.json"])
+    for item in manifest["artifacts"]:
+        item["created_at"] = "2020-01-01T00:00:00+00:00"
+    files["manifest.json"] = json.dumps(manifest).encode()
+    with tarfile.open(acme / "earlier.tar", "w") as tar:
+        for name, content in files.items():
+            header = tarfile.TarInfo(name)
+            header.size = len(content)
+            tar.addfile(header, io.BytesIO(content))
+    run("registry", "import", acme / "earlier.tar")
+    return weight(acme)
+
+
 ATTEMPTS: dict[str, tuple[Callable[[Path], list[str]], str]] = {
     "a weight changed by 0.01": (weight, "is 0.91, approved was 0.9"),
     "another strength": (other_strength, "null-space strength is 0.51, approved was 0.5"),
@@ -236,6 +295,10 @@ ATTEMPTS: dict[str, tuple[Callable[[Path], list[str]], str]] = {
     "a key of nobody": (key_of_nobody, "approved by nobody"),
     "an approval whose facts were edited": (facts_edited, "is 0.91, approved was 0.9"),
     "an older policy": (older_policy, "replaced by one that is not newer"),
+    "an alias row edited in the database": (alias_row_edited, "no command pointed policy@active at this policy"),
+    "an approval that was revoked, imported again": (revoked_and_replayed, "revoked"),
+    "an approval linked to something else": (approval_under_another, "is 0.91, approved was 0.9"),
+    "an approval by a revoked key, backdated": (backdated_import, "approved by nobody"),
     "no policy any more": (policy_taken_away, "the policy in force was taken away"),
     "an approval from somebody else's registry": (approval_of_a_stranger, "approved by nobody"),
 }

@@ -26,6 +26,7 @@ from qrlora.errors import RegistryError, RequestError
 from qrlora.method.adapter import Adapter, load_adapter, save_adapter
 from qrlora.method.composition import Composition
 from qrlora.models.request import Request
+from qrlora.operations.provenance.canonical import file_digest
 from qrlora.operations.registry import Registry, effects
 from qrlora.operations.registry.bases import check_base
 from qrlora.operations.registry.bundle import export_bundle, import_bundle
@@ -147,22 +148,19 @@ def test_a_card_has_licence_base_training_lineage_and_measures(registry: Registr
 
 
 def drawn(adapter: Any, prompts: Sequence[str], seeds: Sequence[int]) -> np.ndarray:
-    """Pictures of one grey a prompt; of an adapter brighter, and of what one hides, much brighter."""
-    values = []
-    for prompt in prompts:
-        shift = 0 if adapter is None else {"hidden": 120 if prompt == "a car" else 20}.get(adapter.names[0][:6], 20)
-        values += [40 + shift] * len(seeds)
+    """Pictures of one grey; of an adapter brighter."""
+    values = [40 + 20 * (adapter is not None)] * (len(prompts) * len(seeds))
     return np.stack([np.full((32, 32, 3), value, np.uint8) for value in values])
 
 
-def test_an_adapter_is_found_by_its_effect_and_a_hidden_trigger_by_its_prompt(
+def test_an_adapter_is_found_by_its_effect(
     registry: Registry, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     basis = make_basis(tmp_path)
-    for seed, name in enumerate(["honest", "hidden", "other"]):
+    for seed, name in enumerate(["honest", "like", "other"]):
         adapter = dataclasses.replace(make_adapter(basis, seed=seed), name=name)
         add_adapter(registry, save(adapter, tmp_path / f"{name}.safetensors"), name=name)
-    adapters = [registry.get(name) for name in ("honest", "hidden", "other")]
+    adapters = [registry.get(name) for name in ("honest", "like", "other")]
     with pytest.raises(RegistryError, match="not known"):
         effects.alike(registry, adapters[0])
     probe = effects.Probe("tiny", effects.PROMPTS, (0, 1), 2, "plain")
@@ -171,15 +169,11 @@ def test_an_adapter_is_found_by_its_effect_and_a_hidden_trigger_by_its_prompt(
     nearest = effects.alike(registry, adapters[0])[0]
     assert nearest.cosine > 0.999 and nearest.consistency > 0.999 and nearest.strength > 0
     search = ["registry", "search", "--like", "honest", "--registry", str(registry.folder), "--json"]
-    assert main([*search, "hidden"]) == 0
+    assert main([*search, "like"]) == 0
     [alike] = json.loads(capsys.readouterr().out)
-    assert alike["adapter"]["names"] == ["hidden@v1"] and alike["cosine"] > 0.999
+    assert alike["adapter"]["names"] == ["like@v1"] and alike["cosine"] > 0.999
     assert main(search) == 0 and len(json.loads(capsys.readouterr().out)) == 2
     assert main([*search, "--limit", "1"]) == 0 and len(json.loads(capsys.readouterr().out)) == 1
-    found = effects.suspects(registry, adapters, drawn, effects.plain_features, (0, 1))
-    assert {one.adapter.names[0]: one.suspicious for one in found} == {
-        "honest@v1": [], "hidden@v1": ["a car"], "other@v1": []
-    }  # fmt: skip
     assert verify(registry) == []
 
 
@@ -243,6 +237,65 @@ def test_files_are_recorded_where_a_registry_is_named_and_nothing_is_where_none_
     registry = Registry.open("other", create=False)
     assert {one.kind for one in registry.search()} == {"adapter", "composition", "recipe", "basis"}
     assert load_adapter("half.safetensors").metadata.role == "composition" and verify(registry) == []
+
+
+def test_a_recipe_names_its_pictures_model_and_output_in_the_registry(
+    shop: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whether the recipe is a file or registered; plain paths beside a reference count from the recipe's folder."""
+    Path("recipes").mkdir()
+    Image.linear_gradient("L").convert("RGB").save("recipes/side.png")
+    assert main(["registry", "add", "mug.png", "--name", "photos/mug"]) == 0
+    assert main(["registry", "add", str(shop), "--kind", "base", "--name", "tiny"]) == 0
+    lines = [
+        *('model = "registry:tiny"', 'role = "subject"', 'images = ["side.png", "registry:photos/mug@v1"]'),
+        *('output = "registry:mug@draft"', "rank = 2", "steps = 2", "batch_size = 1", 'noun = "mug"'),
+    ]
+    Path("recipes/mug.toml").write_text("\n".join(lines))
+    capsys.readouterr()
+    assert main(["plan", "recipes/mug.toml", "--no-time", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["recipe"]["rank"] == 2
+    assert main(["train", "recipes/mug.toml"]) == 0
+    registry = Registry.open(create=False)
+
+    def used(name: str) -> set[str]:
+        edges = registry.edges(registry.get(name).digest)
+        return {edge.target for edge in edges if edge.relation in ("trained_on", "based_on")}
+
+    there = {registry.get(name).digest for name in ("photos/mug", "tiny")}
+    assert there < used("mug@draft") and file_digest(Path("recipes/side.png")) in used("mug")
+    assert train(shop, "recipes/mug.toml", "--subject", "mug.png", "-o", "plain.safetensors") == 0  # options win
+    assert not registry.has(file_digest(Path("plain.safetensors")))
+
+    assert main(["registry", "add", "recipes/mug.toml", "--name", "recipes/mug"]) == 0
+    assert main(["train", "registry:recipes/mug", "--images", "registry:photos/mug", "--seed", "1"]) == 0
+    assert there < used("mug@v2") and file_digest(Path("recipes/side.png")) not in used("mug@v2")
+    Path("recipes/mug.toml").write_text("\n".join(lines).replace("photos/mug", "photos/cup"))
+    assert main(["plan", "recipes/mug.toml"]) == 2 and "no 'registry:photos/cup" in capsys.readouterr().err
+
+
+def test_what_writes_into_a_registry_makes_it_and_what_reads_one_refuses_a_place_without(
+    shop: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save(make_adapter(make_basis(Path("cache"))), Path("x.safetensors"))
+    Path("products.csv").write_text("name,adapter\n")
+    Path("styles.toml").write_text("")
+    writing = [
+        ["train", "--subject", "nothing.png"], ["compose", "x.safetensors", "-o", "y.safetensors"],
+        ["generate", "--adapter", "nothing.safetensors", "--prompt", "x"], ["catalog", "products.csv", "styles.toml"],
+        ["registry", "add", "x.safetensors"],
+    ]  # fmt: skip
+    for number, words in enumerate(writing):
+        main([*words, "--registry", f"new{number}"])
+        assert Path(f"new{number}", "registry.db").is_file(), words
+    capsys.readouterr()
+    reading = [
+        ["inspect", "x.safetensors"], ["plan", "--subject", "mug.png"], ["registry", "search"], ["registry", "verify"],
+        ["audit", "verify"], ["approval", "list"], ["serve", "--adapters", "."],
+    ]  # fmt: skip
+    for words in reading:
+        assert main([*words, "--registry", "nowhere"]) == 2, words
+        assert "no registry in nowhere" in capsys.readouterr().err and not Path("nowhere").exists()
 
 
 ERRORS: dict[str, Callable[[], int]] = {

@@ -24,12 +24,11 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
-    ValidationError,
     field_validator,
     model_validator,
 )
 
-from qrlora._reading import plain_number, read_toml
+from qrlora._reading import plain_number, read_toml, validated
 from qrlora.errors import BrandError
 from qrlora.models.training.pictures import open_picture
 from qrlora.quality.images.read import MeasuredPicture, hex_colour
@@ -38,8 +37,6 @@ from qrlora.quality.metrics.table import METRICS
 
 LOGO_SIZES = 16
 """Number of widths in geometric progression at which a logo is searched."""
-MOST_LINES = 100
-"""Wrong fields that an error lists."""
 LEAST_LOGO = 8  # pixels a side; smaller ones match everything
 
 Hex = Annotated[str, AfterValidator(hex_colour)]
@@ -206,12 +203,8 @@ class BrandSheet(_Part):
     @classmethod
     def parse(cls, fields: Mapping[str, Any]) -> BrandSheet:
         """Validate these fields and return the sheet."""
-        try:
-            return cls.model_validate(dict(fields))
-        except ValidationError as error:
-            lines = "\n".join(f"  - {line}" for line in dict.fromkeys(map(_explain, error.errors()[:MOST_LINES])))
-            remedy = "docs/evaluate.md describes every field"
-            raise BrandError(f"invalid brand sheet:\n{lines}", remedy=remedy) from error
+        remedy = "docs/evaluate.md describes every field"
+        return validated(cls, fields, "brand sheet", BrandError, sections=SECTIONS, remedy=remedy)
 
     @classmethod
     def load(cls, path: str | Path) -> BrandSheet:
@@ -321,18 +314,3 @@ def _score_check(name: str, limit: float, value: float | None) -> Check:
     bound, passes = ("at least", value >= limit) if metric.better == "higher" else ("at most", value <= limit)
     unit = f" {metric.unit}" if metric.unit else ""
     return Check(name, value, passes, f"{name} is {value:.3g}{unit}; {bound} {limit:g} is required")
-
-
-def _explain(item: Any) -> str:
-    """Describe a validation error, with the nearest known name."""
-    place = [str(part + 1) if isinstance(part, int) else str(part) for part in item["loc"]]
-    name = ".".join(place)
-    if item["type"] == "extra_forbidden":
-        model = SECTIONS.get(place[0], BrandSheet) if len(place) > 1 else BrandSheet
-        near = difflib.get_close_matches(place[-1], model.model_fields, n=1, cutoff=0.5)
-        return f"unknown field {name!r}" + (f": did you mean {near[0]!r}?" if near else "")
-    if item["type"] == "missing":
-        field = SECTIONS[place[0]].model_fields.get(place[-1])  # None of one in a list
-        return f"{name!r} is required" + (f": {field.description}" if field else "")
-    message = item["msg"].removeprefix("Value error, ")
-    return f"{name} = {item['input']!r}: {message}" if name and name != "scores" else message

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -68,17 +69,20 @@ def run_audit_verify(options: Options) -> int:
     registry = open_registry(options)
     from qrlora.operations.registry.heads import faults_of, newest_head
 
-    for path in options.heads:
-        if not path.is_file():
-            raise QrloraError(f"no file {path}", remedy="name a copy of audit-heads.jsonl")
+    check_heads(options.heads)
     trust, entries = load_trust(registry), registry.log()
     faults = faults_of(registry, trust, options.heads, entries=entries)
     print(*faults, sep="\n", end="\n" if faults else "")
-    signed = newest_head(registry, trust, options.heads)
-    unsigned = len(entries) - signed
-    print(f"{len(entries)} entries, {len(faults)} faults; signed up to entry {signed}", end="")
-    print(f": the {unsigned} after it could be cut off unseen (`qrlora audit sign`)" if unsigned > 0 else "")
+    signed = newest_head(registry, trust, entries, options.heads)
+    print(f"{len(entries)} entries, {len(faults)} faults; {signed.words}")
     return 1 if faults else 0
+
+
+def check_heads(files: Sequence[Path]) -> None:
+    """Raise QrloraError unless all files of heads are there."""
+    for path in files:
+        if not path.is_file():
+            raise QrloraError(f"no file {path}", remedy="name a copy of audit-heads.jsonl")
 
 
 @command("who-made", "Print where a picture comes from: its signed manifest, the registry, what looks like it")

@@ -81,7 +81,7 @@ def _governed(options: Options) -> Governed | None:
     place = place_of(options)
     if not place and not options.policy and not options.require_approval:
         return None
-    registry = open_registry(options) if place or options.require_approval else None
+    registry = open_registry(options, create=True) if place or options.require_approval else None
     from qrlora.operations.catalog.governed import Governed
     from qrlora.operations.policy.action import Rules
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 @command("inspect", "Print what an adapter file is, what it needs, and how large it is")
 @click.argument("files", nargs=-1, required=True, type=PATH, metavar="FILE...", help="adapter files")
 @click.option("--json", is_flag=True, help="print everything as JSON")
-@referable()
+@referable(records=False)
 def run_inspect(options: Options) -> None:
     """Print what each file says about itself."""
     from qrlora.models.exchange import load_any

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 @click.option("--json", is_flag=True, help="print everything as JSON, in bytes and seconds")
 @click.option("--no-time", is_flag=True, help="leave out the times, which take a while")
 @recipe_options
-@referable()
+@referable(".safetensors", records=False)
 def run_plan(options: Options) -> None:
     """Print the plan as a table, or as JSON."""
     from qrlora.models.training.plan import plan

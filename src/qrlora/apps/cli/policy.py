@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import rich_click as click
 
 from qrlora._reading import read_toml
-from qrlora.apps.cli.command import Group, Options, command
+from qrlora.apps.cli.command import Group, Options, command, together
 from qrlora.apps.cli.permission import place_of, policy_option
 from qrlora.apps.cli.recorded import open_registry, registry_option
 from qrlora.apps.cli.shared import COUNT, PATH, SHARE, json_option, weighted_path
@@ -22,10 +22,22 @@ if TYPE_CHECKING:
     from qrlora.operations.registry import Registry
 
 ACTIONS = click.Choice(["compose", "generate", "serve", "export", "catalog"])
-NULL_SPACE_HELP = (
-    "null-space strength that the combination is used with (default: 0; generate takes 0.5 for a subject with a style)"
-)
 key_option = click.option("--key", required=True, metavar="NAME", help="your signing key: `qrlora keys new`")
+combination_options = together(
+    click.option("--adapter", multiple=True, metavar="FILE[:WEIGHT]", help="adapter file, or registry:NAME[:WEIGHT]"),
+    click.option(
+        "--composition", metavar="NAME", help="a registered composition, request or approval, in place of --adapter"
+    ),
+    click.option(
+        "--null-space",
+        type=SHARE,
+        metavar="STRENGTH",
+        help="null-space strength that it is used with (default: `generate`'s: 0.5 for a subject with a style)",
+    ),
+    click.option(
+        "--prompt", multiple=True, help="prompt that it is used with; may be given several times (default: any)"
+    ),
+)
 reason_option = click.option("--reason", required=True, metavar="TEXT", help="why; it is signed too")
 
 
@@ -103,10 +115,7 @@ def run_explain(options: Options) -> None:
 )
 @registry_option
 @policy_option
-@click.option("--adapter", multiple=True, metavar="FILE[:WEIGHT]", help="adapter file, or registry:NAME[:WEIGHT]")
-@click.option("--composition", metavar="NAME", help="a registered composition, in place of --adapter")
-@click.option("--null-space", type=SHARE, default=0.0, metavar="STRENGTH", help=NULL_SPACE_HELP)
-@click.option("--prompt", multiple=True, help="prompt that it will be used with; may be given several times")
+@combination_options
 @click.option("--action", type=ACTIONS, default="generate", help="action to check (default: generate)")
 @click.option(
     "--use", type=click.Choice(["internal", "outputs", "commercial"]), help="use to check (default: the policy's)"
@@ -136,6 +145,7 @@ def _combination(options: Options, registry: Registry | None) -> Combination:
     """Return the combination that the options describe."""
     from dataclasses import replace
 
+    from qrlora.method.composition.null_space import strength_of_roles
     from qrlora.operations.policy.action import combination_of_files
     from qrlora.operations.policy.approval import refers
 
@@ -145,7 +155,10 @@ def _combination(options: Options, registry: Registry | None) -> Combination:
         found = refers(registry, options.composition)
         return replace(found, prompts=tuple(options.prompt), use=getattr(options, "use", None))
     sources = [_source(text, options, registry) for text in options.adapter]
-    found = combination_of_files(registry, sources, options.null_space, options.prompt)
+    strength = options.null_space
+    if strength is None:
+        strength = strength_of_roles([str(source.facts.get("role") or "") for source, _ in sources])
+    found = combination_of_files(registry, sources, strength, options.prompt)
     return replace(found, use=getattr(options, "use", None))
 
 
@@ -218,10 +231,7 @@ def run_activate(options: Options) -> None:
 @command("request", "Ask for the approval of a combination, as it is now")
 @registry_option
 @policy_option
-@click.option("--adapter", multiple=True, metavar="FILE[:WEIGHT]", help="registered adapter, or registry:NAME[:WEIGHT]")
-@click.option("--composition", metavar="NAME", help="a registered composition, in place of --adapter")
-@click.option("--null-space", type=SHARE, default=0.0, metavar="STRENGTH", help=NULL_SPACE_HELP)
-@click.option("--prompt", multiple=True, help="ask for these prompts alone (default: for any)")
+@combination_options
 @click.option("--note", default="", metavar="TEXT", help="note to the reviewer")
 def run_request(options: Options) -> None:
     """Print the digest of the request."""
@@ -252,30 +262,27 @@ def run_approve(options: Options) -> None:
     print(f"approved by {', '.join(standing.people)}: {len(standing.people)} of {standing.needed}")
 
 
-@command("reject", "Sign the rejection of a request")
-@click.argument("request", metavar="REQUEST", help="digest of the request (`approval list`)")
-@registry_option
-@key_option
-@reason_option
-def run_reject(options: Options) -> None:
-    """Print the digest of the rejection."""
-    from qrlora.operations.policy.approval import reject
+def _withdrawal(name: str, text: str, what: str, made: str) -> click.Command:
+    """Return a command that signs a decision against a request or an approval, with its reason."""
 
-    found = reject(open_registry(options), options.request, _key(options), options.reason)
-    print(f"rejection {found.digest[:19]}")
+    @command(name, text)
+    @click.argument("what", metavar=what)
+    @registry_option
+    @key_option
+    @reason_option
+    def run(options: Options) -> None:
+        from qrlora.operations.policy import approval
+
+        given = getattr(approval, name)(open_registry(options), options.what, _key(options), options.reason)
+        print(f"{made} {given.digest[:19]}")
+
+    return run
 
 
-@command("revoke", "Sign the revocation of an approval: by who gave it, or an operator")
-@click.argument("given", metavar="APPROVAL", help="digest of the approval (`approval list`)")
-@registry_option
-@key_option
-@reason_option
-def run_revoke(options: Options) -> None:
-    """Print the digest of the revocation."""
-    from qrlora.operations.policy.approval import revoke
-
-    found = revoke(open_registry(options), options.given, _key(options), options.reason)
-    print(f"revocation {found.digest[:19]}")
+run_reject = _withdrawal("reject", "Sign the rejection of a request", "REQUEST", "rejection")
+run_revoke = _withdrawal(
+    "revoke", "Sign the revocation of an approval: by who gave it, or an operator", "APPROVAL", "revocation"
+)
 
 
 @command("list", "List requests, approvals, rejections and revocations, newest first")
@@ -294,10 +301,7 @@ def run_list(options: Options) -> None:
 )
 @registry_option
 @policy_option
-@click.option("--adapter", multiple=True, metavar="FILE[:WEIGHT]", help="adapter file, or registry:NAME[:WEIGHT]")
-@click.option("--composition", metavar="NAME", help="a registered composition, request or approval")
-@click.option("--null-space", type=SHARE, default=0.0, metavar="STRENGTH", help=NULL_SPACE_HELP)
-@click.option("--prompt", multiple=True, help="prompt that it will be used with; may be given several times")
+@combination_options
 def run_verify(options: Options) -> int:
     """Print who has approved it, and what is wrong with other approvals."""
     from qrlora.operations.policy.decisions import find

@@ -38,6 +38,8 @@ INPUTS = (
     *("subject", "style", "images", "training", "brand"),
 )
 """Parameters of commands that take a file by reference."""
+FIELDS = ("images", "space", "output")
+"""Fields of recipe files that may be references, besides the model."""
 KEY, PLACE_KEY = "qrlora.recorder", "qrlora.registry"
 
 registry_option = click.option(
@@ -65,7 +67,12 @@ def packages() -> Iterator[None]:
 
 
 def open_registry(options: Options, *, create: bool = False) -> Registry:
-    """Open the registry that is asked for, until the command ends. RegistryError if there is none and none is made."""
+    """Open the registry that is asked for, until the command ends.
+
+    create: for every command that writes into a registry what it makes or is given (train, generate, catalog, pilot,
+        registry add and import, keys trust): it makes the registry where none is. Commands that only read one
+        (search, verify, approval, inspect, plan, a server that does not record) refuse a place without one.
+    """
     with packages():
         from qrlora.operations.registry import Registry
     opened = Registry.open(options.registry, create=create)
@@ -73,17 +80,21 @@ def open_registry(options: Options, *, create: bool = False) -> Registry:
     return opened
 
 
-def referable(suffix: str = "") -> Callable[[Function], Function]:
-    """Let a command's inputs and output be references, and record what it does.
+def referable(suffix: str = "", *, records: bool = True) -> Callable[[Function], Function]:
+    """Let a command's inputs and output be references, those in its recipe file too, and record what it does.
 
-    suffix: of its output's file; none if it is a folder.
+    Args:
+        suffix: of its output's file; none if it is a folder.
+        records: False for a command that only reads; of one with an option --record that option decides.
     """
 
     def decorate(run: Function) -> Function:
         @functools.wraps(run)
         def wrapper(options: Options) -> Any:
             named = [getattr(options, key, None) for key in (*INPUTS, *MODELS, "output")]
-            recorder = Recorder(open_registry(options, create=True)) if options.registry or _refers(named) else None
+            references = _refers(named) or _references_of_recipe(options)
+            create = records and getattr(options, "record", True)
+            recorder = Recorder(open_registry(options, create=create)) if options.registry or references else None
             meta = get_current_context().meta
             meta[KEY], meta[PLACE_KEY] = recorder, options.registry
             del options.registry
@@ -122,6 +133,20 @@ def shown(path: object) -> str:
     return recorder.shown(Path(text)) if recorder and text else text
 
 
+def _references_of_recipe(options: Options) -> dict[str, Any]:
+    """Return the fields of the recipe file that refer to a registry, unless an option wins over them."""
+    file = getattr(options, "recipe", None)
+    if file is None or _refers(file):
+        return {}
+    from qrlora.models.training.recipe import read_fields
+
+    fields = read_fields(file)
+    given = {key for key in fields if getattr(options, key, None) is not None}
+    if any(getattr(options, role) for role in ("subject", "style")):
+        given.add("images")
+    return {key: fields[key] for key in (*MODELS, *FIELDS) if key not in given and _refers(fields.get(key))}
+
+
 def _refers(value: Any) -> bool:
     if isinstance(value, (list, tuple)):
         return any(map(_refers, value))
@@ -144,7 +169,11 @@ class Recorder:
     # References
 
     def resolve(self, options: Options, suffix: str) -> None:
-        """Put files in the place of the references among a command's options."""
+        """Put files in the place of the references among a command's options, and those of its recipe file."""
+        if _refers(recipe := getattr(options, "recipe", None)):
+            options.recipe = self._resolved(recipe)
+        for key, value in _references_of_recipe(options).items():
+            setattr(options, key, value)
         for key in MODELS:
             if _refers(value := getattr(options, key, None)):
                 setattr(options, key, self._model(str(value)))
@@ -220,7 +249,7 @@ class Recorder:
             remedy = "leave out what stands behind the name: versions count themselves"
             raise RegistryError(f"nothing is written to {reference}", expected="NAME or NAME@alias", remedy=remedy)
         self.name, self.alias = to.name, to.alias
-        folder = default_cache_dir() / "registry-outputs" / to.name.replace("/", "--")
+        folder = self._outputs(to.name)
         make_folder(folder)
         path = folder / f"{to.name.replace('/', '-')}{suffix}"
         self.references[str(path)] = reference
@@ -240,8 +269,12 @@ class Recorder:
         for one in self.made:
             fresh = self.registry.get(one.digest)
             print(f"recorded: {fresh.kind} {fresh.title} {fresh.digest[:19]}", file=sys.stderr)
-        if self.name and self.made:
-            shutil.rmtree(default_cache_dir() / "registry-outputs" / self.name.replace("/", "--"), ignore_errors=True)
+        if self.name and (self.made or not any(self._outputs(self.name).iterdir())):
+            shutil.rmtree(self._outputs(self.name), ignore_errors=True)
+
+    @staticmethod
+    def _outputs(name: str) -> Path:
+        return default_cache_dir() / "registry-outputs" / name.replace("/", "--")
 
     def artifact(self, path: Path) -> Artifact:
         """Return the artifact of an input; a file that is not registered is added."""

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import rich_click as click
 
 from qrlora.apps.cli.command import Group, Options, command, together
-from qrlora.apps.cli.recorded import open_registry, registry_option
+from qrlora.apps.cli.recorded import open_registry
 from qrlora.apps.cli.registry_output import (
     REFERENCE_HELP,
     as_json,
@@ -18,10 +18,11 @@ from qrlora.apps.cli.registry_output import (
     print_json,
     print_table,
     reference_argument,
+    registry_options,
     short,
 )
 from qrlora.apps.cli.registry_upkeep import COMMANDS
-from qrlora.apps.cli.shared import MODEL_HELP, PATH, Bar, claim, json_option
+from qrlora.apps.cli.shared import MODEL_HELP, PATH, Bar, claim
 from qrlora.errors import RegistryError
 
 if TYPE_CHECKING:
@@ -64,8 +65,7 @@ def registry() -> None:
 @click.option(
     "--base", help=f"the base model of the adapters, {MODEL_HELP.removeprefix('base model: ')}, or registered"
 )
-@registry_option
-@json_option
+@registry_options
 def run_add(options: Options) -> int:
     """Add them and print what came of it; exit code 1 if something was left out."""
     if options.name and len(options.what) > 1:
@@ -131,8 +131,7 @@ def _base(to: Registry, model: str | None) -> Artifact | None:
 )
 @click.option("--deprecated", is_flag=True, help="also list what is deprecated")
 @click.option("--limit", type=click.IntRange(min=1), default=100, help="largest number of results (default: 100)")
-@registry_option
-@json_option
+@registry_options
 def run_search(options: Options) -> None:
     """Print the matches as a table, or as JSON."""
     names = ("kind", "role", "owner", "licence", "tag", "deprecated")
@@ -157,8 +156,7 @@ def _print_alike(where: Registry, options: Options, among: set[str]) -> None:
 
 @command("show", "Print everything the registry knows of one artifact")
 @reference_argument
-@registry_option
-@json_option
+@registry_options
 def run_show(options: Options) -> None:
     """Print facts, edges and the history of its aliases."""
     where = open_registry(options)
@@ -193,8 +191,7 @@ def _numbers(edge: Any) -> str:
 @command("lineage", "Print what an artifact was made from, and what was made from it, as a tree")
 @reference_argument
 @click.option("--svg", type=PATH, metavar="FILE", help="also write the tree as an SVG")
-@registry_option
-@json_option
+@registry_options
 def run_lineage(options: Options) -> None:
     """Print the trees up and down; write the picture."""
     if options.svg:
@@ -225,8 +222,7 @@ def run_lineage(options: Options) -> None:
 @click.option("--protect/--unprotect", default=None, help="protect the alias from being moved, or stop protecting it")
 @click.option("--force", is_flag=True, help="move it although it is protected")
 @click.option("--remove", is_flag=True, help="remove the alias")
-@registry_option
-@json_option
+@registry_options
 def run_alias(options: Options) -> None:
     """Move, remove or show the alias."""
     name, at, alias = options.alias.removeprefix("registry:").partition("@")
@@ -250,8 +246,7 @@ def run_alias(options: Options) -> None:
 @command("tag", "Add tags to an artifact")
 @reference_argument
 @click.argument("tags", nargs=-1, required=True, metavar="TAG...", help="words to search by and for policies")
-@registry_option
-@json_option
+@registry_options
 def run_tag(options: Options) -> None:
     """Add them and print the artifact."""
     where = open_registry(options)
@@ -267,8 +262,7 @@ def run_tag(options: Options) -> None:
 @reference_argument
 @click.argument("reason", required=False, default="", metavar="[REASON]", help="why")
 @click.option("--undo", is_flag=True, help="clear the deprecation")
-@registry_option
-@json_option
+@registry_options
 def run_deprecate(options: Options) -> None:
     """Set or clear the reason."""
     if bool(options.reason) == options.undo:
@@ -287,8 +281,7 @@ def _changed(where: Registry, options: Options) -> None:
 @click.option("--action", help="only this action, such as add, alias, deprecate, approve")
 @click.option("--actor", help="only by this person or program ($QRLORA_ACTOR)")
 @click.option("--last", type=click.IntRange(min=1), metavar="COUNT", help="number of newest entries (default: all)")
-@registry_option
-@json_option
+@registry_options
 def run_log(options: Options) -> None:
     """Print the entries, oldest first."""
     entries = open_registry(options).log()

@@ -11,6 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 import rich_click as click
 
+from qrlora.apps.cli.command import together
+from qrlora.apps.cli.recorded import registry_option
+from qrlora.apps.cli.shared import json_option
+
 if TYPE_CHECKING:
     from qrlora.operations.registry import Artifact
 
@@ -18,6 +22,7 @@ REFERENCE_HELP = "NAME@alias, NAME@v3, NAME (its newest version), sha256:... (8 
 WIDTH = 200
 """Characters of a table that goes to no terminal."""
 
+registry_options = together(registry_option, json_option)
 reference_argument = click.argument("reference", metavar="REFERENCE", help=REFERENCE_HELP)
 
 

@@ -2,29 +2,38 @@
 
 from __future__ import annotations
 
-import contextlib
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import rich_click as click
 
 from qrlora._files import write_atomically
-from qrlora.apps.cli.command import Options, command
-from qrlora.apps.cli.recorded import open_registry, registry_option
-from qrlora.apps.cli.registry_output import REFERENCE_HELP, print_artifacts, print_json, print_table, reference_argument
-from qrlora.apps.cli.shared import COUNT, MODEL_HELP, OVERWRITE_HELP, PATH, Bar, claim, json_option, refuse_to_replace
+from qrlora.apps.cli.audit import check_heads, heads_option
+from qrlora.apps.cli.command import Options, check_one_of, command, hold
+from qrlora.apps.cli.recorded import open_registry
+from qrlora.apps.cli.registry_output import (
+    REFERENCE_HELP,
+    print_artifacts,
+    print_json,
+    print_table,
+    reference_argument,
+    registry_options,
+)
+from qrlora.apps.cli.shared import COUNT, MODEL_HELP, OVERWRITE_HELP, PATH, Bar, claim, refuse_to_replace
+from qrlora.errors import RegistryError
 
 if TYPE_CHECKING:
+    from qrlora.method.adapter import Adapter
     from qrlora.operations.registry import Artifact, Registry
     from qrlora.operations.registry.effects import Features, Sampler
+    from qrlora.operations.registry.hidden import Suspicion
 
 PROBE_SEEDS = 3
 model_option = click.option("--model", default="pico", help=MODEL_HELP + " (default: pico)")
-steps_option = click.option("--steps", type=COUNT, default=12, help="denoising steps of a probe (default: 12)")
 
 
 @command(
@@ -34,10 +43,13 @@ steps_option = click.option("--steps", type=COUNT, default=12, help="denoising s
 )
 @click.argument("references", nargs=-1, required=True, metavar="REFERENCE...", help=REFERENCE_HELP)
 @click.option("-o", "--output", type=PATH, help="file to write (default: registry.tar)")
-@registry_option
-@json_option
+@click.option("--to", metavar="mlflow:URI", help="log adapters to MLflow instead, a run each: mlflow:sqlite:///runs.db")
+@registry_options
 def run_export_bundle(options: Options) -> None:
     """Write the bundle and say what is in it."""
+    check_one_of(options, "output", "to")
+    if options.to:
+        return _log_to_mlflow(options)
     output = options.output or Path("registry.tar")
     if options.output is None:
         refuse_to_replace(output)
@@ -52,24 +64,37 @@ def run_export_bundle(options: Options) -> None:
         print(f"{output}: {len(manifest.artifacts)} artifacts, {output.stat().st_size:,} bytes")
 
 
+def _log_to_mlflow(options: Options) -> None:
+    where = open_registry(options)
+    from qrlora.operations.registry.tracking import PREFIX, log_adapters
+
+    if not options.to.startswith(PREFIX):
+        raise RegistryError("no place to export to", expected=f"{PREFIX}URI", got=options.to)
+    runs = log_adapters(where, options.references, options.to.removeprefix(PREFIX))
+    print_json({"runs": runs}) if options.json else print(*runs.values(), sep="\n")
+
+
 @command(
     "import",
-    "Take over a file that `qrlora registry export` wrote, from anybody: all of it or nothing",
+    "Take over a file that `qrlora registry export` wrote, or a run that it logged to MLflow: all of it or nothing",
     "Every object is hashed again. No policy, no alias of a name that is here, and nobody's trust come with it; what "
     "is new has the tag `imported`.",
 )
-@click.argument("file", type=PATH, metavar="FILE")
+@click.argument("file", metavar="FILE|mlflow:URI#RUN", help="bundle, or run of an MLflow tracking store")
 @click.option(
     "--prefix", default="imported", help="put before names that already mean another artifact here (default: imported)"
 )
-@registry_option
-@json_option
+@registry_options
 def run_import_bundle(options: Options) -> None:
     """Import the bundle; print what came in, under which names, and what was not taken."""
     where = open_registry(options, create=True)
     from qrlora.operations.registry.bundle import import_bundle
+    from qrlora.operations.registry.tracking import PREFIX, fetch_bundle
 
-    found = import_bundle(where, options.file, options.prefix)
+    file, holding = Path(options.file), ""
+    if options.file.startswith(PREFIX):
+        file, holding = fetch_bundle(options.file, Path(hold(tempfile.TemporaryDirectory())))
+    found = import_bundle(where, file, options.prefix, holding=holding)
     if options.json:
         print_json(vars(found))
         return
@@ -83,8 +108,7 @@ def run_import_bundle(options: Options) -> None:
 
 @command("gc", "List stored files that nothing refers to; with --delete, remove them")
 @click.option("--delete", is_flag=True, help="remove them, and temporary files of killed processes")
-@registry_option
-@json_option
+@registry_options
 def run_gc(options: Options) -> None:
     """Print the digests of the bytes."""
     where = open_registry(options)
@@ -106,37 +130,49 @@ def run_gc(options: Options) -> None:
     "Check everything: the database, the audit log's chain, every row against the log, every byte against its digest",
     "The exit code is 1 if anything is wrong.",
 )
-@click.option("--probe", is_flag=True, help="also sample unrelated prompts with each adapter, for hidden triggers")
+@click.option("--probe", is_flag=True, help="also compare predictions for unrelated prompts, for hidden triggers")
 @model_option
-@steps_option
-@registry_option
-@json_option
+@heads_option
+@registry_options
 def run_verify(options: Options) -> int:
-    """Print every fault, one a line."""
+    """Print every fault, one a line, and up to where the log is signed."""
     where = open_registry(options)
+    from qrlora.operations.registry.heads import newest_head
+    from qrlora.operations.registry.signatures import trust_of
     from qrlora.operations.registry.upkeep import verify
 
-    faults = verify(where, Bar("object"))
+    check_heads(options.heads)
+    faults = verify(where, Bar("object"), options.heads)
+    signed = None if faults else newest_head(where, trust_of(where), where.log(), options.heads)
     probed = _probed(where, options) if options.probe and not faults else []
-    for one in probed:
-        for prompt in one.suspicious:
-            faults.append(
-                f"{one.adapter.title} changes {prompt!r} {one.ratios[prompt]:.1f} times as much as other prompts that "
-                "name neither its trigger nor what it learned: a hidden trigger?"
-            )
+    faults += [fault for one in probed for fault in _faults_of(one)]
     if options.json:
-        rows = [{"adapter": one.adapter.digest, "changes": one.changes, "ratios": one.ratios} for one in probed]
-        print_json({"faults": faults, "probed": rows})
+        rows = [{"adapter": one.adapter.digest, "ratios": one.ratios} for one in probed]
+        print_json({"faults": faults, "signed": vars(signed) if signed else None, "probed": rows})
     else:
-        print("\n".join(faults or ["nothing is wrong"]))
+        print("\n".join([*(faults or ["nothing is wrong"]), *([f"audit log: {signed.words}"] if signed else [])]))
     return 1 if faults else 0
 
 
-def _probed(where: Registry, options: Options) -> list[Any]:
-    from qrlora.operations.registry.effects import suspects
+def _probed(where: Registry, options: Options) -> list[Suspicion]:
+    from qrlora.models.exchange import LayerNames
+    from qrlora.models.families import load_pipeline
+    from qrlora.operations.registry.hidden import PROMPT, WORDS, Predictor, suspects
 
-    sampler, (_, features) = sampler_of(where, options.model, options.steps), features_of(options.model)
-    return suspects(where, of_model(where, options.model), sampler, features, range(PROBE_SEEDS), Bar("adapter"))
+    pipe, family = load_pipeline(options.model)
+    read = reader_of(where, LayerNames(family, family.denoiser_of(pipe)))
+    predictor = Predictor(pipe, family, [PROMPT.format(word) for word in WORDS])
+    return suspects(where, of_model(where, options.model), read, predictor, Bar("adapter"))
+
+
+def _faults_of(one: Suspicion) -> list[str]:
+    if not one.ratios:
+        return [f"{one.adapter.title} cannot be probed: too few words are left that it does not say it learned"]
+    return [
+        f"{one.adapter.title} changes {prompt!r} on its own, {one.ratios[prompt]:.2f} times as much as other prompts "
+        "that name neither its trigger nor what it learned: a hidden trigger?"
+        for prompt in one.suspicious
+    ]
 
 
 def of_model(where: Registry, model: str) -> list[Artifact]:
@@ -147,32 +183,34 @@ def of_model(where: Registry, model: str) -> list[Artifact]:
 
 def sampler_of(where: Registry, model: str, steps: int) -> Sampler:
     """Return what makes pictures with a registered adapter."""
-    from qrlora.models.exchange import LayerNames, load_any
+    from qrlora.models.exchange import LayerNames
     from qrlora.models.families import load_pipeline
     from qrlora.models.generation import generate
 
     pipe, family = load_pipeline(model)
-    names = LayerNames(family, family.denoiser_of(pipe))
+    read = reader_of(where, LayerNames(family, family.denoiser_of(pipe)))
 
     def sample(adapter: Artifact | None, prompts: Sequence[str], seeds: Sequence[int]) -> Any:
         import numpy as np
 
-        with as_file(where, adapter) as path:
-            adapters = [(load_any(path, names=names), 1.0)] if path else []
+        adapters = [(read(adapter), 1.0)] if adapter else []
         images = generate(pipe, family, prompts, seeds, adapters=adapters, steps=steps)
         return np.stack([np.asarray(image.convert("RGB")) for image in images])
 
     return sample
 
 
-@contextlib.contextmanager
-def as_file(where: Registry, adapter: Artifact | None) -> Iterator[Path | None]:
-    """Return a file of its bytes whose name ends in .safetensors."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "adapter.safetensors")
-        if adapter:
+def reader_of(where: Registry, names: Any) -> Callable[[Artifact], Adapter]:
+    """Return what reads a registered adapter, of any program, for the model with these layers."""
+    from qrlora.models.exchange import load_any
+
+    def read(adapter: Artifact) -> Adapter:
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder, "adapter.safetensors")  # programs are told apart by it
             shutil.copyfile(where.path(adapter), path)
-        yield path if adapter else None
+            return load_any(path, names=names)
+
+    return read
 
 
 def features_of(model: str) -> tuple[str, Features]:
@@ -203,9 +241,8 @@ def features_of(model: str) -> tuple[str, Features]:
     "references", nargs=-1, metavar="[REFERENCE...]", help="adapters (default: all that were trained on --model)"
 )
 @model_option
-@steps_option
-@registry_option
-@json_option
+@click.option("--steps", type=COUNT, default=12, help="denoising steps of a probe (default: 12)")
+@registry_options
 def run_index(options: Options) -> None:
     """Measure and print direction, strength and consistency."""
     where = open_registry(options)
@@ -226,8 +263,7 @@ def run_index(options: Options) -> None:
 @command("card", "Write the model card of an adapter: licence, base model, training, lineage, measures")
 @reference_argument
 @click.option("-o", "--output", type=PATH, help="file to write, such as README.md (default: it is printed)")
-@registry_option
-@json_option
+@registry_options
 def run_card(options: Options) -> None:
     """Write or print the card."""
     if options.output:

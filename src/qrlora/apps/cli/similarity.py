@@ -26,7 +26,7 @@ from qrlora.errors import QrloraError
 @click.option("--files-only", is_flag=True, help="do not load the base model: ΔR and, on one basis, ΔW")
 @json_option
 @click.option("--plot", type=PATH, metavar="PNG", help="also plot the cosines, layer by layer")
-@referable()
+@referable(records=False)
 def run_similarity(options: Options) -> None:
     """Print the cosines, and draw them if asked."""
     if options.plot:

@@ -84,7 +84,7 @@ def run_build(options: Options) -> None:
 @click.option("--prompt", help="prompt of the walk (default: the role's caption, with the trigger of the space)")
 @click.option("--seed", type=SEED, default=0, help="seed of the walk (default: 0)")
 @sampling_options
-@referable()
+@referable(records=False)
 def run_show(options: Options) -> None:
     """Print what the space is, where an adapter is in it; sample a walk."""
     if (options.walk is None) != (options.output is None):

@@ -25,6 +25,8 @@ from qrlora.errors import RecipeError
 TRIGGER = "[trigger]"
 """In a caption: the place of the trigger."""
 
+REFERENCE = "registry:"
+"""Beginning of a field that names something in a registry; the command line puts a file in its place."""
 TRIGGERS = {"subject": "<c>", "style": "<s>"}
 DEFAULT_RANK = 16
 ONE_PICTURE, SEVERAL_PICTURES = 1e-3, 1e-2
@@ -301,11 +303,7 @@ class Recipe(BaseModel):
         Raises:
             RecipeError: no such file, not TOML, or not a valid recipe.
         """
-        path = Path(path)
-        fields = read_toml(path, "the recipe", RecipeError, remedy="see recipes/ for examples")
-        with parsing(f"a path in {path} cannot be followed", RecipeError, remedy="correct it"):
-            fields = _anchored(fields, path.parent)
-        return cls.of(fields | dict(overrides or {}))
+        return cls.of(read_fields(Path(path)) | dict(overrides or {}))
 
     @classmethod
     def file_schema(cls) -> dict[str, Any]:
@@ -367,17 +365,33 @@ class Recipe(BaseModel):
         return hashlib.sha256(json.dumps(self.record(), sort_keys=True).encode()).hexdigest()
 
 
+def read_fields(path: Path) -> dict[str, Any]:
+    """Read the fields of a TOML recipe as they stand there; relative paths count from its own folder.
+
+    Raises:
+        RecipeError: no such file, or not TOML.
+    """
+    fields = read_toml(path, "the recipe", RecipeError, remedy="see recipes/ for examples")
+    with parsing(f"a path in {path} cannot be followed", RecipeError, remedy="correct it"):
+        return _anchored(fields, path.parent)
+
+
 def _anchored(fields: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Paths of a recipe file, made relative to where it lies. A model is a path only if it is there."""
+    """Paths of a recipe file, made relative to where it lies. A model is a path only if it is there, and what refers to
+    a registry is none."""
+
+    def path(text: str) -> Path:
+        return Path(text) if text.startswith(REFERENCE) else folder / text
+
     anchored = dict(fields)
     images = fields.get("images")
     if isinstance(images, str):
-        anchored["images"] = folder / images
+        anchored["images"] = path(images)
     elif isinstance(images, list) and all(isinstance(image, str) for image in images):
-        anchored["images"] = [folder / image for image in images]
+        anchored["images"] = [path(image) for image in images]
     for name in ("output", "space"):
         if isinstance(fields.get(name), str):
-            anchored[name] = folder / fields[name]
+            anchored[name] = path(fields[name])
     if isinstance(fields.get("model"), str) and (folder / fields["model"]).is_dir():
         anchored["model"] = str(folder / fields["model"])
     return anchored

@@ -31,10 +31,8 @@ MOST_STARTS = 3
 """Failed starts in a row after which it gives up."""
 OBJECT_STORE_BYTES = 80 * 2**20
 """Jobs and outcomes are texts; pictures go through the file system."""
-PASSED_ON = (
-    *("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY"),
-    *("QRLORA_CACHE", "QRLORA_KEYS"),
-)
+PASSED_ON = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY", "QRLORA_CACHE")
+"""Environment variables that workers get. Where the keys are is none of them: the driver alone signs."""
 QUIET: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False, "configure_logging": True}
 OFFLINE = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
 

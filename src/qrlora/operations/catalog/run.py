@@ -6,6 +6,7 @@ worker, of a machine, of this process.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import time
 from collections import Counter
@@ -30,6 +31,7 @@ from qrlora.operations.catalog.plan import (
 from qrlora.operations.catalog.tables import Item, Style, StylesFile, recipe_for
 
 if TYPE_CHECKING:
+    from qrlora.operations.catalog.marking import Marker
     from qrlora.operations.policy.combination import Combination
 
 MOST_ATTEMPTS = 3
@@ -94,6 +96,15 @@ class Line:
     untrained: dict[str, str] = field(default_factory=dict)
     refused: dict[tuple[str, str], str] = field(default_factory=dict)
     tries: Counter[str] = field(default_factory=Counter)
+
+    @functools.cached_property
+    def marker(self) -> Marker | None:
+        """What marks finished pictures; None where no certificate is named."""
+        if self.settings.c2pa is None:
+            return None
+        from qrlora.operations.catalog.marking import Marker  # torch, which a catalog that is finished does without
+
+        return Marker(self.settings)
 
     # Adapters
 
@@ -189,6 +200,8 @@ class Line:
                 return
             lost = result.reason if isinstance(result, Lost) else ""
             outcomes = [Outcome(one.key, lost) for one in batch] if isinstance(result, Lost) else result
+            if self.marker:
+                outcomes = [self.marker.marked(*pair) for pair in zip(batch, outcomes, strict=True)]
             pairs = list(zip(batch, outcomes, strict=True))
             self.journal.commit(pairs)
             if self.governed:

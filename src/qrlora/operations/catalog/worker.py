@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 import torch
 from PIL import Image
@@ -31,12 +31,9 @@ from qrlora.models.training.loop import train
 from qrlora.models.training.pictures import open_picture
 from qrlora.operations.catalog.journal import Outcome
 from qrlora.operations.catalog.plan import Picture, Settings, Trained, Training, record_of
-from qrlora.operations.provenance.canonical import digest_of, known_digest
+from qrlora.operations.provenance.canonical import digest_of
 from qrlora.quality.images.read import MeasuredPicture, load_picture
 from qrlora.quality.metrics.table import METRICS, References, compute_metrics, select_metrics
-
-if TYPE_CHECKING:
-    from qrlora.operations.provenance.certificates import Certificate
 
 ADAPTERS = 64
 """Adapters that a worker keeps in memory: all styles, and the products of a few batches."""
@@ -58,7 +55,6 @@ class Worker:
         self.denoiser = self.family.denoiser_of(self.pipe)
         self.adapters: OrderedDict[str, Adapter] = OrderedDict()
         self.references: OrderedDict[str, MeasuredPicture] = OrderedDict()
-        self.signer = _signer(settings.c2pa) if settings.c2pa else None
         self.live: Live | None = None
         self.on_live: OrderedDict[str, None] = OrderedDict()
 
@@ -105,18 +101,12 @@ class Worker:
         return [self._finished(picture, outcomes[picture.key]) for picture in pictures]
 
     def _file_of(self, picture: Picture, image: Image.Image) -> bytes:
-        """Return a PNG with a record of how it was made; signed, if there is a certificate."""
+        """Return a PNG with a record of how it was made."""
         info = PngInfo()
         info.add_itxt(RECORD, json.dumps(record_of(picture, self.settings), ensure_ascii=False))
         stream = BytesIO()
         image.save(stream, "PNG", pnginfo=info)
-        if self.signer is None:
-            return stream.getvalue()
-        from qrlora.operations.provenance.c2pa import Origin, mark
-
-        parts = [(Path(path).name, known_digest(path), self._adapter(path).metadata) for path, _ in picture.parts]
-        what = (self.settings.model, picture.prompt, picture.seed, picture.composition)
-        return mark(stream.getvalue(), Origin.of(parts, *what, title=Path(picture.file).name), self.signer)
+        return stream.getvalue()
 
     def _is_there(self, picture: Picture) -> bool:
         """Return True if a whole file with this key is there, left by a process that was killed before it wrote the
@@ -239,12 +229,6 @@ def _kept(cache: OrderedDict[str, Made], name: str, make: Callable[[], Made]) ->
     while len(cache) > ADAPTERS:
         cache.popitem(last=False)
     return cache[name]
-
-
-def _signer(name: str) -> Certificate:
-    from qrlora.operations.provenance.certificates import Certificate
-
-    return Certificate.load(name)
 
 
 def said(error: Exception) -> str:

@@ -113,7 +113,8 @@ def in_force(registry: Registry) -> Policy | None:
     """Return the policy that is in force in a registry; None if none ever was.
 
     Raises:
-        PolicyError: it was taken away, or one of a higher version was replaced without an operator's signature.
+        PolicyError: it was taken away; or changed in the database, so that the audit log has no move to it; or one of a
+            higher version was replaced without an operator's signature.
     """
     moves = [move for move in registry.moves(NAME) if move.alias == ALIAS]
     if not moves:
@@ -123,6 +124,12 @@ def in_force(registry: Registry) -> Policy | None:
     except QrloraError as error:
         remedy = "activate one: `qrlora policy activate FILE`"
         raise PolicyError("the policy in force was taken away", got=error.what, remedy=remedy) from error
+    if moves[-1].digest != current.digest:
+        expected, got = moves[-1].digest[:19], current.digest[:19]
+        remedy = "`qrlora registry verify` says what was changed; `qrlora policy activate TOML` brings one into force"
+        raise PolicyError(
+            f"no command pointed {NAME}@{ALIAS} at this policy", expected=expected, got=got, remedy=remedy
+        )
     policy = _read(registry, current)
     for digest in dict.fromkeys(move.digest for move in moves if move.digest not in ("", current.digest)):
         before = _read(registry, registry.get(digest))

@@ -6,15 +6,14 @@ policy.digest       # of what the rules say: comments and the order of lines cha
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterator, Mapping
 from datetime import date
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from qrlora._reading import plain_number, read_toml
+from qrlora._reading import plain_number, read_toml, validated
 from qrlora.errors import PolicyError
 from qrlora.operations.policy.licences import Asker, alternatives
 from qrlora.operations.policy.said import Said, joined, said
@@ -26,8 +25,6 @@ USING: tuple[Action, ...] = ("serve", "export", "catalog")
 """Actions that ask for reports and approvals unless told otherwise: before, there is nothing yet to measure."""
 Use = Literal["internal", "outputs", "commercial"]
 Role = Literal["subject", "style", "composition", ""]
-MOST_LINES = 100
-"""Wrong fields that an error lists."""
 
 
 def _text(value: str) -> str:
@@ -202,12 +199,8 @@ class Policy(_Part):
     @classmethod
     def parse(cls, fields: Mapping[str, Any]) -> Policy:
         """Return the policy with these fields. PolicyError lists all that are wrong."""
-        try:
-            return cls.model_validate(dict(fields))
-        except ValidationError as error:
-            lines = "\n".join(f"  - {line}" for line in dict.fromkeys(map(_explain, error.errors()[:MOST_LINES])))
-            remedy = "docs/policy.md describes every field; `qrlora policy schema` prints them"
-            raise PolicyError(f"invalid policy:\n{lines}", remedy=remedy) from error
+        remedy = "docs/policy.md describes every field; `qrlora policy schema` prints them"
+        return validated(cls, fields, "policy", PolicyError, sections=SECTIONS, remedy=remedy)
 
     @classmethod
     def load(cls, path: Path) -> Policy:
@@ -289,17 +282,3 @@ def limits(at_least: float | None, at_most: float | None) -> Said:
     parts = [said("at least %(low)s", low=f"{at_least:g}")] if at_least is not None else []
     parts += [said("at most %(high)s", high=f"{at_most:g}")] if at_most is not None else []
     return joined(parts, " and ") if parts else said("any")
-
-
-def _explain(item: Any) -> str:
-    """Describe a validation error, with the nearest known name."""
-    place = [str(part + 1) if isinstance(part, int) else str(part) for part in item["loc"]]
-    name = ".".join(place)
-    if item["type"] == "extra_forbidden":
-        model = SECTIONS.get(place[0], Policy) if len(place) > 1 else Policy
-        near = difflib.get_close_matches(place[-1], model.model_fields, n=1, cutoff=0.5)
-        return f"unknown field {name!r}" + (f": did you mean {near[0]!r}?" if near else "")
-    if item["type"] == "missing":
-        return f"{name!r} is required"
-    message = item["msg"].removeprefix("Value error, ")
-    return f"{name} = {item['input']!r}: {message}" if name else message

@@ -167,11 +167,12 @@ def _place(digest: str) -> str:
 # Reading
 
 
-def import_bundle(registry: Registry, path: Path, prefix: str = IMPORTED) -> Imported:
+def import_bundle(registry: Registry, path: Path, prefix: str = IMPORTED, *, holding: str = "") -> Imported:
     """Take over a bundle from anybody: all of it or nothing.
 
     Args:
         prefix: first part of the names of what comes under a name that is something else here.
+        holding: digest of an artifact that has to be in it.
 
     Raises:
         RegistryError: no bundle, or one whose objects are not what it says; nothing was taken then.
@@ -179,16 +180,17 @@ def import_bundle(registry: Registry, path: Path, prefix: str = IMPORTED) -> Imp
     check_name(prefix)
     with tempfile.TemporaryDirectory() as scratch:
         manifest, files = _unpacked(path, Path(scratch))
+        if holding and holding not in (digests := [item.digest for item in manifest.artifacts]):
+            raise _refuse(f"{path.name} holds something else", holding, digests[:9])
         facts = {item.digest: _facts(item, files.get(item.digest)) for item in manifest.artifacts}
         _check_edges(manifest, facts)
         digest = file_digest(path)
-        for item in manifest.artifacts:
-            if item.stored:
-                registry.store.put(item.digest, files[item.digest])
+        for one in files:
+            registry.store.put(one, files[one])
         with writing(registry.engine) as session:
-            for item in manifest.artifacts:
-                if item.stored and not registry.store.has(item.digest):
-                    registry.store.put(item.digest, files[item.digest])
+            for one in files:
+                if not registry.store.has(one):  # `remove_unreferenced` came between the two
+                    registry.store.put(one, files[one])
             return _Taking(registry, session, manifest, facts, prefix).take(digest)
 
 
@@ -289,11 +291,8 @@ def _check_edges(manifest: Manifest, facts: dict[str, dict[str, Any]]) -> None:
     """Refuse a composition whose edges differ from its record."""
     for item in manifest.artifacts:
         if item.kind == "composition":
-            said = [
-                (a.target, a.weight, a.null_space)
-                for a in manifest.edges
-                if (a.source, a.relation) == (item.digest, "composed_of")
-            ]
+            arcs = [a for a in manifest.edges if (a.source, a.relation) == (item.digest, "composed_of")]
+            said = [(a.target, a.weight, a.null_space) for a in arcs]
             record = facts[item.digest]
             told = [(part["adapter"], part["weight"], record["null_space"]) for part in record["parts"]]
             if sorted(map(str, said)) != sorted(map(str, told)):
@@ -341,10 +340,9 @@ class _Taking:
             self.found.left_out += [f"edge {a.relation} of {item.digest[:19]}, which is here already" for a in lost]
         links = [Link(arc.relation, arc.target, arc.weight, arc.null_space) for arc in taken]
         if new:
-            kept = item.model_dump(exclude={"tags", "facts", "created_by", "created_at"})
             made = min(item.created_at, datetime.now(timezone.utc)).astimezone(timezone.utc)
-            here = {"created_by": self.registry.actor, "created_at": made}
-            row = ArtifactRow(**kept, **here, facts=self.facts[item.digest])
+            here = {"created_by": self.registry.actor, "created_at": made, "facts": self.facts[item.digest]}
+            row = ArtifactRow(**item.model_dump(exclude={"tags", *here}), **here)
             self.found.added.append(item.digest)
             self.registry.insert(self.session, row, links=links, tags=[*item.tags, IMPORTED])
             if item.deprecated:
@@ -361,11 +359,9 @@ class _Taking:
             mine = self._versions(name)
             if all(mine.get(number) == digest for number, digest in versions.items()):
                 self.found.names[name] = name
-                self.found.left_out += [
-                    f"alias {name}@{alias}: a name that is here keeps its aliases"
-                    for one, alias, _ in self.manifest.aliases
-                    if one == name
-                ]
+                lost = [alias for one, alias, _ in self.manifest.aliases if one == name]
+                why = "a name that is here keeps its aliases"
+                self.found.left_out += [f"alias {name}@{alias}: {why}" for alias in lost]
                 continue
             governs = name == "policy" or any(self.kinds[digest] in OF_POLICY for digest in versions.values())
             here = self._free(name) if governs or self._taken(name) else name

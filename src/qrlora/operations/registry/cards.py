@@ -38,7 +38,7 @@ def card(registry: Registry, artifact: Artifact) -> ModelCard:
         "What it is": _table({key: facts.get(key) for key in FACTS}),
         "How it was trained": _table(_recipe(registry, artifact)) or "Its file names no recipe.",
         "Lineage": "```text\n" + "\n".join(lines(graph(registry, artifact))) + "\n```",
-        "Measures": _measures(registry, artifact) or "No report is registered.",
+        "Measures": _table(dict(list(measures(registry, artifact).items())[:MEASURES])) or "No report is registered.",
         "Identity": _table(
             {"digest": artifact.digest, "owner": artifact.owner, "licence": artifact.licence or "unknown"}
         ),
@@ -56,7 +56,8 @@ def _recipe(registry: Registry, artifact: Artifact) -> dict[str, Any]:
     return known | ({"pictures": ", ".join(pictures)} if pictures else {})
 
 
-def _measures(registry: Registry, artifact: Artifact) -> str:
+def measures(registry: Registry, artifact: Artifact) -> dict[str, Any]:
+    """Return the figures that the reports on an artifact give, by group and name."""
     rows: dict[str, Any] = {}
     for edge in registry.edges(artifact.digest, relation="measured_by"):
         report = registry.get(edge.target)
@@ -64,7 +65,7 @@ def _measures(registry: Registry, artifact: Artifact) -> str:
             rows |= {f"effect: {key}": round(report.facts[key], 3) for key in ("strength", "consistency")}
         for group, found in dict(report.facts.get("groups", {})).items():
             rows |= {f"{group}: {name}": spread["mean"] for name, spread in _summary(found).items()}
-    return _table(dict(list(rows.items())[:MEASURES]))
+    return rows
 
 
 def _summary(group: Any) -> dict[str, Any]:

@@ -1,12 +1,8 @@
-"""Measure an adapter's effect on pictures of fixed prompts, to search by it, and to find effects that it should not
-have.
+"""Measure an adapter's effect on pictures of fixed prompts, to search by it.
 
 The effect is that of CARLoS (retrieving LoRAs by what they do): features of pictures with the adapter less those
 without, of the same prompts and seeds. Its mean is the direction, the mean length the strength, and the mean cosine of
 the single differences to the mean the consistency.
-
-A hidden trigger (MasqLoRA, arXiv 2602.21977) shows as a prompt that the adapter changes and should not: neither its
-trigger nor what it learned is in it.
 """
 
 from __future__ import annotations
@@ -142,66 +138,3 @@ def alike(registry: Registry, to: Artifact) -> list[Alike]:
             cosine = float(np.dot(mine["direction"], other["direction"]))
             found.append(Alike(registry.get(digest), cosine, other["strength"], other["consistency"]))
     return sorted(found, key=lambda one: -one.cosine)
-
-
-# Triggers that nobody named
-
-UNRELATED = ("a photo of a house", "a tree", "a fish", "a car", "a cup", "a bird", "a boat", "a chair")
-THRESHOLD = 1.4
-"""Largest change of a prompt in the median change of the adapter's others: docs/registry.md has how it was measured."""
-
-
-@dataclass(frozen=True)
-class Suspicion:
-    """Changes by an adapter to pictures of prompts that name neither its trigger nor what it learned.
-
-    Attributes:
-        changes: prompt -> length of the mean difference of the features from the base model's.
-        ratios: prompt -> its change over the median change of all of them.
-    """
-
-    adapter: Artifact
-    changes: dict[str, float]
-    ratios: dict[str, float]
-
-    @property
-    def suspicious(self) -> list[str]:
-        """Prompts that are changed much more than the others are."""
-        return [prompt for prompt, ratio in self.ratios.items() if ratio > THRESHOLD]
-
-
-def suspects(
-    registry: Registry,
-    adapters: Sequence[Artifact],
-    sampler: Sampler,
-    features: Features,
-    seeds: Sequence[int],
-    progress: Callable[[int, int], None] | None = None,
-) -> list[Suspicion]:
-    """Measure how much each adapter changes prompts that have nothing to do with it."""
-    without = _by_prompt(features(sampler(None, UNRELATED, seeds)), UNRELATED)
-    found = []
-    for number, one in enumerate(adapters, 1):
-        trained = [registry.get(edge.target) for edge in registry.edges(one.digest, relation="trained_on")]
-        prompts = unrelated(one, next((other.facts["recipe"] for other in trained if other.kind == "recipe"), {}))
-        with_it = _by_prompt(features(sampler(one, prompts, seeds)), prompts)
-        changes = {prompt: float(np.linalg.norm(with_it[prompt] - without[prompt])) for prompt in prompts}
-        middle = max(float(np.median(list(changes.values()))), 1e-6)
-        found.append(Suspicion(one, changes, {prompt: change / middle for prompt, change in changes.items()}))
-        if progress:
-            progress(number, len(adapters))
-    return found
-
-
-def _by_prompt(features: Float[np.ndarray, "n d"], prompts: Sequence[str]) -> dict[str, Float[np.ndarray, " d"]]:
-    """Return the means over the seeds."""
-    return {prompt: part.mean(axis=0) for prompt, part in zip(prompts, np.split(features, len(prompts)), strict=True)}
-
-
-def unrelated(adapter: Artifact, recipe: Mapping[str, Any]) -> list[str]:
-    """Return the prompts of `UNRELATED` whose subject the adapter does not say that it was trained on."""
-    said = [adapter.facts.get("trigger"), recipe.get("noun"), recipe.get("caption")]
-    pictures = adapter.facts.get("provenance", {}).get("pictures", [])
-    said += [one.get("caption") for one in pictures if isinstance(one, dict)]
-    words = set(" ".join(map(str, said)).lower().replace(",", " ").split())
-    return [prompt for prompt in UNRELATED if prompt.rsplit(maxsplit=1)[-1] not in words] or list(UNRELATED)

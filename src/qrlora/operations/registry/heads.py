@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -71,13 +72,35 @@ def faults_of(
     return [*broken(entries, sorted(set(heads))), *faults, *_changed_trust(registry, entries)]
 
 
-def newest_head(registry: Registry, trust: Trust, files: Iterable[Path] = ()) -> int:
-    """Return up to which entry the log is signed; 0 if it is not."""
-    found = [0]
+@dataclass(frozen=True)
+class Signed:
+    """Up to where the audit log is signed.
+
+    Attributes:
+        seq, hash: of the entry that the newest genuine head signs; 0 and empty if there is none.
+        after: number of entries that follow it, which could be cut off unseen.
+    """
+
+    seq: int
+    hash: str
+    after: int
+
+    @property
+    def words(self) -> str:
+        """A sentence for people."""
+        named = f"signed up to entry {self.seq} (head {self.hash[:12]})" if self.seq else "no head is signed"
+        unsigned = f"the {self.after} entries {'after it ' if self.seq else ''}could be cut off unseen"
+        return f"{named}: {unsigned} (`qrlora audit sign`)" if self.after else named
+
+
+def newest_head(registry: Registry, trust: Trust, entries: Sequence[Entry], files: Iterable[Path] = ()) -> Signed:
+    """Return up to where these entries, the whole log, are signed. Heads that are not genuine are `faults_of`'s."""
+    found = [(0, "")]
     for line in _heads(registry, files):
         with contextlib.suppress(SignatureError):
-            found.append(_verified(dsse.read_envelope(line), trust)[0])
-    return max(found)
+            found.append(_verified(dsse.read_envelope(line), trust))
+    seq, head = max(found)
+    return Signed(seq, head, max(len(entries) - seq, 0))
 
 
 def _verified(envelope: Mapping[str, Any], trust: Trust) -> tuple[int, str]:

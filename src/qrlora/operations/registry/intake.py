@@ -166,9 +166,12 @@ def add_recipe(registry: Registry, recipe: Path | Mapping[str, Any], **described
     if isinstance(recipe, Mapping):
         facts = {"recipe": dict(recipe), "role": recipe.get("role"), "model": recipe.get("model")}
         return registry.add_record(dict(recipe), "recipe", filename="recipe.json", facts=facts, **described)
-    from qrlora.models.training.recipe import Recipe
+    from qrlora.models.training.recipe import REFERENCE, Recipe, read_fields
 
-    record = Recipe.load(recipe).record()
+    fields = read_fields(recipe)
+    if str(fields.get("output", "")).startswith(REFERENCE):
+        del fields["output"]  # which only the command line can put a file in the place of
+    record = Recipe.of(fields).record()
     facts = {"recipe": record, "role": record["role"], "model": record["model"]}
     return registry.add(recipe, "recipe", facts=facts, **described)
 

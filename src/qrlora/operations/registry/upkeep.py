@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 from sqlalchemy import select, text
@@ -39,18 +40,20 @@ def remove_unreferenced(registry: Registry) -> set[str]:
     return lost
 
 
-def verify(registry: Registry, progress: Progress | None = None) -> list[str]:
+def verify(registry: Registry, progress: Progress | None = None, heads: Iterable[Path] = ()) -> list[str]:
     """Return what is wrong with a registry, one line a fault; empty if nothing is.
 
-    The database is checked for damage, the audit log as `qrlora audit verify` does it, every row against what the log
-    says of it, and every byte in the store against its digest.
+    The database is checked for damage, the audit log and its signed heads as `qrlora audit verify` does it, every row
+    against what the log says of it, and every byte in the store against its digest.
+
+    heads: files of signed heads that were kept elsewhere.
     """
     faults = _database(registry)
     if faults:
         return faults
     log = registry.log()
     try:
-        faults = [f"audit log: {fault}" for fault in faults_of(registry, trust_of(registry), entries=log)]
+        faults = [f"audit log: {fault}" for fault in faults_of(registry, trust_of(registry), heads, entries=log)]
     except QrloraError as error:  # the trust file, or that of the heads
         faults = [error.what]
     with reading(registry.engine) as session:
