@@ -39,6 +39,7 @@ combination_options = together(
     ),
 )
 reason_option = click.option("--reason", required=True, metavar="TEXT", help="why; it is signed too")
+withdrawal_options = together(registry_option, key_option, reason_option)
 
 
 @click.group("policy", cls=Group)
@@ -262,27 +263,24 @@ def run_approve(options: Options) -> None:
     print(f"approved by {', '.join(standing.people)}: {len(standing.people)} of {standing.needed}")
 
 
-def _withdrawal(name: str, text: str, what: str, made: str) -> click.Command:
-    """Return a command that signs a decision against a request or an approval, with its reason."""
+@command("reject", "Sign the rejection of a request")
+@click.argument("request", metavar="REQUEST", help="digest of the request (`approval list`)")
+@withdrawal_options
+def run_reject(options: Options) -> None:
+    """Print the digest of the rejection."""
+    from qrlora.operations.policy.approval import reject
 
-    @command(name, text)
-    @click.argument("what", metavar=what)
-    @registry_option
-    @key_option
-    @reason_option
-    def run(options: Options) -> None:
-        from qrlora.operations.policy import approval
-
-        given = getattr(approval, name)(open_registry(options), options.what, _key(options), options.reason)
-        print(f"{made} {given.digest[:19]}")
-
-    return run
+    print(f"rejection {reject(open_registry(options), options.request, _key(options), options.reason).digest[:19]}")
 
 
-run_reject = _withdrawal("reject", "Sign the rejection of a request", "REQUEST", "rejection")
-run_revoke = _withdrawal(
-    "revoke", "Sign the revocation of an approval: by who gave it, or an operator", "APPROVAL", "revocation"
-)
+@command("revoke", "Sign the revocation of an approval: by who gave it, or an operator")
+@click.argument("given", metavar="APPROVAL", help="digest of the approval (`approval list`)")
+@withdrawal_options
+def run_revoke(options: Options) -> None:
+    """Print the digest of the revocation."""
+    from qrlora.operations.policy.approval import revoke
+
+    print(f"revocation {revoke(open_registry(options), options.given, _key(options), options.reason).digest[:19]}")
 
 
 @command("list", "List requests, approvals, rejections and revocations, newest first")
