@@ -85,7 +85,7 @@ def test_on_pico_the_starters_pass_and_a_subject_under_another_word_is_named(
     hidden = ["--subject", "rocket.png", "--trigger", "hat", "--caption", "a [trigger]", "--columns", "style"]
     assert main(["train", *hidden, "--steps", "150", "-o", "hat.safetensors"]) == 0
     adapter = load_adapter("hat.safetensors")
-    said = dataclasses.replace(adapter.metadata, trigger="<c>", recipe={}, recipe_digest="", provenance={})
+    said = dataclasses.replace(adapter.metadata, trigger="<c>", recipe={}, provenance={})
     save_adapter(dataclasses.replace(adapter, metadata=said), tmp_path / "hidden.safetensors")
     registry = Registry.open(tmp_path / "registry")
     for path in (*sorted(STARTERS.glob("*.safetensors")), tmp_path / "hidden.safetensors"):
