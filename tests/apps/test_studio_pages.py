@@ -224,7 +224,7 @@ def train_gold(page: Any) -> None:
 
 
 def mix_gold(page: Any) -> None:
-    page.get_by_role("link", name="Use it in a mix").click()
+    page.get_by_role("link", name="Use it in a mix").first.click()
     before = shown(page)
     slide(page, "teapot", 1)
     page.wait_for_timeout(500)

@@ -84,14 +84,17 @@ def _figures(result: Result, style: Item, sheet: Artifact | None) -> dict[str, A
 
 
 def ask(registry: Registry, combinations: Iterable[Combination], policy: Policy | None) -> Sequence[Asked]:
-    """Ask for the approval of each combination that has none; return the requests that are open.
+    """Ask once for the approval of each combination that has none; return the requests that are open.
 
     Args:
         policy: the one in force, which approvals name.
     """
-    asked = []
-    for one in combinations:
-        combination = replace(one, prompts=(), use=None)
+    asked, different = [], {}
+    for one in combinations:  # a catalog has one for every product, in its own words
+        parts = sorted((part.artifact.digest, part.weight) for part in one.parts)
+        key = (*parts, one.null_space)
+        different[key] = replace(one, prompts=(), use=None)
+    for combination in different.values():
         if find(registry, combination, policy).holds:
             continue
         opened = open_request(registry, combination, policy) or request(registry, combination, policy)
