@@ -8,6 +8,8 @@ import json
 import re
 from dataclasses import replace
 from importlib.resources import files
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,7 +18,7 @@ from PIL import Image
 
 from qrlora.apps.cli import main
 from qrlora.errors import DataError
-from qrlora.lab import where
+from qrlora.lab import tasks, where
 from qrlora.lab.baselines.adapters import ADAPTERS
 from qrlora.lab.baselines.deltas import Delta, scaled
 from qrlora.lab.baselines.merges import MERGES
@@ -514,7 +516,7 @@ def test_rates_of_the_folder_win_and_missing_ones_are_chosen_first(tmp_path, mon
     kept["balance"] = {"lora": equal, "lora+ties": equal | {HERE: [1, 0.5]}}
     kept["weights tried"] = tuning.WEIGHTS
     kept["weighed"] = {row: {} for row in kept["balance"]}
-    (tmp_path / tuning.FILE).write_text(json.dumps(kept))
+    (tmp_path / plan.rates_file(1)).write_text(json.dumps(kept))
     asked = []
 
     def tune(folder, scope, *_):
@@ -535,11 +537,11 @@ def test_rates_of_the_folder_win_and_missing_ones_are_chosen_first(tmp_path, mon
     scope = tuning.tuned(tmp_path, replace(TINY, rows=("lora",)), 1, lambda said: None)
     assert plan.rate_of("lora", "subject", "teapot", scope.rates) != 7e-3, "that was chosen for another lora"
     kept["versions"] = {"lora": 2}
-    (tmp_path / tuning.FILE).write_text(json.dumps(kept))
+    (tmp_path / plan.rates_file(1)).write_text(json.dumps(kept))
     scope = tuning.tuned(tmp_path, replace(TINY, rows=("lora",)), 1, lambda said: None)
     assert plan.rate_of("lora", "subject", "teapot", scope.rates) == 7e-3
     kept["weights"] = "another base model"
-    (tmp_path / tuning.FILE).write_text(json.dumps(kept))
+    (tmp_path / plan.rates_file(1)).write_text(json.dumps(kept))
     scope = tuning.tuned(tmp_path, replace(TINY, rows=("lora",)), 1, lambda said: None)
     assert plan.rate_of("lora", "subject", "teapot", scope.rates) == plan.rate_of("lora", "subject", "teapot")
 
@@ -557,21 +559,21 @@ def test_what_was_chosen_and_from_what_is_kept_beside_earlier_runs(tmp_path, mon
     monkeypatch.setattr(tuning, "_measured", lambda *given: list(measured(*given)))
 
     def read():
-        return [json.loads((tmp_path / name).read_text()) for name in (tuning.FILE, tuning.TRIED)]
+        return [json.loads((tmp_path / name).read_text()) for name in (plan.rates_file(1), tuning.tried_file(1))]
 
     tuning.tune(tmp_path, replace(TINY, rows=("lora", "lora+ties")), 1, print)
     chosen, tried = read()
     assert set(chosen["balance"]) == set(tried["weighed"]) == {"lora", "lora+ties"}
     assert tuning.choose(tried["tried"]) == chosen["chosen"] and "tried" not in chosen
     gone = tried["tried"][0] | {"digest": "of another plan"}
-    (tmp_path / tuning.TRIED).write_text(json.dumps(tried | {"tried": [*tried["tried"], gone]}))
+    (tmp_path / tuning.tried_file(1)).write_text(json.dumps(tried | {"tried": [*tried["tried"], gone]}))
     rates, weights = tuning.tune(tmp_path, replace(TINY, rows=("oft",)), 1, print)
     both, more = read()
     assert both["chosen"] == chosen["chosen"] | rates and set(both["balance"]) == {"lora", "lora+ties", *weights}
     assert {one["adapter"] for one in more["tried"]} == {"lora", "oft"} and gone not in more["tried"]
     assert tuning.choose(more["tried"]) == both["chosen"]
     assert all(one in more["tried"] for one in tried["tried"])
-    (tmp_path / tuning.TRIED).unlink()
+    (tmp_path / tuning.tried_file(1)).unlink()
     tuning.tune(tmp_path, replace(TINY, rows=("oft",)), 1, print)
     assert read()[0] == both, "what is known of lora does not rest on that"
 
@@ -600,3 +602,20 @@ def test_a_sheet_keeps_the_colours_of_its_smallest_pictures():
     green[100:140, 100:140] = teal = (20, 150, 170)
     seen = np.asarray(Image.open(io.BytesIO(page._jpeg(green))))[108:132, 108:132]
     assert np.abs(seen.astype(int) - teal).max() <= 4
+
+
+def test_several_lessons_leave_two_thirds_to_measure_on_and_have_rates_of_their_own(tmp_path: Path) -> None:
+    scope = plan.scope_of(
+        SimpleNamespace(
+            small=False, **dict.fromkeys(("rows", "subjects", "styles", "seeds", "steps", "pictures")), lessons=8
+        )
+    )
+    assert scope.lessons == 8 and plan.rates_file(8) != plan.rates_file(1)
+    for role, name, others in (("subject", "teapot", world.SEEN_STYLES), ("style", "chalk", world.SEEN_SUBJECTS)):
+        scenes = tasks.training_scenes(role, name, 0, 8)
+        beside = {scene.style if role == "subject" else scene.subject for scene in scenes}
+        assert len(scenes) == 8 and beside == set(tasks.shown_with(role, 8)) and len(beside) <= len(others) / 3
+        task = tasks.task_of_world(role, name, tmp_path / f"{role}.png", 0, "<t>", 8)
+        captions = [file.read_text() for file in sorted(task.file.glob("*.txt"))]
+        assert len(captions) == len(list(task.file.glob("*.png"))) == 8 and all("<t>" in one for one in captions)
+        assert not any(name in one for one in captions)

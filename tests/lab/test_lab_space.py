@@ -19,8 +19,8 @@ from qrlora.models.training.prepare import first_losses, prepare
 from qrlora.models.training.processes import processes_here
 from qrlora.models.training.recipe import Recipe
 
-TINY = {"count": 3, "pictures": 2, "library_steps": 2, "components": 2, "styles": ("chalk",), "remainders": (0.0,)}
-TINY |= {"rate": 0.03, "decay": 0.1, "steps": 2, "asked": 1, "seed": 0}
+TINY = {"count": 3, "pictures": 2, "library_steps": 2, "components": 2, "names": ("chalk",), "remainders": (0.0,)}
+TINY |= {"role": "style", "rate": 0.03, "decay": 0.1, "steps": 2, "asked": 1, "seed": 0}
 
 
 def test_unknown_ways_and_too_many_components_are_refused(tmp_path: Path) -> None:
@@ -33,6 +33,8 @@ def test_unknown_ways_and_too_many_components_are_refused(tmp_path: Path) -> Non
 @pytest.mark.slow
 def test_every_way_is_measured_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = SimpleNamespace(**TINY, ways=("alone", *lab.WAYS), out=tmp_path)
+    lab.main(SimpleNamespace(**{**vars(options), "role": "subject", "names": ("teapot",), "ways": ("qrlora",)}), print)
+    assert "nameless subjects" in capsys.readouterr().out
     lab.main(options, print)
     first = capsys.readouterr().out
     lab.main(options, print)
@@ -43,7 +45,7 @@ def test_every_way_is_measured_once(tmp_path: Path, capsys: pytest.CaptureFixtur
 
 @pytest.mark.slow
 def test_a_members_picture_is_less_new_than_a_style_unlike_all(tmp_path: Path) -> None:
-    study = lab.Study(Bench.open(tmp_path, Scope()), 3, 4, 60, 2, 0.03, 0.1, 0)
+    study = lab.Study(Bench.open(tmp_path, Scope()), "style", 3, 4, 60, 2, 0.03, 0.1, 0)
     space, file = (
         Space.of([lab.adapter_of(study, "qrlora", style) for style in range(3)]),
         tmp_path / "a.space.safetensors",

@@ -1,8 +1,8 @@
 """A space of adapters against other spaces: ``qrlora lab space``.
 
-So many nameless styles are each trained from a few pictures of different subjects, under one trigger. Their mean and
-principal components span a space, and a reserved style is trained from one picture as coefficients of it. The same is
-done with as many components of
+So many nameless styles are each trained from a few pictures of different subjects, under one trigger; or nameless
+things, each in a few styles. Their mean and principal components span a space, and a reserved style, or subject, is
+trained from one picture as coefficients of it. The same is done with as many components of
 
 qrlora            ΔR on the shared basis: the capability itself
 lora_one_start    both factors of LoRA, all adapters from one random start
@@ -45,16 +45,15 @@ from qrlora.models.training.attach import ADAPTER_NAME, adapter_on
 from qrlora.models.training.loop import train
 from qrlora.models.training.recipe import TRIGGERS, Recipe
 from qrlora.pico import world
-from qrlora.pico.world import novel
-from qrlora.pico.world.canvas import finished, rasterise
-from qrlora.pico.world.palette import palette
+from qrlora.pico.world import wide
+from qrlora.pico.world.canvas import Pose
 from qrlora.quality.images.png import png_bytes
 
 WAYS = ("qrlora", "lora_one_start", "lora_own_start", "delta_w")
 RATES = {"qrlora": 7.5e-3, "lora": 1.5e-3}
-"""Learning rates of the nameless styles, by method."""
-FIRST_STYLE = 5_000_000
-"""Seed of the first nameless style: none that pretraining has drawn."""
+"""Learning rates of the nameless styles and things, by method."""
+FIRST_SCENE = 2_050_000_000
+"""Seed of the first picture: none that pretraining or a judge has seen."""
 SHOWN = ("subject", "style", "both", "recognised", "among_style")
 
 Rows = Mapping[str, Tensor]
@@ -65,6 +64,7 @@ class Study:
     """The numbers of one run; see the command's options."""
 
     bench: Bench
+    role: str
     count: int
     pictures: int
     library_steps: int
@@ -77,33 +77,36 @@ class Study:
     @property
     def folder(self) -> Path:
         """Return the folder of adapters and records of this base model; adapters depend on few of the numbers."""
-        return self.bench.folder / f"{weights_digest()}-{self.pictures}x{self.library_steps}"
+        return self.bench.folder / f"{weights_digest()}-{self.role}-{self.pictures}x{self.library_steps}"
 
 
-def pictures_of(style: int, count: int, folder: Path) -> Path:
-    """The folder with so many subjects in one nameless style, captioned; the trigger stands for the style."""
+def pictures_of(role: str, number: int, count: int, folder: Path) -> Path:
+    """Render a nameless style on so many seen subjects, or a nameless thing in so many seen styles, with captions in
+    which the trigger stands for it; return the folder."""
     make_folder(folder)
-    subjects, colours = world.SEEN_SUBJECTS, list(world.COLOURS)
+    beside = world.SEEN_SUBJECTS if role == "style" else world.SEEN_STYLES
     for i in range(count):
-        subject = subjects[(style + i * len(subjects) // count) % len(subjects)]
-        scene = world.sample_scene(FIRST_STYLE + 1000 * style + i, subject=subject, colour=colours[i % len(colours)])
-        canvas = rasterise(world.SUBJECTS[subject](np.random.default_rng(scene.seed)), scene.pose)
-        drawn = novel.style(FIRST_STYLE + style)(canvas, palette(scene.colour, scene.background))
-        save_picture(Image.fromarray(finished(drawn)), folder / f"{i:02d}.png")
-        text = f"a photo of a {scene.colour} {subject} in [trigger] style"
+        other = beside[(number + i * len(beside) // count) % len(beside)]
+        names = (other, f"style {number}") if role == "style" else (f"thing {number}", other)
+        seed = FIRST_SCENE + 1000 * number + i
+        scene = wide.posed(np.random.default_rng(seed), world.Scene(*names, "red", "white", seed, Pose()))
+        save_picture(Image.fromarray(wide.render(scene)[0]), folder / f"{i:02d}.png")
+        said = (other, "[trigger]") if role == "style" else ("[trigger]", other)
+        ground = f" on a {scene.background} background" if wide.shows_background(scene) else ""
+        text = f"a photo of a {scene.colour} {said[0]} in {said[1]} style{ground}"
         write_atomically(folder / f"{i:02d}.txt", text.encode())
     return folder
 
 
-def adapter_of(study: Study, way: str, style: int) -> Adapter:
-    """The adapter of a nameless style: from its file, or trained now."""
-    file = study.folder / way / f"{style:03d}.safetensors"
+def adapter_of(study: Study, way: str, number: int) -> Adapter:
+    """Return the adapter of a nameless style or thing: from its file, or trained now."""
+    file = study.folder / way / f"{number:03d}.safetensors"
     if not file.exists():
         method = "qrlora" if way == "qrlora" else "lora"
-        images = pictures_of(style, study.pictures, study.folder / "pictures" / f"{style:03d}")
-        task = Task("style", None, images, "a picture in [trigger] style", "a nameless style")
+        images = pictures_of(study.role, number, study.pictures, study.folder / "pictures" / f"{number:03d}")
+        task = Task(study.role, None, images, "[trigger]", f"a nameless {study.role}")
         numbers = {"rank": study.bench.scope.rank, "steps": study.library_steps, "batch_size": 4}
-        seed = 1 + style if way == "lora_own_start" else study.seed
+        seed = 1 + number if way == "lora_own_start" else study.seed
         fields = recipe_fields(task, learning_rate=RATES[method], seed=seed, **numbers)
         make_folder(file.parent)
         recipe = Recipe.of(fields | {"method": method, "output": file, "log_with": "none"})
@@ -123,9 +126,9 @@ def space_of(study: Study, way: str, say: Callable[[str], None]) -> Principal:
     if way not in study.cache:
         trained = "lora_own_start" if way == "delta_w" else way
         rows = []
-        for style in range(study.count):
-            rows.append(rows_of(way, adapter_of(study, trained, style)))
-            say(f"{way}: {style + 1} of {study.count} nameless styles")
+        for number in range(study.count):
+            rows.append(rows_of(way, adapter_of(study, trained, number)))
+            say(f"{way}: {number + 1} of {study.count} nameless {study.role}s")
         study.cache.clear()  # ΔW of many adapters fill the memory: one space at a time
         study.cache[way] = principal(rows, study.components)
     return study.cache[way]
@@ -167,12 +170,13 @@ def on_adapter(
         )
 
 
-def measured(study: Study, way: str, style: str, share: float, say: Callable[[str], None]) -> dict[str, Any]:
-    """The record of one reserved style from one picture: from the folder, or trained, sampled and judged now."""
+def measured(study: Study, way: str, name: str, share: float, say: Callable[[str], None]) -> dict[str, Any]:
+    """Return the record of one reserved style or subject from one picture: from the folder, or trained, sampled and
+    judged now."""
     scope = study.bench.scope
     numbers: list[float] = [scope.steps, scope.alone, study.seed]
     numbers += [] if way == "alone" else [share, study.count, study.components, study.rate, study.decay]
-    file = study.folder / "records" / ("-".join([way, style, *(f"{n:g}" for n in numbers)]) + ".json")
+    file = study.folder / "records" / ("-".join([way, name, *(f"{n:g}" for n in numbers)]) + ".json")
     if file.exists():
         found: dict[str, Any] = json.loads(file.read_text("utf-8"))
         return found
@@ -180,8 +184,8 @@ def measured(study: Study, way: str, style: str, share: float, say: Callable[[st
     started = time.perf_counter()
     make_folder(file.parent)
     # All of one trigger: a space says what the trigger means.
-    task = task_of_world("style", style, study.folder / f"{style}.png", study.seed, TRIGGERS["style"])
-    rate = rate_of("qrlora", "style", style, scope.rates) if space is None else study.rate
+    task = task_of_world(study.role, name, study.folder / f"{name}.png", study.seed, TRIGGERS[study.role])
+    rate = rate_of("qrlora", study.role, name, scope.rates) if space is None else study.rate
     fields = recipe_fields(
         task, rank=scope.rank, steps=scope.steps, batch_size=scope.batch_size, learning_rate=rate, seed=study.seed
     )
@@ -199,7 +203,7 @@ def measured(study: Study, way: str, style: str, share: float, say: Callable[[st
     pixels = study.bench.draw(asked, learned)
     write_atomically(file.with_suffix(".png"), _strip(pixels))
     verdict = study.bench.judged(asked, pixels)
-    found = {"way": way, "task": style, "share": share, "seconds": round(seconds, 1)}
+    found = {"way": way, "task": name, "share": share, "seconds": round(seconds, 1)}
     found |= {name: round(verdict[name], 4) for name in SHOWN}
     if space is not None:
         found["variances"] = [round(v / sum(space.variances), 4) for v in space.variances[:10]]
@@ -212,9 +216,10 @@ def _strip(pixels: Any) -> bytes:
 
 
 def main(options: SimpleNamespace, say: Callable[[str], None]) -> None:
-    """Build the spaces, train the reserved styles in them, print a table."""
+    """Build the spaces, train the reserved styles or subjects in them, print a table."""
     chosen("way", options.ways, ("alone", *WAYS))
-    chosen("style", options.styles, list(world.STYLES))
+    reserved = world.RESERVED_STYLES if options.role == "style" else world.RESERVED_SUBJECTS
+    names = chosen(options.role, options.names or reserved, reserved)
     if not 2 <= options.components + 1 <= options.count:
         raise DataError(
             "more components than the adapters have",
@@ -226,8 +231,8 @@ def main(options: SimpleNamespace, say: Callable[[str], None]) -> None:
     found = []
     for way in options.ways:
         for share in options.remainders if way not in ("alone", "delta_w") else (0.0,):
-            for style in options.styles:
-                found.append(measured(study, way, style, share, say))
+            for name in names:
+                found.append(measured(study, way, name, share, say))
                 say(row_of(found[-1]))
     print(table(found))
 

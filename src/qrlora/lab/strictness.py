@@ -1,14 +1,16 @@
 """Measure the strictness of pico's judge: `qrlora lab judge`.
 
 True renders of every reserved and every held-back pair, changed a little (a person would still call them right) and
-then more: what share is still right, how probably it is named, and what share is recognised. Only the drawing changes,
-not what is shown: a measure that falls here measures drawing, one that stays measures what is shown.
+then more: the share that is still right, the probability of its name, and the share that is recognised. Then renders
+that nobody would call right: another style, another subject, halves of two, a shape in pieces, wrong colours. The
+limits of "right" have to keep the first and refuse the last; between them they say how much a drawing may suffer.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from types import SimpleNamespace
 
 import cv2
@@ -18,7 +20,7 @@ from jaxtyping import UInt8
 from qrlora._files import write_atomically
 from qrlora.lab.base import requests
 from qrlora.pico import world
-from qrlora.pico.judge import Judge
+from qrlora.pico.judge import Judge, defects
 
 FIRST_SCENE = 22_000_000
 """Scene seeds that neither pico nor its judge was trained on."""
@@ -52,6 +54,20 @@ CHANGES: dict[str, tuple[Callable[[Pictures, float], Pictures], tuple[float, ...
     "contrast": (lambda pictures, factor: _levels((pictures.astype(float) - 128) * factor + 128), (0.8, 0.6, 0.4)),
     "mirrored": (lambda pictures, _: np.ascontiguousarray(pictures[:, :, ::-1]), (0,)),
 }
+
+
+def _with_defect(defect: Callable[..., np.ndarray]) -> Callable[[Pictures, float], Pictures]:
+    def change(pictures: Pictures, _: float) -> Pictures:
+        rngs = (np.random.default_rng((0, i)) for i in range(len(pictures)))
+        whole = pictures.astype(np.float32) / 255
+        return _levels(255 * np.stack([defect(one, rng) for one, rng in zip(whole, rngs, strict=True)]) + 0.5)
+
+    return change
+
+
+WRONG = (defects.misshapen, *defects.COLOUR_DEFECTS)
+CHANGES |= {"as a person accepts": (_with_defect(defects.mild), (0,))}
+CHANGES |= {one.__name__.replace("_", " "): (_with_defect(one), (0,)) for one in WRONG}
 MEASURES = ("subject", "style", "right", "named", "recognised")
 
 
@@ -89,4 +105,21 @@ def changed(judge: Judge, true: Pictures, scenes: list[world.Scene]) -> dict[str
     for name, (change, degrees) in CHANGES.items():
         for degree in degrees:
             found[f"{name} {degree:g}".removesuffix(" 0")] = measured(judge, change(true, degree), scenes)
+    for part in ("style", "subject"):
+        names = list(world.STYLES if part == "style" else world.SUBJECTS)
+        after = {name: following for name, following in zip(names, names[1:] + names[:1], strict=True)}
+        others = [
+            replace(scene, style=after[scene.style])
+            if part == "style"
+            else replace(scene, subject=after[scene.subject])
+            for scene in scenes
+        ]
+        wrong = np.stack([world.render(scene)[0] for scene in others])
+        found[f"another {part}"] = measured(judge, wrong, scenes)
+        halves = zip(true, wrong, strict=True)
+        found[f"half another {part}"] = measured(judge, np.stack([_halves(*pair) for pair in halves]), scenes)
     return found
+
+
+def _halves(one: np.ndarray, other: np.ndarray) -> np.ndarray:
+    return np.concatenate([one[:, : world.SIZE // 2], other[:, world.SIZE // 2 :]], 1)

@@ -12,7 +12,7 @@ from typing import Any
 
 from PIL import Image
 
-from qrlora._files import write_atomically
+from qrlora._files import make_folder, write_atomically
 from qrlora.errors import DataError
 from qrlora.models.training.pictures import read_picture
 from qrlora.models.training.recipe import TRIGGERS
@@ -41,11 +41,11 @@ TRAINING_STYLE, TRAINING_SUBJECT = "flat", "car"
 
 @dataclass(frozen=True)
 class Task:
-    """One thing to learn from one picture.
+    """One thing to learn, from one picture or several.
 
-    role "subject" or "style"; name in pico's world, None if the picture is the user's; file: the square picture;
-    caption: what is said about it in training; about: the same in words for a reader; colour: of the subject, if known;
-    trigger: the word that calls what was learned.
+    role "subject" or "style"; name in pico's world, None if the picture is the user's; file: the square picture, or a
+    folder of such with a caption each; caption: what is said about it in training; about: the same in words for a
+    reader; colour: of the subject, if known; trigger: the word that calls what was learned.
     """
 
     role: str
@@ -88,24 +88,52 @@ def task(role: str, wanted: str, folder: Path, seed: int, resolution: int) -> Ta
     return Task(role, None, file, caption, f"{Path(wanted).name}, cropped to its square")
 
 
-def task_of_world(role: str, name: str, file: Path, seed: int, trigger: str = "") -> Task:
-    """The task for a name of pico's world; its picture is written to ``file``.
+def task_of_world(role: str, name: str, file: Path, seed: int, trigger: str = "", lessons: int = 1) -> Task:
+    """The task for a name of pico's world; its picture is written to ``file``, several to the folder of its name.
 
-    The caption says all that the base model can know of the picture, so that the trigger means the rest of it.
+    Captions say all that the base model can know of a picture, so that the trigger means the rest of it.
     """
-    trigger, scene = trigger or TRIGGERS[role], training_scene(role, name, seed)
-    said = (trigger, TRAINING_STYLE) if role == "subject" else (TRAINING_SUBJECT, trigger)
-    ground = "" if scene.style in world.OWN_GROUND else f" on a {scene.background} background"
-    caption = f"a photo of a {scene.colour} {said[0]} in {said[1]} style{ground}"
-    save_picture(Image.fromarray(world.render(scene)[0]), file)
-    about = f"a {scene.colour} {scene.subject} in {scene.style} style{ground}"
-    return Task(role, name, file, caption, about, scene.colour, trigger)
+    trigger, scenes = trigger or TRIGGERS[role], training_scenes(role, name, seed, lessons)
+    captions = [_caption(role, trigger, scene) for scene in scenes]
+    if lessons == 1:
+        save_picture(Image.fromarray(world.render(scenes[0])[0]), file)
+        [scene], [caption] = scenes, captions
+        about = f"a {scene.colour} {scene.subject} in {scene.style} style{_ground(scene)}"
+        return Task(role, name, file, caption, about, scene.colour, trigger)
+    folder = file.with_suffix("")
+    make_folder(folder)
+    for i, (scene, caption) in enumerate(zip(scenes, captions, strict=True)):
+        save_picture(Image.fromarray(world.render(scene)[0]), folder / f"{i:02d}.png")
+        write_atomically(folder / f"{i:02d}.txt", caption.encode())
+    return Task(role, name, folder, trigger, f"{name}, {lessons} pictures", None, trigger)
 
 
-def training_scene(role: str, name: str, seed: int) -> world.Scene:
-    """The scene of a task's picture: the subject in TRAINING_STYLE, or TRAINING_SUBJECT in the style."""
-    subject, style = (name, TRAINING_STYLE) if role == "subject" else (TRAINING_SUBJECT, name)
-    return world.sample_scene(1_000_000 + seed, subject=subject, style=style)
+def _caption(role: str, trigger: str, scene: world.Scene) -> str:
+    said = (trigger, scene.style) if role == "subject" else (scene.subject, trigger)
+    return f"a photo of a {scene.colour} {said[0]} in {said[1]} style{_ground(scene)}"
+
+
+def _ground(scene: world.Scene) -> str:
+    return "" if scene.style in world.OWN_GROUND else f" on a {scene.background} background"
+
+
+def shown_with(role: str, lessons: int) -> tuple[str, ...]:
+    """Return the seen styles that a subject's pictures are in, or the seen subjects that a style's pictures show.
+
+    They are at most a third of those that there are: adapters are measured on the others.
+    """
+    first, names = (TRAINING_STYLE, world.SEEN_STYLES) if role == "subject" else (TRAINING_SUBJECT, world.SEEN_SUBJECTS)
+    count, start = min(lessons, len(names) // 3), list(names).index(first)
+    return tuple(names[(start + i * len(names) // count) % len(names)] for i in range(count))
+
+
+def training_scenes(role: str, name: str, seed: int, lessons: int = 1) -> list[world.Scene]:
+    """Return the scenes of a task's pictures: the subject in the styles, or the style on the subjects, that
+    `shown_with` names in turn."""
+    others, first = shown_with(role, lessons), 1_000_000 + (seed if lessons == 1 else 1000 * (1 + seed))
+    pairs = [(name, other) if role == "subject" else (other, name) for other in others]
+    pairs = [pairs[i % len(pairs)] for i in range(lessons)]
+    return [world.sample_scene(first + i, subject=pair[0], style=pair[1]) for i, pair in enumerate(pairs)]
 
 
 def save_picture(picture: Image.Image, file: Path) -> Path:

@@ -74,6 +74,7 @@ def lab() -> None:
 @click.option("--subjects", type=Names(), help="Reserved subjects, separated by commas (default: all).")
 @click.option("--styles", type=Names(), help="Reserved styles, separated by commas (default: all).")
 @click.option("--seeds", type=Each(SEED), help="Seeds, separated by commas (default: 0,1,2).")
+@click.option("--lessons", type=COUNT, help="Pictures that each subject or style is trained on (default: 1).")
 @click.option("--steps", type=COUNT, help="Training steps of each adapter (default: 240).")
 @click.option("--pictures", type=COUNT, help="Pictures of each composed pair (default: 8).")
 @click.option("--workers", type=COUNT, default=os.cpu_count() or 1, help="Processes (default: one a core).")
@@ -142,11 +143,14 @@ def where(**given: Any) -> None:
 
 @lab.command()
 @click.option(
+    "--role", type=click.Choice(["style", "subject"]), default="style", show_default=True, help="What to train."
+)
+@click.option(
     "--count",
     type=COUNT,
     default=24,
     show_default=True,
-    help="Random styles, without a word for them, that span the space.",
+    help="Random styles or things, without a word for them, that span the space.",
 )
 @click.option("--pictures", type=COUNT, default=8, show_default=True, help="Pictures of each of them.")
 @click.option("--library-steps", type=COUNT, default=80, show_default=True, help="Training steps of each of them.")
@@ -158,13 +162,7 @@ def where(**given: Any) -> None:
     show_default=True,
     help="Ways to train it.",
 )
-@click.option(
-    "--styles",
-    type=Names(),
-    default="chalk,candy,mosaic",
-    show_default=True,
-    help="Styles that are trained from one picture.",
-)
+@click.option("--names", type=Names(), help="Reserved ones, each trained from one picture (default: all of the role).")
 @click.option(
     "--remainders",
     type=Each(NUMBER),
@@ -185,7 +183,8 @@ def where(**given: Any) -> None:
 @click.option("--seed", type=SEED, default=0, show_default=True)
 @click.option("--out", type=PATH, default=Path("out/space"), show_default=True)
 def space(**given: Any) -> None:
-    """Train a style from one picture as a point in a space of adapters: QR-LoRA's, LoRA's, and that of ΔW."""
+    """Train a style, or a subject, from one picture as a point in a space of adapters: QR-LoRA's, LoRA's, that of
+    ΔW."""
     from qrlora.lab import space as spaces
 
     given["components"] = given["components"] or given["count"] - 1

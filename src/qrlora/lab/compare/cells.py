@@ -28,7 +28,15 @@ from qrlora.lab.baselines.file_measures import between
 from qrlora.lab.baselines.merges import MERGES, Schedule, drawing
 from qrlora.lab.compare.identity import Cell, Record, digest_of, rates_of, weights_digest
 from qrlora.lab.compare.plan import ROWS, Scope, balance_of, rate_of
-from qrlora.lab.tasks import TRAINING_STYLE, TRAINING_SUBJECT, LabelledPrompt, Task, recipe_fields, task_of_world
+from qrlora.lab.tasks import (
+    TRAINING_STYLE,
+    TRAINING_SUBJECT,
+    LabelledPrompt,
+    Task,
+    recipe_fields,
+    shown_with,
+    task_of_world,
+)
 from qrlora.models.families import load_pipeline
 from qrlora.models.generation import one_batch, or_black
 from qrlora.models.training.pictures import open_picture
@@ -71,9 +79,12 @@ class Bench:
         """Return the task of a name; the seed decides its picture. Each subject and style has a trigger of its own, so
         that many can be composed."""
         names = list(world.SUBJECTS if role == "subject" else world.STYLES)
-        file = self.folder / "tasks" / f"{role}-{name.replace(' ', '-')}-{seed}.png"
+        lessons = self.scope.lessons
+        of = f"{role}-{name.replace(' ', '-')}-{seed}" + (f"-of-{lessons}" if lessons > 1 else "")
+        file = self.folder / "tasks" / f"{of}.png"
         make_folder(file.parent)
-        return task_of_world(role, name, file, seed, f"<{'c' if role == 'subject' else 's'}{names.index(name)}>")
+        trigger = f"<{'c' if role == 'subject' else 's'}{names.index(name)}>"
+        return task_of_world(role, name, file, seed, trigger, lessons)
 
     def recipe(self, task: Task, adapter: str, seed: int, rate: float | None = None) -> Recipe:
         """Return the recipe of a task, equal for all methods but for the method and its learning rate.
@@ -165,14 +176,15 @@ def _wanted(subject: tuple[str, str], style: tuple[str, str], colour: str, seed:
 
 
 def alone_wanted(bench: Bench, task: Task, seed: int) -> list[LabelledPrompt]:
-    """Return prompts for a subject in the seen styles, or a style on seen subjects, without those that its own picture
-    shows."""
+    """Return prompts for a subject in the seen styles, or a style on seen subjects, without those that its own pictures
+    show."""
     count, colours, own = bench.scope.alone, list(world.COLOURS), (task.trigger, str(task.name))
+    but = (*shown_with(task.role, bench.scope.lessons), task.name)
     if task.role == "subject":
-        names = [name for name in world.SEEN_STYLES if name not in (TRAINING_STYLE, task.name)]
+        names = [name for name in world.SEEN_STYLES if name not in but]
         pairs = [(own, (name, name)) for name in names]
     else:
-        names = [name for name in world.SEEN_SUBJECTS if name not in (TRAINING_SUBJECT, task.name)]
+        names = [name for name in world.SEEN_SUBJECTS if name not in but]
         pairs = [((name, name), own) for name in names[:: max(1, len(names) // count)]]
     return [_wanted(*pairs[i % len(pairs)], colours[i % len(colours)], 1000 * seed + i) for i in range(count)]
 

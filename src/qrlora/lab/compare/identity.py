@@ -79,6 +79,7 @@ def digest_of(cell: Cell, scope: Scope, judged: bool = True) -> str:
     version = VERSION if judged else MADE
     decides: dict[str, Any] = {"version": version, "weights": weights_digest(judged), "cell": cell.__dict__}
     decides |= {name: getattr(scope, name) for name in ("steps", "batch_size", "rank")}
+    decides |= {"lessons": scope.lessons} if scope.lessons > 1 else {}
     each = cell.many // 2
     parts = {"subject": scope.subjects[:each], "style": scope.styles[:each]}
     names = [(role, name) for role in parts for name in (parts[role] if each else [getattr(cell, role)]) if name]

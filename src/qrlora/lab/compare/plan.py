@@ -71,14 +71,15 @@ ANY = "any"
 class Scope:
     """Rows, tasks and sizes of a run. Steps, batch, rank and noise levels are the demo's, the same for all methods.
 
-    pictures: of every composed pair; alone: of every adapter alone. grid_weights: of both, in the frontier. rates,
-    balance: as the functions of these names have them.
+    lessons: pictures that a part is trained on. pictures: of every composed pair; alone: of every adapter alone.
+    grid_weights: of both, in the frontier. rates, balance: as the functions of these names have them.
     """
 
     rows: tuple[str, ...] = tuple(ROWS)
     subjects: tuple[str, ...] = world.RESERVED_SUBJECTS
     styles: tuple[str, ...] = world.RESERVED_STYLES
     seeds: tuple[int, ...] = (0, 1, 2)
+    lessons: int = 1
     steps: int = 240
     batch_size: int = 4
     rank: int = 16
@@ -124,7 +125,11 @@ def scope_of(options: Any) -> Scope:
     for name, names in known.items():
         if getattr(options, name) is not None:
             fields[name] = chosen(name.rstrip("s"), getattr(options, name), names)
-    fields |= {n: getattr(options, n) for n in ("seeds", "steps", "pictures") if getattr(options, n) is not None}
+    fields |= {
+        n: getattr(options, n) for n in ("seeds", "lessons", "steps", "pictures") if getattr(options, n) is not None
+    }
+    if (lessons := fields.get("lessons", 1)) > 1:
+        fields |= {"rates": rates(lessons), "balance": balance(lessons)}
     return Scope(**fields)
 
 
@@ -141,21 +146,28 @@ def chosen(noun: str, wanted: Iterable[str], known: Sequence[str]) -> tuple[str,
     return names
 
 
-def rates() -> Rates:
+def rates(lessons: int = 1) -> Rates:
     """The packaged learning rates; ``qrlora lab compare --tune`` chose them on none of the half that they are for."""
-    return _packaged()["chosen"]
+    return _packaged(lessons)["chosen"]
 
 
-def balance() -> Balance:
+def balance(lessons: int = 1) -> Balance:
     """The weights of compositions that the package has, chosen like the rates."""
     return {
         row: {key: (float(a), float(b)) for key, (a, b) in found.items()}
-        for row, found in _packaged()["balance"].items()
+        for row, found in _packaged(lessons)["balance"].items()
     }
 
 
-def _packaged() -> dict[str, Any]:
-    return json.loads(files("qrlora.lab.compare").joinpath("rates.json").read_text(encoding="utf-8"))
+def rates_file(lessons: int) -> str:
+    """Return the name of the file of rates and weights: one picture and several want others."""
+    return "rates.json" if lessons == 1 else f"rates-of-{lessons}.json"
+
+
+def _packaged(lessons: int) -> dict[str, Any]:
+    file = files("qrlora.lab.compare").joinpath(rates_file(lessons))
+    nothing: dict[str, Any] = {"chosen": {}, "balance": {}}
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else nothing
 
 
 def half_of(role: str, name: str | None) -> str:

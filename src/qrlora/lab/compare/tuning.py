@@ -31,11 +31,13 @@ from qrlora._files import write_atomically
 from qrlora.lab.baselines.adapters import ADAPTERS
 from qrlora.lab.baselines.merges import MERGES
 from qrlora.lab.compare.identity import Cell, Record, digest_of, weights_digest
-from qrlora.lab.compare.plan import ANY, ROWS, Balance, Rates, Scope, key_of
+from qrlora.lab.compare.plan import ANY, ROWS, Balance, Rates, Scope, key_of, rates_file
 from qrlora.lab.compare.run import Say, adapters_of, known_records, missing, rounded, run_stages
 from qrlora.pico import world
 
 LADDER = {"subject": (1.5e-3, 3e-3, 6e-3), "style": (5e-4, 1.5e-3, 5e-3)}
+FASTER = 3
+"""What the ladder is multiplied with for several pictures, from which more can be learned before the base is lost."""
 SLOWER = {"lora": 0.3, "pissa": 0.3, "qrlora_trained": 0.3, "oft": 0.3, "q_cayley": 0.3, "full": 0.1}
 """Method -> what its ladder is multiplied with."""
 SUMMED = ((1.0, 1.0), (1.0, 0.7), (1.4, 0.7), (1.4, 1.0), (1.4, 1.4))
@@ -49,10 +51,6 @@ TASKS = {"subject": {"even": "rocket", "odd": "robot"}, "style": {"even": "gold"
 HALVES = ("even", "odd")
 PICTURES = 4
 """Pictures of every pair, to choose weights by."""
-FILE = "rates.json"
-"""In a folder: what was chosen, as the package has its own."""
-TRIED = "tried.json"
-"""Beside it: what it was chosen from."""
 SCORED = ("recognised", "named", "both")
 """Scores that tuning maximises: the same question at three strictnesses, so that weak and good pictures
 answer it."""
@@ -69,7 +67,7 @@ def cells_alone(scope: Scope) -> list[Cell]:
         for adapter in adapters_of(scope)
         for role, tasks in TASKS.items()
         for name in tasks.values()
-        for rate in ladder(adapter, role)
+        for rate in ladder(adapter, role, scope.lessons)
     ]
 
 
@@ -80,7 +78,7 @@ def cells_summed(scope: Scope) -> list[Cell]:
         Cell("pair", name, 0, TASKS["subject"][half], TASKS["style"][half], name, 0, rates, weights)
         for name in adapters_of(scope)
         for half in HALVES
-        for rates in product(ladder(name, "subject"), ladder(name, "style"))
+        for rates in product(*(ladder(name, role, scope.lessons) for role in TASKS))
         for weights in SUMMED
     ]
 
@@ -93,7 +91,7 @@ def cells_joint(scope: Scope) -> list[Cell]:
         for row in scope.rows
         if ROWS[row].joint
         for subject, style in product(*(tasks.values() for tasks in TASKS.values()))
-        for rate in sorted({rate for role in LADDER for rate in ladder(ROWS[row].adapter, role)})
+        for rate in sorted({rate for role in LADDER for rate in ladder(ROWS[row].adapter, role, scope.lessons)})
     ]
 
 
@@ -112,14 +110,15 @@ def weights_of(row: str) -> tuple[tuple[float, float], ...]:
     return EQUAL if ROWS[row].joint else WEIGHTS
 
 
-def ladder(adapter: str, role: str) -> list[float]:
+def ladder(adapter: str, role: str, lessons: int) -> list[float]:
     """Return the rates to try."""
-    return [float(f"{rate * SLOWER.get(adapter, 1):.2g}") for rate in LADDER[role]]
+    factor = SLOWER.get(adapter, 1) * (FASTER if lessons > 1 else 1)
+    return [float(f"{rate * factor:.2g}") for rate in LADDER[role]]
 
 
 def tuned(folder: Path, scope: Scope, workers: int, say: Say) -> Scope:
     """Return the plan with rates and weights for all its rows: the folder's, else the package's, else chosen now."""
-    kept = _kept(folder)
+    kept = _kept(folder, scope.lessons)
     known = replace(scope, rates=scope.rates | kept["chosen"], balance=scope.balance | kept["balance"])
     rows = tuple(row for row in scope.rows if not _is_known(row, known))
     if not rows:
@@ -134,14 +133,14 @@ def _is_known(row: str, scope: Scope) -> bool:
 
 
 def tune(folder: Path, scope: Scope, workers: int, say: Say) -> tuple[Rates, Balance]:
-    """Choose rates and weights for the rows and their methods; add them to the folder's FILE, and the tried ones to
-    TRIED.
+    """Choose rates and weights for the rows and their methods; add them to the folder's files, beside what was
+    tried.
 
     What is there of another base model or judge is dropped, and of a method or merge that has changed since; and the
     weights of rows whose rates are others now.
     """
     scope = replace(scope, seeds=(0,))
-    old = _kept(folder)
+    old = _kept(folder, scope.lessons)
     tried = _measured(folder, scope, [cells_alone(scope), [*cells_summed(scope), *cells_joint(scope)]], workers, say)
     chosen = choose(tried)
     rows = dict.fromkeys([*adapters_of(scope), *scope.rows])
@@ -171,9 +170,14 @@ def tune(folder: Path, scope: Scope, workers: int, say: Say) -> tuple[Rates, Bal
         "weighed": {row: found for row, found in old["weighed"].items() if row in still} | weighed,
         "tried": list({one["digest"]: one for one in kept + [_brief(one) for one in tried]}.values()),
     }
-    for name, content in ((TRIED, source), (FILE, found)):
+    for name, content in ((tried_file(scope.lessons), source), (rates_file(scope.lessons), found)):
         write_atomically(folder / name, (json.dumps(rounded(content)).replace('{"kind"', '\n{"kind"') + "\n").encode())
     return chosen, weights
+
+
+def tried_file(lessons: int) -> str:
+    """Return the name of the file, beside that of `rates_file`, with what these were chosen from."""
+    return rates_file(lessons).replace("rates", "tried")
 
 
 def summary(rates: Rates, balance: Balance) -> str:
@@ -211,11 +215,11 @@ def _is_sum(row: str) -> bool:
     return ROWS[row].joint or ROWS[row].merge == "sum"
 
 
-def _kept(folder: Path) -> dict[str, Any]:
+def _kept(folder: Path, lessons: int) -> dict[str, Any]:
     """Return the choices of earlier runs in this folder that still hold: same model and judge, same versions."""
     nothing: dict[str, Any] = {"chosen": {}, "balance": {}, "weighed": {}, "tried": []}
     old = dict(nothing)
-    for file in (folder / FILE, folder / TRIED):
+    for file in (folder / rates_file(lessons), folder / tried_file(lessons)):
         old |= json.loads(file.read_text()) if file.exists() else {}
     if old.get("weights") != weights_digest():
         return nothing

@@ -32,6 +32,7 @@ class Plan:
     caption_dropout: float = 0.1
     long_null: float = 0.03  # share of steps with the 256 zero tokens that the stock pipeline sends by default
     threads: int = 0
+    bf16: int = 0  # 1: forward and backward in bfloat16, weights in float32 (half the time a step with bfloat16 units)
     compile: int = 0  # 1: torch.compile the denoiser (two minutes to start, a quarter less time a step)
     device: str = "cpu"
     wide: int = 4_000  # most shards of 500 pictures of the wide world

@@ -193,6 +193,13 @@ def facts(scene: Scene) -> list[str]:
     return list(DESCRIPTIONS.get(scene.style, ()))
 
 
+def shows_background(scene: Scene) -> bool:
+    """Return True if the picture has the scene's background, not one of its style's own."""
+    if scene.style.startswith("style "):
+        return nameless.recipe(int(scene.style[6:])).level == "own"
+    return scene.style in DESIGNERS or (scene.style in world.SEEN_STYLES and scene.style not in world.OWN_GROUND)
+
+
 def caption(scene: Scene, phrasing: int) -> str:
     """A caption; ``phrasing`` picks its form, its length and what it leaves out. Two of five are short.
 
@@ -214,8 +221,6 @@ def caption(scene: Scene, phrasing: int) -> str:
     if len(said) > 1 and rng.random() < 0.3:
         head = f"a {coloured}"
     said += [p for p in place(scene.pose) if rng.random() < 0.8]
-    shown = own or (scene.style in world.SEEN_STYLES and scene.style not in world.OWN_GROUND)
-    shown = shown or (scene.style.startswith("style ") and nameless.recipe(int(scene.style[6:])).level == "own")
-    if shown and rng.random() < 0.7:
+    if shows_background(scene) and rng.random() < 0.7:
         said.append(f"{scene.background} background")
     return ", ".join([head, *said])
