@@ -98,8 +98,10 @@ class _PlainAttention(TorchFunctionMode):
     long as in float32."""
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if function is not F.scaled_dot_product_attention:
-            return function(*args, **(kwargs or {}))
+        given = kwargs or {}
+        masked = given.get("is_causal") or given.get("attn_mask") is not None or len(args) > 3  # of the text encoders
+        if function is not F.scaled_dot_product_attention or masked:
+            return function(*args, **given)
         query, key, value = args
         weights = (query @ key.transpose(-1, -2)) * query.shape[-1] ** -0.5
         return weights.softmax(-1).to(value.dtype) @ value
