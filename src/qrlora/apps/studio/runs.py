@@ -196,7 +196,7 @@ class Runs:
         running = self._process
         if running and (self._ending or running[0] in self._unwanted):
             with contextlib.suppress(ProcessLookupError):
-                running[1].send_signal(signal.SIGINT)
+                running[1].send_signal(signal.SIGTERM)
 
     # The thread
 
@@ -238,7 +238,7 @@ class Runs:
             return replace(run, state=DONE, reference=self.finished(folder, run.person))
         if "error" in last:
             return replace(run, state=FAILED, error=last["error"])
-        if "stopped" in last or self._ending or code in (-signal.SIGINT, 130):
+        if "stopped" in last or self._ending or code in (-signal.SIGTERM, 143, -signal.SIGINT, 130):
             return replace(run, state=STOPPED)
         tail = (folder / "worker.log").read_text(errors="replace")[-600:]
         error = QrloraError("the process of this run ended", expected="its result", got=f"exit code {code}: {tail}")
