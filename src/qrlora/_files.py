@@ -244,7 +244,9 @@ if hasattr(os, "register_at_fork"):
 
 @contextlib.contextmanager
 def claimed(path: Path, size: int = 0, *, folder: bool = False) -> Iterator[None]:
-    """Hold an output's lock while the block runs, after checking that it can be written; one thread may nest claims.
+    """Lock an output for this process while the block runs. A thread may claim an output again inside its own claim.
+
+    The output is checked before it is locked: that it can be written, and that `size` bytes are free.
 
     Args:
         path: file to be written, in a folder that is there; or a folder of outputs, which is made.

@@ -6,6 +6,7 @@ import asyncio
 import io
 import json
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -391,7 +392,17 @@ def test_the_queue_is_fair_to_whoever_has_waited_longest(queue: Runs) -> None:
     assert order == ["ada", "grace", "linus", "ada", "ada"]
 
 
-def test_runs_stop_resume_fail_and_outlive_the_studio(queue: Runs) -> None:
+@pytest.mark.parametrize("inherited", [signal.SIG_DFL, signal.SIG_IGN], ids=["", "SIGINT ignored"])
+def test_runs_stop_resume_fail_and_outlive_the_studio(queue: Runs, inherited: signal.Handlers) -> None:
+    """Also in a shell's background, where SIGINT is ignored and workers inherit that."""
+    before = signal.signal(signal.SIGINT, inherited)
+    try:
+        check_stops(queue)
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def check_stops(queue: Runs) -> None:
     queue.start()
     long, bad, dead = (add(queue, "ada", name) for name in ("long", "bad", "dead"))
     until(queue, long, runs.RUNNING)

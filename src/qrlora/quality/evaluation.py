@@ -68,7 +68,7 @@ class Evaluation:
 
     @property
     def passes(self) -> bool:
-        """Return True if every group passes, or there is no brand sheet."""
+        """Return True if every group passes its brand sheet; without a sheet, every group does."""
         return all(found is None or found[1] for found in map(self.passing, self.groups))
 
     def copies(self, group: str) -> list[str]:

@@ -39,7 +39,7 @@ def about(path: Path) -> Iterator[None]:
 
 
 def check_is_file(path: Path) -> None:
-    """Refuse what is no file, and pickles and zips by name or first bytes."""
+    """Raise AdapterFileError unless the path is a file, and for pickles and zips, known by suffix or first bytes."""
     require(
         path.is_file(),
         "not a file",
@@ -61,7 +61,10 @@ def check_is_file(path: Path) -> None:
 
 
 def check_entries(header: Mapping[str, Any]) -> None:
-    """Refuse tensors without a shape or of a dtype that is no adapter's. `header` is without the metadata."""
+    """Raise AdapterFileError for a tensor without a shape, or with a dtype that adapters do not have.
+
+    header: tensor name -> its safetensors entry (dtype, shape, offsets), without `__metadata__`.
+    """
     for key, entry in header.items():
         sizes = entry.get("shape")
         shaped = isinstance(sizes, list) and all(is_whole(size) and size >= 0 for size in sizes)

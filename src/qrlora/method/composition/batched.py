@@ -203,7 +203,7 @@ class Live:
         self._write()
 
     def check(self, row: Mapping[str, float]) -> None:
-        """Raise MismatchError unless a composition can be computed; the current ones stay as they are.
+        """Check that a composition can be computed. The active compositions do not change.
 
         Raises:
             MismatchError: an adapter that is not there, a weight that is no finite number, or a sum beyond the numbers

@@ -1,4 +1,4 @@
-"""Write reports: one self-contained HTML file of text, pictures and numbers, and the same data as JSON.
+"""Write reports: an HTML file that needs no other file, and a JSON file with the same data.
 
     section = Section("Pictures", [Gallery([Picture(pixels, "a red mug")])])
     Report("Title", "One line under it", [section], {"n": 1}).write(Path("out"))   # out/report.html, out/report.json
