@@ -35,20 +35,6 @@ PAGES = ("/mix", "/train", "/library", "/explore", "/prove", "/pilot")
 PNG = (HERE / "starters" / "teapot.png").read_bytes()
 
 
-@pytest.fixture(scope="module")
-def studio(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Studio]:
-    with pytest.MonkeyPatch.context() as patch:
-        made = made_studio(tmp_path_factory.mktemp("studio"), patch)
-        yield made
-        made.close()
-
-
-@pytest.fixture(scope="module")
-def visitor(studio: Studio) -> Iterator[Visitor]:
-    with visiting(studio) as found:
-        yield found
-
-
 def engine_of(studio: Studio) -> SquareEngine:
     return studio.model.engine  # type: ignore[return-value]
 

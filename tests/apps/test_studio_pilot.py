@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,20 +19,6 @@ from qrlora.operations.registry import Registry
 from studios import Visitor, made_studio, ran_stage, trust, visiting
 
 PNG = (HERE / "starters" / "gold.png").read_bytes()
-
-
-@pytest.fixture(scope="module")
-def studio(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Studio]:
-    with pytest.MonkeyPatch.context() as patch:
-        made = made_studio(tmp_path_factory.mktemp("studio"), patch)
-        yield made
-        made.close()
-
-
-@pytest.fixture(scope="module")
-def visitor(studio: Studio) -> Iterator[Visitor]:
-    with visiting(studio) as found:
-        yield found
 
 
 def sample(studio: Studio, **changes: str) -> str:

@@ -34,19 +34,9 @@ QUESTION = "Which picture do you like better?"
 Arms = Mapping[str, Sequence[MeasuredPicture]]
 
 
-def make_study(
-    arms: Arms,
-    question: str = QUESTION,
-    *,
-    references: Sequence[MeasuredPicture] = (),
-    trials: int | None = None,
-    catch: int = 4,
-    seed: int = 0,
-    by_order: bool = False,
-) -> tuple[str, dict[str, Any]]:
-    """Make the page (HTML) of a study, and its key (JSON values). Arguments and errors: as `study_data`."""
-    options: dict[str, Any] = {"references": references, "trials": trials, "catch": catch, "seed": seed}
-    data, key = study_data(arms, question, by_order=by_order, **options)
+def make_study(arms: Arms, question: str = QUESTION, **options: Any) -> tuple[str, dict[str, Any]]:
+    """Make the page (HTML) of a study, and its key (JSON values). options: the others of `study_data`; its errors."""
+    data, key = study_data(arms, question, **options)
     return page("vote.html", question=question, study=data), key
 
 
