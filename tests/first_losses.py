@@ -33,9 +33,9 @@ def first_losses(path: Path, folder: Path, **changes: object) -> list[float]:
         folder: to save picture and model in.
         changes: to the recipe, besides those that make it small.
     """
-    from conftest import BUILDERS
     from qrlora.models.training.loop import train
     from qrlora.models.training.recipe import Recipe
+    from tiny_pipelines import BUILDERS
 
     picture = folder / "mug.png"
     Image.linear_gradient("L").rotate(30).convert("RGB").save(picture)

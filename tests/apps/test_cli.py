@@ -21,7 +21,6 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 import qrlora
-from conftest import build_tiny_flux, build_tiny_sd3
 from qrlora.apps.cli import main
 from qrlora.apps.cli.inspect import run_inspect
 from qrlora.apps.cli.shared import Bar, weighted_path
@@ -29,6 +28,7 @@ from qrlora.errors import QrloraError
 from qrlora.method.adapter import load_adapter, save_adapter
 from qrlora.models import families
 from qrlora.models.training import loop
+from tiny_pipelines import build_tiny_flux, build_tiny_sd3
 
 COMMANDS = (
     "train", "plan", "basis", "compose", "generate", "inspect", "export", "import", "extract", "similarity", "serve",

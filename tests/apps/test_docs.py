@@ -30,7 +30,6 @@ import torch
 from PIL import Image
 
 import qrlora
-from conftest import BUILDERS
 from qrlora._reading import tomllib
 from qrlora.apps.cli import cli, main
 from qrlora.apps.cli.train import recipe_of
@@ -40,6 +39,7 @@ from qrlora.models.families import FAMILIES
 from qrlora.models.training.recipe import Recipe
 from qrlora.operations.registry import Registry
 from qrlora.pico import world
+from tiny_pipelines import BUILDERS
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]

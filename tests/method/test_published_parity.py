@@ -18,7 +18,6 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from conftest import build_tiny_flux
 from qrlora.apps.cli import main
 from qrlora.method.adapter import Adapter, load_adapter
 from qrlora.method.adapter.attach import base_weights
@@ -28,6 +27,7 @@ from qrlora.models.generation import generate
 from qrlora.models.training.loop import train
 from qrlora.models.training.recipe import Recipe
 from samples import EPS
+from tiny_pipelines import build_tiny_flux
 
 RANK = 4
 PUBLISHED_LAYERS = (

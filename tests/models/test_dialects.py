@@ -15,7 +15,6 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from conftest import BUILDERS, build_tiny_sd3
 from dialects import DIALECTS, Lora, by_layer, by_original, layers_of, originals, peft_config, random_pairs
 from qrlora.apps.cli import main
 from qrlora.apps.serving.engine import Shelf
@@ -25,6 +24,7 @@ from qrlora.models.exchange import LayerNames, export_adapter, import_file, left
 from qrlora.models.exchange.forms import FAMILIES_OF, target_of
 from qrlora.models.families import family_of
 from samples import assert_rounded
+from tiny_pipelines import BUILDERS, build_tiny_sd3
 
 DOCS = Path(__file__).parents[2] / "docs" / "exchange.md"
 CASES = Path(__file__).parents[1] / "cases" / "loras"

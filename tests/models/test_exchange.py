@@ -17,7 +17,6 @@ from diffusers import UNet2DConditionModel
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
-from conftest import BUILDERS, build_tiny_sd3, build_tiny_sdxl
 from qrlora.apps.cli import main
 from qrlora.errors import AdapterFileError, MismatchError
 from qrlora.method.adapter import Adapter, AdapterMetadata, attach, load_adapter, save_adapter
@@ -47,6 +46,7 @@ from qrlora.models.exchange.verification import original_names
 from qrlora.models.families import family_of
 from qrlora.models.generation import generate
 from samples import EPS
+from tiny_pipelines import BUILDERS, build_tiny_sd3, build_tiny_sdxl
 
 PROMPT = "a photo of a <c> mug"
 FAST: dict[str, Any] = {"steps": 2, "guidance": 2.0, "resolution": 64}

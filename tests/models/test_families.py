@@ -13,7 +13,6 @@ import torch
 from diffusers import AutoencoderDC, AutoencoderTiny
 from huggingface_hub import errors as hub_errors
 
-from conftest import build_tiny_flux, build_tiny_flux2_klein
 from qrlora.errors import DataError, ModelError
 from qrlora.method.adapter import adapter_from_model
 from qrlora.models import families
@@ -23,6 +22,7 @@ from qrlora.models.training.attach import peft_config
 from qrlora.models.training.batches import family_options
 from qrlora.models.training.recipe import Recipe
 from samples import assert_rounded
+from tiny_pipelines import build_tiny_flux, build_tiny_flux2_klein
 
 ROOT = Path(__file__).parents[2]
 

@@ -12,7 +12,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from conftest import (
+from qrlora.models.families import family_of
+from samples import EPS, NETWORK, assert_rounded
+from tiny_pipelines import (
     build_tiny_flux,
     build_tiny_flux2_klein,
     build_tiny_qwen_image,
@@ -21,8 +23,6 @@ from conftest import (
     build_tiny_sdxl,
     build_tiny_z_image,
 )
-from qrlora.models.families import family_of
-from samples import EPS, NETWORK, assert_rounded
 
 PROMPTS = ["a photo of a <c> mug", "a mug in <s> style", ""]
 SIDE, PATCHES = 8, 4

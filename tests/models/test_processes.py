@@ -15,13 +15,13 @@ from accelerate import DistributedType
 from PIL import Image
 
 import qrlora
-from conftest import build_tiny_qwen_image
 from qrlora.errors import RecipeError
 from qrlora.method.adapter import Adapter, load_adapter
 from qrlora.models.training.loop import train
 from qrlora.models.training.processes import check_divisible, share
 from qrlora.models.training.recipe import Recipe
 from samples import EPS, NETWORK
+from tiny_pipelines import build_tiny_qwen_image
 
 JOBS: dict[str, dict[str, Any]] = {
     "rows": {"batch_size": 5},

@@ -15,13 +15,13 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from conftest import build_tiny_flux, build_tiny_sd3
 from qrlora.apps.cli import main
 from qrlora.errors import ModelError, TunerError
 from qrlora.method.adapter import load_adapter
 from qrlora.method.basis import factor
 from qrlora.models import families, stored
 from qrlora.models.stored import stored_weights
+from tiny_pipelines import build_tiny_flux, build_tiny_sd3
 
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
 

@@ -23,13 +23,13 @@ from transformers import (
     Dinov2Model,
 )
 
-from conftest import byte_tokenizer
 from qrlora.errors import ModelError
 from qrlora.pico import world
 from qrlora.quality.images.read import MeasuredPicture
 from qrlora.quality.metrics.learned import FeatureNetworks, style_network
 from qrlora.quality.metrics.table import METRICS, References, compute_metrics
 from samples import EPS, NETWORK, assert_rounded
+from tiny_pipelines import byte_tokenizer
 
 SIDE, PATCH, WIDTH = 32, 8, 64
 
