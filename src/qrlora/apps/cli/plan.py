@@ -17,12 +17,11 @@ if TYPE_CHECKING:
 
 @command(
     "plan",
-    "Estimate what training would take, before anything heavy is loaded: parameters, files, memory, time",
+    "Estimate what training would take, before anything heavy is loaded: parameters, files, memory",
     "Takes the options of `qrlora train`. Only the base model's configs are read.",
     cls=RecipeCommand,
 )
-@click.option("--json", is_flag=True, help="print everything as JSON, in bytes and seconds")
-@click.option("--no-time", is_flag=True, help="leave out the times, which take a while")
+@click.option("--json", is_flag=True, help="print everything as JSON, in bytes")
 @recipe_options
 @referable(".safetensors", records=False)
 def run_plan(options: Options) -> None:
@@ -30,7 +29,7 @@ def run_plan(options: Options) -> None:
     from qrlora.models.training.plan import plan
 
     recipe = recipe_of(options)
-    made = plan(recipe, timed=not options.no_time)
+    made = plan(recipe)
     print(json.dumps(made.to_dict(), indent=2, ensure_ascii=False) if options.json else table(made))
 
 
@@ -48,12 +47,6 @@ def table(plan: Plan) -> str:
         "memory while training": [_size(plan.program_bytes + sum(one.memory.values())) for one in estimates],
         "operations of a step": [f"{one.flops:.2e}" for one in estimates],
     }
-    if first.step_seconds is not None:
-        rows |= {
-            "a step": [_seconds(one.step_seconds) for one in estimates],
-            f"{recipe.steps} steps": [_seconds(recipe.steps * (one.step_seconds or 0)) for one in estimates],
-            "basis, the first time": [_seconds(one.basis_seconds) for one in estimates],
-        }
     widths = [max(len(row[i]) for row in rows.values()) for i in range(len(estimates))]
     lines = [
         f"{recipe.model} ({plan.family}), {first.layers} layers at rank {recipe.rank}, {plan.resolution} pixels, "
@@ -87,13 +80,3 @@ def _size(count: int | None) -> str:
     while size >= 1000:
         size, unit = size / 1024, next(units)
     return f"{size:.3g} {unit}"
-
-
-def _seconds(seconds: float | None) -> str:
-    """Format a duration, to the second from ten of them on."""
-    if seconds is None:
-        return "-"
-    if seconds < 10:
-        return f"{seconds:.2g} s"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"

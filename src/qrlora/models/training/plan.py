@@ -1,4 +1,4 @@
-"""Estimate memory, files and time of a run before anything heavy is loaded.
+"""Estimate memory and files of a run before anything heavy is loaded.
 
 The base model is made from its configs on torch's meta device, the adapter is put on it as training does, and one step
 is rehearsed there.
@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from functools import partial, reduce
+from functools import reduce
 from operator import add
 from typing import Any
 
@@ -24,7 +23,7 @@ from torch.utils._pytree import tree_iter
 from qrlora.errors import DataError
 from qrlora.method.adapter import AdapterMetadata
 from qrlora.method.adapter.file import tensor_shapes
-from qrlora.method.basis import clipped_rank, layer_basis, weight_digest
+from qrlora.method.basis import clipped_rank
 from qrlora.method.tuner import QRLoraConfig, QRLoraLayer, resolve_columns
 from qrlora.method.tuner.factors import TrainedColumns
 from qrlora.models.families import ModelFamily, default_device, free_memory, load_structure
@@ -34,7 +33,7 @@ from qrlora.models.training.optimizers import STATE_BYTES
 from qrlora.models.training.pictures import views
 from qrlora.models.training.placement import module_bytes, stored_bytes
 from qrlora.models.training.recipe import Recipe
-from qrlora.models.training.rehearsal import Pace, Rehearsal
+from qrlora.models.training.rehearsal import Rehearsal
 from qrlora.models.training.sources import find_pictures
 
 PLAIN_LORA: dict[str, Any] = {"method": "lora", "train_basis": False, "space": None, "space_remainder": 0.0}
@@ -51,8 +50,6 @@ class Estimate:
         file_bytes: spelling -> size of the adapter's file.
         memory: part -> bytes on the device while training; together, and with the plan's `program_bytes`, the peak.
         flops: of one optimiser step, multiplications and additions counted apart.
-        step_seconds, basis_seconds: time of a step, and of the basis (once for a base model and rank); None if there is
-            none, or it was not timed.
     """
 
     layers: int
@@ -60,8 +57,6 @@ class Estimate:
     file_bytes: dict[str, int]
     memory: dict[str, int]
     flops: int
-    step_seconds: float | None
-    basis_seconds: float | None
 
 
 @dataclass(frozen=True)
@@ -95,12 +90,11 @@ class Plan:
         return {**vars(self), "recipe": self.recipe.record(), "estimates": rows}
 
 
-def plan(recipe: Recipe, timed: bool = True) -> Plan:
+def plan(recipe: Recipe) -> Plan:
     """Estimate what training by `recipe` will take. Nothing is trained and no weight is read.
 
     Args:
         recipe: its pictures need not be there; those that are count.
-        timed: also estimate times, by doing each operation of a step on the device.
 
     Raises:
         ModelError: the base model's configs cannot be found or read.
@@ -109,7 +103,6 @@ def plan(recipe: Recipe, timed: bool = True) -> Plan:
     """
     pipe, family = load_structure(recipe.model, getattr(torch, recipe.dtype))
     device = default_device()
-    pace = Pace(device) if timed else None
     methods = {recipe.method: recipe, "lora": recipe.replace(**PLAIN_LORA)}
     return Plan(
         recipe=recipe,
@@ -120,7 +113,7 @@ def plan(recipe: Recipe, timed: bool = True) -> Plan:
         program_bytes=psutil.Process().memory_info().rss if device.type == "cpu" else 0,
         loading_bytes=_loading_bytes(recipe, pipe, family, device),
         host_bytes=sum(map(module_bytes, _networks(pipe).values())),
-        estimates={name: _estimate(one, pipe, family, pace) for name, one in methods.items()},
+        estimates={name: _estimate(one, pipe, family) for name, one in methods.items()},
     )
 
 
@@ -138,7 +131,7 @@ def _reserve_basis(layer: QRLoraLayer) -> None:
     layer.basis_pending = False  # so that the forward pass is the one that training takes
 
 
-def _estimate(recipe: Recipe, pipe: Any, family: ModelFamily, pace: Pace | None) -> Estimate:
+def _estimate(recipe: Recipe, pipe: Any, family: ModelFamily) -> Estimate:
     """Estimate one method: its adapter on the meta device, and one step there."""
     denoiser: Any = family.denoiser_of(pipe).requires_grad_(False)
     plain, stored = module_bytes(denoiser), stored_bytes(denoiser, recipe.quantize)
@@ -177,8 +170,6 @@ def _estimate(recipe: Recipe, pipe: Any, family: ModelFamily, pace: Pace | None)
             "sampling": _sampling_bytes(recipe, pipe, family),
         },
         flops=recipe.accumulation * step.flops,
-        step_seconds=recipe.accumulation * pace.seconds(step) if pace else None,
-        basis_seconds=_basis_seconds(pace, shapes.values(), metadata.basis_rank) if pace else None,
     )
 
 
@@ -273,18 +264,6 @@ def _sampling_bytes(recipe: Recipe, pipe: Any, family: ModelFamily) -> int:
         return 0
     others = {name: part for name, part in _networks(pipe).items() if not name.startswith("text_encoder")}
     return sum(module_bytes(part) for name, part in others.items() if name != family.denoiser)
-
-
-def _basis_seconds(pace: Pace, shapes: Iterable[tuple[int, ...]], rank: int) -> float | None:
-    """Estimate the seconds of the basis of all layers from one layer of each shape, and of the digests of all."""
-    if not rank:
-        return None
-    seconds = 0.0
-    for shape, count in Counter(shapes).items():
-        weight = torch.randn(shape, device=pace.device)
-        seconds += count * pace.time(partial(weight_digest, weight), once=True)
-        seconds += count * pace.time(partial(layer_basis, weight, rank), once=True)
-    return seconds
 
 
 def _name(device: torch.device) -> str:
