@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import asyncio
 import json
 import os
 import pwd
@@ -449,7 +450,7 @@ def test_full_width_digits_number_no_folder(tmp_path: Path) -> None:
 
 def authorised(token: bytes, *keys: str) -> bool:
     try:
-        authorise(Request({"type": "http", "headers": [(b"authorization", b"Bearer " + token)]}), keys)
+        asyncio.run(authorise(Request({"type": "http", "headers": [(b"authorization", b"Bearer " + token)]}), keys))
     except RequestError as refused:
         assert refused.status == 401
         return False

@@ -10,7 +10,8 @@ from collections.abc import AsyncIterator, Coroutine
 from typing import Any
 
 from fastapi import Request, Response
-from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.responses import JSONResponse
+from fastapi.sse import EventSourceResponse, format_sse_event
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
@@ -43,7 +44,7 @@ def error_response(error: RequestError) -> JSONResponse:
 async def answer(service: Service, request: Request) -> Response:
     """Answer a request for pictures. Raises RequestError, and ClientDisconnect if the client goes first."""
     started = time.perf_counter()
-    authorise(request, service.limits.api_keys)
+    await authorise(request, service.limits.api_keys)
     wanted = await read_request(request, service.limits)
     if wanted.stream and wanted.response_format == "url":
         expected = "response_format b64_json"
@@ -51,7 +52,7 @@ async def answer(service: Service, request: Request) -> Response:
     job = await service.submit(wanted)
     if wanted.stream:
         headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
-        return _Stream(service, job, _events(service, job, started), media_type="text/event-stream", headers=headers)
+        return _Stream(service, job, _events(service, job, started), headers=headers)
     made = await while_there(request, pictures_of(job), service, job)
     service.metrics.request_seconds.observe(time.perf_counter() - started)
     data: list[dict[str, Any]] = []
@@ -102,10 +103,10 @@ async def _disconnected(request: Request) -> None:
         pass
 
 
-class _Stream(StreamingResponse):
+class _Stream(EventSourceResponse):
     """Stream that withdraws its request when it ends: where a client goes before the first event, no generator runs."""
 
-    def __init__(self, service: Service, job: Job, events: AsyncIterator[str], **options: Any):
+    def __init__(self, service: Service, job: Job, events: AsyncIterator[bytes], **options: Any):
         super().__init__(events, **options)
         self._service, self._job = service, job
 
@@ -118,7 +119,7 @@ class _Stream(StreamingResponse):
             self._service.dispatcher.withdraw(self._job)
 
 
-async def _events(service: Service, job: Job, started: float) -> AsyncIterator[str]:
+async def _events(service: Service, job: Job, started: float) -> AsyncIterator[bytes]:
     """Yield server-sent events as OpenAI shapes them: progress (our own type), and each picture when it is made."""
     usage = {"input_tokens": 0, "output_tokens": 0, "total_tokens": 0, "input_tokens_details": {}}  # clients read it
     try:
@@ -134,5 +135,5 @@ async def _events(service: Service, job: Job, started: float) -> AsyncIterator[s
         yield _sse("error", **error_body(error))
 
 
-def _sse(kind: str, **data: Any) -> str:
-    return f"event: {kind}\ndata: {json.dumps({'type': kind, **data})}\n\n"
+def _sse(kind: str, **data: Any) -> bytes:
+    return format_sse_event(event=kind, data_str=json.dumps({"type": kind, **data}))

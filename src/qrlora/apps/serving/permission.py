@@ -5,12 +5,12 @@ from __future__ import annotations
 import contextlib
 import functools
 import threading
-from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
 
+from cachetools import LRUCache
 from sqlalchemy import select
 
 from qrlora.apps.serving.protocol import Facts, Permission
@@ -49,7 +49,7 @@ class Gate:
         self._lock = threading.Lock()
         self._stamp: object = None
         self._log = _Log(self.registry) if self.registry else None
-        self._verdicts: OrderedDict[Any, tuple[datetime, list[Verdict]]] = OrderedDict()
+        self._verdicts: LRUCache[Any, tuple[datetime, list[Verdict]]] = LRUCache(KEPT)
         self._rules = Rules.of(self.registry, permission.policy, permission.approval)
         self._given: list[Given] = []
         if not self._rules.empty:
@@ -116,8 +116,6 @@ class Gate:
         verdicts = self._rules.verdicts(action, combination, now, self._given)
         until = min([now + LONGEST, *(verdict.until for verdict in verdicts if verdict.until)])
         self._verdicts[key] = until, verdicts
-        if len(self._verdicts) > KEPT:
-            self._verdicts.popitem(last=False)
         if not all(verdict.permitted for verdict in verdicts):
             with contextlib.suppress(PolicyError):  # for the audit log
                 enforce(verdicts, self.registry)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections import OrderedDict
 from collections.abc import Mapping
 from functools import partial
 from typing import TYPE_CHECKING
+
+from cachetools import TTLCache
 
 from qrlora.apps.serving.dispatch import Dispatcher, Job
 from qrlora.apps.serving.metrics import Metrics
@@ -26,30 +27,18 @@ class Kept:
     """Pictures under names that cannot be guessed, until they are too old or take too much memory."""
 
     def __init__(self, most_bytes: int, seconds: float):
-        self.most_bytes, self.seconds = most_bytes, seconds
-        self._pictures: OrderedDict[str, tuple[float, bytes]] = OrderedDict()
-        self._bytes = 0
+        self._pictures: TTLCache[str, bytes] = TTLCache(most_bytes, seconds, lambda: time.monotonic(), len)
 
     def put(self, png: bytes) -> str:
-        """Keep a picture, and drop the oldest that there is no room for; return its name."""
+        """Keep a picture, dropping others as needed, unless it is larger than all room there is; return its name."""
         name = secrets.token_urlsafe(24)
-        self._pictures[name] = time.monotonic() + self.seconds, png
-        self._bytes += len(png)
-        self._drop()
+        if len(png) <= self._pictures.maxsize:
+            self._pictures[name] = png
         return name
 
     def get(self, name: str) -> bytes | None:
         """Return the picture, or None if it has been dropped."""
-        self._drop()
-        return self._pictures.get(name, (0, None))[1]
-
-    def _drop(self) -> None:
-        while self._pictures:
-            until, png = next(iter(self._pictures.values()))
-            if until > time.monotonic() and self._bytes <= self.most_bytes:
-                return
-            self._pictures.popitem(last=False)
-            self._bytes -= len(png)
+        return self._pictures.get(name)
 
 
 class Service:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import threading
-from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Generic, TypeVar
 
+from cachetools import LRUCache
 from starlette.requests import Request
 
 from qrlora._files import make_folder
@@ -34,21 +34,16 @@ class Recent(Generic[Result]):
     """A cache of the results that were asked for last, by what they were made of. Safe to use from several threads."""
 
     def __init__(self, most: int):
-        self.most = most
-        self._results: OrderedDict[object, Result] = OrderedDict()
+        self._results: LRUCache[object, Result] = LRUCache(most)
         self._lock = threading.Lock()
 
     def get(self, key: object) -> Result | None:
         with self._lock:
-            if key in self._results:
-                self._results.move_to_end(key)
             return self._results.get(key)
 
     def put(self, key: object, result: Result) -> None:
         with self._lock:
             self._results[key] = result
-            while len(self._results) > self.most:
-                self._results.popitem(last=False)
 
 
 class Studio:

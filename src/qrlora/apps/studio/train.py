@@ -15,7 +15,8 @@ from typing import Any
 
 from fastapi import APIRouter, Request, Response
 from fastapi.concurrency import run_in_threadpool
-from fastapi.responses import FileResponse, RedirectResponse, StreamingResponse
+from fastapi.responses import FileResponse, RedirectResponse
+from fastapi.sse import KEEPALIVE_COMMENT, EventSourceResponse, format_sse_event
 from PIL import Image
 
 from qrlora._files import make_folder
@@ -254,7 +255,7 @@ async def follow(request: Request, name: str) -> Response:
     runs = studio_of(request).runs
     folder = runs.folder(name)
 
-    async def told() -> AsyncIterator[str]:
+    async def told() -> AsyncIterator[bytes]:
         sent, state = 0, None
         while not await request.is_disconnected():
             run, found = await run_in_threadpool(runs.get, name), await run_in_threadpool(events, folder)
@@ -262,16 +263,16 @@ async def follow(request: Request, name: str) -> Response:
                 yield _told(run, found[sent:], runs.ahead_of(run))
                 sent, state = len(found), run.state
             else:
-                yield ": still there\n\n"
+                yield KEEPALIVE_COMMENT
             if run.over:
                 return
             await asyncio.sleep(POLL_SECONDS)
 
     headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
-    return StreamingResponse(told(), media_type="text/event-stream", headers=headers)
+    return EventSourceResponse(told(), headers=headers)
 
 
-def _told(run: Run, new: Sequence[Mapping[str, Any]], ahead: int) -> str:
+def _told(run: Run, new: Sequence[Mapping[str, Any]], ahead: int) -> bytes:
     steps = [one for one in new if "step" in one]
     content = {
         "run": asdict(run),
@@ -282,7 +283,7 @@ def _told(run: Run, new: Sequence[Mapping[str, Any]], ahead: int) -> str:
         "notes": [one["note"] for one in new if "note" in one],
         "work": next((one for one in reversed(new) if "work" in one), None),
     }
-    return f"event: run\ndata: {json.dumps(content)}\n\n"
+    return format_sse_event(event="run", data_str=json.dumps(content))
 
 
 @router.post("/train/{name}/{action}")

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
+from cachetools import LRUCache
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
@@ -53,8 +54,8 @@ class Worker:
             torch.set_num_threads(settings.threads)
         self.pipe, self.family = load_pipeline(settings.model, dtype=getattr(torch, settings.dtype))
         self.denoiser = self.family.denoiser_of(self.pipe)
-        self.adapters: OrderedDict[str, Adapter] = OrderedDict()
-        self.references: OrderedDict[str, MeasuredPicture] = OrderedDict()
+        self.adapters: LRUCache[str, Adapter] = LRUCache(ADAPTERS)
+        self.references: LRUCache[str, MeasuredPicture] = LRUCache(ADAPTERS)
         self.live: Live | None = None
         self.on_live: OrderedDict[str, None] = OrderedDict()
 
@@ -221,13 +222,10 @@ def _computable(name: str, wanted: Sequence[str] | None, picture: MeasuredPictur
     return all(there[need] if need in there else bool(getattr(references, need)) for need in metric.needs)
 
 
-def _kept(cache: OrderedDict[str, Made], name: str, make: Callable[[], Made]) -> Made:
+def _kept(cache: LRUCache[str, Made], name: str, make: Callable[[], Made]) -> Made:
     """Return the entry of that name, made if it is missing; drop the least recently used ones."""
     if name not in cache:
         cache[name] = make()
-    cache.move_to_end(name)
-    while len(cache) > ADAPTERS:
-        cache.popitem(last=False)
     return cache[name]
 
 
