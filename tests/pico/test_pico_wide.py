@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
+import subprocess
+import sys
 import time
 
 import cv2
@@ -306,3 +309,64 @@ def test_bfloat16_changes_the_loss_and_its_gradients_by_rounding_only():
     (loss, gradient), (rounded, moved) = found(0), found(1)
     assert rounded != loss and rounded == pytest.approx(loss, rel=0.02)
     assert float(torch.cosine_similarity(gradient, moved, dim=0)) > 0.98
+
+
+@pytest.mark.parametrize("kind", ["", "causal", "boolean", "added"])
+def test_plain_attention_is_torchs_attention(kind):
+    query, key, value = torch.randn(3, 2, 4, 10, 8).unbind()
+    visible = torch.rand(2, 1, 10, 10) < 0.5
+    visible |= torch.eye(10, dtype=torch.bool)
+    masks = {"boolean": {"attn_mask": visible}, "added": {"attn_mask": torch.randn(2, 1, 10, 10), "scale": 0.3}}
+    given = {"is_causal": True} if kind == "causal" else masks.get(kind, {})
+    expected = torch.nn.functional.scaled_dot_product_attention(query, key, value, **given)
+    torch.testing.assert_close(denoiser.plain_attention(query, key, value, **given), expected)
+
+
+LINE = """
+import os, signal, sys, torch
+from pathlib import Path
+from qrlora.pico.pretraining import processes
+from qrlora.pico.pretraining.run import Run
+
+work, stop = Path(sys.argv[1]), int(sys.argv[2])
+layer = torch.nn.Linear(3, 1)
+torch.nn.init.ones_(layer.weight), torch.nn.init.zeros_(layer.bias)
+
+def loss_of(step):
+    if step == stop and processes.RANK == 1:
+        os.kill(os.getpid(), signal.SIGTERM)
+    x = processes.own(torch.randn(8, 3, generator=torch.Generator().manual_seed(step)))
+    return (layer(x) - x.sum(1, keepdim=True) ** 2).square().mean()
+
+with processes.joined():
+    run = Run(work, "line", {"line": layer}, [torch.optim.AdamW(layer.parameters(), 0.1)], 6, lambda _: 1)
+    run.restore()
+    run.go(loss_of)
+"""
+
+
+def test_two_processes_train_what_one_does_and_end_together(tmp_path):
+    """The signal reaches one of them; the checkpoint is of one step, and both go on from there."""
+
+    def train(work, count, stop=99):
+        work.mkdir(exist_ok=True)
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        env = os.environ | {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        command = [sys.executable, "-c", LINE, str(work), str(stop)]
+        each = [
+            subprocess.Popen(command, env=env | {"RANK": str(rank)}, stderr=subprocess.PIPE) for rank in range(count)
+        ]
+        ends = [(one.communicate(timeout=120)[1], one.returncode) for one in each]
+        state = torch.load(work / "line.pt", weights_only=True)
+        return ends, state["step"], state["modules"]["line"]["weight"]
+
+    ends, step, one = train(tmp_path / "one", 1)
+    assert step == 6 and ends[0][1] == 0
+    ends, step, stopped = train(tmp_path / "two", 2, stop=2)
+    assert step == 3 and all(b"interrupted after step 3" in said for said, _ in ends)
+    ends, step, two = train(tmp_path / "two", 2)
+    assert step == 6 and [code for _, code in ends] == [0, 0]
+    assert not torch.equal(stopped, two)
+    torch.testing.assert_close(two, one)

@@ -3,7 +3,9 @@
 On the small world, in six stages, each resumable from what lies in DIR: ``render`` pictures, solve for a linear
 ``autoencoder``, encode ``latents``, train the ``denoiser`` (with both text encoders), train the ``decoder`` on the same
 latents, ``export`` the pipeline. On the wide world, from a trained pipeline: ``--start PIPELINE --stages wide,export``
-renders, encodes and trains at once, for as long as it is left to. The same code runs on CPU and GPU.
+renders, encodes and trains at once, for as long as it is left to. The same code runs on CPU and GPU. The denoiser
+trains in several processes, each on a part of every batch, under ``torchrun --nproc-per-node 2 -m
+qrlora.pico.pretraining --threads 1``: on two cores 1.6 times as fast as one process with two threads.
 """
 
 from __future__ import annotations
@@ -43,7 +45,7 @@ def run(work: Path, asked: list[str], target: Path, plan: Plan) -> int:
     """
     import torch
 
-    from qrlora.pico.pretraining import autoencoder, denoiser, export, pictures, wide
+    from qrlora.pico.pretraining import autoencoder, denoiser, export, pictures, processes, wide
 
     if plan.threads:
         torch.set_num_threads(plan.threads)
@@ -57,8 +59,12 @@ def run(work: Path, asked: list[str], target: Path, plan: Plan) -> int:
         "export": partial(export.export_stage, target=target),
     }
     with contextlib.ExitStack() as claims:
-        for folder in (work, target) if "export" in asked else (work,):
-            claims.enter_context(claimed(folder, folder=True))
+        claims.enter_context(processes.joined())
+        if processes.RANK:
+            asked = [stage for stage in asked if stage in ("denoiser", "wide")]
+        else:
+            for folder in (work, target) if "export" in asked else (work,):
+                claims.enter_context(claimed(folder, folder=True))
         for stage in asked:
             stages[stage](work, plan)
     return 0

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from qrlora.pico import model, world
+from qrlora.pico.pretraining import processes
 from qrlora.pico.pretraining.muon import Muon
 from qrlora.pico.pretraining.pictures import chunks, scenes_of
 from qrlora.pico.pretraining.plan import Plan
@@ -94,17 +95,34 @@ def train(work: Path, name: str, plan: Plan, pipe: Any, batch: Batch, schedule: 
 
 
 class _PlainAttention(TorchFunctionMode):
-    """Attention as two matrix products: backward in bfloat16 on a processor, torch's fused kernel takes four times as
-    long as in float32."""
+    """Attention as two matrix products: in bfloat16 on a CPU, torch's fused kernel takes four times as long in the
+    backward pass as in float32."""
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given = kwargs or {}
-        masked = given.get("is_causal") or given.get("attn_mask") is not None or len(args) > 3  # of the text encoders
-        if function is not F.scaled_dot_product_attention or masked:
-            return function(*args, **given)
-        query, key, value = args
-        weights = (query @ key.transpose(-1, -2)) * query.shape[-1] ** -0.5
-        return weights.softmax(-1).to(value.dtype) @ value
+        if function is F.scaled_dot_product_attention:
+            return plain_attention(*args, **(kwargs or {}))
+        return function(*args, **(kwargs or {}))
+
+
+def plain_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    **_: Any,
+) -> Tensor:
+    """Compute `scaled_dot_product_attention` without its fused kernels and without dropout."""
+    weights = (query @ key.transpose(-1, -2)) * (query.shape[-1] ** -0.5 if scale is None else scale)
+    if is_causal:
+        later = torch.ones(weights.shape[-2:], dtype=torch.bool, device=weights.device).triu(1)
+        weights = weights.masked_fill(later, -torch.inf)
+    if attn_mask is not None:
+        boolean = attn_mask.dtype == torch.bool
+        weights = weights.masked_fill(~attn_mask, -torch.inf) if boolean else weights + attn_mask
+    return weights.softmax(-1).to(value.dtype) @ value
 
 
 def flow_loss(step: int, *, pipe: Any, fast: Any, batch: Batch, plan: Plan) -> Tensor:
@@ -115,6 +133,7 @@ def flow_loss(step: int, *, pipe: Any, fast: Any, batch: Batch, plan: Plan) -> T
     logit = plan.time_mean + plan.time_spread * rng.standard_normal(len(z), dtype=np.float32)
     t = torch.from_numpy(logit).to(plan.device).sigmoid()
     long = rng.random() < plan.long_null
+    z, noise, t, captions = map(processes.own, (z, noise, t, captions))
     x = torch.lerp(z, noise, t[:, None, None, None])
     with contextlib.ExitStack() as precision:
         if plan.bf16:

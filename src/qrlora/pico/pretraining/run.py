@@ -18,10 +18,13 @@ from torch import Tensor, nn
 from qrlora._files import disk_error, write_atomically
 from qrlora._interrupts import deferred
 from qrlora.errors import TrainingError
+from qrlora.pico.pretraining import processes
 
 
 def log(work: Path, stage: str, **facts: object) -> None:
-    """Write one line of JSON to the log file and to the terminal."""
+    """Write one line of JSON to the log file and to the terminal; of several processes the first does."""
+    if processes.RANK:
+        return
     line = json.dumps({"stage": stage, "time": round(time.time()), **facts})
     print(line, flush=True)
     path = work / "log.jsonl"
@@ -92,7 +95,9 @@ class Run:
                 self.average = [a.to(p.device) for a, p in zip(state["average"], self._weights, strict=True)]
 
     def save(self) -> None:
-        """Write a checkpoint whole."""
+        """Write a checkpoint whole; of several processes, which hold the same, the first does."""
+        if processes.RANK:
+            return
         modules = {n: m.state_dict() for n, m in self.modules.items()}
         state = {"step": self.step, "modules": modules, "optimisers": [o.state_dict() for o in self.optimisers]}
         if self.ema:
@@ -107,16 +112,17 @@ class Run:
     def go(self, loss_of: Callable[[int], Tensor], every: int = 100) -> None:
         """Run to the last step. ``loss_of(step)`` draws all its randomness from the step's own seed."""
         with deferred() as interrupted:
-            self._loop(loss_of, every, interrupted)
-            if interrupted():
+            if self._loop(loss_of, every, interrupted):
                 raise KeyboardInterrupt(f"interrupted after step {self.step}; the same command goes on from there")
 
-    def _loop(self, loss_of: Callable[[int], Tensor], every: int, interrupted: Callable[[], bool]) -> None:
+    def _loop(self, loss_of: Callable[[int], Tensor], every: int, interrupted: Callable[[], bool]) -> bool:
+        """Take the steps that are left; return True if the run was told to end."""
         saved = told = time.time()
-        first, total = self.step, 0.0
-        while self.step < self.steps and not interrupted():
-            total += self._advance(loss_of)
-            now, last = time.time(), self.step == self.steps or interrupted()
+        first, total, ending = self.step, 0.0, interrupted()
+        while self.step < self.steps and not ending:
+            loss, ending = self._advance(loss_of, interrupted)
+            total += loss
+            now, last = time.time(), self.step == self.steps or ending
             by_step = self.step % every == 0
             if last or (now - saved >= self.seconds[0] if self.seconds else by_step):
                 self.save()
@@ -126,18 +132,22 @@ class Run:
                 each = {"loss": round(total / steps, 5), "seconds_per_step": round((now - told) / steps, 3)}
                 log(self.work, self.name, step=self.step, **each)
                 told, first, total = now, self.step, 0.0
+        return ending
 
-    def _advance(self, loss_of: Callable[[int], Tensor]) -> float:
-        """Take one step; return its loss."""
+    def _advance(self, loss_of: Callable[[int], Tensor], interrupted: Callable[[], bool]) -> tuple[float, bool]:
+        """Take one step; return its loss, and whether the run has been told to end."""
         factor = self.schedule(self.step / self.steps)
         for optimiser in self.optimisers:
             for group in optimiser.param_groups:
                 group["lr"] = group["base_lr"] * factor
             optimiser.zero_grad(set_to_none=True)
-        loss = loss_of(self.step)
-        loss.backward()
-        if not math.isfinite(loss.item()):
-            raise FloatingPointError(f"{self.name}: loss is {loss.item()} at step {self.step}")
+        own = loss_of(self.step)
+        own.backward()
+        loss, ending = processes.averaged(
+            (p for m in self.modules.values() for p in m.parameters()), own, interrupted()
+        )
+        if not math.isfinite(loss):
+            raise FloatingPointError(f"{self.name}: loss is {loss} at step {self.step}")
         for module in self.modules.values():
             nn.utils.clip_grad_norm_(module.parameters(), 1.0)
         for optimiser in self.optimisers:
@@ -146,7 +156,7 @@ class Run:
         if self.ema:  # a young average forgets faster, or it would remember the start for a thousand steps
             decay = min(self.ema, (1 + self.step) / (10 + self.step))
             torch._foreach_lerp_(self.average, self._weights, 1 - decay)
-        return loss.item()
+        return loss, ending
 
 
 def trapezoid(progress: float, warm: float = 0.02, cool: float = 0.3) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import time
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from itertools import repeat
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from qrlora._files import write_atomically
 from qrlora.pico import model
+from qrlora.pico.pretraining import processes
 from qrlora.pico.pretraining.denoiser import Batch, train
 from qrlora.pico.pretraining.pictures import CHUNK, tensor
 from qrlora.pico.pretraining.plan import Plan
@@ -33,7 +35,7 @@ class Shards:
     def __init__(self, work: Path, plan: Plan, vae: Any):
         self.work, self.plan, self.vae = work, plan, vae
         self.latents: list[np.ndarray] = []
-        self.workers = plan.threads or multiprocessing.cpu_count()
+        self.workers = plan.threads * processes.COUNT or multiprocessing.cpu_count()
 
     def count(self, step: int) -> int:
         """The number of shards that a step draws from."""
@@ -43,8 +45,10 @@ class Shards:
         """The shards of a step, each (CHUNK, 16, 16, 16) float16."""
         missing = range(len(self.latents), self.count(step))
         rendered = [i for i in missing if not self._file(i).exists()]
-        if rendered:
+        if rendered and not processes.RANK:
             self._make(rendered)
+        while not all(self._file(i).exists() for i in rendered):  # the first process renders
+            time.sleep(0.2)
         self.latents += [np.load(self._file(i)) for i in missing]
         return self.latents[: self.count(step)]
 
