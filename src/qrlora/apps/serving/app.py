@@ -1,9 +1,9 @@
 """Build the HTTP application: OpenAI's images endpoint, with compositions.
 
 POST /v1/images/generations     pictures; with "stream": true their progress too, as server-sent events
-GET  /v1/images/{id}.png        a picture that was asked for as a url
+GET  /v1/images/{id}.png        a picture of a request with "response_format": "url"
 GET  /v1/models, /v1/models/{}  the base model, and it with each adapter
-GET  /health, /metrics          for those who run it
+GET  /health, /metrics          for operators and monitoring
 GET  /openapi.json              all of this for programs
 """
 
