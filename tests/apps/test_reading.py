@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import asyncio
 import json
 import os
 import pwd
@@ -450,7 +449,7 @@ def test_full_width_digits_number_no_folder(tmp_path: Path) -> None:
 
 def authorised(token: bytes, *keys: str) -> bool:
     try:
-        asyncio.run(authorise(Request({"type": "http", "headers": [(b"authorization", b"Bearer " + token)]}), keys))
+        authorise(Request({"type": "http", "headers": [(b"authorization", b"Bearer " + token)]}), keys)
     except RequestError as refused:
         assert refused.status == 401
         return False
@@ -460,6 +459,7 @@ def authorised(token: bytes, *keys: str) -> bool:
 def test_a_key_that_is_not_ascii_opens_in_the_encodings_that_clients_send() -> None:
     assert authorised("sécond".encode(), "first", "sécond") and authorised("sécond".encode("latin-1"), "sécond")
     assert authorised("鍵".encode(), "鍵") and authorised(b"\xff", os.fsdecode(b"\xff"))
+    assert authorised("voilà".encode(), "voilà") and authorised("успех".encode(), "успех")  # end in A0 and in 85
     for wrong in (b"second", b"s?cond", b"?", b"", b"s\xffcond", "sécon".encode(), b"\xe9"):
         assert not authorised(wrong, "sécond", "鍵"), wrong
 

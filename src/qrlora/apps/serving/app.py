@@ -73,7 +73,7 @@ def _add_images(app: FastAPI, service: Service) -> None:
 def _add_models(app: FastAPI, service: Service) -> None:
     @app.get("/v1/models")
     async def models(request: Request) -> dict[str, Any]:
-        await authorise(request, service.limits.api_keys)
+        authorise(request, service.limits.api_keys)
         facts = await service.look_again(seconds=1)
         listed = [_model(facts.model)]
         listed += [_model(f"{facts.model}+{name}", **about) for name, about in sorted(facts.adapters.items())]
@@ -82,7 +82,7 @@ def _add_models(app: FastAPI, service: Service) -> None:
 
     @app.get("/v1/models/{model:path}")
     async def model(request: Request, model: str) -> dict[str, Any]:
-        await authorise(request, service.limits.api_keys)
+        authorise(request, service.limits.api_keys)
         await service.composition(model, None)
         return _model(model)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import secrets
 import time
 from collections.abc import Mapping
@@ -30,8 +31,8 @@ class Kept:
         self._pictures: TTLCache[str, bytes] = TTLCache(most_bytes, seconds, lambda: time.monotonic(), len)
 
     def put(self, png: bytes) -> str:
-        """Store a PNG file and return its name. Older ones are dropped to make room; one larger than the limit is not
-        stored."""
+        """Store a PNG file and return its name. The least recently used ones are dropped to make room for it; one that
+        is larger than the limit is not stored."""
         name = secrets.token_urlsafe(24)
         if len(png) <= self._pictures.maxsize:
             self._pictures[name] = png
@@ -39,7 +40,9 @@ class Kept:
 
     def get(self, name: str) -> bytes | None:
         """Return the PNG file, or None if it has been dropped."""
-        return self._pictures.get(name)
+        with contextlib.suppress(KeyError):  # `get` reads the clock twice, and fails if the picture expires in between
+            return self._pictures[name]
+        return None
 
 
 class Service:
