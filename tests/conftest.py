@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 
 import pytest
 import torch
 
 from tiny_pipelines import BUILDERS, build_tiny_sd3
+
+
+def pytest_configure() -> None:
+    """Tests interrupt commands by SIGINT, which a shell's background ignores."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)

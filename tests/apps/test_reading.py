@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import asyncio
 import json
 import os
 import pwd
@@ -158,10 +157,10 @@ def test_a_picture_of_too_many_pixels_is_refused_before_they_are(
         ImageFile.ImageFile, "load", lambda self: pytest.fail("decoded") if self.width == side else load(self)
     )
     for name, reader in picture_readers(tmp_path, path).items():
-        started = time.perf_counter()
+        started = time.process_time()
         with pytest.raises(QrloraError, match="too large") as refused:
             reader()
-        assert time.perf_counter() - started < 1, name
+        assert time.process_time() - started < 1, name
         assert "scale it down" in str(refused.value) and "PNG" not in str(refused.value), name
 
 
@@ -247,19 +246,19 @@ def test_json_that_others_cannot_read_is_refused(text: str) -> None:
 @pytest.mark.parametrize("text", ["a." * 20_000 + "a = 1", "x = " + "[" * 5000, "a = {" * 5000, "\x00", "a = '\ud800'"])
 def test_toml_that_takes_too_much_is_refused_soon(text: str, tmp_path: Path) -> None:
     (tmp_path / "a.toml").write_bytes(text.encode("utf-8", "surrogatepass"))
-    started = time.perf_counter()
+    started = time.process_time()
     with pytest.raises(RecipeError, match=r"a\.toml"):
         Recipe.load(tmp_path / "a.toml")
-    assert time.perf_counter() - started < 1
+    assert time.process_time() - started < 1
 
 
 def test_many_unknown_fields_are_explained_soon_and_briefly(tmp_path: Path) -> None:
     (tmp_path / "a.toml").write_text("\n".join(f"a{i}.b.c = {i}" for i in range(20_000)))
     for load in (Recipe.load, BrandSheet.load):
-        started = time.perf_counter()
+        started = time.process_time()
         with pytest.raises(QrloraError) as refused:
             load(tmp_path / "a.toml")
-        assert time.perf_counter() - started < 5 and len(str(refused.value)) < 10_000
+        assert time.process_time() - started < 5 and len(str(refused.value)) < 10_000
 
 
 def test_a_long_list_of_pictures_is_no_long_key(tmp_path: Path) -> None:
@@ -450,7 +449,7 @@ def test_full_width_digits_number_no_folder(tmp_path: Path) -> None:
 
 def authorised(token: bytes, *keys: str) -> bool:
     try:
-        asyncio.run(authorise(Request({"type": "http", "headers": [(b"authorization", b"Bearer " + token)]}), keys))
+        authorise(Request({"type": "http", "headers": [(b"authorization", b"Bearer " + token)]}), keys)
     except RequestError as refused:
         assert refused.status == 401
         return False
@@ -460,6 +459,7 @@ def authorised(token: bytes, *keys: str) -> bool:
 def test_a_key_that_is_not_ascii_opens_in_the_encodings_that_clients_send() -> None:
     assert authorised("sécond".encode(), "first", "sécond") and authorised("sécond".encode("latin-1"), "sécond")
     assert authorised("鍵".encode(), "鍵") and authorised(b"\xff", os.fsdecode(b"\xff"))
+    assert authorised("voilà".encode(), "voilà") and authorised("успех".encode(), "успех")  # end in A0 and in 85
     for wrong in (b"second", b"s?cond", b"?", b"", b"s\xffcond", "sécon".encode(), b"\xe9"):
         assert not authorised(wrong, "sécond", "鍵"), wrong
 

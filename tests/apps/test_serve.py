@@ -7,6 +7,7 @@ import base64
 import contextlib
 import errno
 import io
+import itertools
 import json
 import os
 import re
@@ -852,6 +853,13 @@ def test_kept_pictures_are_bounded_and_expire(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(time, "monotonic", lambda: now + 61)
     assert [kept.get(name) for name in names] == [None] * 3
     assert len(set(names)) == 3 and min(map(len, names)) >= 32
+
+
+def test_a_picture_that_expires_while_it_is_looked_up_is_an_answer_or_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept, clock = Kept(most_bytes=10, seconds=60), itertools.count(time.monotonic(), 40)
+    monkeypatch.setattr(time, "monotonic", lambda: next(clock))
+    name = kept.put(b"\x01")
+    assert [kept.get(name), kept.get(name)] == [b"\x01", None]
 
 
 # connections

@@ -37,7 +37,7 @@ def test_from_adapters_to_a_point_of_their_space(
     assert [member["name"] for member in shown["members"]] == ["style0", "style1", "style2"]
     assert next(iter(shown["adapter"]["nearest"])) == "style1" and shown["adapter"]["unexplained"] < 1e-6
     given = ["--model", str(tiny_sd3), "--style", str(tmp_path / "0.png"), "--rank", "2", "--space", space]
-    assert main(["plan", *given, "--no-time", "--json"]) == 0
+    assert main(["plan", *given, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["estimates"]["qrlora"]["parameters"] == 3
     assert main(["train", *given, "--steps", "2", "-o", point]) == 0
     assert "3 coefficients of s.space.safetensors" in capsys.readouterr().out

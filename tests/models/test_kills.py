@@ -32,8 +32,9 @@ STEPS = 24
 
 def run(arguments: list[str], log: Path, cache: Path, terminal: str = "") -> None:
     """One command as a process of its own; what it prints goes to a file, or to a terminal that is then its own."""
-    from qrlora.apps.cli import main
+    from qrlora.apps.cli import main, shared
 
+    shared.PATIENCE = shared.INTERVAL = 0.0  # the log tells when steps are taken
     if terminal:
         os.setsid()
     there = os.open(terminal or log, os.O_RDWR | os.O_CREAT)

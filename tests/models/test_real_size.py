@@ -47,7 +47,7 @@ def test_stable_diffusion_1_5_from_plan_to_stock_load(tmp_path: Path) -> None:
     style = ["--style", "style.png", "--steps", "1", *fields]
 
     assert "128 layers" in qrlora(tmp_path, "basis", "sd", "--rank", RANK, "--dtype", "bfloat16")[0]
-    found = json.loads(qrlora(tmp_path, "plan", *subject, "--no-time", "--json")[0])
+    found = json.loads(qrlora(tmp_path, "plan", *subject, "--json")[0])
     planned = sum(found["estimates"]["qrlora"]["memory"].values()) + found["program_bytes"]
     _, peak = qrlora(tmp_path, "train", *subject, "-o", "subject.safetensors")
     assert peak == pytest.approx(planned, rel=0.2)

@@ -77,7 +77,10 @@ def test_training_pico_after_it_computes_no_basis(
     assert load_adapter(Path("mug.safetensors")).metadata.basis_fingerprint == report["fingerprint"]
 
 
-def test_every_layer_is_verified_and_reported(tiny_sd3: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_layer_is_verified_and_reported(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tiny_sd3: Path
+) -> None:
+    monkeypatch.setattr("qrlora.apps.cli.shared.PATIENCE", 0.0)
     assert main(["basis", str(tiny_sd3), "--rank", "2"]) == 0
     out, err = capsys.readouterr()
     assert "basis of rank 4, 21 layers, 21 computed and 0 found" in out and "orthonormal to" in out

@@ -253,7 +253,7 @@ def test_a_recipe_names_its_pictures_model_and_output_in_the_registry(
     ]
     Path("recipes/mug.toml").write_text("\n".join(lines))
     capsys.readouterr()
-    assert main(["plan", "recipes/mug.toml", "--no-time", "--json"]) == 0
+    assert main(["plan", "recipes/mug.toml", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["recipe"]["rank"] == 2
     assert main(["train", "recipes/mug.toml"]) == 0
     registry = Registry.open(create=False)

@@ -240,8 +240,13 @@ def asked(
 
 
 def test_tuning_ends_in_a_frontier_with_commands(
-    taught: Path, tiny_sd3: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    taught: Path,
+    tiny_sd3: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr("qrlora.apps.cli.shared.PATIENCE", 0.0)
     arguments = asked(taught, tiny_sd3, tmp_path)
     assert main(arguments) == 0
     said = capsys.readouterr()

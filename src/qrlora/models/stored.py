@@ -30,7 +30,7 @@ _FLOATING = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 
 
 class StoredWeights(Mapping[str, Tensor]):
-    """Layer name -> base weight in `dtype`, read from its safetensors file whenever it is asked for.
+    """Layer name -> base weight in `dtype`, read from its safetensors file at each access.
 
     Attributes:
         shapes: layer name -> shape of its weight, in the order of the files.

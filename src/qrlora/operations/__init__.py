@@ -1,4 +1,4 @@
-"""Keep, prove, approve and use adapters in a company. Needs no network.
+"""Register, sign, approve and use adapters in a company. Needs no network.
 
 provenance/  keys, signatures (DSSE), certificates, C2PA manifests, perceptual hashes, the audit log's hash chain
 registry/    immutable artifacts by digest, edges, names, aliases, audit log; SQLite or PostgreSQL, a folder or fsspec

@@ -20,7 +20,7 @@ from qrlora.apps.cli.shared import (
     NOT_NEGATIVE,
     PATH,
     WHOLE,
-    Bar,
+    Bars,
     Names,
     check_there,
     claim,
@@ -113,12 +113,7 @@ def _line(options: Options, governed: Governed | None) -> Line:
     )
     journal = Journal(options.output)
     hold(journal)
-    bars: dict[str, Bar] = {}
-
-    def progress(what: str, done: int, of: int, note: str, seconds_left: float) -> None:
-        bars.setdefault(what, Bar(what))(done, of, note, seconds_left)
-
-    return Line(products, styles, file, settings, journal, options.batch_size, governed, progress)
+    return Line(products, styles, file, settings, journal, options.batch_size, governed, Bars())
 
 
 @contextlib.contextmanager

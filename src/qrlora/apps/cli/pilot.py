@@ -13,7 +13,7 @@ from qrlora.apps.cli.command import Group, Options, command, print_and_exit
 from qrlora.apps.cli.keys import c2pa_option, load_certificate, load_key
 from qrlora.apps.cli.permission import permission_options
 from qrlora.apps.cli.recorded import open_registry, packages
-from qrlora.apps.cli.shared import PATH, Bar, json_option, refuse_to_replace
+from qrlora.apps.cli.shared import PATH, Bars, json_option, refuse_to_replace
 from qrlora.apps.samples import SAMPLES, sample_files
 
 if TYPE_CHECKING:
@@ -67,14 +67,7 @@ def run(options: Options) -> int:
     """Run a stage; returns 1 if the gate recommends a no-go."""
     load_certificate(options.c2pa)
     found = _opened(options)
-    bars: dict[str, Bar] = {}
-
-    def show(what: str, done: int, of: int) -> None:
-        bars.setdefault(what, Bar(what))(done, of)
-        if done == of:
-            del bars[what]
-
-    result = found.run(options.stage, show)
+    result = found.run(options.stage, Bars())
     if options.json:
         print(json.dumps(result.to_dict(), indent=2, ensure_ascii=False))
     else:

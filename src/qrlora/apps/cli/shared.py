@@ -28,6 +28,10 @@ ADAPTER_HELP = "adapter file or registry:NAME@alias, with a weight if not 1: mug
 OVERWRITE_HELP = "An existing file is replaced only if -o names it."
 MODEL_HELP = "base model: pico (small, in this package), a folder in the diffusers layout, or a hub id"
 PATH = click.Path(path_type=Path)
+PATIENCE = 1.0
+"""Seconds before progress is shown."""
+INTERVAL = 30.0
+"""Seconds between two lines of progress where stderr is no terminal."""
 REFRESH = 0.1
 """Seconds between two paintings of a progress bar, each of which takes some milliseconds."""
 DTYPE = click.Choice(["float32", "bfloat16", "float16"])
@@ -157,24 +161,35 @@ def say_null_space(strength: float, kept: float | None = None) -> str:
 
 
 class Bar:
-    """Progress on stderr: a bar on a terminal, every tenth as a line of its own elsewhere."""
+    """Progress on stderr of work that takes more than `PATIENCE` seconds.
 
-    def __init__(self, unit: str):
-        self.unit, self.started = unit, time.perf_counter()
+    A terminal shows a bar. Elsewhere, as in the log of a CI job, there is a line at the end; before it there are at
+    most nine, one for each tenth of the work, and at least `INTERVAL` seconds apart.
+
+    first: units that were done before, as in a resumed run; they took no time of this one.
+    """
+
+    def __init__(self, unit: str, first: int = 0):
+        self.unit, self.first, self.started = unit, first, time.perf_counter()
         self.shown: Progress | None = None
-        self.painted = 0.0
+        self.painted, self.tenth = self.started, 0
 
     def __call__(self, done: int, of: int, note: str = "", seconds_left: float | None = None) -> None:
         """Show that `done` of `of` units are done; the time left is estimated unless given."""
+        now = time.perf_counter()
+        if now - self.started < PATIENCE:
+            return
         if seconds_left is None:
-            seconds_left = (time.perf_counter() - self.started) / done * (of - done)
+            seconds_left = (now - self.started) / max(done - self.first, 1) * (of - done)
         minutes, seconds = divmod(round(seconds_left), 60)
-        left = f"{minutes}:{seconds:02d} left"
+        left = "" if done == of else f"{minutes}:{seconds:02d} left"
         with contextlib.suppress(OSError):  # the terminal may be gone, the work need not be
             if sys.stderr.isatty():
                 self._show(done, of, note, left)
-            elif done == of or done * 10 // of != (done - 1) * 10 // of:
-                print(f"{self.unit} {done}/{of}  {note}{'  ' if note else ''}{left}", file=sys.stderr, flush=True)
+            elif done == of or (done * 10 // of > self.tenth and now - self.painted >= INTERVAL):
+                self.painted, self.tenth = now, done * 10 // of
+                line = "  ".join(filter(None, (f"{self.unit} {done}/{of}", note, left)))
+                print(line, file=sys.stderr, flush=True)
 
     def _show(self, done: int, of: int, note: str, left: str) -> None:
         if self.shown is None:
@@ -193,6 +208,18 @@ class Bar:
         if shown:
             with contextlib.suppress(OSError):
                 shown.stop()
+
+
+class Bars:
+    """A `Bar` for each kind of work, from the first unit reported to the last."""
+
+    def __init__(self) -> None:
+        self.bars: dict[str, Bar] = {}
+
+    def __call__(self, what: str, done: int, of: int, note: str = "", seconds_left: float | None = None) -> None:
+        self.bars.setdefault(what, Bar(what, done))(done, of, note, seconds_left)
+        if done == of:
+            del self.bars[what]
 
 
 def _progress(unit: str) -> Progress:

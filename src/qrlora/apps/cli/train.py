@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,13 +13,12 @@ import rich_click as click
 from qrlora._files import make_folder
 from qrlora.apps.cli.command import Command, Options, Several, check_one_of, command, hold, print_and_exit, together
 from qrlora.apps.cli.recorded import recorder_here, referable, shown
-from qrlora.apps.cli.shared import OVERWRITE_HELP, PATH, Bar, refuse_to_replace
+from qrlora.apps.cli.shared import OVERWRITE_HELP, PATH, Bar, Bars, refuse_to_replace
 from qrlora.errors import QrloraError
 
 if TYPE_CHECKING:
     from qrlora.models.training.recipe import Recipe
 
-PATIENCE = 2.0
 RECIPE_PANEL = "Recipe fields"
 
 
@@ -129,7 +127,7 @@ def run_train(options: Options) -> None:
     adapter = train(
         recipe,
         progress=lambda p: bar(p.step, p.steps, f"loss {p.loss:.4f}", p.seconds_left),
-        preparing=_shown_if_long(),
+        preparing=Bars(),
         resume=options.resume,
         restart=options.restart,
         score=score,
@@ -146,18 +144,6 @@ def run_train(options: Options) -> None:
         what = f"{1 + len(place['coordinates'])} coefficients of {place['name']}"
         what += f", and a remainder with {place['remainder']:.1%} of ‖ΔR‖²" if recipe.space_remainder else ""
     print(f"{shown(output)}: {what}; call it with {recipe.trigger!r}, as in {recipe.text!r}")
-
-
-def _shown_if_long() -> Callable[[str, int, int], None]:
-    """Return a progress function for the time before the steps, which prints after `PATIENCE` seconds."""
-    bars: dict[str, Bar] = {}
-
-    def show(what: str, done: int, of: int) -> None:
-        bar = bars.setdefault(what, Bar(what))
-        if time.perf_counter() - bar.started > PATIENCE:
-            bar(done, of)
-
-    return show
 
 
 def _judge(name: str, model: str) -> Callable[[Any], float]:

@@ -27,9 +27,6 @@ Run = Callable[[list[str]], int]
 PEOPLE = {"ada": ("author",), "ben": ("reviewer",), "cleo": ("reviewer", "operator")}
 MIX = "--adapter registry:teapots/teapot:1.2 --adapter registry:teapots/{style}:{weight} --null-space 0.5"
 
-PROGRESS = re.compile(r"\w+ \d+/\d+  .*left")
-"""A line of `shared.Bar`: no result."""
-
 
 @dataclass
 class Company:
@@ -51,8 +48,7 @@ class Company:
         os.environ["QRLORA_ACTOR"] = self.actor
         with contextlib.redirect_stdout(_Both(out, sys.stdout)), contextlib.redirect_stderr(_Both(err, sys.stderr)):
             code = self.run(shlex.split(command))
-        lines = (out.getvalue() + err.getvalue()).strip().splitlines()
-        said = "\n".join(line for line in lines if not PROGRESS.fullmatch(line))
+        said = (out.getvalue() + err.getvalue()).strip()
         self.typed.append((self.actor, f"qrlora {command}", said))
         if code not in expected:
             raise QrloraError(f"the demo stopped at: qrlora {command}", expected=expected, got=f"exit code {code}")

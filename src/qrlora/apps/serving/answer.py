@@ -44,7 +44,7 @@ def error_response(error: RequestError) -> JSONResponse:
 async def answer(service: Service, request: Request) -> Response:
     """Answer a request for pictures. Raises RequestError, and ClientDisconnect if the client goes first."""
     started = time.perf_counter()
-    await authorise(request, service.limits.api_keys)
+    authorise(request, service.limits.api_keys)
     wanted = await read_request(request, service.limits)
     if wanted.stream and wanted.response_format == "url":
         expected = "response_format b64_json"

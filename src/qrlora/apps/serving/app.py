@@ -1,9 +1,9 @@
 """Build the HTTP application: OpenAI's images endpoint, with compositions.
 
 POST /v1/images/generations     pictures; with "stream": true their progress too, as server-sent events
-GET  /v1/images/{id}.png        a picture that was asked for as a url
+GET  /v1/images/{id}.png        a picture of a request with "response_format": "url"
 GET  /v1/models, /v1/models/{}  the base model, and it with each adapter
-GET  /health, /metrics          for those who run it
+GET  /health, /metrics          for operators and monitoring
 GET  /openapi.json              all of this for programs
 """
 
@@ -73,7 +73,7 @@ def _add_images(app: FastAPI, service: Service) -> None:
 def _add_models(app: FastAPI, service: Service) -> None:
     @app.get("/v1/models")
     async def models(request: Request) -> dict[str, Any]:
-        await authorise(request, service.limits.api_keys)
+        authorise(request, service.limits.api_keys)
         facts = await service.look_again(seconds=1)
         listed = [_model(facts.model)]
         listed += [_model(f"{facts.model}+{name}", **about) for name, about in sorted(facts.adapters.items())]
@@ -82,7 +82,7 @@ def _add_models(app: FastAPI, service: Service) -> None:
 
     @app.get("/v1/models/{model:path}")
     async def model(request: Request, model: str) -> dict[str, Any]:
-        await authorise(request, service.limits.api_keys)
+        authorise(request, service.limits.api_keys)
         await service.composition(model, None)
         return _model(model)
 

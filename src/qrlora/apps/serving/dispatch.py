@@ -52,17 +52,17 @@ Place = tuple[Job, int]
 class Dispatcher:
     """The queue, and the tasks that empty it. Everything here happens in one event loop.
 
-    A batch is what waits with the settings of the picture that waits longest. Of engines that are free at the same
-    time, each takes its share.
+    A batch holds waiting pictures with the settings of the one that has waited longest. Engines that are free at the
+    same time divide them.
 
     Args:
-        engines: who makes the pictures.
+        engines: make the pictures.
         at_once: batches that they make at the same time, the number of engines.
         batch_size: most pictures of a batch.
         queue_length: most pictures that may wait.
         linger: seconds that a batch which is not full waits for others to join.
-        finish: returns the bytes that are handed out of every picture, in another thread. Where it fails, the picture
-            is not handed out.
+        finish: called in another thread with every picture; returns the PNG bytes to send. If it raises, the picture is
+            not sent.
     """
 
     def __init__(

@@ -116,7 +116,7 @@ class Engine:
 
     Args:
         model, dtype: as `load_pipeline` takes them.
-        folder: of the adapters' .safetensors files. Those that do not stand on the basis of most are left out.
+        folder: of the adapters' .safetensors files. Adapters on another basis than the majority are left out.
         threads: processor threads of a batch; torch's own choice if None.
 
     Raises:

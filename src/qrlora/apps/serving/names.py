@@ -30,12 +30,12 @@ def composition_of(model: str | None, field: object, base: str, adapters: Collec
 
     Args:
         model: the base model's name, followed by `+NAME` or `+NAME:WEIGHT` for each adapter; None for it alone.
-        field: what stands in `composition`; None if nothing does.
-        base, adapters: what there is.
+        field: value of `composition`; None if it is absent.
+        base, adapters: names of the served base model and adapters.
 
     Raises:
-        RequestError: 404 for a base model or adapter that is not there; 400 for both ways at once, an adapter named
-            twice, or a weight that is no number of those that can be.
+        RequestError: 404 for an unknown base model or adapter; 400 for both fields at once, an adapter named twice, or
+            a weight that is no number or too large.
     """
     named = [] if model is None else _named(model, base, adapters)
     if field is None:

@@ -72,7 +72,7 @@ class Gate:
         action: what the pictures are made for, as `check` takes it.
 
         Raises:
-            RequestError: 403 with the reason if it is not permitted; 503 if that cannot be found out.
+            RequestError: 403 with the reason if it is not permitted; 503 if the registry cannot be read.
         """
         if strength is None:
             from qrlora.method.composition.null_space import strength_of_roles

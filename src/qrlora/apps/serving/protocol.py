@@ -87,13 +87,13 @@ class Engines(Protocol):
 
 @dataclass(frozen=True)
 class Permission:
-    """Rules that every request's composition has to keep.
+    """Rules for the composition of every request.
 
     Attributes:
         registry: folder or URL of the registry with the policy and the approvals; None if only a file has rules.
         policy: file of more rules.
         approval: serve only what is approved.
-        model: whose files are hashed when the server starts.
+        model: the base model; its files are hashed when the server starts.
     """
 
     registry: str | None
@@ -107,7 +107,7 @@ class Limits:
     """Limits and keys of the HTTP front.
 
     Attributes:
-        api_keys: of which every request under /v1 has to bear one; none: all are served.
+        api_keys: every request under /v1 has to send one of them; if empty, no key is needed.
         connections: most that are open at the same time; fewer if the process may not open so many files.
         header_seconds: how long a request's header may take to come, and how long a client may read nothing.
         body_bytes, body_seconds: most of a request's body, and how long it may take to come.
@@ -118,7 +118,7 @@ class Limits:
             adapters.
         kept_bytes, kept_seconds: how many pictures asked for as urls are kept, and for how long.
         drain_seconds: how long requests may take to end when shutting down.
-        permission: rules that the compositions have to keep; None if any may be asked for.
+        permission: rules for compositions; None permits all.
     """
 
     api_keys: Sequence[str] = ()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import secrets
 import time
 from collections.abc import Mapping
@@ -24,21 +25,24 @@ if TYPE_CHECKING:
 
 
 class Kept:
-    """Pictures under names that cannot be guessed, until they are too old or take too much memory."""
+    """A cache of PNG files under random names, limited in age and total bytes."""
 
     def __init__(self, most_bytes: int, seconds: float):
         self._pictures: TTLCache[str, bytes] = TTLCache(most_bytes, seconds, lambda: time.monotonic(), len)
 
     def put(self, png: bytes) -> str:
-        """Keep a picture, dropping others as needed, unless it is larger than all room there is; return its name."""
+        """Store a PNG file and return its name. The least recently used ones are dropped to make room for it; one that
+        is larger than the limit is not stored."""
         name = secrets.token_urlsafe(24)
         if len(png) <= self._pictures.maxsize:
             self._pictures[name] = png
         return name
 
     def get(self, name: str) -> bytes | None:
-        """Return the picture, or None if it has been dropped."""
-        return self._pictures.get(name)
+        """Return the PNG file, or None if it has been dropped."""
+        with contextlib.suppress(KeyError):  # `get` reads the clock twice, and fails if the picture expires in between
+            return self._pictures[name]
+        return None
 
 
 class Service:
@@ -111,7 +115,7 @@ class Service:
     async def permitted(
         self, prompt: str, composition: Mapping[str, float], strength: float | None, action: str = "serve"
     ) -> tuple[float | None, dict[str, str] | None]:
-        """Return the strength and the files' digests that are permitted, where that is asked. RequestError (403)."""
+        """Return the permitted strength and the files' digests (None without rules). Raises RequestError (403)."""
         if self.gate is None:
             return strength, None
         facts = await self.look_again(seconds=1)  # a file may have been replaced

@@ -51,7 +51,8 @@ def adapter_from_model(
 
     Rank, alpha, columns and basis are read off the layers; the keywords are the other metadata. A train_basis
     adapter comes out as the LoRA it is equal to: up [Q, ΔQ], down [ΔR; R + ΔR], rank 2r.
-    Raises TunerError if there is no such adapter, or its layers differ in rank or scaling, or it is no LoRA at heart.
+    Raises TunerError if there is no such adapter, or its layers differ in rank or scaling, or its PEFT method is not a
+    form of LoRA.
     """
     layers = adapted_layers(model, adapter_name)
     config = _config_of(model, adapter_name)
@@ -110,9 +111,9 @@ def attach(model: nn.Module, adapter: Adapter, adapter_name: str = "default") ->
 
 
 def remove_adapters(denoiser: Any, names: Sequence[str]) -> None:
-    """Take these adapters off a diffusers denoiser, as far as they are on; with the last one go PEFT's layers too.
+    """Remove these adapters from a diffusers denoiser, and PEFT's layers with the last one; absent names are ignored.
 
-    Works on what a failed `add_adapter` left half done.
+    Also cleans up after an `add_adapter` that failed half-way.
     """
     there = [name for name in names if name in getattr(denoiser, "peft_config", {})]
     if there:

@@ -1,6 +1,6 @@
 """Check an adapter file as a safetensors container before any number of it is used.
 
-The checks of every LoRA file are here: its kind, dtypes, finite numbers, the hashes that it says of itself. Its sizes
+The checks of every LoRA file are here: its kind, dtypes, finite numbers, and the hashes in its metadata. Its sizes
 and its digest are checked by qrlora._tensor_file. All complaints are AdapterFileError, of which `about` names the file.
 """
 
@@ -28,7 +28,7 @@ PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 @contextmanager
 def about(path: Path) -> Iterator[None]:
-    """Put the file's name before any complaint about it."""
+    """Prefix the message of an AdapterFileError raised inside the context with the file's name."""
     try:
         yield
     except (AdapterFileError, TensorFileError, MismatchError) as error:
@@ -80,12 +80,12 @@ def check_entries(header: Mapping[str, Any]) -> None:
 
 
 def check_said_hashes(path: Path, metadata: Mapping[str, str], tensors: Mapping[str, Tensor], body_digest: str) -> None:
-    """Refuse a file whose tensors do not have its ModelSpec hash; where only kohya's hash differs, note it.
+    """Raise AdapterFileError if the tensors differ from `modelspec.hash_sha256`; note it where only kohya's hash does.
 
-    ModelSpec's is of all tensor data. Programs that write it hash the bytes after the header, or tensor after tensor in
-    the order of their keys or (kohya's merging scripts) of the model, which the file does not tell; those write kohya's
-    `sshs_model_hash`, of the bytes after the header, beside it. That one stays behind where other programs rename keys
-    or round, so alone it proves nothing.
+    The ModelSpec hash covers all tensor data: the bytes after the header, or one tensor after the other in the order of
+    the keys or (kohya's merging scripts) of the model. The file does not record the order of the model, but those
+    scripts also write `sshs_model_hash`, the hash of the bytes after the header. Programs that rename keys or convert
+    dtypes copy `sshs_model_hash` without updating it, so its mismatch alone proves no damage.
     """
     said = metadata.get("modelspec.hash_sha256", "").lower().removeprefix("0x")
     kohya = metadata.get("sshs_model_hash", "").lower()

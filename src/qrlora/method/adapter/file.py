@@ -3,9 +3,9 @@
 Compact spelling: one tensor `<layer>.delta_r` per layer, (rank, in). A triangular ΔR is packed into one dimension: row
 after row, of row i the entries from columns[i] on (the others are zero by definition, see `record.triangular_mask`).
 
-rank and columns are a layer's own wherever a basis is stood on: of `qrlora.columns` those below the smaller side of its
-base weight (out, in · kernel), all of them unless the layer is small. `qrlora.rank` counts `qrlora.columns`, and alpha
-over it is the scaling s of every layer.
+For an adapter on a basis, rank and columns are counted per layer: a layer has those of `qrlora.columns` that are below
+the smaller side of its base weight (out, in · kernel), so only a small layer has fewer than all. `qrlora.rank` is the
+number of `qrlora.columns`, and the scaling of every layer is s = alpha / `qrlora.rank`.
 
 LoRA spelling: `<denoiser>.<layer>.lora_A.weight` = s · ΔR, (rank, in) or (rank, in, kh, kw), and `.lora_B.weight` = Q's
 columns, (out, rank) or (out, rank, 1, 1). alpha equals rank and there are no `.alpha` keys: diffusers reads it as is,
@@ -101,7 +101,7 @@ def save_adapter(
 
 
 def load_adapter(path: str | Path) -> Adapter:
-    """Read an adapter of any spelling, or a plain LoRA with diffusers' keys (method "lora"); refuse anything less.
+    """Read an adapter in any spelling, or a plain LoRA with diffusers' keys (method "lora").
 
     ΔR keeps the file's dtype. The Q in a LoRA-spelled qrlora file is dropped (it belongs to the basis), after a check
     that it is orthonormal. Raises AdapterFileError naming the file, what was expected, what was found, and the remedy.

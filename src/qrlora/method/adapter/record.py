@@ -225,8 +225,8 @@ class Adapter:
 
     @functools.cached_property
     def strength(self) -> float:
-        """Bound the numbers that the adapter makes at weight 1: the length of the longest row of s · ΔR, times that of
-        its own ups. What null-space projection leaves of a row is never longer than the row."""
+        """Estimate the largest number computed by the adapter at weight 1 for an input of norm 1: the largest row norm
+        of s · ΔR, times that of its own ups. Null-space projection lengthens no row, so it holds after it too."""
         lengths = {layer: _longest_row(delta) for layer, delta in self.deltas.items()}
         if self.ups is not None:
             lengths = {layer: length * _longest_row(self.ups[layer]) for layer, length in lengths.items()}
@@ -234,7 +234,7 @@ class Adapter:
         return max((abs(self.scaling) * length for length in lengths.values()), key=lambda x: (x != x, x))
 
     def check_strength(self, weight: float = 1.0, largest: float = LARGEST) -> None:
-        """Raise MismatchError if the adapter at this weight is beyond the numbers that it is computed in."""
+        """Raise MismatchError if `strength` times this weight exceeds `largest`, the limit of the dtype in use."""
         if not abs(weight) * self.strength <= largest:  # NaN is not, nor is 0 times infinity
             raise MismatchError(
                 f"{self.name or 'the adapter'} is not finite at weight {weight:g}: its pictures would be black",

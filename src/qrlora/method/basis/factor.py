@@ -4,7 +4,7 @@ All adapters of one base model train on the same basis (arXiv 2507.04599, sectio
 function of the weight alone. It is: with ``diag(R) > 0`` the QR factorisation of the rank-r core is unique, whatever
 signs and rotations the singular value decomposition chose. ``exact`` takes the core from the full decomposition.
 ``fast`` iterates from a seeded start until the core has at least 0.999 of the best possible energy, so its Q is a
-function of weight and seed: what one machine leaves undone every machine leaves undone, and they differ by rounding.
+function of weight and seed: all machines stop after the same iterations, and their Q differ by rounding only.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def clipped_rank(shape: Sequence[int], rank: int) -> int:
     """Return how many columns a basis of this rank has in a layer of this weight, (out, in, *kernel): its smaller side
     at most.
 
-    They are the first ones, so column c of the basis is there if c lies below this number, whoever owns it.
+    A small layer has the first columns of the basis: column c exists there if c is below this number.
     """
     return min(rank, shape[0], math.prod(shape[1:]))
 
@@ -94,7 +94,7 @@ class Verification:
     Attributes:
         energy: share of ||W||_F² that Q R holds.
         off_orthonormal: largest entry of |QᵀQ - 1|.
-        within_reach: by what share of itself one more power iteration would raise the energy.
+        within_reach: relative gain in energy from one more power iteration.
     """
 
     energy: float
@@ -103,7 +103,7 @@ class Verification:
 
 
 def verify(weight: Tensor, basis: LayerBasis, name: str = "") -> Verification:
-    """Check a basis against its weight without decomposing it: two products tell whether Q is where the energy is.
+    """Check a basis against its weight without a decomposition: one power iteration measures the energy that Q misses.
 
     Raises:
         BasisError: columns that are not orthonormal to 1e-5, or that a power iteration improves by more than 1e-3.
@@ -130,7 +130,7 @@ def off_orthonormal(q: Float[Tensor, "out rank"]) -> float:
 
 @contextlib.contextmanager
 def full_precision(device: str) -> Iterator[None]:
-    """Compute in float32 whatever the caller allows its own products (autocast, TF32): Q is the same for everybody."""
+    """Disable autocast and TF32 inside the context, so that Q does not depend on the caller's precision settings."""
     allowed = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
@@ -141,7 +141,7 @@ def full_precision(device: str) -> Iterator[None]:
 
 
 def checked_matrix(weight: Tensor, rank: int, algorithm: str, name: str) -> tuple[Float[Tensor, "out in"], float]:
-    """The weight as a float32 matrix and the scale it was multiplied by, or the error that says why it has no basis.
+    """Return the weight as a float32 matrix and the scale it was multiplied by. Raises BasisError: as `layer_basis`.
 
     The scale is 1, or a power of two, which changes no digit, where squares could overflow or vanish in float32.
     """

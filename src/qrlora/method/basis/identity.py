@@ -47,8 +47,8 @@ def version_of(found: str, digests: Mapping[str, str], rank: int, algorithm: str
 def sketch(q: Float[Tensor, "out rank"]) -> tuple[float, float, float]:
     """Return three random projections of Q, to check a recomputed Q by: zᵀ Q w / sqrt(rank), z and w seeded noise.
 
-    Those of Q and of Q' differ by as much as a column does (:func:`turned`), and not by signs of zero or last digits:
-    a digest of Q would. So an adapter can carry them, and its basis need not.
+    The sketches of Q and Q' differ in proportion to ||Q - Q'||_F (:func:`turned`), and hardly by rounding, which would
+    change a digest of Q. So an adapter file carries the sketch in place of its basis.
     """
     z, w = _noise_of_sketch(*q.shape)
     found = ((z.to(q.device) @ q.detach().float()) * w.to(q.device)).sum(1) / q.shape[1] ** 0.5

@@ -47,7 +47,8 @@ class BatchedDelta(DeltaR):
 
     @torch.no_grad()
     def hold(self, deltas: Float[Tensor, "several rank in"]) -> None:
-        """Use these ΔR from now on, frozen and as they are; as long as their number stays, so do address and shape."""
+        """Replace the stacked ΔR, without gradients. While their number is the same, the tensor keeps address and
+        shape."""
         shape = (deltas.shape[0] * deltas.shape[1], *self.weight.shape[1:])
         if self.weight.shape != shape:
             self.weight = nn.Parameter(self.weight.new_empty(shape), requires_grad=False)
@@ -66,7 +67,7 @@ class BatchedDelta(DeltaR):
         return super().down()
 
     def turns(self, x: Tensor) -> int:
-        """Return how often a batch repeats the ΔR. Raises TunerError if its rows cannot be matched with them."""
+        """Return how often a batch repeats the ΔR. Raises TunerError unless its rows are a multiple of them."""
         turns, left = divmod(len(x), self.several)
         if left or (x.ndim == 2 and turns > MOST_TURNS):
             raise TunerError(
@@ -132,13 +133,13 @@ def batched(delta: DeltaR) -> BatchedDelta:
 
 
 class Live:
-    """Adapters of one basis attached once to a denoiser; any weights, one composition per picture of a batch, at the
-    price of one adapter.
+    """Adapters of one basis, attached once to a denoiser: a composition of its own for each picture of a batch, at the
+    computing time of one adapter.
 
     They are attached when this is constructed and removed when its `with` block ends. Until `compose` is called, the
-    denoiser computes what it would without. Takes 4 bytes for every number of every adapter's ΔR, on the union of the
-    adapters' columns, beside what one adapter takes for every picture; and the same for the adapters of each of the
-    last eight sets that were composed with null-space projection.
+    denoiser computes what it would without. Memory: 4 bytes per entry of every adapter's ΔR, on the union of the
+    adapters' columns, and one ΔR per picture of a batch; as much again for each of the last eight sets of adapters
+    composed with null-space projection.
 
     Args:
         denoiser: a diffusers denoiser that carries no adapters.

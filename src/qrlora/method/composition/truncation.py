@@ -31,8 +31,8 @@ class TruncationLoss:
     """Share of ‖Σ λᵢ ΔWᵢ‖²_F that truncation to a rank lost, per layer and in total (0 to 1).
 
     `energy_kept` is the share of ‖Σ λᵢ ΔWᵢ‖²_F that null-space projection left before the cut, 1 at strength 0.
-    `other_weights` lists the layers whose base weights differ between the parts: there the sum is of changes to
-    different matrices, and only pictures can tell whether it still means anything.
+    `other_weights` lists the layers whose base weights differ between the parts: the ΔW summed there belong to
+    different matrices, so only pictures show whether the sum is of use.
     """
 
     rank: int

@@ -69,10 +69,10 @@ def coefficients_on(model: nn.Module) -> dict[str, Any]:
 
 
 def unexplained(model: nn.Module, losses: Callable[[], Iterator[Tensor]]) -> float:
-    """The share of the energy of ∂loss/∂ΔR, the mean over all losses, that no step of the coefficients can follow.
+    """Return the share of ‖∂loss/∂ΔR‖² (mean gradient of all losses) outside the span of mean and components.
 
-    At the mean of the space, before training, it says how new a picture is: 1 less the part inside the span of mean and
-    components. A random gradient would leave 1 - (1 + k) / d of d numbers.
+    Before training, at the mean of the space, it measures how new a picture is. For a random gradient it is
+    1 - (1 + k) / d, with k components and d entries of ΔR.
     """
     placed = _placed(model)
     before = [(_span(one).share, one.original.requires_grad) for one in placed]

@@ -1,8 +1,9 @@
 """The space of adapters: mean and principal components of ΔR of one role on one basis, and where its members are.
 
-On one frozen basis ΔR have no gauge: two adapters that do the same have the same ΔR. So a sum, a mean and a direction
-of ΔR mean something, and a new adapter can be looked for among what is known: ΔR = m · mean + Σ zₖ cₖ. (Compare
-weights2weights, arXiv 2406.09413, and EigenLoRAx, arXiv 2502.04700, on LoRA's factors.)
+On one frozen basis equal ΔW have equal ΔR, while a LoRA's B and A are fixed only up to an invertible matrix between
+them. So sums, means and directions of ΔR are meaningful, and a new adapter can be trained as a few coefficients:
+ΔR = m · mean + Σ zₖ cₖ. (Compare weights2weights, arXiv 2406.09413, and EigenLoRAx, arXiv 2502.04700, on LoRA's
+factors.)
 """
 
 from __future__ import annotations
@@ -81,7 +82,7 @@ class Space:
         """Return the space that adapters span; components: how many to keep (default: all, one less than adapters).
 
         Raises MismatchError for fewer than two adapters, the same one twice, more components than there are, and
-        adapters that differ in basis, layers, columns, scaling or role: names both values.
+        adapters that differ in basis, layers, columns, scaling or role; the error names both values.
         """
         most = len(adapters) - 1
         if most < 1 or not 1 <= (components or most) <= most:

@@ -14,9 +14,9 @@ from torch.nn.utils import parametrize
 class Span(nn.Module):
     """weight = (1 + z₀) · mean + Σₖ zₖ · componentₖ + share · own, as a parametrisation of one module's weight.
 
-    All Spans of a model share one parameter `coefficients`, z, which starts at zero: at the mean. As components have
-    unit variance, a decay of z is the ridge that the spectrum calls for, and a decay of z₀ draws to the mean itself.
-    `source` says whose span it is.
+    All Spans of a model share one parameter `coefficients`, z, which starts at zero: at the mean. As components are
+    scaled to unit variance, weight decay of z penalises a direction by the inverse of its variance, and weight decay of
+    z₀ pulls to the mean. `source`: name and digest of the space.
     """
 
     source: Mapping[str, str] = {}
@@ -41,7 +41,7 @@ def place(
 ) -> nn.Parameter:
     """Put the weight of every named module on the span; returns z. The modules' own weights train if share is not 0.
 
-    The rest of the model sees ordinary parameters: z, once, and with a share the weights themselves.
+    The model's parameters then include z, once, and the modules' own weights if share is not 0.
     """
     count = 1 + len(next(iter(components.values())))
     z: nn.Parameter | None = None

@@ -46,8 +46,8 @@ class QRLoraConfig(LoraConfig):
 
     Attributes:
         r: rank. A layer whose smaller side holds fewer basis columns than this adapter owns gets those of them that it
-            has (see ``columns``); the scaling stays ``lora_alpha / r`` there, so that a number of ΔR moves the weight
-            as much in every layer and in every adapter on the basis, which sums in ΔR and one learning rate rely on.
+            has (see ``columns``); the scaling stays ``lora_alpha / r`` there, so that an entry of ΔR changes the weight
+            equally in every layer and every adapter on the basis; sums of ΔR and a shared learning rate rely on it.
         triangular: keep ΔR upper triangular in the coordinates of the whole basis (the published form): the row of
             basis column c is zero left of entry c.
         basis_rank: rank of the basis the columns are taken from; by default the least that holds them.

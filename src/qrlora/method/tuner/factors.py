@@ -127,7 +127,7 @@ class DeltaR(nn.Module):
 
     @torch.no_grad()
     def fill(self, device: torch.device, r: Float[Tensor, "rank in"] | None) -> None:
-        """Set what depends on the base weight. Row k, of basis column c, is zero in entries j < c."""
+        """Store R (None unless it trains), and make the mask that zeroes row k, of basis column c, before entry c."""
         self.r = r
         if self.triangular:
             first = torch.tensor(self.columns, device=device).unsqueeze(1)

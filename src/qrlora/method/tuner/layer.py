@@ -84,7 +84,7 @@ class QRLoraLayer(LoraLayer):
         return None
 
     def fill_basis(self) -> None:
-        """Compute what adapters still lack, unless the base weight itself has no values yet.
+        """Compute the Q of adapters that have none yet; do nothing while the base weight is on the meta device.
 
         Raises:
             BasisError, TunerError: the base weight has no such basis, or cannot be read.
@@ -284,9 +284,9 @@ class QRLoraLinear(QRLoraLayer, lora.Linear):
     """Adapter layer of a Linear, a transformers Conv1D, or a quantised Linear."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Compute PEFT's forward pass, whose three passes over the output (up, times s, added) are one product here.
+        """Compute PEFT's forward pass in one product, where PEFT passes over the output three times (up, times s, add).
 
-        What is not the usual case (mixed batches, merged or disabled adapters, a stock LoRA beside) is left to PEFT.
+        Mixed batches, merged or disabled adapters, and layers with a stock LoRA beside are left to PEFT.
         """
         names = [name for name in self.active_adapters if name in self.lora_A]
         ours = all(isinstance(self.lora_B[name], BasisColumns) for name in names)
@@ -333,7 +333,7 @@ class QRLoraConv3d(_QRLoraConv, lora.layer.Conv3d):
 
 
 def columns_held(layer: nn.Module, config: QRLoraConfig, r: int) -> tuple[int, ...]:
-    """The adapter's columns that a base layer has, by its sizes: the shape of a packed weight would not show them."""
+    """Return the adapter's columns that exist in a base layer, by its in and out sizes: packed weights show none."""
     base: Any = layer
     linear = hasattr(base, "in_features") and hasattr(base, "out_features")
     shape = (base.out_features, base.in_features) if linear else tuple(base.weight.shape)

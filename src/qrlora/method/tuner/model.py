@@ -76,7 +76,7 @@ class QRLoraModel(LoraModel):
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Add the adapter layers of ``peft_config[adapter_name]`` (PEFT and diffusers call this).
 
-        Layers that hold fewer columns than the adapter asks for are named in a log message, unless it was made before.
+        A log message names the layers that have fewer columns than the adapter, unless the same one was logged before.
 
         Raises:
             BasisError, TunerError: a layer that cannot carry the adapter, or ``target_modules`` that match none, or

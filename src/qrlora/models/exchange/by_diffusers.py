@@ -1,8 +1,9 @@
-"""Ask diffusers' own conversion of LoRA keys, of the family's pipeline, where each row goes.
+"""Find the layer of each row of an up matrix by diffusers' own conversion of LoRA keys.
 
-Its converters scale in the file's dtype, some know full-size models only, and what they do not know they drop with a
-log line at best. So they get tracers of rank 1, whose up counts its rows and whose down holds the number of its name:
-what comes out says which rows of which name are which layer, and what is missing there was not understood.
+The converters of the pipelines rescale in the file's dtype, some support full-size models only, and they drop unknown
+keys with a log line at best. So they are run on tracers instead of the file's tensors: LoRAs of rank 1 whose up holds
+row numbers and whose down holds the number of the name. The result tells which rows of which name became which layer; a
+name whose rows are missing was not understood.
 """
 
 from __future__ import annotations
@@ -21,9 +22,9 @@ from qrlora.models.families import ModelFamily
 
 
 def converted_by_diffusers(tensors: Mapping[str, Tensor], family: ModelFamily, denoiser: nn.Module) -> Any:
-    """Return the state dict that the family's pipeline makes of these keys, with the alphas where it tells them.
+    """Return the state dict to which the family's pipeline converts these keys, with the alphas where it returns them.
 
-    Its converters raise AssertionError, KeyError, ValueError and others alike: AdapterFileError, whatever it is.
+    Raises AdapterFileError for any exception of the converter (AssertionError, KeyError, ValueError and others).
     """
     pipeline = getattr(diffusers, family.pipeline_class)
     options = {"unet_config": denoiser.config} if family.denoiser == "unet" else {}
@@ -44,7 +45,8 @@ def traced(
     family: ModelFamily,
     denoiser: nn.Module,
 ) -> dict[str, tuple[Piece, ...]]:
-    """Name in the file -> the layers that diffusers makes of it; only of names that it understands whole."""
+    """Return name in the file -> the layers that diffusers converts it to; names converted only in part are left
+    out."""
     names = list(pairs)
     tracers: dict[str, Tensor] = {}
     for number, name in enumerate(names):

@@ -53,7 +53,7 @@ def export_adapter(
 
     Raises:
         MismatchError: another family, another base model, or layers that have no name in this form.
-        AdapterFileError: the file would not load as it should; lists every key and layer that it is about.
+        AdapterFileError: the file would not load as it should; the error lists every such key and layer.
     """
     path, denoiser = Path(path), family.denoiser_of(pipe)
     meta = adapter.metadata

@@ -57,8 +57,8 @@ def import_file(
 
     Args:
         pipe, family: the base model, which `onto` needs; with it every layer's name and shape is checked, and a
-            published checkpoint comes out as ΔR on its basis, exactly, rather than as the LoRA that it equals. One
-            that holds Q and R whole cannot be read without.
+            published checkpoint comes out as ΔR on its basis, exactly, rather than as the LoRA that it equals. A
+            published checkpoint that holds trained Q and R requires them.
         onto: project the ΔW onto this basis.
         alpha: as `load_any`.
         metadata: fields of AdapterMetadata that the file cannot know: base_model, role, trigger, licence.

@@ -37,7 +37,7 @@ Found = dict[str, tuple[Piece, ...]]
 
 @dataclass(frozen=True)
 class Located:
-    """Name in the file -> the layers that it means; whose they are; and whether they are called as diffusers does."""
+    """Layers of each name in a file, their family, and whether the names are those of diffusers."""
 
     layers: Found
     denoiser: str
@@ -70,7 +70,8 @@ class LayerNames:
         return ()
 
     def layer(self, name: str) -> str:
-        """Return the layer that diffusers calls so, with dots or underscores, or SDXL's original UNet; else ""."""
+        """Return the layer of this name in diffusers (dots or underscores) or in SDXL's original UNet; "" if there is
+        none."""
         flat = name.replace(".", "_")
         if self.modules:
             known = name if name in self.modules else self._flat.get(flat, "")
@@ -122,8 +123,8 @@ def shapes_of(denoiser: nn.Module) -> dict[str, tuple[int, ...]]:
 def locate(sizes: Sizes, names: LayerNames | None, ask: Callable[[LayerNames], Found]) -> Located:
     """The layers of all names: of the model whose `names` are given, else of the one family that knows all of them.
 
-    ask: the layers by diffusers' own conversion, for names that are not found.
-    Raises AdapterFileError: names that no layer answers to, names of no known family, families that disagree.
+    ask: finds layers by diffusers' own conversion, for names that are not found otherwise.
+    Raises AdapterFileError: names without a layer, names of no known family, or names of several families.
     """
     tables = [names] if names else [LayerNames(family) for family in FAMILIES.values()]
     found = [{name: table.find(name, *size) for name, size in sizes.items()} for table in tables]

@@ -2,8 +2,8 @@
 
 Besides ours a file may be a LoRA in any dialect that docs/exchange.md lists, or a published checkpoint, published.py.
 The header alone decides what is read and refused; the tensors are read once, after that. The adapter's ΔW is exactly
-the file's: a fused layer is divided by the rows of its up, ranks are filled up with zeros, and each layer's strength
-goes into its down.
+the file's: a fused layer is split by the rows of its up, lower ranks are padded with zeros, and each layer's scaling
+alpha / rank is folded into its down.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def load_any(
     Keys of text encoders and embeddings are left out; provenance names them, see `left_out_of`.
 
     Args:
-        alpha: of a file that does not say; scaling is alpha / rank. Given for one that says, it is refused.
+        alpha: of a file that records none (scaling is alpha / rank); an error for a file that records one.
         names: of the layers of the model at hand, which then decide what a layer's name in the file means. Without
             them a file has to be of a known family.
 

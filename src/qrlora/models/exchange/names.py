@@ -102,7 +102,7 @@ def _inside(place: str, kind: str, rest: str) -> str | None:
 def module_of(name: str, layers_per_block: int = LAYERS_PER_BLOCK) -> str:
     """The diffusers module that a kohya name of either kind means: of the original UNet, or diffusers' own flattened.
 
-    What it makes of a name that no UNet has is not a module either, which a check against the model then finds.
+    For a name that no UNet has, it returns a name that no module has; a check against the model finds that.
     """
     flat = name.removeprefix(PREFIX)
     if flat in _OUTSIDE_BACK:

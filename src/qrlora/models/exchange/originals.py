@@ -1,4 +1,4 @@
-"""Name the transformers' layers as the code does that each was published with, which ComfyUI and most trainers keep.
+"""Name the transformers' layers as in each model's original code, whose names ComfyUI and most trainers use.
 
 One row per layer of the original: its name, and the diffusers layers that it holds, one below the other in its rows;
 `#` stands for the number of the block. Rows were checked against diffusers' own conversion of checkpoints
@@ -48,7 +48,8 @@ class Original:
         return template(self.name)
 
     def number_of(self, layer: str) -> str | None:
-        """The block that `layer` of this row belongs to, empty if the row has no blocks; None if it is of another."""
+        """Return the block number of `layer` as text, empty if this row has no blocks; None if the row lacks the
+        layer."""
         for own in self.layers:
             match = template(own).fullmatch(layer)
             if match:

@@ -26,7 +26,7 @@ DESCRIPTION = ("family", "denoiser", "base_model", "base_digest", "role", "trigg
 
 @dataclass(frozen=True)
 class EnergyKept:
-    """‖kept ΔW‖² / ‖ΔW‖² per layer and over all layers, 0 to 1; a layer without change has lost nothing."""
+    """‖kept ΔW‖² / ‖ΔW‖² per layer and over all layers, 0 to 1; 1 for a layer with ΔW = 0."""
 
     total: float
     layers: Mapping[str, float]
@@ -98,7 +98,7 @@ def on_columns(
 ) -> tuple[Adapter, EnergyKept]:
     """Return an adapter on `columns` of `basis` whose ΔR of a layer is coordinates(layer, Q[:, columns]), in float64.
 
-    `whole` is ‖ΔW‖² by layer, complete when all coordinates have been asked for; `described`: fields of `DESCRIPTION`.
+    `whole`: layer -> ‖ΔW‖², which `coordinates` may fill in as it is called; `described`: fields of `DESCRIPTION`.
     A small layer that has none of the columns keeps nothing and is left out.
     """
     owned = tuple(range(basis.rank)) if columns is None else tuple(columns)

@@ -74,8 +74,8 @@ def is_whole(tensors: Mapping[str, Tensor]) -> bool:
 def load_published(path: str | Path, tensors: Mapping[str, Tensor] | None = None) -> Published:
     """Read a checkpoint of either mode; `tensors` if they were read from it already.
 
-    AdapterFileError lists unknown and missing keys, wrong shapes, and layers whose Q is no Q: where its decomposition
-    fails the published code goes on with random numbers.
+    AdapterFileError lists unknown and missing keys, wrong shapes, and layers whose Q is not orthonormal: where its SVD
+    fails, the published code trains on with random numbers.
     """
     path = Path(path)
     tensors = read_tensor_file(path)[0] if tensors is None else tensors

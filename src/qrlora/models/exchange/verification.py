@@ -1,6 +1,6 @@
 """Predict how another program reads a LoRA file, by that program's own key rules.
 
-A loader that does not know a key says so in a log line at best, and the user finds out from the picture.
+A loader reports an unknown key in a log line at best, so users notice it in the pictures.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ Layers = dict[str, dict[str, Tensor]]
 
 
 def count_matches(path: str | Path, target: str, family: ModelFamily, denoiser: nn.Module) -> int:
-    """Count the layers of `denoiser` that a program of that kind changes when it loads the file: all that the file has.
+    """Return the number of layers of `denoiser` that such a program changes with this file: all layers in the file.
 
     target "diffusers": by the state-dict conversion of the pipeline's own `load_lora_weights`. "kohya": by the names
     that ComfyUI, Forge and A1111 hold: for SDXL the original UNet's, counted off its blocks; for SD diffusers'.
@@ -43,9 +43,9 @@ def count_matches(path: str | Path, target: str, family: ModelFamily, denoiser: 
 def check_same(
     path: Path, target: str, family: ModelFamily, denoiser: nn.Module, adapter: Adapter, basis: Basis | None
 ) -> int:
-    """Return `count_matches` of a written adapter, whose every layer has to come back with the same ΔW.
+    """Return `count_matches` of a written adapter, after checking that every layer reads back with the same ΔW.
 
-    ΔW is compared by what it makes of one random vector. A fused layer may bring others back, with a ΔW of zero.
+    ΔW is compared by its product with one random vector. A fused layer may add layers, with a ΔW of zero.
     """
     layers = _layers_by(path, target, family, denoiser)
     generator = torch.Generator().manual_seed(0)

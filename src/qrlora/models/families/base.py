@@ -121,7 +121,7 @@ def size_unit(pipe: Any) -> int:
 def refuse_long_prompts(
     tokenizer: Any, limit: int, prompts: Sequence[str], template: Callable[[str], str] = str
 ) -> None:
-    """Raises DataError if a prompt has more tokens than `limit`: the pipeline would cut it without a word.
+    """Raises DataError if a prompt has more tokens than `limit`: the pipeline would truncate it silently.
 
     template: what the pipeline makes of a prompt before it is tokenised.
     """
@@ -151,7 +151,7 @@ def chat(tokenizer: Any, thinking: bool) -> Callable[[str], str]:
 def encode_images(pipe: Any, images: Float[Tensor, "n 3 height width"]) -> Float[Tensor, "n c h w"]:
     """Encode pictures in [-1, 1] to latents in the denoiser's scale, `(z - shift) * scaling`.
 
-    The autoencoder's mean is taken rather than a draw, so that cached latents are a function of the picture alone.
+    The mean of the autoencoder's distribution is taken, not a sample, so cached latents depend on the picture alone.
     """
     vae = pipe.vae
     encoded = vae.encode(images.to(device=vae.device, dtype=vae.dtype))

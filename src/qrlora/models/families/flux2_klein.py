@@ -31,7 +31,7 @@ def encode_prompts(pipe: Any, prompts: list[str]) -> dict[str, Tensor]:
     """Encode text to `encoder_hidden_states` (n, 512, 3 features): three layers of the text encoder, padding included.
 
     They are the layers that the pipeline reads. The example script reads others by default (10, 20, 30 for 9, 18, 27):
-    an adapter trained on those would be told one thing in training and another when it is used.
+    an adapter trained on those would see other embeddings in training than in use.
     """
     return {"encoder_hidden_states": pipe.encode_prompt(prompts, **prompt_options(pipe, prompts))[0]}
 

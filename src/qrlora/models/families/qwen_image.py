@@ -22,7 +22,7 @@ TOKENS = 512
 
 
 def prompt_options(pipe: Any, prompts: list[str]) -> dict[str, Any]:
-    """Return the token limit, and the negative prompt of the model's card, without which the pipeline does not guide.
+    """Return the token limit, and the negative prompt of the model's card, without which the pipeline uses no guidance.
 
     Raises:
         DataError: a prompt is longer than that.

@@ -31,11 +31,11 @@ def largest_side(pipe: Any) -> int:
 def prompt_options(pipe: Any, prompts: list[str]) -> dict[str, Any]:
     """Return the options that set T5's length, for `pipe(...)` and `pipe.encode_prompt(...)` alike.
 
-    A pipeline without T5 stands zero tokens in its place, `max_sequence_length` of them. They carry nothing, but the
-    denoiser attends to every one: a single one is kept, at training and at generation alike.
+    Without T5 the pipeline passes `max_sequence_length` zero embeddings in its place. They carry nothing, but the
+    denoiser attends to each, so the length is set to 1, in training and in generation.
 
     Raises:
-        DataError: there is no T5 and a prompt is longer than CLIP reads; the pipeline would cut it without a word.
+        DataError: there is no T5 and a prompt is longer than CLIP reads; the pipeline would truncate it silently.
     """
     if pipe.text_encoder_3 is not None:
         return {"max_sequence_length": T5_TOKENS}

@@ -326,7 +326,7 @@ def not_finite(jobs: Sequence[tuple[str, int]], images: Sequence[Image.Image | N
 def or_black(make: Callable[[], list[Image.Image]]) -> list[Image.Image]:
     """Return the pictures that a call makes, black in place of those that are not finite, with a note.
 
-    For sheets beside longer work, which one such picture must not end."""
+    For sample sheets of a longer run, which one such picture must not abort."""
     try:
         return make()
     except PictureError as error:

@@ -24,7 +24,7 @@ Batch = tuple[Tensor, Tensor, Tensor, dict[str, Tensor], Tensor | None]
 
 
 def family_options(recipe: Recipe, family: ModelFamily) -> tuple[dict[str, float], dict[str, float]]:
-    """Return the recipe's fields that the family's loss takes, and those that its draw of timesteps takes.
+    """Return the recipe's fields that the family's loss takes, and those that its sampling of timesteps takes.
 
     Raises RecipeError for a field that is set and has no meaning for this family.
     """

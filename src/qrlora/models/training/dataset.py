@@ -44,7 +44,7 @@ class Example:
         size: width and height in pixels that it is cut to.
         view: whether it is mirrored or moved before it is shown.
         digest: SHA-256 of the pixels the model is shown, and their size.
-        mask_digest: the same of its mask; empty if the whole picture counts.
+        mask_digest: SHA-256 of its mask's pixels, and their size; empty if it has none.
     """
 
     source: Source
@@ -93,12 +93,12 @@ class EncodedDataset:
 
     Attributes:
         latents: of each example, (c, h, w) float32; examples of one shape are a bucket.
-        masks: weights of its places in the loss, (1, h, w) float32, or None if they are all alike.
-        texts: which row of `conditions` is its caption's.
-        conditions: tensors with one row for each caption that there is.
-        epoch: the examples that an epoch shows, each as often as it is repeated.
+        masks: of each example, loss weight of every latent position, (1, h, w) float32; None if all are 1.
+        texts: of each example, the row of its caption in `conditions`.
+        conditions: tensors by name, with one row for each distinct caption.
+        epoch: indices of the examples in one epoch, those with repeats several times.
         digest: SHA-256 of the pictures, captions, masks and repeats they were made from.
-        device: where batches are wanted.
+        device: to which batches are moved.
     """
 
     latents: tuple[Tensor, ...]
@@ -124,7 +124,7 @@ class EncodedDataset:
         return latents.to(self.device), {key: value[rows].to(self.device) for key, value in self.conditions.items()}
 
     def mask(self, indices: Int[Tensor, " b"]) -> Float[Tensor, "b 1 h w"] | None:
-        """Return the weights of their places in the loss; None if none of them has a mask."""
+        """Return the loss weights of these examples' latent positions; None if none of them has a mask."""
         chosen = [(self.latents[i], self.masks[i]) for i in indices.tolist()]
         if all(mask is None for _, mask in chosen):
             return None
@@ -154,7 +154,7 @@ def load_examples(
         resolution: side in pixels of the squares that pictures are cut to.
         sizes: shapes to cut each picture to the nearest of, instead (`bucket_sizes`).
         flip, shift: its mirror image, and copies moved by so many pixels to each side, are examples too.
-        alpha_mask: pictures without a mask beside them have it in their transparency.
+        alpha_mask: the alpha channel is the mask of a picture without a mask file.
         repeats: as `find_pictures` takes them.
         report: told of every picture.
 
@@ -219,7 +219,7 @@ def encode(
     correctness.
 
     Args:
-        mask_min_value: weight of what masks leave out, from 0 to 1, where they have no effect.
+        mask_min_value: loss weight of what masks exclude, from 0 to 1; at 1 masks have no effect.
         report: told of every picture.
 
     Raises:

@@ -59,8 +59,8 @@ class Progress:
 
 
 class TrainingInterrupted(KeyboardInterrupt):
-    """Ctrl-C, SIGTERM or SIGHUP, taken after a whole step. `checkpoint` is what `resume` continues from; None if there
-    is no output."""
+    """Ctrl-C, SIGTERM or SIGHUP, which end a run after the current step. `checkpoint` is what `resume` continues
+    from; None if there is no output."""
 
     def __init__(self, step: int, saved: object):
         self.step, self.checkpoint = step, saved
@@ -126,7 +126,7 @@ def train(
     Under `accelerate launch` every process calls it; the main process alone writes files and reports progress.
 
     Args:
-        recipe: what to do.
+        recipe: the run's description.
         pipe: a loaded base model; it comes back as it was (its denoiser frozen). Without it `recipe.model` is loaded,
             and its encoders leave memory as soon as the pictures and captions are encoded.
         family: of `pipe`; looked up if not given.
@@ -134,12 +134,13 @@ def train(
         resume: continue from the newest checkpoint, to the ΔR of an uninterrupted run (bit for bit on a CPU).
         restart: remove the checkpoints of an earlier run, once this one is ready for its first step.
         score: of a sample sheet; the best step is returned, and training stops after `recipe.patience` worse sheets.
-        sampled: called with every sample sheet's step, its pictures, and what returns the adapter of that step.
+        sampled: called for every sample sheet with its step, its pictures, and a function that returns that step's
+            adapter.
 
     Raises:
         ModelError, DataError, BasisError, TunerError: the model, the pictures or the basis cannot be used.
         RecipeError: no checkpoint to resume, or of another run; checkpoints in the way; too many processes.
-        OutputError: the output cannot be written; if its disk fails at the end, it names the place of the adapter.
+        OutputError: the output cannot be written; if that fails at the end, the error names the file written instead.
         TrainingError, TrainingInterrupted: the loss or gradient is not finite; Ctrl-C, SIGTERM or SIGHUP.
     """
     started = time.perf_counter()

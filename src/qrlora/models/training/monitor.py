@@ -42,7 +42,7 @@ log = logging.getLogger(__name__)
 
 @runtime_checkable
 class Run(Protocol):
-    """The parts of `loop.Run` that are watched."""
+    """The attributes of `loop.Run` that monitoring reads."""
 
     accelerator: Accelerator
     denoiser: nn.Module
@@ -67,10 +67,11 @@ _SAMPLE_FIELDS = ("sample_prompts", "sample_seeds", "resolution")
 
 
 def check(recipe: Recipe, score: Score | None) -> None:
-    """Check before the run what would fail in it.
+    """Check the monitoring fields of a recipe before the run.
 
     Raises:
-        RecipeError: samples for nobody, a choice without samples, or patience without a score.
+        RecipeError: sample sheets without an output or a score, a score without sample sheets, or patience without a
+            score.
     """
     if recipe.sample_every and recipe.output is None and score is None:
         raise RecipeError(
@@ -227,9 +228,9 @@ class Selection:
     """Selection of the step whose pictures score best so far.
 
     Attributes:
-        patience: scores without a better one after which it is enough; 0 for never.
-        scores: (step, score) of every sheet but that of step 0, where there is nothing to choose.
-        best: the adapter of the first of the best.
+        patience: number of scores in a row without a new best after which training stops; 0: never.
+        scores: (step, score) of every sheet but that of step 0, which shows the base model.
+        best: adapter of the earliest step with the best score.
     """
 
     score: Score
@@ -256,8 +257,8 @@ class Selection:
 
 
 class Monitor:
-    """Everything that watches one run: trackers, sample sheets and the selection of a step. Of several processes all
-    paint, and the first alone scores, writes and logs."""
+    """Trackers, sample sheets and step selection of one run. All processes sample; the main process alone scores,
+    writes and logs."""
 
     def __init__(self, recipe: Recipe, sampler: Sampler | None, score: Score | None, sampled: Sampled | None = None):
         self.recipe, self.sampler, self.sampled = recipe, sampler, sampled
@@ -266,7 +267,7 @@ class Monitor:
 
     @property
     def satisfied(self) -> bool:
-        """Return True if more training would be of no use."""
+        """Return True if the last `patience` scores had no new best, so that training stops."""
         return bool(self.selection and self.selection.exhausted)
 
     @contextlib.contextmanager
@@ -346,7 +347,7 @@ class Monitor:
         return self.selection.described(provenance) if self.selection else run.adapter(provenance)
 
     def keep(self, saved: Path) -> None:
-        """Put the best so far beside a checkpoint, for whoever resumes from it; drop that of older ones."""
+        """Write the best adapter so far beside a checkpoint, for resuming; remove those beside older checkpoints."""
         if self.selection and self.selection.best:
             adapter = self.selection.described({})
             save_adapter(adapter, _best_beside(saved), "compact" if adapter.metadata.on_basis else "lora")
@@ -355,10 +356,10 @@ class Monitor:
                 best.unlink()
 
     def resume(self, saved: Path) -> None:
-        """Take up the choice where the run that wrote this checkpoint left it.
+        """Restore the scores and the best adapter that belong to this checkpoint.
 
         Raises:
-            RecipeError: its pictures were others, so that scores cannot be compared.
+            RecipeError: its sample sheets had other settings, so scores cannot be compared.
         """
         if not self.selection or not _best_beside(saved).is_file():
             return

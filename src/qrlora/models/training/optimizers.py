@@ -65,9 +65,10 @@ def needed(field: str, package: str) -> Any:
 
 @contextlib.contextmanager
 def evaluated(optimizer: torch.optim.Optimizer) -> Iterator[None]:
-    """Hold the parameters as they are to be used, for the duration; afterwards as they train, bit for bit.
+    """Inside the context the parameters have the values of the adapter; after it the training values, bit for bit.
 
-    Both are the same but for schedule-free AdamW, which takes its gradients at another point than the average it gives.
+    They differ for schedule-free AdamW alone, whose gradients are taken at another point than the average that it
+    returns.
     """
     modes: Any = optimizer
     if not hasattr(modes, "eval"):

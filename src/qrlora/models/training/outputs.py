@@ -1,4 +1,4 @@
-"""The files of a training run on disk, and whose they are. Needs no torch, so that a refusal is quick."""
+"""The files of a training run on disk, and the lock on them. Needs no torch, so that a refusal is quick."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def path_of(recipe: Recipe, step: int) -> Path:
 
 @contextlib.contextmanager
 def held(recipe: Recipe, resume: bool, restart: bool) -> Iterator[None]:
-    """Hold the output of a run, if it has one, and what lies beside it.
+    """Lock the output of a run, if it has one, and remove unfinished files beside it.
 
     Raises:
         OutputError: it cannot be written, or another process holds it.

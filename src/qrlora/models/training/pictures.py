@@ -65,7 +65,7 @@ def views(flip: bool, shift: int) -> list[View]:
 def bucket_sizes(resolution: int, unit: int, largest: int | None = None) -> list[Size]:
     """Return the shapes that pictures of all aspect ratios are cut to: about ``resolution`` squared pixels each.
 
-    Never more, so that what has the memory for squares has it for all of them.
+    None has more pixels than the square, so a run that fits in memory with squares fits with all shapes.
 
     Args:
         resolution: side of the square one, in pixels.
@@ -87,7 +87,7 @@ def nearest_size(size: Size, sizes: Sequence[Size]) -> Size:
 
 
 def check_resolution(resolution: int, unit: int, largest: int | None) -> None:
-    """Raises DataError for a resolution that the model takes no pictures of."""
+    """Raise DataError for a resolution that the model does not support."""
     if resolution % unit or (largest and resolution > largest):
         below = max(unit, min(resolution, largest or resolution) // unit * unit)
         raise DataError(

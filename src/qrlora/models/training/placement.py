@@ -29,7 +29,7 @@ BYTES = {"int8": 1.0, "nf4": 0.5 + 1 / 64}
 def check_fits(pipe: Any, family: ModelFamily, recipe: Recipe, device: torch.device, processes: int) -> None:
     """Raise ModelError if the weights alone are more than the device has free: of the encoders, then of the denoiser.
 
-    On the CPU, where the pipeline has been loaded, there is nothing left to ask.
+    On the CPU there is nothing to check: the pipeline is loaded there already.
     """
     if device.type == "cpu":
         return
@@ -63,7 +63,7 @@ def module_bytes(module: nn.Module) -> int:
 def encoders_alone(pipe: Any, family: ModelFamily, device: torch.device | str) -> Iterator[None]:
     """Put text encoders and autoencoder on the device, and take the denoiser out of the pipeline, for the duration.
 
-    A pipeline takes its device from whichever of its modules it meets first. Encoding asks the denoiser for facts only.
+    The denoiser has to be out because a pipeline reads its device off its first module; encoding needs its config only.
     """
     denoiser: Any = family.denoiser_of(pipe)
     components = vars(pipe)  # setattr would enter the stand-in into the pipeline's configuration
@@ -87,7 +87,7 @@ def settle(denoiser: nn.Module, recipe: Recipe, device: torch.device, trained: C
 def quantise(denoiser: nn.Module, form: str, device: torch.device) -> None:
     """Store the frozen Linear weights of the denoiser's blocks in 8 or 4 bits, one by one on their way to the device.
 
-    What is outside the blocks (embedders, the last projection) is little, and matters much: it keeps its precision.
+    Layers outside the blocks (embedders, last projection) are small and sensitive, so they keep their precision.
 
     Args:
         form: `int8`, a scale for each output (torchao), or `nf4`, a scale for each 64 weights, the scales in 8 bits
@@ -134,7 +134,7 @@ def _frozen_linear(module: nn.Module) -> bool:
 def shard(denoiser: nn.Module, device: torch.device, trained: set[nn.Parameter]) -> None:
     """Divide the frozen weights among the processes, block by block (FSDP2); each is whole only while its block runs.
 
-    What trains is left out and stays whole everywhere: it is small, and its gradients are summed in the loop.
+    Trained parameters are not divided: they are small, and the loop sums their gradients.
     """
     mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
     for block in [*reversed(blocks(denoiser)), denoiser]:  # a block inside another comes first

@@ -71,7 +71,7 @@ class Plan:
         loading_bytes: what is on the device besides while the pictures are encoded: weights, and the largest
             picture's activations in the autoencoder. On a CPU the most that it can be: weights that are stored in
             the recipe's dtype are mapped from their files and come to memory as they are used.
-        host_bytes: weights that the computer itself reads: of the whole pipeline.
+        host_bytes: weights of the whole pipeline, which are loaded to the computer's own memory first.
     """
 
     recipe: Recipe
@@ -94,7 +94,7 @@ def plan(recipe: Recipe) -> Plan:
     """Estimate what training by `recipe` will take. Nothing is trained and no weight is read.
 
     Args:
-        recipe: its pictures need not be there; those that are count.
+        recipe: its pictures need not exist; those that do are counted.
 
     Raises:
         ModelError: the base model's configs cannot be found or read.

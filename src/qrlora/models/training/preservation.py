@@ -2,8 +2,8 @@
 
 Prior preservation (Ruiz et al. 2023, "DreamBooth", section 3.3) trains on pictures that the base model made, against
 noise. Here the base model's predictions while it makes them are the target: every denoiser call on the way is recorded,
-with both halves of classifier-free guidance, and training asks the adapted denoiser for the same answer. So the loss is
-zero until the adapter changes something it was not asked to, and no encoder or second copy of the model is needed.
+with both halves of classifier-free guidance, and the adapted denoiser is trained to predict the same. So the loss is
+zero until the adapter changes one of these predictions, and no encoder or second copy of the model is needed.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def record(pipe: Any, family: ModelFamily, prompts: Sequence[str], seed: int, ba
 
     Args:
         pipe: a pipeline of `family`, without adapters or with one that does nothing yet.
-        prompts: what the adapter should not change: things near what it learns, in other words.
+        prompts: of pictures that the adapter should not change, best of things similar to the one it learns.
         seed: of the first picture; the others count on from it.
         batch_size: rows of a call; guidance makes two of each prompt.
     """

@@ -18,7 +18,8 @@ from qrlora.models.training.recipe import Recipe
 
 
 def processes_here(**tracked: Any) -> Accelerator:
-    """Return accelerate's view of the processes. Without a GPU it has to be told so, or each would run by itself.
+    """Return accelerate's view of the processes. Without a GPU it needs `cpu=True`, or each process would run by
+    itself.
 
     tracked: accelerate's options about trackers.
     """

@@ -1,13 +1,13 @@
 """Rehearse a computation on torch's meta device: what it would allocate and how many operations it would take.
 
-    with Rehearsal(what_is_there_already) as rehearsal:
+    with Rehearsal(model.parameters()) as rehearsal:
         loss = model(inputs)
         held = rehearsal.live
         loss.backward()
     rehearsal.peak, rehearsal.flops
 
-On the meta device every operation happens and none computes, so what autograd keeps and what is allocated at the worst
-moment is counted, not guessed. The same counts come out on real tensors.
+On the meta device every operation allocates and none computes, so the tensors that autograd saves and the peak of the
+allocated memory are counted exactly. The same counts come out on real tensors.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Rehearsal(TorchDispatchMode):
     """
 
     def __init__(self, there: Iterable[Tensor] = ()):
-        """there: tensors whose memory is not counted, because it is there before."""
+        """there: tensors allocated before the context, whose memory is not counted."""
         super().__init__()
         self.live = self.peak = self.flops = 0
         self._storages = {tensor.untyped_storage()._cdata for tensor in there}

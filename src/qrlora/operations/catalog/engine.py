@@ -1,4 +1,4 @@
-"""Give jobs to workers: never more at once than there is room for, whatever fails on the way.
+"""Submit jobs to workers, never more at once than they have room for, also when jobs or workers fail.
 
 A pool is where the workers are: `Here` in this process, `cluster.Actors` on Ray.
 """
@@ -34,18 +34,18 @@ class Pool(Protocol):
 
     @property
     def room(self) -> int:
-        """Number of jobs that can be given now."""
+        """Number of jobs that can be submitted now."""
 
     @property
     def busy(self) -> int:
-        """Number of jobs that were given and are not done."""
+        """Number of submitted jobs that are not done."""
 
     def submit(self, method: str, job: Any) -> None:
-        """Give a job to a method of a worker. Only where there is room."""
+        """Submit a job to this method of a worker. Requires `room`."""
 
     def wait(self) -> list[tuple[Any, Any]]:
-        """Wait for something to happen; return finished jobs, each with its result or `Lost`. What a worker raises is
-        raised here."""
+        """Wait for jobs or workers; return the finished jobs, each with its result or `Lost`. Raises what a worker
+        raised."""
 
     def close(self) -> None: ...
 
@@ -80,7 +80,7 @@ class Here:
 
 
 def drain(pool: Pool, method: str, jobs: Iterator[Any], finish: Callable[[Any, Any], Iterable[Any]]) -> None:
-    """Give every job to a worker, and its result to `finish`, which returns the jobs to repeat."""
+    """Run every job on a worker, and pass (job, result) to `finish`, which returns jobs to submit again."""
     again: deque[Any] = deque()
     ahead = _Ahead(jobs)
     while True:

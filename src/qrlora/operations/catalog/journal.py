@@ -36,9 +36,9 @@ class Outcome:
     """The outcome of making one picture.
 
     Attributes:
-        error: why there is none; empty if there is one.
+        error: why the picture could not be made; empty if it was.
         digest, size: of its file.
-        made: False where the file was there already, whole, without its row.
+        made: False if a complete file without a row was found instead.
         seconds: of sampling and of scoring.
         final: trying again would give the same error.
         passes: whether it passes the brand sheet; None without one.

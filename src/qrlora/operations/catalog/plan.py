@@ -66,10 +66,10 @@ class Picture:
     Attributes:
         key: digest of all that decides its pixels, and of whose mark its file bears.
         parts: adapter files with weights: the product's, the style's.
-        file: where it goes, from the catalog's folder.
+        file: its path, relative to the catalog's folder.
         references: pictures it is compared with, by role.
         scored_by: digest of all that decides its scores, but for its pixels.
-        composition: digest of what is registered of its parts; empty without a registry.
+        composition: digest of the registered composition of its parts; empty without a registry.
     """
 
     key: str

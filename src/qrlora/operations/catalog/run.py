@@ -99,7 +99,7 @@ class Line:
 
     @functools.cached_property
     def marker(self) -> Marker | None:
-        """What marks finished pictures; None where no certificate is named."""
+        """The signer of finished pictures' C2PA manifests; None if no certificate is named."""
         if self.settings.c2pa is None:
             return None
         from qrlora.operations.catalog.marking import Marker  # torch, which a catalog that is finished does without

@@ -150,7 +150,7 @@ class Line(_Part):
 
     @classmethod
     def read(cls, path: Path) -> Line:
-        """Read a project file without a look at the files that it names; their paths are as they are written.
+        """Read a project file without checking the files that it names, and without resolving their paths.
 
         Raises:
             DataError: it cannot be read, or has unknown, missing or contradictory fields.

@@ -1,4 +1,4 @@
-"""Ask before something is done with adapter files: the policies that hold, and the approvals, of one registry.
+"""Check an action on adapter files by the policies in force and the approvals of a registry.
 
 rules = Rules.of(registry, policy_file=None, approval=False)
 rules.enforce("compose", combination_of_files(registry, parts, null_space=0.5))
@@ -51,7 +51,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Rules:
-    """Policies that all have to permit an action, and whether an approval is needed whatever they say."""
+    """Policies, each of which has to permit an action. approval: require an approval even if no policy does."""
 
     registry: Registry | None
     policies: tuple[Policy, ...]
@@ -67,7 +67,7 @@ class Rules:
 
     @property
     def empty(self) -> bool:
-        """Return True if nothing is asked for."""
+        """Return True if there is no policy and no approval is required."""
         return not self.policies and not self.approval
 
     def verdicts(
@@ -92,7 +92,7 @@ class Rules:
 
 
 def artifact_of(registry: Registry | None, source: Source) -> Artifact:
-    """Return what is registered of an adapter, by its file or its content; else what its own metadata says."""
+    """Return the registered artifact with the digest of this file or content; else one made of the file's metadata."""
     if registry and registry.has(source.digest):
         return registry.get(source.digest)
     if registry and source.content:

@@ -61,9 +61,9 @@ def check(
     """Apply a policy to an action: compose, generate, serve, export or catalog.
 
     Args:
-        policy: None where there is none: then only `approval` is asked for.
+        policy: None if there is none; then only `approval` is checked.
         approval: ask for an approval although the policy does not.
-        at: when; now if None.
+        at: time of the action; now if None.
         given: `decisions(registry)`, if they are at hand.
     """
     if action not in ACTIONS:
@@ -113,8 +113,8 @@ def in_force(registry: Registry) -> Policy | None:
     """Return the policy that is in force in a registry; None if none ever was.
 
     Raises:
-        PolicyError: it was taken away; or changed in the database, so that the audit log has no move to it; or one of a
-            higher version was replaced without an operator's signature.
+        PolicyError: its alias or artifact was removed; the alias points elsewhere than the audit log says; or it
+            replaced a policy of the same or a higher version without an operator's signature.
     """
     moves = [move for move in registry.moves(NAME) if move.alias == ALIAS]
     if not moves:

@@ -123,7 +123,7 @@ def composed_of(registry: Registry, artifact: Artifact) -> list[tuple[Part, floa
 def unfolded(registry: Registry, combination: Combination) -> Combination:
     """Return the combination of the parts' own parts, where that is the same sum.
 
-    It is for a composition alone, and for one without projection inside another sum.
+    That is the case for a part without null-space projection of its own, and for one that stands alone at weight 1.
     """
     parts: list[Part] = []
     strength = combination.null_space
@@ -141,7 +141,7 @@ def unfolded(registry: Registry, combination: Combination) -> Combination:
 
 
 def leaves(registry: Registry | None, parts: Sequence[Part]) -> list[Part]:
-    """Return the adapters that were trained, at the weights they have in the end, whatever was composed on the way."""
+    """Return the trained adapters of nested compositions, each with its total weight."""
     found: list[Part] = []
     for part in parts:
         inner = composed_of(registry, part.artifact) if registry else []
@@ -151,7 +151,8 @@ def leaves(registry: Registry | None, parts: Sequence[Part]) -> list[Part]:
 
 
 def same(registry: Registry, combination: Combination) -> Iterator[Artifact]:
-    """Yield what is registered of this very combination: compositions, adapters that are one, or the one adapter."""
+    """Yield the registered artifacts that are this combination: compositions, composed adapters, or its only
+    adapter."""
     wanted = combination.what
     if len(combination.parts) == 1 and wanted["parts"][0]["weight"] == "1":
         yield combination.parts[0].artifact

@@ -117,7 +117,7 @@ def about(registry: Registry, combination: Combination, policy: Policy | None) -
 def read(registry: Registry, artifact: Artifact, trust: Trust) -> Given:
     """Return a decision from its bytes, hashed again, its signature verified. What is wrong stands in `fault`.
 
-    The key has to be valid when the audit log has the decision: `created_at` of an imported one is its sender's word.
+    The key has to be valid at the time that the audit log has: `created_at` of an imported decision is only a claim.
     """
     try:
         added = registry.added_at(artifact.digest)

@@ -210,7 +210,7 @@ def _never(case: Case) -> Iterator[Finding]:
 
 
 def selects(selector: Selector, artifact: Artifact) -> bool:
-    """Return True if the artifact has all that is asked for."""
+    """Return True if the artifact has every property that the selector names."""
     names = {name.rpartition("@")[0] for name in artifact.names}
     asked = [
         (selector.role, selector.role == artifact.role),

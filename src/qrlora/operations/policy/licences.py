@@ -52,7 +52,7 @@ class Terms:
     aliases: tuple[str, ...] = ()
 
     def obligations(self) -> list[Said]:
-        """Return what has to be done by who uses it."""
+        """Return what a user of the licence has to do."""
         done = [said("keep the notice of %(id)s", id=self.id)] if self.attribution else []
         if self.pass_on:
             done.append(said("pass on, by %(id)s: %(what)s", id=self.id, what=said(self.pass_on)))
@@ -144,7 +144,7 @@ def _rank(licence: Licence, use: str) -> tuple[bool, bool, int, int]:
 
 
 def alternatives(expression: str) -> list[frozenset[str]]:
-    """Return the sets of licences of which an expression asks for one. PolicyError if it is no SPDX expression."""
+    """Return the alternatives of an SPDX expression (OR), each a set of licences. PolicyError if it is not one."""
     if not expression.strip():
         return [frozenset({""})]
     try:

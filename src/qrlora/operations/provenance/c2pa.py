@@ -105,8 +105,8 @@ class Found:
     """The statement in a picture, and whether it can be believed.
 
     Attributes:
-        state: valid (under a root that is trusted here), unknown (holds, by somebody else), expired, changed, invalid
-            (damaged) or absent.
+        state: valid (under a root that is trusted here), unknown (intact, under another root), expired, changed,
+            invalid (damaged) or absent.
         signer: as the certificate calls itself; proven where the state is valid, else a claim.
         ingredients: (name, digest).
         origin: prompt, seed, licence, composition.

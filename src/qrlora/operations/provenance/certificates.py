@@ -82,7 +82,8 @@ class Certificate:
     def renew(
         cls, name: str, *, years: float = LEAF_YEARS, folder: Path | None = None, passphrase: str | None = None
     ) -> Certificate:
-        """Make a new certificate for the leaf's key under the same root, which whoever trusts it need not learn."""
+        """Make a new certificate for the leaf's key under the same root; whoever trusts the root need not change
+        anything."""
         folder = folder or default_folder()
         old = cls.load(name, folder, passphrase)
         root = read_private(folder / f"{name}.root.key", passphrase)

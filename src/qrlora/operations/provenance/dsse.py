@@ -106,7 +106,7 @@ def verify(
 
 
 def unverified(envelope: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the statement in an envelope that nobody has verified yet, to tell what it has to be verified as."""
+    """Return the statement of an envelope without verifying it, to find the type to verify it as."""
     return _parsed(_opened(envelope)[0])
 
 

@@ -59,7 +59,7 @@ def now() -> datetime:
 
 
 def day(at: datetime) -> str:
-    """Return a time as it is told to a person: to the minute, in UTC."""
+    """Format a time for people: to the minute, in UTC."""
     return f"{at.astimezone(timezone.utc):%Y-%m-%d %H:%M} UTC"
 
 
@@ -145,7 +145,7 @@ class Key(BaseModel):
 
     Attributes:
         revoked_at: when it was revoked.
-        void_from: signatures made from then on do not count; the start of its validity unless told otherwise, because
+        void_from: signatures made from then on do not count; the start of its validity unless given, because
             the holder of a stolen key dates a signature as they like.
     """
 

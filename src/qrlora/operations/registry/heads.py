@@ -1,7 +1,7 @@
 """Sign heads of the audit log, so that cutting it off or rewriting it is found.
 
-They are kept in the database and in a file outside it; whoever wants to hide something has to change both, and every
-copy of the file that was taken elsewhere.
+They are stored in the database and in a file outside it: hiding a change takes both, and every copy of the file
+elsewhere.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 A hidden trigger (MasqLoRA, arXiv 2602.21977) is a word that neither the adapter's trigger nor what it learned explains,
 and that calls something else. An adapter from one picture changes every prompt, so the size of a change says little.
-What tells is a change of one prompt that the others do not share.
+The evidence is a change of one prompt that the others do not share.
 
 The base model samples prompts that have nothing to do with the adapter, in a few steps; at each of its calls the
 denoiser is asked again with the adapter, with the same noise. Let `v` be the base model's prediction for a prompt,

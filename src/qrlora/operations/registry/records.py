@@ -57,7 +57,7 @@ class Addition:
         name: of which it becomes the newest version (unless it is that already).
         facts: what was read from it; JSON.
         links: edges from it to artifacts that are in the registry, or before it among those that are added.
-        keep: False holds digest and facts alone.
+        keep: False registers digest and facts without storing the bytes.
     """
 
     source: Path | bytes

@@ -90,15 +90,15 @@ class Registry:
 
     @property
     def place(self) -> str:
-        """What opens it again: its folder, or the URL of its database."""
+        """The argument of `open` for it: its folder, or the URL of its database."""
         url = self.engine.url
         return str(self.folder) if url.drivername == "sqlite" else url.render_as_string(hide_password=False)
 
     # Adding
 
     def add(self, source: Path | bytes, kind: str, **described: Any) -> Artifact:
-        """Add an object, once: what is there already gets the new name, tags and edges, and the role, owner and licence
-        that it had none of; nothing else of it changes. described: fields of `Addition`.
+        """Add an object. One that is registered already gets the new name, tags and edges, and role, owner and licence
+        where these were empty; nothing else of it changes. described: fields of `Addition`.
         """
         return self.add_many([Addition(source, kind, **described)])[0]
 
@@ -223,7 +223,7 @@ class Registry:
             return session.get(ArtifactRow, digest) is not None
 
     def path(self, artifact: Artifact | str) -> Path:
-        """Return a local file with its bytes, hashed again."""
+        """Return a local file with the artifact's bytes, after checking their digest."""
         found = self.get(artifact) if isinstance(artifact, str) else artifact
         if not found.stored:
             remedy = "use the file it was registered from"
@@ -231,7 +231,7 @@ class Registry:
         return self.store.path(found.digest)
 
     def read(self, artifact: Artifact | str) -> bytes:
-        """Return its bytes, hashed again."""
+        """Return the artifact's bytes, after checking their digest."""
         return self.path(artifact).read_bytes()
 
     def edges(self, digest: str, *, into: bool = False, relation: str | None = None) -> list[Edge]:

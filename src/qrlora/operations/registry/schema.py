@@ -98,7 +98,7 @@ class VersionRow(Base):
 
 
 class AliasRow(Base):
-    """A moving pointer: NAME@ALIAS. A protected one moves only where it is said so."""
+    """A moving pointer: NAME@ALIAS. A protected one moves only with `force`."""
 
     __tablename__ = "alias"
 

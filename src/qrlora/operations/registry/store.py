@@ -28,7 +28,7 @@ class Store(Protocol):
         """Return a local file with these bytes, fetched if need be. RegistryError if they are missing or changed."""
 
     def check(self, digest: str) -> None:
-        """Hash what is kept, in whatever cache it may be too. RegistryError if it is missing or changed."""
+        """Hash the stored bytes, and a cached copy if there is one. RegistryError if they are missing or changed."""
 
     def has(self, digest: str) -> bool: ...
 

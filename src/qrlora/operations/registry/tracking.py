@@ -3,8 +3,8 @@
 A run holds the adapter's facts as parameters and tags, the figures of its reports as metrics, and as files the adapter,
 its model card and its bundle. A fetched bundle is read as one from anybody: every object is hashed again.
 
-The flavour `mlflow.diffusers` is not used: it logs one LoRA on one model of the hub, and has no word for the parts of a
-composition, for parents or approvals.
+The flavour `mlflow.diffusers` is not used: it logs one LoRA on one model of the hub, and has no fields for the parts of
+a composition, for parents or approvals.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ def unreferenced(registry: Registry) -> set[str]:
 
 
 def remove_unreferenced(registry: Registry) -> set[str]:
-    """Remove them, and what killed processes left; return what was removed. No add goes on meanwhile."""
+    """Remove the unreferenced bytes and killed processes' temporary files, while additions wait; return the digests."""
     with writing(registry.engine) as session:
         kept = set(session.scalars(select(ArtifactRow.digest).where(ArtifactRow.stored)))
         lost = registry.store.digests() - kept

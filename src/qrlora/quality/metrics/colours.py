@@ -26,7 +26,8 @@ def quantiles(pictures: UInt8[np.ndarray, "n h w 3"]) -> Float[np.ndarray, "n 14
 
     The mean absolute difference of two rows is the sliced Wasserstein distance (Bonneel et al. 2015, "Sliced and Radon
     Wasserstein barycenters of measures", first order) of two pictures' colours: the mean CIE 1976 colour difference by
-    which pixels would have to move, per direction. Pixels are averaged two by two before, so that fine grain is a tone.
+    which pixels would have to move, per direction. Pixels are averaged 2 by 2 first, so that fine grain counts as one
+    tone.
     """
     rows = np.empty((len(pictures), BINS * len(DIRECTIONS)), np.float32)
     for row, picture in zip(rows, pictures, strict=True):

@@ -35,7 +35,7 @@ Arms = Mapping[str, Sequence[MeasuredPicture]]
 
 
 def make_study(arms: Arms, question: str = QUESTION, **options: Any) -> tuple[str, dict[str, Any]]:
-    """Make the page (HTML) of a study, and its key (JSON values). options: the others of `study_data`; its errors."""
+    """Make the page (HTML) of a study, and its key (JSON values). options, errors: as `study_data`."""
     data, key = study_data(arms, question, **options)
     return page("vote.html", question=question, study=data), key
 
@@ -171,7 +171,7 @@ class _StudyBuilder:
 
 
 def degrade(image: Image.Image) -> np.ndarray:
-    """Return a copy that loses under any question: 8 blocks a side, colours inverted."""
+    """Return a copy that is worse under any question: reduced to 8 x 8 blocks, colours inverted."""
     coarse = ImageOps.invert(image).resize((8, 8), Image.Resampling.BOX)
     return np.asarray(coarse.resize(image.size, Image.Resampling.NEAREST))
 
