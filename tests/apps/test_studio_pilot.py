@@ -16,7 +16,7 @@ from qrlora.apps.studio.projects import project_file
 from qrlora.apps.studio.state import Studio
 from qrlora.operations.pilot import Pilot
 from qrlora.operations.registry import Registry
-from studios import Visitor, made_studio, ran_stage, trust, visiting
+from studios import Visitor, made_studio, ran_stage, trust, visiting, work_off
 
 PNG = (HERE / "starters" / "gold.png").read_bytes()
 
@@ -101,7 +101,7 @@ def test_ones_own_pictures_come_into_a_pilot(studio: Studio, visitor: Visitor, t
 def test_a_stage_waits_its_turn_and_is_stopped_and_begun_again(studio: Studio, visitor: Visitor, teapots: str) -> None:
     where = renamed(studio, visitor, "turns")
     assert visitor.submit(f"{where}/run").status_code == 204
-    [run] = [run for run in studio.runs.all(runs.PILOT) if run.name == "turns"]
+    [run] = [run for run in studio.runs.all(*runs.PILOTS) if run.name == "turns"]
     assert (run.role, run.state) == ("one_picture", runs.WAITING)
     assert f'data-id="{run.id}"' in visitor.get(where).text
     assert "turns" not in visitor.get("/train").text
@@ -120,7 +120,7 @@ def test_a_stage_waits_its_turn_and_is_stopped_and_begun_again(studio: Studio, v
     assert told["work"] == {"work": "train teapot", "at": 3, "of": 240} and told["run"]["state"] == runs.STOPPED
     assert "not made again" in visitor.get(where).text
     assert visitor.submit(f"{where}/run").status_code == 204
-    assert [one.state for one in studio.runs.all(runs.PILOT) if one.name == "turns"] == [runs.WAITING]
+    assert [one.state for one in studio.runs.all(*runs.PILOTS) if one.name == "turns"] == [runs.WAITING]
     early = visitor.submit(f"{where}/stop") and visitor.submit(f"{where}/run", stage="line")
     assert early.status_code == 400 and "has to be run first" in early.text
     assert "on this page" in early.text and "qrlora pilot" not in early.text
@@ -181,7 +181,7 @@ def test_somebody_else_decides_with_a_key_and_a_reason(
     for fields, words in (
         ({"decision": "go", "reason": "mine", "key": "ada"}, "nobody decides on their own work"),
         ({"decision": "go", "reason": " ", "key": "grace"}, "needs a reason"),
-        ({"decision": "go", "reason": "good", "key": "nobody"}, "no private key"),
+        ({"decision": "go", "reason": "good", "key": "nobody"}, "ada or grace"),
         ({"decision": "perhaps", "reason": "good", "key": "grace"}, "go or no-go"),
     ):
         refused = visitor.submit(f"{where}/decide", **fields)
@@ -193,6 +193,98 @@ def test_somebody_else_decides_with_a_key_and_a_reason(
     assert pilot.next == "several_styles" and pilot.verify() == []
     page = visitor.get(where).text
     assert "decided by grace: good enough" in page and page.index("stage 2") < page.index("Run this stage")
+
+
+def test_three_stages_are_walked_with_a_blind_study_between(
+    studio: Studio, visitor: Visitor, teapots: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a no-go, a gate that asks for votes, and a change that sends the pilot back."""
+    monkeypatch.setenv("QRLORA_KEYS", str(tmp_path))
+    where = renamed(studio, visitor, "walked")
+    trust(studio.registry, tmp_path, "grace")
+    path = project_file(studio.place, "walked")
+    path.write_text(path.read_text().replace("crosstalk = 0.2", "crosstalk = 0.2\nacceptance = 0.5"))
+
+    def post(action: str, **form: str) -> str:
+        done = visitor.submit(f"{where}/{action}", **form)
+        assert done.status_code == 204, done.text
+        waiting = visitor.get(where).text
+        work_off(studio, monkeypatch)
+        assert ("Stop</button>" in waiting) == (action in ("run", "study"))
+        return visitor.get(where).text
+
+    def decide(decision: str, reason: str) -> str:
+        return post("decide", decision=decision, reason=reason, key="grace")
+
+    assert "Trains an adapter of the subject" in visitor.get(where).text
+    assert "waits for a decision" in post("run") and '<option value="grace">' in visitor.get(where).text
+    page = decide("no-go", "too soft")
+    assert "Change the project file or its pictures" in page and page.count("decided by grace: too soft") == 2
+    assert "Trains an adapter of each style" in decide("go", "soft is fine")
+
+    page = post("run")
+    assert "50 % of the votes, and nobody has been asked yet" in page and "Not measured" not in page
+    assert visitor.get(f"{where}/study/several_styles/vote").status_code == 404
+    refused = visitor.submit(f"{where}/study", stage="line")
+    assert refused.status_code == 400 and "no study is made of stage line" in refused.text
+    page = post("study", stage="several_styles")
+    assert "0 votes count." in page and "4 votes are missing" in page and "does not have these votes" not in page
+    voted_for_ours(studio, visitor, f"{where}/study/several_styles", "walked")
+    page = visitor.get(where).text
+    assert "4 votes count." in page and "missing" not in page and ">Vote</a>" not in page
+    assert "The report does not have these votes yet." in page
+    page = post("run", stage="several_styles")
+    assert "100 %" in page and "does not have these votes" not in page
+    assert "Makes every product in every style" in decide("go", "people like it")
+
+    assert "waits for a decision" in post("run")
+    assert "Every stage has its go." in decide("go", "all of it")
+    post("line", toml=path.read_text().replace("weight = 1.2", "weight = 1.1"))
+    page = visitor.get(where).text
+    assert page.count("This report is of earlier inputs") == 3 and "Run this stage" in page
+
+
+def voted_for_ours(studio: Studio, visitor: Visitor, place: str, name: str) -> None:
+    """Vote for the pilot's pictures in the browser, look at the tally, and send in the file of another."""
+    ballot = open_pilot(project_file(studio.place, name), studio.registry).ballot("several_styles")
+    key = ballot.key()
+    assert "no votes" in visitor.get(f"{place}/tally", headers={"HX-Request": "true"}).text
+    for trial in ballot.data()["trials"]:
+        known = key["trials"][trial["id"]]
+        sides = {side: trial[place] for side, place in (("left", "a"), ("right", "b"))}
+        ours = next(side for side, token in sides.items() if key["pictures"][token]["arm"] == "adapters")
+        right = {"tie": "tie"} | {token: side for side, token in sides.items()}
+        choice = ours if known["kind"] == "pair" else right[known["right"]]
+        assert trial["id"] in visitor.get(f"{place}/vote").text
+        visitor.submit(f"{place}/vote", trial=trial["id"], choice=choice)
+    assert "All pairs are done" in visitor.get(f"{place}/vote").text
+    tally = visitor.get(f"{place}/tally").text
+    assert "With the adapters" in tally and "100 %" in tally and "1 person" in tally
+    assert "attachment" in visitor.get(f"{place}/page").headers["content-disposition"]
+    theirs = ballot.given("ada") | {"rater": "linus"}
+    ties = [vote | {"choice": "tie"} for vote in theirs["votes"] if key["trials"][vote["trial"]]["kind"] == "pair"]
+    for body, words in (
+        (b"no votes", "mine.json"),
+        (json.dumps(theirs | {"study": "another"}).encode(), "votes of another study"),
+    ):
+        refused = visitor.submit(f"{place}/votes?file=mine.json", body)
+        assert refused.status_code == 400 and words in refused.text and str(studio.place) not in refused.text
+    assert visitor.submit(f"{place}/votes?file=mine.json", json.dumps(theirs | {"votes": ties}).encode()).is_success
+    assert "2 people" in visitor.get(f"{place}/tally").text
+
+
+def test_a_picture_that_is_gone_is_said_where_it_can_be_added(
+    studio: Studio, visitor: Visitor, teapots: str, tmp_path: Path
+) -> None:
+    where = renamed(studio, visitor, "gone")
+    picture = project_file(studio.place, "gone").parent / "pictures" / "gold.png"
+    picture.rename(tmp_path / "gold.png")
+    page = visitor.get(where)
+    assert page.status_code == 200 and "picture is missing" in page.text and "Add pictures" in page.text
+    assert "its page takes yours" in page.text and str(studio.place) not in page.text
+    assert visitor.submit(f"{where}/run").status_code == 400
+    assert visitor.submit(f"{where}/pictures?file=gold.png", PNG).status_code == 204
+    assert "Run this stage" in visitor.get(where).text
 
 
 def test_where_several_log_in_decisions_are_signed_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -182,9 +182,10 @@ def reason_and_key(studio: Studio, form: Form) -> tuple[str, SigningKey]:
 
     Raises:
         RequestError: no reason, or others reach this studio, whose keys are not on this machine.
-        SignatureError: there is no such key, or its passphrase is wrong.
+        RequestError: there is no such key.
+        SignatureError: its passphrase is wrong.
     """
-    from qrlora.operations.provenance.keys import SigningKey
+    from qrlora.operations.provenance.keys import SigningKey, key_names
 
     if studio.keys:
         remedy = "copy the command that the page shows"
@@ -192,7 +193,11 @@ def reason_and_key(studio: Studio, form: Form) -> tuple[str, SigningKey]:
     reason = form.text("reason", 400)
     if not reason:
         raise RequestError("a decision needs a reason", expected="a sentence", got="none")
-    return reason, SigningKey.load(form.text("key", 60), form.text("passphrase", 200) or None)
+    name, known = form.text("key", 60), key_names()
+    if name not in known:
+        expected = " or ".join(known) or "a key of your own: `qrlora keys new NAME` makes it"
+        raise RequestError("no private key of this name on this machine", expected=expected, got=name)
+    return reason, SigningKey.load(name, form.text("passphrase", 200) or None)
 
 
 def _approve(registry: Registry, artifact: Artifact, form: Form, studio: Studio) -> None:
