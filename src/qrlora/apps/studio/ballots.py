@@ -13,6 +13,7 @@ from qrlora.apps.studio.pages import error_page, page
 from qrlora.apps.studio.state import person_of
 from qrlora.errors import QrloraError
 from qrlora.quality.study.ballot import Ballot
+from qrlora.quality.study.votes import NoVotesError, VoteCount
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,9 @@ class Booth:
             titles: of the arms.
         """
         try:
-            found = self.ballot.count()
+            found: VoteCount | NoVotesError = self.ballot.count()
+        except NoVotesError as error:
+            found = error
         except QrloraError as error:
             return error_page(request, error)
         return page(request, "part_tally.html", found=found, titles=titles)

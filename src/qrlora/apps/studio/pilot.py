@@ -38,6 +38,7 @@ REMEDIES = {
     "qrlora pilot run": "run that stage on this page",
     "qrlora pilot decide": "decide on that stage here first",
     "put it there": "name a picture that the pilot has; its page takes yours, under this name or another",
+    "name the key.json": "take the file that the page of this study saved",
 }
 """Beginnings of remedies for a terminal, and what helps on a page."""
 ARMS = {OURS: N_("With the adapters"), "words": N_("The base model, told in words")}
@@ -136,22 +137,24 @@ def _stage(pilot: Pilot, stage: Stage, say: Words, run: Run | None, person: str)
 def _study(pilot: Pilot, stage: Stage, ran: Ran, person: str) -> dict[str, Any]:
     """Return what the page tells of a stage's blind study: its votes, and those that the gate lacks."""
     from qrlora.quality.metrics.shares import least_above
-    from qrlora.quality.study.votes import NoVotesError
+    from qrlora.quality.study.votes import NoVotesError, VoteCount
 
     ballot, limit = pilot.ballot(stage), getattr(pilot.line.gates, stage).acceptance
     told = {"made": pilot.study_is_about(stage, ran.results), "other": ballot.made, "limit": limit}
     if not told["made"]:
         return told
     try:
-        share = next(iter(ballot.count().pairs.values())).share
-    except NoVotesError:
-        share = None
+        found: VoteCount | NoVotesError = ballot.count()
+    except NoVotesError as error:
+        found = error
+    share = next(iter(found.pairs.values())).share if isinstance(found, VoteCount) else None
     votes = share.n if share else 0
     needed = 0 if limit is None else least_above(limit) or 1
     return told | {
         "votes": votes,
         "missing": max(0, needed - votes),
         "people": len(ballot.files()),
+        "excluded": list(found.excluded),
         "left": len(ballot.key()["trials"]) - len(ballot.given(person)["votes"]),
         "uncounted": (share and share.to_dict()) != ran.results["kpis"]["acceptance"],
     }
@@ -294,7 +297,7 @@ async def add_votes(request: Request, name: str, stage: str, file: str = "") -> 
     try:
         return await _taken_in(request, path, take)
     except QrloraError as error:
-        return error_page(request, error)
+        return error_page(request, _on_page(error))
 
 
 # What is done

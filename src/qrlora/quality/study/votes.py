@@ -30,7 +30,13 @@ MISSES = 1
 
 
 class NoVotesError(DataError):
-    """No vote is left to count."""
+    """No vote is left to count.
+
+    Attributes:
+        excluded: rater -> reason.
+    """
+
+    excluded: Mapping[str, str] = {}
 
 
 @dataclass(frozen=True)
@@ -203,7 +209,9 @@ def count_votes(
     if not counted:
         got = "; ".join(f"{rater}: {reason}" for rater, reason in excluded.items()) or "no votes"
         remedy = "ask more people, or allow more: `qrlora study --misses`" if excluded else "ask people to vote"
-        raise NoVotesError("no votes are left to count", got=got, remedy=remedy)
+        error = NoVotesError("no votes are left to count", got=got, remedy=remedy)
+        error.excluded = excluded
+        raise error
     arms = tuple(key["arms"])
     pairs = {pair: _pair(pair, counted, key) for pair in itertools.combinations(arms, 2)}
     return VoteCount(
