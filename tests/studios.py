@@ -33,7 +33,7 @@ from qrlora.operations.pilot import project
 from qrlora.operations.pilot.costs import Cost, Parameters
 from qrlora.operations.pilot.line import OURS, Stage
 from qrlora.operations.pilot.project import Done
-from qrlora.operations.pilot.stages import Asked, Group, Result, Row
+from qrlora.operations.pilot.stages import Group, Result, Row
 from qrlora.operations.provenance.canonical import known_digest
 from qrlora.operations.provenance.keys import SigningKey
 from qrlora.operations.registry import Registry
@@ -136,9 +136,8 @@ def ran_stage(studio: Studio, name: str, person: str, stage: Stage = "one_pictur
         Parameters(10, 20, 900),
     )
     rows = [Row("chalk", "subject", 0.8, 0.7, 0.1)]
-    asked = [Asked("teapots/teapot-in-chalk@v1", "sha256:" + "0" * 64)]
     gate = getattr(pilot.line.gates, stage)
-    result = Result(stage, groups, [], rows, {"chalk": 0.01}, None, 4, 0, 0, *costs, parameters, gate, to_approve=asked)
+    result = Result(stage, groups, [], rows, {"chalk": 0.01}, None, 4, 0, 0, *costs, parameters, gate)
     result = replace(result, acceptance=pilot._acceptance(result))
     content = {"pilot": name, "inputs": pilot.inputs(stage), **result.to_dict()}
     report = add_report(registry, content, [], name=f"{name}/{stage.replace('_', '-')}")

@@ -15,7 +15,10 @@ from qrlora.apps.studio.pages import HERE
 from qrlora.apps.studio.projects import project_file
 from qrlora.apps.studio.state import Studio
 from qrlora.operations.pilot import Pilot
+from qrlora.operations.policy import approval
+from qrlora.operations.policy.combination import combination_of
 from qrlora.operations.registry import Registry
+from qrlora.operations.registry.intake import add_composition
 from studios import Visitor, made_studio, ran_stage, trust, visiting, work_off
 
 PNG = (HERE / "starters" / "gold.png").read_bytes()
@@ -270,6 +273,27 @@ def voted_for_ours(studio: Studio, visitor: Visitor, place: str, name: str) -> N
         assert refused.status_code == 400 and words in refused.text and str(studio.place) not in refused.text
     assert visitor.submit(f"{place}/votes?file=mine.json", json.dumps(theirs | {"votes": ties}).encode()).is_success
     assert "2 people" in visitor.get(f"{place}/tally").text
+
+
+def test_what_is_to_be_approved_is_a_click_away_until_it_is(
+    studio: Studio, visitor: Visitor, teapots: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stage 2 asks for the approval of the subject in each style; the page of the composition has the form."""
+    monkeypatch.setenv("QRLORA_KEYS", str(tmp_path))
+    where, registry = renamed(studio, visitor, "asked"), studio.registry_of("ada")
+    trust(studio.registry, tmp_path, "grace")
+    parts = [(registry.get(name), 1.0) for name in ("teapot", "chalk")]
+    made = add_composition(registry, registry.get("pico"), parts, 0.5, name="asked/teapot-in-chalk")
+    ran_stage(studio, "asked", "ada")
+    visitor.submit(f"{where}/decide", decision="go", reason="good", key="grace")
+    assert "To be approved" not in visitor.get(where).text
+    approval.request(registry, combination_of(registry, made.digest), None)
+    page = visitor.get(where).text
+    assert "To be approved" in page and f'<a href="/library/{made.digest}">asked/teapot-in-chalk@v1</a>' in page
+    assert f"/library/{made.digest}/approve" in visitor.get(f"/library/{made.digest}").text
+    given = visitor.submit(f"/library/{made.digest}/approve", decision="approve", reason="good", key="grace")
+    assert given.status_code == 204, given.text
+    assert "To be approved" not in visitor.get(where).text
 
 
 def test_a_picture_that_is_gone_is_said_where_it_can_be_added(

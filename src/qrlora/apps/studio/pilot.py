@@ -22,7 +22,7 @@ from qrlora.apps.studio.pages import N_, error_page, language_of, page, translat
 from qrlora.apps.studio.runs import PILOTS, RUNNING, STAGE, STUDY, WAITING, Run
 from qrlora.apps.studio.state import Studio, person_of, registry_for, studio_of
 from qrlora.errors import DataError, QrloraError, RequestError
-from qrlora.operations.pilot.line import OURS, STUDIED
+from qrlora.operations.pilot.line import OURS, STAGES, STUDIED
 from qrlora.operations.provenance.keys import key_names
 
 if TYPE_CHECKING:
@@ -71,6 +71,8 @@ async def create(request: Request) -> Response:
 @router.get("/pilot/{name}")
 def show(request: Request, name: str) -> Response:
     """Show a pilot: where it stands, the stage that is due, and the reports of those that have run."""
+    from qrlora.operations.pilot.recording import to_approve
+
     studio = studio_of(request)
     path = projects.project_file(studio.place, name)
     run, say = _run_of(studio, name), _words(request)
@@ -81,14 +83,16 @@ def show(request: Request, name: str) -> Response:
     except DataError as error:  # a picture that is gone, a table that was edited: here it can be mended
         trouble = _on_page(renamed(error, path.parent, "."))
         return page(request, "pilot.html", trouble=trouble, stages=[], due=None, **common)
-    stages = [_stage(pilot, stage, say, run, person_of(request)) for stage in _all_stages()]
+    stages = [_stage(pilot, stage, say, run, person_of(request)) for stage in STAGES]
+    due = next((one for one in stages if one["due"]), None)
     return page(
         request,
         "pilot.html",
         trouble=None,
         line=pilot.line,
         stages=stages,
-        due=next((one for one in stages if one["due"]), None),
+        due=due,
+        to_approve=to_approve(pilot.registry, pilot.line, pilot.policy) if due and due["stage"] != STAGES[0] else [],
         command=f"qrlora pilot decide {path} --go --reason TEXT --key NAME --registry {studio.registry.folder}",
         keys=key_names(),
         shown=SHOWN,
@@ -100,12 +104,6 @@ def _words(request: Request) -> Words:
     from qrlora.operations.pilot.report import Words
 
     return Words(language_of(request))  # type: ignore[arg-type]
-
-
-def _all_stages() -> tuple[Stage, ...]:
-    from qrlora.operations.pilot import STAGES
-
-    return STAGES
 
 
 def _run_of(studio: Studio, name: str) -> Run | None:
@@ -192,7 +190,7 @@ def _report(record: Mapping[str, Any], pilot: Pilot, say: Words) -> dict[str, An
         "groups": [{**group, "passing": _share(group["passing"])} for group in record["groups"]],
         "crosstalk": record["crosstalk"],
         "costs": cost_rows(so_far, later, parameters, pilot.line.costs, say),
-        "to_approve": record.get("to_approve", []),
+        "refused": say("refused", n=record["refused"]) if record["refused"] else "",
     }
 
 
@@ -351,9 +349,9 @@ def _wanted(request: Request, name: str, form: Form) -> tuple[Pilot, Stage]:
     _resting(studio, name)
     pilot = open_pilot(projects.project_file(studio.place, name), registry_for(request))
     wanted = form.text("stage", 40) or pilot.next
-    stage = next((one for one in _all_stages() if one == wanted), None)
+    stage = next((one for one in STAGES if one == wanted), None)
     if stage is None:
-        raise RequestError("no such stage", expected=" or ".join(_all_stages()), got=wanted or "all have their go")
+        raise RequestError("no such stage", expected=" or ".join(STAGES), got=wanted or "all have their go")
     return pilot, stage
 
 
