@@ -168,7 +168,7 @@ def test_a_report_has_its_figures_in_both_languages(studio: Studio, visitor: Vis
     visitor.submit("/settings", language="ja")
     page = visitor.get(where).text
     visitor.submit("/settings", language="en")
-    assert "中止を推奨します" in page and "4枚中3枚、95 % 信頼区間" in page and "決定待ち" in page
+    assert "中止を推奨します" in page and "4件中3件、95 % 信頼区間" in page and "決定待ち" in page
     assert "Run this stage" not in page and "interval" not in page
 
 
