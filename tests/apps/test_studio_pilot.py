@@ -107,6 +107,8 @@ def test_a_stage_waits_its_turn_and_is_stopped_and_begun_again(studio: Studio, v
     [run] = [run for run in studio.runs.all(*runs.PILOTS) if run.name == "turns"]
     assert (run.role, run.state) == ("one_picture", runs.WAITING)
     assert f'data-id="{run.id}"' in visitor.get(where).text
+    told = [f'data-{word}="' in visitor.get(where).text for word in ("train", "generate", "adapter", "picture")]
+    assert all(told), "a word for each kind of work that a pilot and its catalog report"
     assert "turns" not in visitor.get("/train").text
     assert visitor.get(f"/train/{run.id}").headers["location"] == where
     assert visitor.submit(f"/train/{run.id}/take", step="1").status_code == 404
@@ -273,6 +275,11 @@ def voted_for_ours(studio: Studio, visitor: Visitor, place: str, name: str) -> N
         assert refused.status_code == 400 and words in refused.text and str(studio.place) not in refused.text
     assert visitor.submit(f"{place}/votes?file=mine.json", json.dumps(theirs | {"votes": ties}).encode()).is_success
     assert "2 people" in visitor.get(f"{place}/tally").text
+    again = visitor.submit(f"{place}/votes?file=mine.json", json.dumps(theirs).encode())
+    assert again.status_code == 400 and "there are votes of this rater" in again.text
+    (ballot.votes / "note.json").write_text("{}")
+    assert "votes/note.json: not a vote file" in visitor.get(f"/pilot/{name}").text
+    (ballot.votes / "note.json").unlink()
 
 
 def test_what_is_to_be_approved_is_a_click_away_until_it_is(

@@ -20,6 +20,7 @@ from qrlora.operations.policy.check import in_force
 from qrlora.operations.policy.combination import combination_of
 from qrlora.operations.policy.decisions import find
 from qrlora.operations.provenance.audit import broken
+from qrlora.operations.provenance.keys import key_names
 from qrlora.operations.registry import Artifact, Registry
 from qrlora.operations.registry.lineage import graph
 
@@ -95,6 +96,7 @@ def show(request: Request, digest: str) -> Response:
         drawing=_drawing(lineage.nodes, lineage.edges, artifact.digest),
         log=log[-20:][::-1],
         programs=PROGRAMS if artifact.kind in APPROVABLE else {},
+        keys=key_names(),
         **_approval(studio.registry, artifact),
     )
 
@@ -181,11 +183,10 @@ def reason_and_key(studio: Studio, form: Form) -> tuple[str, SigningKey]:
     """Return the reason and the signing key that a decision's form names: a key of this machine.
 
     Raises:
-        RequestError: no reason, or others reach this studio, whose keys are not on this machine.
-        RequestError: there is no such key.
+        RequestError: no reason, no such key, or others reach this studio, whose keys are not on this machine.
         SignatureError: its passphrase is wrong.
     """
-    from qrlora.operations.provenance.keys import SigningKey, key_names
+    from qrlora.operations.provenance.keys import SigningKey
 
     if studio.keys:
         remedy = "copy the command that the page shows"

@@ -138,13 +138,15 @@ def _study(pilot: Pilot, stage: Stage, ran: Ran, person: str) -> dict[str, Any]:
     from qrlora.quality.study.votes import NoVotesError, VoteCount
 
     ballot, limit = pilot.ballot(stage), getattr(pilot.line.gates, stage).acceptance
-    told = {"made": pilot.study_is_about(stage, ran.results), "other": ballot.made, "limit": limit}
+    told: dict[str, Any] = {"made": pilot.study_is_about(stage, ran.results), "other": ballot.made, "limit": limit}
     if not told["made"]:
         return told
     try:
         found: VoteCount | NoVotesError = ballot.count()
     except NoVotesError as error:
         found = error
+    except DataError as error:  # a file beside the votes that is none of them
+        return told | {"trouble": renamed(error, ballot.votes, "votes")}
     share = next(iter(found.pairs.values())).share if isinstance(found, VoteCount) else None
     votes = share.n if share else 0
     needed = 0 if limit is None else least_above(limit) or 1

@@ -44,13 +44,11 @@ class Ballot:
         return self.folder / VOTES
 
     def write(self, data: Mapping[str, Any], key: Mapping[str, Any]) -> None:
-        """Write a study as `study_data` returns it. The votes of another one move, with its key, to a folder named by
-        its id: they are about other pictures."""
+        """Write a study as `study_data` returns it. Another one moves, with its votes, to a folder named by its id:
+        they are about other pictures. It comes back with them when it is written again."""
         if (self.folder / KEY).is_file() and (before := self.key()["study"]) != data["id"]:
-            make_folder(self.folder / before)
-            for path in [self.folder / name for name in (STUDY, KEY, PAGE, VOTES)]:
-                if path.exists():
-                    path.rename(self.folder / before / path.name)
+            _move(self.folder, self.folder / before)
+            _move(self.folder / str(data["id"]), self.folder)
         make_folder(self.votes)
         content = {STUDY: json.dumps(data), KEY: json.dumps(key, ensure_ascii=False), PAGE: study_page(data)}
         write_all({self.folder / name: text.encode() for name, text in content.items()})
@@ -90,15 +88,18 @@ class Ballot:
             write_atomically(self._file(rater), json.dumps(given).encode(), make_folder=True)
 
     def add(self, result: object, name: str) -> str:
-        """Take a file that the study's page saved, in place of an earlier one of that rater; returns the rater.
+        """Take a file that the study's page saved; returns the rater.
 
         Args:
             name: of the file, for errors.
 
         Raises:
-            DataError: it is no file of votes in this study.
+            DataError: it is no file of votes in this study, or there are votes of this rater.
         """
         rater = rater_of(result, self.key(), name)
+        if self._file(rater).exists():
+            remedy = 'if they are two people, change "rater" in the file'
+            raise DataError(f"{name}: there are votes of this rater", got=rater, remedy=remedy)
         write_atomically(self._file(rater), json.dumps(result).encode(), make_folder=True)
         return rater
 
@@ -109,4 +110,12 @@ class Ballot:
         return count_votes(cast, self.key(), names=[str(path) for path in files])
 
     def _file(self, rater: str) -> Path:
-        return self.votes / f"{rater.encode().hex()[:120]}.json"
+        return self.votes / f"{rater.encode(errors='surrogatepass').hex()[:120]}.json"
+
+
+def _move(source: Path, target: Path) -> None:
+    """Move what there is of a study; the key last, so that a move that was broken off is begun again."""
+    make_folder(target)
+    for name in (VOTES, PAGE, STUDY, KEY):
+        if (source / name).exists():
+            (source / name).rename(target / name)

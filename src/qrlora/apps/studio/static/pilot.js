@@ -15,6 +15,8 @@ document.addEventListener("alpine:init", () => {
         location.reload(); // the page has the report now, or why there is none
         return;
       }
+      const card = document.querySelector("[data-busy]");
+      if (card && run.state === "running") card.textContent = this.words.now;
       let text = this.words[run.state];
       if (run.state === "waiting" && ahead) text += ` · ${ahead} ${this.words.aheadWord}`;
       if (work) {
