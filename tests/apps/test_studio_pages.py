@@ -17,9 +17,10 @@ from qrlora.apps.samples import sample_files
 from qrlora.apps.studio import train
 from qrlora.apps.studio.guard import POLICY
 from qrlora.apps.studio.pages import HERE
+from qrlora.apps.studio.runs import STUDY
 from qrlora.apps.studio.state import Studio
 from qrlora.operations.registry import Registry
-from studios import made_studio, ran_stage, serving, trust
+from studios import made_studio, ran_stage, serving, trust, work_off
 
 PAGES = ("/mix?c=teapot:1,chalk:0.5", "/train", "/library", "/explore", "/prove", "/pilot", "/nowhere")
 
@@ -146,9 +147,10 @@ def test_a_point_of_the_map_is_reached_by_key(browser: Any, squares: tuple[str, 
 
 @pytest.mark.parametrize(("scheme", "locale"), [("light", "en-US"), ("dark", "ja-JP")])
 def test_axe_finds_nothing_serious_on_a_pilot(
-    browser: Any, squares: tuple[str, Studio], scheme: str, locale: str
+    browser: Any, squares: tuple[str, Studio], scheme: str, locale: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Before its first stage, with a report that waits for a decision, and while a stage waits its turn."""
+    """Before its first stage, with a report that waits for a decision, with a study, and while a stage waits its
+    turn."""
     address, studio = squares
     name = f"teapots-{scheme}"
     with page_of(browser, address, color_scheme=scheme, locale=locale) as page:
@@ -164,9 +166,16 @@ def test_axe_finds_nothing_serious_on_a_pilot(
         page.reload()
         page.locator("main > details summary").last.click()
         found += findings(page)
-        page.set_input_files("input[type=file]", HERE / "starters" / "mosaic.png")
+        studio.runs.add_stage(name, "one_picture", "linus", STUDY)
+        work_off(studio, monkeypatch)
+        page.reload()
+        page.locator(".study summary").click()
+        page.locator(".study button").first.click()
+        page.locator("[id^=tally] p").wait_for()
+        found += findings(page)
+        page.set_input_files("input[accept*=png]", HERE / "starters" / "mosaic.png")
         page.locator("figcaption", has_text="pictures/mosaic.png").wait_for(state="attached")
-        page.locator("details.report button").focus()
+        page.locator("details.report button").last.focus()
         page.keyboard.press("Enter")
         page.locator("progress").wait_for()
         found += findings(page)

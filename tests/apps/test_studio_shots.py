@@ -18,7 +18,7 @@ from qrlora.apps.studio import train
 from qrlora.apps.studio.pages import HERE
 from qrlora.apps.studio.state import Studio
 from qrlora.operations.registry import Registry
-from studios import serving
+from studios import serving, trust
 
 MOST_BYTES = 200_000
 LAPTOP = {"width": 1280, "height": 800}
@@ -33,7 +33,9 @@ def test_every_page_has_its_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setitem(train.PRESETS, "quick", (*train.PRESETS["quick"][:2], STEPS))
     folder = Path(os.environ.get("STUDIO_SCREENSHOTS", tmp_path / "shots"))
     folder.mkdir(parents=True, exist_ok=True)
+    monkeypatch.setenv("QRLORA_KEYS", str(tmp_path / "keys"))
     studio = Studio(Registry.open(tmp_path / "registry", actor="ada"))
+    trust(studio.registry, tmp_path / "keys", "grace")
     studio.start()
     try:
         with chromium() as browser, serving(studio) as address:
