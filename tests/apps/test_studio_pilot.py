@@ -151,10 +151,14 @@ def test_the_worker_runs_the_stage_as_who_asked_for_it(
         assert worker.main(folder) == 0
         monkeypatch.setattr(Pilot, "run", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         assert worker.main(folder) == 130
+        (project_file(studio.place, "worked").parent / "pictures" / "gold.png").unlink()
+        assert worker.main(folder) == 2
     finally:
         logging.getLogger("qrlora").handlers = handlers
     assert asked == [("worked", "one_picture", "grace")]
-    assert runs.events(folder) == [{"work": "train teapot", "at": 1, "of": 2}, {"done": True}, {"stopped": 0}]
+    *told, failed = runs.events(folder)
+    assert told == [{"work": "train teapot", "at": 1, "of": 2}, {"done": True}, {"stopped": 0}]
+    assert "pictures/gold.png" in failed["error"] and str(studio.place) not in failed["error"]
 
 
 def test_a_report_has_its_figures_in_both_languages(studio: Studio, visitor: Visitor, teapots: str) -> None:

@@ -99,13 +99,18 @@ def _make_stage(folder: Path, run: Mapping[str, Any], journal: Journal) -> None:
     """Run a pilot's stage, or make its study, as the person who asked for it. What is trained and sampled is used
     again."""
     from qrlora.apps.pilots import open_pilot
+    from qrlora.apps.studio.forms import renamed
     from qrlora.apps.studio.projects import project_file
     from qrlora.operations.registry import Registry
 
-    with contextlib.closing(Registry.open(actor=run["person"], create=False)) as registry:
-        pilot = open_pilot(project_file(folder.parent.parent, run["name"]), registry)
-        work = pilot.make_study if run["kind"] == "study" else pilot.run
-        work(run["role"], lambda what, at, of: journal.say(work=what, at=at, of=of))
+    path = project_file(folder.parent.parent, run["name"])
+    try:
+        with contextlib.closing(Registry.open(actor=run["person"], create=False)) as registry:
+            pilot = open_pilot(path, registry)
+            work = pilot.make_study if run["kind"] == "study" else pilot.run
+            work(run["role"], lambda what, at, of: journal.say(work=what, at=at, of=of))
+    except QrloraError as error:
+        raise renamed(error, path.parent, ".") from error
 
 
 if __name__ == "__main__":
