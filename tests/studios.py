@@ -146,15 +146,15 @@ def ran_stage(studio: Studio, name: str, person: str, stage: Stage = "one_pictur
     pilot._save()
 
 
-def work_off(studio: Studio, patch: pytest.MonkeyPatch) -> None:
-    """Do what the worker would for the stages and studies of pilots that wait."""
+def work_off(studio: Studio, name: str, patch: pytest.MonkeyPatch) -> None:
+    """Do what the worker would for what waits of a pilot."""
 
     def arms(work: Any) -> dict[str, Any]:
         made = [load_picture(work.folder / "pictures" / f"{number}.png") for number in range(4)]
         return {OURS: made, "words": [replace(one, pixels=255 - one.pixels) for one in made]}
 
     patch.setattr(project, "study_arms", arms)
-    for run in studio.runs.all(*PILOTS):
+    for run in [run for run in studio.runs.all(*PILOTS) if run.name == name]:
         if run.state == WAITING and run.kind == STUDY:
             pilot = open_pilot(project_file(studio.place, run.name), studio.registry_of(run.person))
             pilot.make_study(run.role)  # type: ignore[arg-type]

@@ -167,7 +167,7 @@ def test_axe_finds_nothing_serious_on_a_pilot(
         page.locator("main > details summary").last.click()
         found += findings(page)
         studio.runs.add_stage(name, "one_picture", "linus", STUDY)
-        work_off(studio, monkeypatch)
+        work_off(studio, name, monkeypatch)
         page.reload()
         page.locator(".study summary").click()
         page.locator(".study button").first.click()

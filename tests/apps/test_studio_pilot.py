@@ -218,7 +218,7 @@ def test_three_stages_are_walked_with_a_blind_study_between(
         done = visitor.submit(f"{where}/{action}", **form)
         assert done.status_code == 204, done.text
         waiting = visitor.get(where).text
-        work_off(studio, monkeypatch)
+        work_off(studio, "walked", monkeypatch)
         assert ("Stop</button>" in waiting) == (action in ("run", "study"))
         return visitor.get(where).text
 
@@ -316,7 +316,8 @@ def test_a_picture_that_is_gone_is_said_where_it_can_be_added(
     page = visitor.get(where)
     assert page.status_code == 200 and "picture is missing" in page.text and "Add pictures" in page.text
     assert "its page takes yours" in page.text and str(studio.place) not in page.text
-    assert visitor.submit(f"{where}/run").status_code == 400
+    refused = visitor.submit(f"{where}/run")
+    assert refused.status_code == 400 and "picture is missing" in refused.text and str(studio.place) not in refused.text
     assert visitor.submit(f"{where}/pictures?file=gold.png", PNG).status_code == 204
     assert "Run this stage" in visitor.get(where).text
 

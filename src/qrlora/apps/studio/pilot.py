@@ -308,13 +308,13 @@ async def act(request: Request, name: str, action: str) -> Response:
     """Run or stop a stage, make its study, decide on it, or change the project file."""
     form, studio = await fields(request), studio_of(request)
     known = {"run": _run, "study": _make_study, "stop": _stop, "decide": _decide, "line": _change}
+    if action not in known:
+        raise RequestError("no such action", status=404, got=action[:40])
+    folder = projects.project_file(studio.place, name).parent
     try:
-        if action not in known:
-            raise RequestError("no such action", status=404, got=action[:40])
-        projects.project_file(studio.place, name)
         await run_in_threadpool(known[action], request, name, form)
     except QrloraError as error:
-        return error_page(request, _on_page(error))
+        return error_page(request, _on_page(renamed(error, folder, ".")))
     return Response(status_code=204, headers={"HX-Redirect": f"/pilot/{name}"})
 
 
