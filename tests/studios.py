@@ -10,6 +10,7 @@ import json
 import threading
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +24,16 @@ from qrlora.apps.serving.connections import Server
 from qrlora.apps.serving.protocol import Event, Facts, Made, Refused, Settings
 from qrlora.apps.studio.app import create_app
 from qrlora.apps.studio.projects import project_file
+from qrlora.apps.studio.runs import DONE, PILOTS, STUDY, WAITING
 from qrlora.apps.studio.state import Studio
 from qrlora.errors import MismatchError
 from qrlora.method.adapter import load_adapter
 from qrlora.models.request import Request
+from qrlora.operations.pilot import project
 from qrlora.operations.pilot.costs import Cost, Parameters
-from qrlora.operations.pilot.line import Stage
+from qrlora.operations.pilot.line import OURS, Stage
 from qrlora.operations.pilot.project import Done
-from qrlora.operations.pilot.stages import Asked, Group, Result, Row
+from qrlora.operations.pilot.stages import Group, Result, Row
 from qrlora.operations.provenance.canonical import known_digest
 from qrlora.operations.provenance.keys import SigningKey
 from qrlora.operations.registry import Registry
@@ -133,13 +136,32 @@ def ran_stage(studio: Studio, name: str, person: str, stage: Stage = "one_pictur
         Parameters(10, 20, 900),
     )
     rows = [Row("chalk", "subject", 0.8, 0.7, 0.1)]
-    asked = [Asked("teapots/teapot-in-chalk@v1", "sha256:" + "0" * 64)]
-    result = Result(stage, groups, [], rows, {"chalk": 0.01}, None, 4, 0, 0, *costs, parameters, to_approve=asked)
+    gate = getattr(pilot.line.gates, stage)
+    result = Result(stage, groups, [], rows, {"chalk": 0.01}, None, 4, 0, 0, *costs, parameters, gate)
+    result = replace(result, acceptance=pilot._acceptance(result))
     content = {"pilot": name, "inputs": pilot.inputs(stage), **result.to_dict()}
     report = add_report(registry, content, [], name=f"{name}/{stage.replace('_', '-')}")
     pilot.stages[stage] = Done(report.digest)
     pilot._write(result)
     pilot._save()
+
+
+def work_off(studio: Studio, name: str, patch: pytest.MonkeyPatch) -> None:
+    """Do what the worker would for what waits of a pilot."""
+
+    def arms(work: Any) -> dict[str, Any]:
+        made = [load_picture(work.folder / "pictures" / f"{number}.png") for number in range(4)]
+        return {OURS: made, "words": [replace(one, pixels=255 - one.pixels) for one in made]}
+
+    patch.setattr(project, "study_arms", arms)
+    for run in [run for run in studio.runs.all(*PILOTS) if run.name == name]:
+        if run.state == WAITING and run.kind == STUDY:
+            pilot = open_pilot(project_file(studio.place, run.name), studio.registry_of(run.person))
+            pilot.make_study(run.role)  # type: ignore[arg-type]
+        elif run.state == WAITING:
+            ran_stage(studio, run.name, run.person, run.role)  # type: ignore[arg-type]
+        if run.state == WAITING:
+            studio.runs._save(replace(run, state=DONE))
 
 
 class Visitor(TestClient):

@@ -518,7 +518,7 @@ def test_two_mixes_are_measured_and_voted_on(studio: Studio, visitor: Visitor) -
     assert "pictures pass" in page and "structure" in page and "texture" in page, page[-3000:]
     report = re.search(r'href="/library/(sha256:[0-9a-f]+)">Report', page)
     assert report and {edge.source for edge in studio.registry.edges(report[1], into=True)} == {teapot, gold}
-    assert "no votes" in visitor.get(f"{path}/tally", headers={"HX-Request": "true"}).text
+    assert "No vote counts yet" in visitor.get(f"{path}/tally", headers={"HX-Request": "true"}).text
     for _ in range(20):
         ballot = visitor.get(f"{path}/vote", headers={"HX-Request": "true"}).text
         if (trial := re.search(r'name="trial" value="([0-9a-f]+)"', ballot)) is None:

@@ -18,7 +18,7 @@ from qrlora.apps.studio import train
 from qrlora.apps.studio.pages import HERE
 from qrlora.apps.studio.state import Studio
 from qrlora.operations.registry import Registry
-from studios import serving
+from studios import serving, trust
 
 MOST_BYTES = 200_000
 LAPTOP = {"width": 1280, "height": 800}
@@ -33,14 +33,15 @@ def test_every_page_has_its_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setitem(train.PRESETS, "quick", (*train.PRESETS["quick"][:2], STEPS))
     folder = Path(os.environ.get("STUDIO_SCREENSHOTS", tmp_path / "shots"))
     folder.mkdir(parents=True, exist_ok=True)
+    monkeypatch.setenv("QRLORA_KEYS", str(tmp_path / "keys"))
     studio = Studio(Registry.open(tmp_path / "registry", actor="ada"))
+    trust(studio.registry, tmp_path / "keys", "grace")
     studio.start()
     try:
         with chromium() as browser, serving(studio) as address:
             with page_of(browser, address, viewport=LAPTOP) as page:
                 in_light(page, folder)
-                pilot(page)
-                page.screenshot(path=folder / "pilot.png")
+                pilot(page, folder)
             with page_of(browser, address, viewport=LAPTOP, color_scheme="dark") as page:
                 mix(page)
                 page.screenshot(path=folder / "mix-dark.png")
@@ -57,7 +58,7 @@ def test_every_page_has_its_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     for path in folder.glob("*.png"):
         make_small(path)
     sizes = {path.name: path.stat().st_size for path in folder.glob("*.png")}
-    assert len(sizes) >= 14 and max(sizes.values()) < MOST_BYTES, sizes
+    assert len(sizes) >= 15 and max(sizes.values()) < MOST_BYTES, sizes
 
 
 def make_small(path: Path) -> None:
@@ -127,13 +128,28 @@ def mix(page: Any, null_space: str = "Keep them apart") -> None:
     page.wait_for_timeout(300)
 
 
-def pilot(page: Any) -> None:
-    """The teapots after their first stage, as the sample project has it."""
+def pilot(page: Any, folder: Path) -> None:
+    """The teapots after their first stage, as the sample project has it but for a gate that asks for votes."""
     page.goto("/pilot")
     page.get_by_role("button", name="Make the pilot").click()
     page.get_by_role("button", name="Run this stage").click()
     page.get_by_role("button", name="No-go").wait_for(timeout=1_500_000)
     page.wait_for_load_state("networkidle")
+    page.screenshot(path=folder / "pilot.png")
+    page.get_by_text("Project file and pictures").click()
+    toml = page.locator("textarea")
+    toml.fill(toml.input_value().replace("compliance = 0.8", "compliance = 0.8\nacceptance = 0.5"))
+    page.get_by_role("button", name="Keep this").click()
+    page.get_by_role("button", name="Run this stage", exact=True).click()
+    page.get_by_role("button", name="Make the blind study").click(timeout=1_500_000)
+    page.get_by_role("link", name="Vote", exact=True).click(timeout=1_500_000)
+    for number in range(1, 4):
+        page.get_by_text(f"{number} / ").wait_for()
+        page.keyboard.press("ArrowLeft")
+    page.get_by_text("4 / ").wait_for()
+    page.goto("/pilot/teapots")
+    page.wait_for_load_state("networkidle")
+    page.screenshot(path=folder / "pilot-study.png")
 
 
 def compare(page: Any, folder: Path) -> None:

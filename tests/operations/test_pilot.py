@@ -108,6 +108,7 @@ def test_every_text_is_there_in_both_languages():
         ("[sampling]", "[sampling]\npicures = 3", "picures"),
         ('"pictures/chalk.png"', '"pictures/none.png"', "none.png"),
         ('name = "chalk"', 'name = "gold"', "names of their own"),
+        ("[gates.line]", "[gates.line]\nacceptance = 0.5", "no blind study is made of stage 3"),
         ('composed = ["a photo of a teal {subject} in {style} style"]', 'composed = ["a {subject}"]', "lacks {style}"),
     ],
 )
@@ -145,6 +146,35 @@ def test_a_share_whose_interval_holds_the_limit_is_called_unsure():
     assert checks["compliance"].passed
     assert not checks["compliance"].sure
     assert {check.name: check for check in result(passing=Share(500, 500)).checks}["compliance"].sure
+
+
+def test_votes_count_for_the_pictures_they_were_about_alone(opened, people, project):
+    """A study of stage 1; then its adapter changes, and the votes about its earlier pictures count no more."""
+    text = project.read_text().replace("[gates.one_picture]", "[gates.one_picture]\nacceptance = 0.5")
+    project.write_text(text)
+    pilot = opened()
+    with pytest.raises(PolicyError, match="has to be run first"):
+        pilot.make_study("one_picture")
+    with pytest.raises(PolicyError, match="no study is made of stage line"):
+        pilot.make_study("line")
+    assert pilot.run().acceptance is None
+    ballot = pilot.make_study("one_picture")
+    assert ballot.page.is_file() and pilot.run("one_picture").acceptance is None, "nobody has voted"
+    key = ballot.key()
+    for trial in ballot.data()["trials"]:
+        ours = "left" if key["pictures"][trial["a"]]["arm"] == "adapters" else "right"
+        if key["trials"][trial["id"]]["kind"] == "pair":
+            ballot.vote("ann", trial["id"], ours)
+    found = pilot.run("one_picture")
+    assert found.acceptance == Share(2, 2) and {one.name: one.passed for one in found.checks}["acceptance"]
+    project.write_text(text.replace("learning_rate = 3e-3", "learning_rate = 2e-3"))
+    pilot = opened()
+    with pytest.raises(PolicyError, match="before its inputs changed"):
+        pilot.make_study("one_picture")
+    assert pilot.run("one_picture").acceptance is None
+    later = pilot.make_study("one_picture")
+    assert later.key()["study"] != key["study"] and not later.files()
+    assert (later.folder / key["study"] / "votes").is_dir(), "earlier votes are kept with their key"
 
 
 def test_costs_are_time_times_price():

@@ -13,6 +13,7 @@ import subprocess
 from collections import Counter
 from collections.abc import Callable
 from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,9 @@ from PIL import Image
 
 from qrlora.errors import DataError
 from qrlora.quality.images.read import MeasuredPicture
-from qrlora.quality.study.trials import LARGEST_PNG, make_study
+from qrlora.quality.metrics.shares import Share, least_above
+from qrlora.quality.study.ballot import Ballot
+from qrlora.quality.study.trials import LARGEST_PNG, make_study, study_data
 from qrlora.quality.study.votes import Pair, Vote, bradley_terry, count_votes, krippendorff, lines, report
 
 
@@ -249,6 +252,27 @@ def test_files_that_are_none_of_this_study_are_refused() -> None:
             count_votes([result], key)
     with pytest.raises(DataError, match="two files of one rater"):
         count_votes([good, good], key)
+
+
+def test_a_study_keeps_its_votes_while_another_takes_its_place(tmp_path: Path) -> None:
+    """Votes about other pictures are never counted, and none is lost."""
+    ballot = Ballot(tmp_path / "study")
+    studies = [study_data(arms("a", "b"), seed=seed) for seed in (1, 2)]
+    for _ in range(2):
+        for data, key in studies:
+            ballot.write(data, key)
+            assert ballot.data()["id"] == data["id"] == ballot.key()["study"]
+            if not ballot.files():
+                ballot.add(voted(key, f"ann-{data['id']}", careful(key, ["a", "b"])), "ann.json")
+            assert list(ballot.count().raters) == [f"ann-{data['id']}"]
+
+
+@pytest.mark.parametrize("limit", [0.0, 0.5, 0.8, 0.99])
+def test_with_so_many_votes_a_unanimous_share_is_surely_above_the_limit(limit: float) -> None:
+    enough = least_above(limit)
+    assert enough is not None and Share(enough, enough).interval[0] > limit
+    assert enough == 1 or Share(enough - 1, enough - 1).interval[0] <= limit
+    assert least_above(1.0) is None
 
 
 def test_strengths_are_those_that_made_the_votes() -> None:

@@ -131,15 +131,20 @@ def _told(found: Pilot, stage: Any) -> str:
     return f"run by {ran.author}, {'passes' if ran.passes else 'does not pass'} the gate, {decided}"
 
 
-@command("study", "Write a blind vote on stage 2: with the adapters, or the same said in words")
+@command("study", "Write a blind vote on a stage: with the adapters, or the same said in words")
 @LINE
 @REGISTRY
+@click.option(
+    "--stage",
+    type=click.Choice(["one_picture", "several_styles"]),
+    default="several_styles",
+    help="whose pictures (default: several_styles)",
+)
 def study(options: Options) -> None:
     """Write the page to send to people."""
-    found = _opened(options)
-    page = found.make_study()
-    print(f"{page}: send it to people, and put the files they save into {page.parent / 'votes'}")
-    print(f"then: qrlora pilot run {options.line} --stage several_styles")
+    ballot = _opened(options).make_study(options.stage)
+    print(f"{ballot.page}: send it to people, and put the files they save into {ballot.votes}")
+    print(f"then: qrlora pilot run {options.line} --stage {options.stage}")
 
 
 def _opened(options: Options) -> Pilot:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,8 +16,8 @@ from qrlora.quality.brand import BrandSheet
 from qrlora.quality.evaluation import evaluate
 from qrlora.quality.images.read import MeasuredPicture, load_pictures
 from qrlora.quality.metrics.table import METRICS, References, select_metrics
+from qrlora.quality.study.ballot import Ballot
 from qrlora.quality.study.trials import study_data
-from qrlora.quality.study.votes import VoteCount, count_votes
 
 if TYPE_CHECKING:
     from qrlora.apps.studio.state import Studio
@@ -129,22 +128,9 @@ def _lost(title: str, metric: Any, found: Any) -> dict[str, Any]:
 # The blind vote
 
 
-def study_of(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the page's data for voters, and the key; both are made once."""
-    from qrlora._files import write_atomically
-
-    paths = folder / "study.json", folder / "key.json"
-    if not paths[1].is_file():
-        proof: dict[str, Any] = json.loads((folder / "proof.json").read_text())
-        arms = {arm: load_pictures([folder / arm]) for arm in proof["arms"]}
-        for path, content in zip(paths, study_data(arms, QUESTION), strict=True):
-            write_atomically(path, json.dumps(content).encode())
-    study, key = (json.loads(path.read_text()) for path in paths)
-    return study, key
-
-
-def count(folder: Path) -> VoteCount:
-    """Count the votes. DataError if there are no votes to count."""
-    _, key = study_of(folder)
-    results: Sequence[Any] = [json.loads(path.read_text()) for path in sorted((folder / "votes").glob("*.json"))]
-    return count_votes(results, key)
+def ballot_of(folder: Path, arms: Iterable[str]) -> Ballot:
+    """Return the blind vote of a comparison, made when it is asked for first."""
+    ballot = Ballot(folder)
+    if not ballot.made:
+        ballot.write(*study_data({arm: load_pictures([folder / arm]) for arm in arms}, QUESTION))
+    return ballot

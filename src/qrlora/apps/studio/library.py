@@ -20,6 +20,7 @@ from qrlora.operations.policy.check import in_force
 from qrlora.operations.policy.combination import combination_of
 from qrlora.operations.policy.decisions import find
 from qrlora.operations.provenance.audit import broken
+from qrlora.operations.provenance.keys import key_names
 from qrlora.operations.registry import Artifact, Registry
 from qrlora.operations.registry.lineage import graph
 
@@ -95,6 +96,7 @@ def show(request: Request, digest: str) -> Response:
         drawing=_drawing(lineage.nodes, lineage.edges, artifact.digest),
         log=log[-20:][::-1],
         programs=PROGRAMS if artifact.kind in APPROVABLE else {},
+        keys=key_names(),
         **_approval(studio.registry, artifact),
     )
 
@@ -181,8 +183,8 @@ def reason_and_key(studio: Studio, form: Form) -> tuple[str, SigningKey]:
     """Return the reason and the signing key that a decision's form names: a key of this machine.
 
     Raises:
-        RequestError: no reason, or others reach this studio, whose keys are not on this machine.
-        SignatureError: there is no such key, or its passphrase is wrong.
+        RequestError: no reason, no such key, or others reach this studio, whose keys are not on this machine.
+        SignatureError: its passphrase is wrong.
     """
     from qrlora.operations.provenance.keys import SigningKey
 
@@ -192,7 +194,11 @@ def reason_and_key(studio: Studio, form: Form) -> tuple[str, SigningKey]:
     reason = form.text("reason", 400)
     if not reason:
         raise RequestError("a decision needs a reason", expected="a sentence", got="none")
-    return reason, SigningKey.load(form.text("key", 60), form.text("passphrase", 200) or None)
+    name, known = form.text("key", 60), key_names()
+    if name not in known:
+        expected = " or ".join(known) or "a key of your own: `qrlora keys new NAME` makes it"
+        raise RequestError("no private key of this name on this machine", expected=expected, got=name)
+    return reason, SigningKey.load(name, form.text("passphrase", 200) or None)
 
 
 def _approve(registry: Registry, artifact: Artifact, form: Form, studio: Studio) -> None:

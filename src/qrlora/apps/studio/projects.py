@@ -110,7 +110,10 @@ def new_picture(path: Path, name: str) -> Path:
     """Return where a picture of this name goes. RequestError if the name cannot be used, or is taken."""
     if not PICTURE.fullmatch(name):
         raise RequestError(
-            "this cannot be a picture's name", expected="letters, digits, . _ -, and .png", got=name[:80]
+            "this cannot be a picture's name",
+            expected="letters, digits, . _ -, and .png",
+            got=name[:80],
+            remedy="rename the file",
         )
     target = path.parent / "pictures" / name
     if target.exists():
@@ -126,8 +129,6 @@ def take_picture(source: Path, target: Path) -> None:
         source.replace(target)
     except QrloraError as error:
         raise renamed(error, source, target.name) from error
-    finally:
-        source.unlink(missing_ok=True)
 
 
 def pictures(path: Path) -> list[str]:

@@ -18,8 +18,9 @@ from fastapi.responses import FileResponse
 from qrlora._files import make_folder, write_atomically
 from qrlora.apps.serving.answer import pictures_of
 from qrlora.apps.serving.protocol import Settings
+from qrlora.apps.studio.ballots import Booth
 from qrlora.apps.studio.forms import Form, fields
-from qrlora.apps.studio.pages import error_page, page
+from qrlora.apps.studio.pages import error_page, page, translator
 from qrlora.apps.studio.state import Studio, person_of, registry_for, studio_of
 from qrlora.errors import QrloraError, RequestError
 from qrlora.models.request import Request
@@ -162,66 +163,25 @@ def picture(request: HttpRequest, name: str, group: str, file: str) -> Response:
 # The blind vote
 
 
-@router.get("/prove/{name}/vote")
-def vote(request: HttpRequest, name: str) -> Response:
-    """Show the next pair that this person has not seen, or the end."""
-    from qrlora.apps.studio.compare import study_of
+def _booth(request: HttpRequest, name: str) -> Booth:
+    from qrlora.apps.studio.compare import ballot_of
 
     folder = _folder(studio_of(request), name)
-    data, _ = study_of(folder)
-    given = _given(folder, data["id"], person_of(request))
-    seen = {one["trial"] for one in given["votes"]}
-    trial = next((one for one in data["trials"] if one["id"] not in seen), None)
-    sources = {side: data["pictures"][trial[side]] for side in "ab"} if trial else {}
-    part = "hx-request" in request.headers
-    values: dict[str, Any] = {
-        "name": name,
-        "trial": trial,
-        "sources": sources,
-        "done": len(seen),
-        "of": len(data["trials"]),
-    }
-    return page(request, "part_vote.html" if part else "vote.html", question=data["question"], **values)
+    return Booth(ballot_of(folder, ARMS), f"/prove/{name}", f"/prove/{name}", translator(request)("Prove"))
 
 
-def _given(folder: Path, study: str, person: str) -> dict[str, Any]:
-    """Return the votes of one person."""
-    path = folder / "votes" / f"{person.encode().hex()[:120]}.json"
-    return json.loads(path.read_text()) if path.is_file() else {"study": study, "rater": person, "votes": []}
+@router.get("/prove/{name}/vote")
+def vote(request: HttpRequest, name: str) -> Response:
+    return _booth(request, name).next(request)
 
 
 @router.post("/prove/{name}/vote")
 async def take_vote(request: HttpRequest, name: str) -> Response:
-    form, person = await fields(request), person_of(request)
-    await run_in_threadpool(_count_in, _folder(studio_of(request), name), form, person)
-    return await run_in_threadpool(vote, request, name)
-
-
-def _count_in(folder: Path, form: Form, person: str) -> None:
-    from qrlora.apps.studio.compare import study_of
-
-    data, _ = study_of(folder)
-    trial = next((one for one in data["trials"] if one["id"] == form.text("trial")), None)
-    choice = form.text("choice")
-    if trial is None or choice not in ("left", "right", "tie"):
-        raise RequestError("no such vote", expected="left, right or tie", got=choice[:20], remedy="reload the page")
-    given = _given(folder, data["id"], person)
-    if trial["id"] in {one["trial"] for one in given["votes"]}:
-        return
-    given["votes"].append({"trial": trial["id"], "left": trial["a"], "right": trial["b"], "choice": choice})
-    path = folder / "votes" / f"{person.encode().hex()[:120]}.json"
-    write_atomically(path, json.dumps(given).encode(), make_folder=True)
+    form = await fields(request)
+    return await run_in_threadpool(lambda: _booth(request, name).take(request, form))
 
 
 @router.get("/prove/{name}/tally")
 def tally(request: HttpRequest, name: str) -> Response:
-    """Show the count of the votes so far. Whoever is still voting does not see it by accident: it has a page of its
-    own."""
-    from qrlora.apps.studio.compare import count
-
-    folder = _folder(studio_of(request), name)
-    try:
-        found = count(folder)
-    except QrloraError as error:
-        return error_page(request, error)
-    return page(request, "part_tally.html", found=found, arms=_read(folder)["arms"])
+    arms = _read(_folder(studio_of(request), name))["arms"]
+    return _booth(request, name).tally(request, {arm: side["title"] for arm, side in arms.items()})

@@ -32,7 +32,9 @@ from qrlora.operations.registry.registry import PLACE
 
 log = logging.getLogger(__name__)
 
-TRAINING, PILOT = "training", "pilot"
+TRAINING, STAGE, STUDY = "training", "pilot", "study"
+PILOTS = (STAGE, STUDY)
+"""Kinds of runs that a pilot's page shows: a stage, and the pictures of its blind study."""
 WAITING, RUNNING, STOPPED, FAILED, DONE = "waiting", "running", "stopped", "failed", "done"
 ADAPTER = "adapter.safetensors"
 GRACE_SECONDS = 30
@@ -41,7 +43,8 @@ GRACE_SECONDS = 30
 
 @dataclass(frozen=True)
 class Run:
-    """The state of one training run, or of one stage of a pilot: then `name` is the pilot's and `role` the stage."""
+    """The state of one training run, or of a stage of a pilot or its study: then `name` is the pilot's and `role` the
+    stage."""
 
     id: str
     person: str
@@ -140,16 +143,21 @@ class Runs:
         self._save(run)
         return run
 
-    def add_stage(self, pilot: str, stage: str, person: str) -> Run:
-        """Queue a stage of a pilot; its runs that are over are forgotten, because the pilot's folder has all of it.
+    def stopping(self, run: Run) -> bool:
+        """Return True for a run that ends after its current step."""
+        return run.state == RUNNING and run.id in self._unwanted
+
+    def add_stage(self, pilot: str, stage: str, person: str, kind: str = STAGE) -> Run:
+        """Queue a stage of a pilot, or its study; the pilot's runs that are over are forgotten, because its folder has
+        all of it.
 
         Raises:
             RequestError: another stage of it waits or runs.
         """
-        for run in self.all(PILOT):
+        for run in self.all(*PILOTS):
             if run.name == pilot:
                 self.forget(run.id)
-        run = Run(self.new_folder().name, person, pilot, stage, 0, time.time(), kind=PILOT)
+        run = Run(self.new_folder().name, person, pilot, stage, 0, time.time(), kind=kind)
         self._save(run)
         return run
 
@@ -234,7 +242,7 @@ class Runs:
             self._process = None
         run = replace(self.get(run.id), state=RUNNING)
         last = (events(folder) or [{}])[-1]
-        if code == 0 and (run.kind == PILOT or (folder / ADAPTER).is_file()):
+        if code == 0 and (run.kind in PILOTS or (folder / ADAPTER).is_file()):
             return replace(run, state=DONE, reference=self.finished(folder, run.person))
         if "error" in last:
             return replace(run, state=FAILED, error=last["error"])

@@ -22,7 +22,7 @@ from PIL import Image
 from qrlora._files import make_folder
 from qrlora.apps.studio.forms import Form, fields, number, renamed, upload
 from qrlora.apps.studio.pages import N_, error_page, page
-from qrlora.apps.studio.runs import ADAPTER, PILOT, TRAINING, Run, events
+from qrlora.apps.studio.runs import ADAPTER, PILOTS, TRAINING, Run, events
 from qrlora.apps.studio.state import Studio, person_of, registry_for, studio_of
 from qrlora.errors import QrloraError, RequestError
 from qrlora.models.training.pictures import OpenPicture, open_picture
@@ -226,7 +226,7 @@ def _of_space(studio: Studio, name: str, folder: Path) -> dict[str, Any]:
 def show(request: Request, name: str) -> Response:
     runs = studio_of(request).runs
     run, folder = runs.get(name), runs.folder(name)
-    if run.kind == PILOT:
+    if run.kind in PILOTS:
         return RedirectResponse(f"/pilot/{run.name}", 303)
     recipe = json.loads((folder / "recipe.json").read_text())
     pictures = [path.name for path in sorted((folder / "pictures").glob("*.png")) if ".mask." not in path.name]
@@ -295,7 +295,7 @@ async def act(request: Request, name: str, action: str) -> Response:
             await run_in_threadpool(getattr(studio.runs, action), name)
             target = "/train" if action == "forget" else f"/train/{name}"
             return Response(status_code=204, headers={"HX-Redirect": target})
-        if action != "take" or studio.runs.get(name).kind == PILOT:
+        if action != "take" or studio.runs.get(name).kind in PILOTS:
             raise RequestError("no such action", status=404, got=action[:40])
         from qrlora.apps.studio.records import add_trained
 

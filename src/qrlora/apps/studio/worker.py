@@ -1,5 +1,5 @@
-"""Run one training run, or one stage of a pilot, in a process of its own: `python -m qrlora.apps.studio.worker FOLDER`
-(see runs.py)."""
+"""Run one training run, or one stage or study of a pilot, in a process of its own:
+`python -m qrlora.apps.studio.worker FOLDER` (see runs.py)."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def main(folder: Path) -> int:
     journal = Journal(folder)
     run = json.loads((folder / "run.json").read_text())
     try:
-        (_make_stage if run["kind"] == "pilot" else _train)(folder, run, journal)
+        (_train if run["kind"] == "training" else _make_stage)(folder, run, journal)
     except QrloraError as error:
         journal.say(error=str(error))
         return 2
@@ -96,14 +96,21 @@ def _train(folder: Path, run: Mapping[str, Any], journal: Journal) -> None:
 
 
 def _make_stage(folder: Path, run: Mapping[str, Any], journal: Journal) -> None:
-    """Run a pilot's stage as the person who asked for it. What is trained and sampled already is used again."""
+    """Run a pilot's stage, or make its study, as the person who asked for it. What is trained and sampled is used
+    again."""
     from qrlora.apps.pilots import open_pilot
+    from qrlora.apps.studio.forms import renamed
     from qrlora.apps.studio.projects import project_file
     from qrlora.operations.registry import Registry
 
-    with contextlib.closing(Registry.open(actor=run["person"], create=False)) as registry:
-        pilot = open_pilot(project_file(folder.parent.parent, run["name"]), registry)
-        pilot.run(run["role"], lambda what, at, of: journal.say(work=what, at=at, of=of))
+    path = project_file(folder.parent.parent, run["name"])
+    try:
+        with contextlib.closing(Registry.open(actor=run["person"], create=False)) as registry:
+            pilot = open_pilot(path, registry)
+            work = pilot.make_study if run["kind"] == "study" else pilot.run
+            work(run["role"], lambda what, at, of: journal.say(work=what, at=at, of=of))
+    except QrloraError as error:
+        raise renamed(error, path.parent, ".") from error
 
 
 if __name__ == "__main__":

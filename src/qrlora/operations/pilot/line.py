@@ -13,6 +13,10 @@ from qrlora.errors import DataError
 
 Stage = Literal["one_picture", "several_styles", "line"]
 STAGES: tuple[Stage, ...] = get_args(Stage)
+STUDIED: tuple[Stage, ...] = ("one_picture", "several_styles")
+"""Stages that a blind study is made of."""
+OURS = "adapters"
+"""The arm of a study that has the pilot's pictures."""
 Language = Literal["en", "ja"]
 
 
@@ -88,13 +92,20 @@ class Gate(_Part):
     compliance: float = Field(0.8, ge=0, le=1, description="least share of pictures that pass the brand sheet")
     crosstalk: float = Field(0.2, ge=0, description="largest loss of a score inside a composition (stages 2 and 3)")
     copies: float = Field(0.2, ge=0, le=1, description="largest share of pictures that copy a training picture")
-    acceptance: float | None = Field(None, ge=0, le=1, description="least share of a blind study's votes")
+    acceptance: float | None = Field(None, ge=0, le=1, description="least share of a blind study's votes (not stage 3)")
 
 
 class Gates(_Part):
     one_picture: Gate = Gate.model_validate({})
     several_styles: Gate = Gate.model_validate({})
     line: Gate = Gate.model_validate({})
+
+    @field_validator("line")
+    @classmethod
+    def _measurable(cls, value: Gate) -> Gate:
+        if value.acceptance is not None:
+            raise ValueError("no blind study is made of stage 3: leave `acceptance` out")
+        return value
 
 
 class Costs(_Part):
@@ -178,7 +189,10 @@ class Line(_Part):
         files += [(name, value) for name in ("brand", "products") if (value := getattr(line, name))]
         for what, file in files:
             if not file.exists():
-                raise DataError(f"{path}: {what} is missing", expected=str(file), got="no such file or folder")
+                remedy = "put it there, or name another one in the project file"
+                raise DataError(
+                    f"{path}: {what} is missing", expected=str(file), got="no such file or folder", remedy=remedy
+                )
         return line
 
     @classmethod

@@ -17,13 +17,13 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from qrlora._files import claimed, make_folder, write_all, write_atomically
+from qrlora._files import claimed, make_folder, write_atomically
 from qrlora._reading import read_json
 from qrlora.errors import PolicyError, RegistryError, SignatureError
 from qrlora.models.training.sources import find_pictures
-from qrlora.operations.pilot.line import STAGES, Item, Line, Stage
+from qrlora.operations.pilot.line import OURS, STAGES, STUDIED, Item, Line, Stage
 from qrlora.operations.pilot.report import report
-from qrlora.operations.pilot.stages import Result, one_picture, several_styles
+from qrlora.operations.pilot.stages import Result, one_picture, several_styles, study_arms
 from qrlora.operations.pilot.whole_line import WholeLine
 from qrlora.operations.pilot.work import Scorer, Show, Work
 from qrlora.operations.policy.rules import Policy
@@ -33,6 +33,8 @@ from qrlora.operations.provenance.keys import Person, SigningKey
 from qrlora.operations.registry import Link, Registry
 from qrlora.operations.registry.signatures import trust_of
 from qrlora.quality.metrics.shares import Share
+from qrlora.quality.study.ballot import Ballot
+from qrlora.quality.study.votes import NoVotesError
 
 DECISION = "urn:qrlora:pilot-decision:v1"
 """Predicate type of a decision."""
@@ -150,16 +152,19 @@ class Pilot:
     def check_ready(self, stage: Stage) -> None:
         """Raise PolicyError unless the stages before have a go that was decided on their present inputs."""
         for before in STAGES[: STAGES.index(stage)]:
-            ran = self.ran(before)
-            if ran is None or ran.inputs != self.inputs(before):
-                got = "not run" if ran is None else "run before its inputs changed"
-                raise PolicyError(
-                    f"stage {before} has to be run first", got=got, remedy=f"qrlora pilot run {self.path}"
-                )
+            ran = self._check_ran(before)
             if ran.go is not True:
                 got = "; ".join(ran.faults) or ("no decision" if ran.go is None else "a no-go")
                 remedy = f"qrlora pilot decide {self.path} --go --reason TEXT --key NAME"
                 raise PolicyError(f"stage {before} needs a go", got=got, remedy=remedy)
+
+    def _check_ran(self, stage: Stage) -> Ran:
+        """Return what a stage left. PolicyError unless it has run on its present inputs."""
+        ran = self.ran(stage)
+        if ran is None or ran.inputs != self.inputs(stage):
+            got = "not run" if ran is None else "run before its inputs changed"
+            raise PolicyError(f"stage {stage} has to be run first", got=got, remedy=f"qrlora pilot run {self.path}")
+        return ran
 
     def run(self, stage: Stage | None = None, show: Show = lambda what, done, of: None) -> Result:
         """Run a stage (the next one if None), write its reports, and record them.
@@ -174,7 +179,8 @@ class Pilot:
         make_folder(self.folder)
         with claimed(self.folder, folder=True):
             work = Work(self.line, self.folder, stage, self.scorers, show)
-            result = replace(self._stages[stage](work), acceptance=self._acceptance(stage))
+            result = self._stages[stage](work)
+            result = replace(result, acceptance=self._acceptance(result))
             recorded, combinations = record(self.registry, work, result, self.inputs(stage))
             result = replace(result, to_approve=ask(self.registry, combinations, self.policy))
             self._write(result)
@@ -201,49 +207,46 @@ class Pilot:
 
     # Votes
 
-    def votes(self, stage: Stage) -> Path:
-        """Folder of the votes of a stage's blind study."""
-        return self.folder / "study" / stage / "votes"
+    def ballot(self, stage: Stage) -> Ballot:
+        """Return the blind study of a stage, which may not be made yet."""
+        return Ballot(self.folder / "study" / stage)
 
-    def make_study(self, show: Show = lambda what, done, of: None) -> Path:
-        """Write a blind study of stage 2: pictures with the adapters against the base model's from a prompt in words.
-
-        Returns the page's path. Votes go into the folder `votes` beside it; `run` counts them.
+    def make_study(self, stage: Stage, show: Show = lambda what, done, of: None) -> Ballot:
+        """Make a blind study: a stage's pictures against the base model's from a prompt in words. `run` counts its
+        votes.
 
         Raises:
-            PolicyError: stage 2 has not run.
+            PolicyError: as `check_studied`.
         """
-        from qrlora.quality.study.trials import make_study
+        from qrlora.quality.study.trials import study_data
 
-        stage: Stage = "several_styles"
-        if stage not in self.stages:
-            raise PolicyError(f"stage {stage} has to be run first", remedy=f"qrlora pilot run {self.path}")
-        work, line = Work(self.line, self.folder, stage, self.scorers, show), self.line
-        ours, words = [], []
-        for style in line.styles:
-            triggers = {"subject": work.recipe(line.subject).trigger, "style": work.recipe(style).trigger}
-            ours += work.pictures([text.format(**triggers) for text in line.prompts.composed], work.pair(style))
-            names = {"subject": line.subject.name, "style": style.name}
-            words += work.pictures([text.format(**names) for text in line.prompts.composed])
-        page, key = make_study({"adapters": ours, "words": words}, by_order=True)
-        folder = self.votes(stage).parent
-        make_folder(self.votes(stage))
-        write_all(
-            {folder / "key.json": json.dumps(key, ensure_ascii=False).encode(), folder / "vote.html": page.encode()}
-        )
-        return folder / "vote.html"
+        self.check_studied(stage)
+        with claimed(self.folder, folder=True):
+            arms = study_arms(Work(self.line, self.folder, stage, self.scorers, show))
+            ballot = self.ballot(stage)
+            ballot.write(*study_data(arms, by_order=True))
+        return ballot
 
-    def _acceptance(self, stage: Stage) -> Share | None:
-        """Return the share of votes for the pilot's pictures in the stage's study, if any were cast."""
-        from qrlora.quality.study.votes import checked_key, count_votes
+    def check_studied(self, stage: Stage) -> None:
+        """Raise PolicyError unless a stage is one that is studied, and has run on its present inputs."""
+        if stage not in STUDIED:
+            raise PolicyError(f"no study is made of stage {stage}", expected=" or ".join(STUDIED))
+        self._check_ran(stage)
 
-        key_file, votes = self.votes(stage).parent / "key.json", sorted(self.votes(stage).glob("*.json"))
-        if not key_file.is_file() or not votes:
+    def study_is_about(self, stage: Stage, results: Mapping[str, Any]) -> bool:
+        """Return True if there is a study of a stage, of the very pictures that these results have."""
+        ballot = self.ballot(stage)
+        shown = {name for group in results["groups"] for name in group["pictures"]}
+        return ballot.made and ballot.shows(OURS) == shown
+
+    def _acceptance(self, result: Result) -> Share | None:
+        """Return the share of votes for the pictures of a result; None without a study of them, or votes in it."""
+        if not self.study_is_about(result.stage, result.to_dict()):
             return None
-        key = checked_key(read_json(key_file, "key of a study", RegistryError), str(key_file))
-        cast = [read_json(path, "votes", RegistryError) for path in votes]
-        found = count_votes(cast, key, names=[str(path) for path in votes])
-        return next(iter(found.pairs.values())).share
+        try:
+            return next(iter(self.ballot(result.stage).count().pairs.values())).share
+        except NoVotesError:
+            return None
 
     # Decisions
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from qrlora.models.training.sources import find_pictures
-from qrlora.operations.pilot.line import Item
+from qrlora.operations.pilot.line import Item, Line
 from qrlora.operations.pilot.stages import Asked, Result
 from qrlora.operations.pilot.work import Work
 from qrlora.operations.policy.approval import open_request, request
@@ -45,7 +45,7 @@ def record(registry: Registry, work: Work, result: Result, inputs: str) -> tuple
     for style in line.styles:
         parts = [(adapters[item.name], weight) for item, weight in work.pair(style)]
         strength = work.strength([line.subject, style])
-        title = f"{line.name}/{line.subject.name}-in-{style.name}"
+        title = composition_name(line, style)
         made = add_composition(registry, base, parts, strength, name=title, owner=line.owner)
         add_report(registry, _figures(result, style, sheet), [made], name=f"{title}-figures")
         combinations.append(combination_of(registry, made.digest))
@@ -100,3 +100,18 @@ def ask(registry: Registry, combinations: Iterable[Combination], policy: Policy 
         opened = open_request(registry, combination, policy) or request(registry, combination, policy)
         asked.append(Asked(combination.title, opened.digest))
     return asked
+
+
+def to_approve(registry: Registry, line: Line, policy: Policy | None) -> list[Artifact]:
+    """Return the compositions of the subject in a style whose approval was asked for, and is not given yet."""
+    known = {name.partition("@")[0]: one for one in reversed(registry.search(kind="composition")) for name in one.names}
+    named = [known.get(composition_name(line, style)) for style in line.styles]
+    found = [(one, combination_of(registry, one.digest)) for one in named if one]
+    return [
+        one for one, about in found if not find(registry, about, policy).holds and open_request(registry, about, policy)
+    ]
+
+
+def composition_name(line: Line, style: Item) -> str:
+    """Return the name in the registry of the subject in a style."""
+    return f"{line.name}/{line.subject.name}-in-{style.name}"

@@ -64,8 +64,7 @@ def _opening(result: Result, line: Line, say: Words) -> Section:
         if share:
             figures.append(Figure(f"{share.value:.0%}", say(f"kpi.{name}"), str(share)))
     if result.per_picture is not None:
-        price = f"{result.per_picture:.4f} {line.costs.currency}"
-        figures.append(Figure(price, say("kpi.cost_per_picture")))
+        figures.append(Figure(money(result.per_picture, line.costs.currency), say("kpi.cost_per_picture")))
     learned = [thumbnail(picture, say("heading.learned_from")) for picture in result.learned_from]
     blocks: list[Block] = []
     for number, group in enumerate(result.groups[:SUMS] if result.stage != "line" else ()):
@@ -159,7 +158,7 @@ def cost_rows(
     rows = [
         row("cost.time", lambda cost: _duration(cost.seconds)),
         row("cost.energy", lambda cost: f"{cost.kwh:.4f} kWh", watts=costs.watts),
-        row("cost.money", lambda cost: _money(cost, costs.currency)),
+        row("cost.money", lambda cost: money(cost.money, costs.currency)),
         row("cost.storage", lambda cost: f"{cost.stored / GB * 1000:.2f} MB"),
     ]
     if parameters:
@@ -174,8 +173,9 @@ def _duration(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{rest:02d}"
 
 
-def _money(cost: Cost, currency: str) -> str:
-    return f"{cost.money:.4f} {currency}"
+def money(amount: float, currency: str) -> str:
+    """Return a sum as it is told: what is not free is not told as 0.0000."""
+    return f"{amount:.4f} {currency}" if amount >= 0.0001 or not amount else f"< 0.0001 {currency}"
 
 
 def _limits(result: Result, line: Line, scorers: dict[str, Scorer], say: Words) -> Section:

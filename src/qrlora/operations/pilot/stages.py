@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from qrlora.operations.pilot.costs import Cost, Parameters, cost_of, parameters_of, projected
-from qrlora.operations.pilot.line import STAGES, Gate, Item, Stage
+from qrlora.operations.pilot.line import OURS, STAGES, Gate, Item, Stage
 from qrlora.operations.pilot.work import Work
 from qrlora.operations.policy.combination import Combination
 from qrlora.quality.brand import BrandSheet
@@ -229,6 +229,22 @@ def several_styles(work: Work) -> Result:
     each = len(line.prompts.of_line) * line.sampling.per_product
     result = _result(work, "several_styles", groups, list(line.items), 0, cells * each)
     return replace(result, crosstalk=rows, interference=interference)
+
+
+def study_arms(work: Work) -> dict[str, list[MeasuredPicture]]:
+    """Return the pictures of stage 1 or 2, and the base model's for the same prompts with the names in words."""
+    line = work.line
+    compared = [(line.prompts.subject, {"subject": line.subject}, [(line.subject, 1.0)])]
+    if work.stage == "several_styles":
+        pairs = [({"subject": line.subject, "style": style}, work.pair(style)) for style in line.styles]
+        compared = [(line.prompts.composed, items, pair) for items, pair in pairs]
+    arms: dict[str, list[MeasuredPicture]] = {OURS: [], "words": []}
+    for prompts, items, adapters in compared:
+        triggers = {role: _trigger(work, item) for role, item in items.items()}
+        arms[OURS] += work.pictures([text.format(**triggers) for text in prompts], adapters)
+        names = {role: item.name for role, item in items.items()}
+        arms["words"] += work.pictures([text.format(**names) for text in prompts])
+    return arms
 
 
 def _row(work: Work, style: str, role: str, alone: float, composed: float) -> Row:

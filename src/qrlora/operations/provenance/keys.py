@@ -69,6 +69,11 @@ def default_folder() -> Path:
     return Path(named) if named else Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config", "qrlora/keys")
 
 
+def key_names() -> list[str]:
+    """List the keys in the folder of keys by name."""
+    return sorted(path.stem for path in default_folder().glob("*.pub"))
+
+
 @dataclass(frozen=True)
 class SigningKey:
     """A private key and its owner's name for it.

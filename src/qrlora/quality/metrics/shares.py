@@ -50,6 +50,14 @@ class Share:
         return float(low), float(high)
 
 
+def least_above(limit: float) -> int | None:
+    """Return the smallest n at which the 95 % score interval of n of n lies above a limit; None if none does.
+
+    With fewer, not even a unanimous result is surely above it. Wilson's lower bound of n of n is n / (n + Z^2).
+    """
+    return None if limit >= 1 else math.floor(Z**2 * limit / (1 - limit)) + 1
+
+
 def difference(a: Share, b: Share) -> tuple[float, tuple[float, float]]:
     """Return a - b and its 95 % interval, each in [-1, 1], from the two score intervals (Newcombe 1998, method 10).
 

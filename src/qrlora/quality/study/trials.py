@@ -37,7 +37,12 @@ Arms = Mapping[str, Sequence[MeasuredPicture]]
 def make_study(arms: Arms, question: str = QUESTION, **options: Any) -> tuple[str, dict[str, Any]]:
     """Make the page (HTML) of a study, and its key (JSON values). options, errors: as `study_data`."""
     data, key = study_data(arms, question, **options)
-    return page("vote.html", question=question, study=data), key
+    return study_page(data), key
+
+
+def study_page(data: Mapping[str, Any]) -> str:
+    """Return the page (HTML) that shows the data of a study."""
+    return page("vote.html", question=data["question"], study=data)
 
 
 def study_data(

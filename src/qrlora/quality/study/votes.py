@@ -29,6 +29,16 @@ MISSES = 1
 """Catch trials that a rater may miss; one can be a slip."""
 
 
+class NoVotesError(DataError):
+    """No vote is left to count.
+
+    Attributes:
+        excluded: rater -> reason.
+    """
+
+    excluded: Mapping[str, str] = {}
+
+
 @dataclass(frozen=True)
 class Pair:
     """Votes between two arms, and the numbers of raters with a majority of votes for either."""
@@ -119,6 +129,7 @@ class _Part(BaseModel):
 
 class _Shown(_Part):
     arm: str | None
+    picture: str = ""
 
 
 class _Trial(_Part):
@@ -182,6 +193,7 @@ def count_votes(
 
     Raises:
         DataError: results of another study, two of one rater, or malformed results, or a malformed key.
+        NoVotesError: there are none, or all raters are excluded.
     """
     key = checked_key(key)
     named = zip(names or [f"file {i + 1}" for i in range(len(results))], results, strict=True)
@@ -196,9 +208,10 @@ def count_votes(
     counted = [v for v in votes if v.rater not in excluded and key["trials"][v.trial]["kind"] == "pair"]
     if not counted:
         got = "; ".join(f"{rater}: {reason}" for rater, reason in excluded.items()) or "no votes"
-        raise DataError(
-            "no votes are left to count", got=got, remedy="ask more people, or allow more: `qrlora study --misses`"
-        )
+        remedy = "ask more people, or allow more: `qrlora study --misses`" if excluded else "ask people to vote"
+        error = NoVotesError("no votes are left to count", got=got, remedy=remedy)
+        error.excluded = excluded
+        raise error
     arms = tuple(key["arms"])
     pairs = {pair: _pair(pair, counted, key) for pair in itertools.combinations(arms, 2)}
     return VoteCount(
@@ -211,6 +224,11 @@ def count_votes(
         krippendorff(counted),
         key["question"],
     )
+
+
+def rater_of(result: object, key: Mapping[str, Any], name: str) -> str:
+    """Return whose votes a file has. name: of the file. DataError if it is no file of this study."""
+    return _votes(result, checked_key(key), name)[0]
 
 
 def _votes(found: object, key: Mapping[str, Any], name: str) -> tuple[str, list[Vote]]:

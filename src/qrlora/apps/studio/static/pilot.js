@@ -1,4 +1,4 @@
-// Pilots: follow a stage while it runs, and add pictures.
+// Pilots: follow a stage while it runs, and add pictures or files of votes.
 "use strict";
 
 document.addEventListener("alpine:init", () => {
@@ -15,6 +15,8 @@ document.addEventListener("alpine:init", () => {
         location.reload(); // the page has the report now, or why there is none
         return;
       }
+      const card = document.querySelector("[data-busy]");
+      if (card && run.state === "running") card.textContent = this.words.now;
       let text = this.words[run.state];
       if (run.state === "waiting" && ahead) text += ` · ${ahead} ${this.words.aheadWord}`;
       if (work) {
@@ -27,12 +29,12 @@ document.addEventListener("alpine:init", () => {
     },
   }));
 
-  Alpine.data("pictures", () => ({
+  Alpine.data("files", () => ({
     async picked(event) {
       this.$refs.trouble.textContent = "";
       let failed = false;
       for (const file of event.target.files) {
-        const address = `/pilot/${this.$root.dataset.name}/pictures?file=${encodeURIComponent(file.name)}`;
+        const address = `${this.$root.dataset.place}?file=${encodeURIComponent(file.name)}`;
         const headers = { "X-CSRF-Token": csrf(), Accept: "application/part" };
         const answer = await fetch(address, { method: "POST", body: file, headers });
         if (!answer.ok) {
