@@ -10,6 +10,7 @@ from fastapi import APIRouter, Request, Response
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import FileResponse
 
+from qrlora._said import joined, said, verbatim
 from qrlora.apps.pilots import open_pilot
 from qrlora.apps.samples import SAMPLES
 from qrlora.apps.studio import projects
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
 router = APIRouter()
 SHOWN = 24
 """Pictures of a group on the page; the downloaded report has as many."""
-REMEDIES = {"qrlora pilot run": "run that stage on this page", "qrlora pilot decide": "decide on that stage here first"}
 MOST_TEXT = 40_000
 """Characters of a project file."""
 
@@ -198,16 +198,8 @@ async def act(request: Request, name: str, action: str) -> Response:
         projects.project_file(studio.place, name)
         await run_in_threadpool(known[action], request, name, form)
     except QrloraError as error:
-        return error_page(request, _on_page(error))
+        return error_page(request, error)
     return Response(status_code=204, headers={"HX-Redirect": f"/pilot/{name}"})
-
-
-def _on_page(error: QrloraError) -> QrloraError:
-    """Return the error with a remedy on this page, where it names a command that the page stands for."""
-    for command, remedy in REMEDIES.items():
-        if (error.remedy or "").startswith(command):
-            return QrloraError(error.what, expected=error.expected, got=error.got, remedy=remedy)
-    return error
 
 
 def _resting(studio: Studio, name: str) -> None:
@@ -224,7 +216,11 @@ def _run(request: Request, name: str, form: Form) -> None:
     wanted = form.text("stage", 40) or pilot.next
     stage = next((one for one in _all_stages() if one == wanted), None)
     if stage is None:
-        raise RequestError("no such stage", expected=" or ".join(_all_stages()), got=wanted or "all have their go")
+        raise RequestError(
+            "no such stage",
+            expected=joined(map(verbatim, _all_stages()), " or "),
+            got=wanted or said("all have their go"),
+        )
     pilot.check_ready(stage)
     studio.runs.add_stage(name, stage, person_of(request))
 

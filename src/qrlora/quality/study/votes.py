@@ -21,6 +21,7 @@ from jaxtyping import Float
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from qrlora._reading import parsing
+from qrlora._said import joined, said
 from qrlora.errors import DataError
 from qrlora.quality.metrics.shares import Share, Z
 from qrlora.quality.report import Block, Prose, Report, Section, Table
@@ -195,7 +196,8 @@ def count_votes(
     }
     counted = [v for v in votes if v.rater not in excluded and key["trials"][v.trial]["kind"] == "pair"]
     if not counted:
-        got = "; ".join(f"{rater}: {reason}" for rater, reason in excluded.items()) or "no votes"
+        left_out = joined(said("%(rater)s: %(reason)s", rater=rater, reason=why) for rater, why in excluded.items())
+        got = left_out or said("no votes")
         raise DataError(
             "no votes are left to count", got=got, remedy="ask more people, or allow more: `qrlora study --misses`"
         )
