@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from qrlora._said import said
 from qrlora.errors import OutputError
 
 if sys.platform == "win32":
@@ -36,7 +37,7 @@ Content = bytes | Callable[[BinaryIO], Any]
 
 Check = Callable[[Path], None]
 
-_REMEDIES = {
+REMEDIES = {
     errno.ENOSPC: "free space there, or name an output on another disk",
     errno.EDQUOT: "free space there, or name an output on another disk",
     errno.EFBIG: "name an output on a file system, and under a `ulimit -f`, that allows files of this size",
@@ -50,7 +51,7 @@ _REMEDIES = {
     errno.ENAMETOOLONG: "give the output a shorter name",
     errno.EMFILE: "allow more open files (ulimit -n)",
 }
-_ELSE = "check the disk, or name an output on another one"
+ELSE = "check the disk, or name an output on another one"
 
 
 def default_cache_dir() -> Path:
@@ -88,12 +89,14 @@ def disk_error(error: OSError, path: Path | None = None, saved: Path | None = No
         path: the file, if `error` does not name it as the user knows it.
         saved: where its content was written instead.
     """
-    named = path or error.filename or "the output"
-    what = f"cannot write {named}" if path else f"{named} cannot be read or written"
-    remedy = _REMEDIES.get(error.errno or 0, _ELSE)
+    named = path or error.filename or said("the output")
+    what = said("cannot write %(path)s", path=path) if path else said("%(path)s cannot be read or written", path=named)
+    remedy = REMEDIES.get(error.errno or 0, ELSE)
     if saved:
-        what += f"; it was saved as {saved} instead"
-        remedy += f"; the result is not lost: move {saved} to where you want it"
+        what = said("%(what)s; it was saved as %(saved)s instead", what=what, saved=saved)
+        remedy = said(
+            "%(remedy)s; the result is not lost: move %(saved)s to where you want it", remedy=said(remedy), saved=saved
+        )
     return OutputError(what, got=error.strerror or str(error), remedy=remedy, saved=saved)
 
 
@@ -279,7 +282,10 @@ def check_room(path: Path, size: int, *, folder: bool = False) -> None:
         free = shutil.disk_usage(path if folder else path.parent).free
         if free < size:
             raise OutputError(
-                f"no room for {path}", expected=f"{size:,} bytes", got=f"{free:,} free", remedy=_REMEDIES[errno.ENOSPC]
+                said("no room for %(path)s", path=path),
+                expected=said("%(size)s bytes", size=f"{size:,}"),
+                got=said("%(free)s free", free=f"{free:,}"),
+                remedy=REMEDIES[errno.ENOSPC],
             )
         trial, stream = _temporary(path / "trial" if folder else path)
         try:

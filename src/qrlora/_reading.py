@@ -17,11 +17,12 @@ import math
 import re
 import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
+from qrlora._said import Said, joined, said, verbatim
 from qrlora.errors import QrloraError
 
 if sys.version_info >= (3, 11):
@@ -67,22 +68,82 @@ def validated(
         return made
     except ValidationError as error:
         wrong = (_wrong_field(item, model, sections) for item in error.errors()[:MOST_LINES])
-        lines = "\n".join(f"  - {line}" for line in dict.fromkeys(wrong))
-        raise kind(f"invalid {what}:\n{lines}", remedy=remedy) from error
+        lines = joined(dict.fromkeys(wrong), "\n  - ")
+        raise kind(said("invalid %(what)s:\n  - %(lines)s", what=verbatim(what), lines=lines), remedy=remedy) from error
 
 
-def _wrong_field(item: Any, model: Any, sections: Mapping[str, Any]) -> str:
+def _wrong_field(item: Any, model: Any, sections: Mapping[str, Any]) -> Said:
     place = [str(part + 1) if isinstance(part, int) else str(part) for part in item["loc"]]
     name, known = ".".join(place), (sections.get(place[0], model) if len(place) > 1 else model).model_fields
     if item["type"] == "extra_forbidden":
         near = difflib.get_close_matches(place[-1], known, n=1, cutoff=0.5)
-        return f"unknown field {name!r}" + (f": did you mean {near[0]!r}?" if near else "")
+        return unknown_field(name, near)
     if item["type"] == "missing":
-        said = known[place[-1]].description if place[-1] in known else None  # none of one in a list
-        return f"{name!r} is required" + (f": {said}" if said else "")
-    message = item["msg"].removeprefix("Value error, ")
-    got = "" if isinstance(item["input"], Mapping) else f" = {item['input']!r}"
-    return f"{name}{got}: {message}" if name else message
+        field = known.get(place[-1])  # none of one in a list
+        return required_field(name, field.description if field else None)
+    return wrong_value(name, item)
+
+
+def unknown_field(name: str, near: Sequence[str]) -> Said:
+    """Say that there is no such field; near: names like it, the nearest first."""
+    if not near:
+        return said("unknown field %(name)s", name=repr(name))
+    return said("unknown field %(name)s: did you mean %(near)s?", name=repr(name), near=repr(near[0]))
+
+
+def required_field(name: str, about: str | None) -> Said:
+    """Say that a field is missing; about: its description."""
+    if not about:
+        return said("%(name)s is required", name=repr(name))
+    return said("%(name)s is required: %(about)s", name=repr(name), about=said(about))
+
+
+WRONG = {
+    "greater_than": "Input should be greater than %(gt)s",
+    "greater_than_equal": "Input should be greater than or equal to %(ge)s",
+    "less_than": "Input should be less than %(lt)s",
+    "less_than_equal": "Input should be less than or equal to %(le)s",
+    "string_type": "Input should be a valid string",
+    "string_pattern_mismatch": "String should match pattern '%(pattern)s'",
+    "float_type": "Input should be a valid number",
+    "int_type": "Input should be a valid integer",
+    "int_from_float": "Input should be a valid integer, got a number with a fractional part",
+    "bool_type": "Input should be a valid boolean",
+    "bool_parsing": "Input should be a valid boolean, unable to interpret input",
+    "tuple_type": "Input should be a valid tuple",
+    "dict_type": "Input should be a valid dictionary",
+    "path_type": "Input is not a valid path",
+    "finite_number": "Input should be a finite number",
+    "float_parsing": "Input should be a valid number, unable to parse string as a number",
+    "int_parsing": "Input should be a valid integer, unable to parse string as an integer",
+    "model_type": "Input should be a valid dictionary",
+    "too_short": "should have at least %(min_length)s item(s), not %(actual_length)s",
+    "string_too_short": "String should have at least %(min_length)s character(s)",
+    "string_too_long": "String should have at most %(max_length)s character(s)",
+    "missing": "Field required",
+    "extra_forbidden": "Extra inputs are not permitted",
+}
+"""Messages of pydantic by the type of its error, with places for its context; others are shown as they are."""
+
+
+def wrong_value(name: str, item: Any) -> Said:
+    """Say what is wrong with a field, by one of pydantic's errors; name: the field's, empty for all of them."""
+    context = item.get("ctx", {})
+    cause = context.get("error")
+    if cause is not None and cause.args:
+        message = verbatim(cause.args[0])
+    elif item["type"] == "literal_error":
+        choices = joined(map(verbatim, re.split(", | or ", context["expected"])), " or ")
+        message = said("Input should be %(expected)s", expected=choices)
+    elif item["type"] in WRONG:
+        message = said(WRONG[item["type"]], **context)
+    else:
+        message = verbatim(item["msg"])
+    if not name:
+        return message
+    if isinstance(item["input"], Mapping):
+        return said("%(name)s: %(message)s", name=name, message=message)
+    return said("%(name)s = %(value)s: %(message)s", name=name, value=repr(item["input"]), message=message)
 
 
 @contextmanager
@@ -107,23 +168,28 @@ def parsing(
 def _described(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
-    said = str(error)
+    told = str(error)
     if errors := getattr(error, "errors", None):  # pydantic's, without its links
-        said = "; ".join(f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in errors()[:5])
-    return f"{type(error).__name__}: {said}" if said else type(error).__name__
+        told = "; ".join(f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in errors()[:5])
+    return f"{type(error).__name__}: {told}" if told else type(error).__name__
 
 
 def read_text(path: Path, what: str, kind: type[QrloraError], largest: int = LARGEST_TEXT) -> str:
     """Read a file in UTF-8, without the byte order mark that some editors begin it with. what: what it should be."""
     remedy = "check the path; if it is right, save the file again as UTF-8"
-    with parsing(f"cannot read {what} {path}", kind, expected="a text file in UTF-8", remedy=remedy):
+    with parsing(
+        said("cannot read %(what)s %(path)s", what=verbatim(what), path=path),
+        kind,
+        expected="a text file in UTF-8",
+        remedy=remedy,
+    ):
         with path.open("rb") as stream:
             data = stream.read(largest + 1)
         if len(data) > largest:
             raise kind(
-                f"cannot read {what} {path}: too large",
-                expected=f"{largest} bytes at most",
-                got="more",
+                said("cannot read %(what)s %(path)s: too large", what=verbatim(what), path=path),
+                expected=said("%(most)s bytes at most", most=largest),
+                got=said("more"),
                 remedy="name the file that was meant, or divide it",
             )
         return io.StringIO(data.decode("utf-8-sig"), newline=None).read()
@@ -174,11 +240,11 @@ def _finite(text: str) -> float:
 def read_toml(path: Path, what: str, kind: type[QrloraError], *, remedy: str) -> dict[str, Any]:
     """Read the tables of a TOML file."""
     text = read_text(path, what, kind, LARGEST_TOML)
-    with parsing(f"{path} is not TOML", kind, remedy=remedy):
+    with parsing(said("%(path)s is not TOML", path=path), kind, remedy=remedy):
         bare = re.sub(r"\"[^\"\n]*\"|'[^'\n]*'", "", text)
         dots = max((line.count(".") for line in bare.splitlines()), default=0)
         if dots > MOST_DOTS:
-            raise ValueError(f"a line with {dots} dots outside strings")
+            raise ValueError(said("a line with %(dots)s dots outside strings", dots=dots))
         return tomllib.loads(text)
 
 
@@ -187,7 +253,7 @@ def plain_float(text: str) -> float:
     digits, blanks, nan, infinity."""
     value = float(text) if NUMBER.fullmatch(text) else math.nan
     if not math.isfinite(value):
-        raise ValueError(f"expected a finite number, got {text[:40]!r}")
+        raise ValueError(said("expected a finite number, got %(text)s", text=repr(text[:40])))
     return value
 
 
@@ -201,7 +267,7 @@ def plain_int(text: str) -> int:
 def plain_number(value: Any) -> Any:
     """Return text as a number where it is one in plain notation, and any other value as it is."""
     if isinstance(value, bool):
-        raise ValueError(f"expected a number, got {value}")
+        raise ValueError(said("expected a number, got %(value)s", value=value))
     if isinstance(value, (list, tuple)):
         return [plain_number(one) for one in value]
     if isinstance(value, dict):

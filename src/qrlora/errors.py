@@ -19,7 +19,9 @@
     └── RequestError        an HTTP request that the server does not fulfil
 
 Each message says what was expected, what was got, and what to do about it. It is bounded, however long a list the
-caller has to tell (:func:`bounded`).
+caller has to tell (:func:`bounded`). What an error says in its own words (what, expected, remedy) is a
+:class:`~qrlora._said.Said`, which a page shows in the language of its reader; what it got is as it came, unless it is
+`said`, too.
 """
 
 from __future__ import annotations
@@ -28,6 +30,8 @@ from collections.abc import Collection, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
+
+from qrlora._said import Said, joined, said
 
 MOST_LISTED = 20
 MOST_CHARACTERS = 4000
@@ -52,14 +56,25 @@ class QrloraError(ValueError):
     """Base of all errors raised on purpose; the command line prints it without a traceback."""
 
     def __init__(self, what: str, *, expected: object = None, got: object = None, remedy: str | None = None):
-        shown, expected, got = bounded(what), bounded(expected), bounded(got)
-        what = shown if isinstance(shown, str) else str(shown)
-        self.what, self.expected, self.got, self.remedy = what, expected, got, remedy
-        lines = [what]
-        lines += [f"  expected: {expected}"] if expected is not None else []
-        lines += [f"  got:      {got}"] if got is not None else []
-        lines += [f"  remedy:   {remedy}"] if remedy else []
-        super().__init__(printable("\n".join(lines)))
+        shown = bounded(what)
+        self.what: Said = _own_words(shown if isinstance(shown, str) else str(shown))
+        self.expected, self.got = _own_words(bounded(expected)), bounded(got)
+        self.remedy = None if remedy is None else _own_words(remedy)
+        super().__init__(printable(self.text))
+
+    @property
+    def text(self) -> Said:
+        """All of the error: what is expected, got and may be done, on a line each."""
+        lines = [self.what]
+        lines += [said("  expected: %(text)s", text=self.expected)] if self.expected is not None else []
+        lines += [said("  got:      %(text)s", text=self.got)] if self.got is not None else []
+        lines += [said("  remedy:   %(text)s", text=self.remedy)] if self.remedy else []
+        return joined(lines, "\n")
+
+
+def _own_words(text: Any) -> Any:
+    """Return a text as one that is translated where it is shown, unless it knows its template already."""
+    return said(text) if isinstance(text, str) and not isinstance(text, Said) else text
 
 
 def printable(text: str) -> str:

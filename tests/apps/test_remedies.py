@@ -54,6 +54,8 @@ def words(node: ast.expr) -> str:
     """The text that an expression makes, what is filled in as {}."""
     if isinstance(node, ast.Constant):
         return node.value if isinstance(node.value, str) else ""
+    if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "said":
+        return re.sub(r"%\(\w+\)s", "{}", words(node.args[0]))
     if isinstance(node, ast.FormattedValue) or not list(ast.iter_child_nodes(node)):
         return "{}"
     parts = [words(child) for child in ast.iter_child_nodes(node) if isinstance(child, ast.expr)]

@@ -18,6 +18,7 @@ import httpx2
 import pytest
 from PIL import Image
 
+from qrlora._said import unpacked
 from qrlora.apps.cli import main
 from qrlora.apps.studio import forms, runs
 from qrlora.apps.studio.guard import HEADERS
@@ -399,7 +400,7 @@ def check_stops(queue: Runs) -> None:
     queue.stop(long)
     assert until(queue, long, runs.STOPPED).state == runs.STOPPED
     assert until(queue, bad, runs.FAILED).error == "expected a, got b"
-    assert "Killed" in until(queue, dead, runs.FAILED).error
+    assert "Killed" in unpacked(until(queue, dead, runs.FAILED).error)
     queue.resume(long)
     until(queue, long, runs.RUNNING)
     queue.close()

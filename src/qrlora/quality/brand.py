@@ -29,6 +29,7 @@ from pydantic import (
 )
 
 from qrlora._reading import plain_number, read_toml, validated
+from qrlora._said import said
 from qrlora.errors import BrandError
 from qrlora.models.training.pictures import open_picture
 from qrlora.quality.images.read import MeasuredPicture, hex_colour
@@ -77,7 +78,8 @@ class ColourRule(_Part):
     @model_validator(mode="after")
     def _ordered(self) -> ColourRule:
         if self.at_least > self.at_most:
-            raise ValueError(f"at_least {self.at_least:g} is more than at_most {self.at_most:g}")
+            more, less = f"{self.at_least:g}", f"{self.at_most:g}"
+            raise ValueError(said("at_least %(more)s is more than at_most %(less)s", more=more, less=less))
         return self
 
     @property
@@ -116,7 +118,7 @@ class Logo(_Part):
     def _readable(cls, value: Path) -> Path:
         pixels = np.asarray(open_picture(value).image)
         if min(pixels.shape[:2]) < LEAST_LOGO or pixels.std(axis=(0, 1)).max() < 1:
-            raise ValueError(f"a logo needs {LEAST_LOGO} pixels a side, and more than one colour")
+            raise ValueError(said("a logo needs %(least)s pixels a side, and more than one colour", least=LEAST_LOGO))
         return value
 
 
@@ -190,21 +192,22 @@ class BrandSheet(_Part):
         for name in value:
             if name not in METRICS:
                 near = difflib.get_close_matches(name, METRICS, 1, 0.5)
-                hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(METRICS)}"
-                raise ValueError(f"unknown metric {name!r}: {hint}")
+                known = said("there are %(names)s", names=", ".join(METRICS))
+                hint = said("did you mean %(near)s?", near=repr(near[0])) if near else known
+                raise ValueError(said("unknown metric %(name)s: %(hint)s", name=repr(name), hint=hint))
         return value
 
     @model_validator(mode="after")
     def _not_empty(self) -> BrandSheet:
         if not (self.palette or self.colour or self.forbidden or self.logo or self.scores):
-            raise ValueError("the sheet has no rules: give a palette, colours, logos or scores")
+            raise ValueError(said("the sheet has no rules: give a palette, colours, logos or scores"))
         return self
 
     @classmethod
     def parse(cls, fields: Mapping[str, Any]) -> BrandSheet:
         """Validate these fields and return the sheet."""
         remedy = "docs/evaluate.md describes every field"
-        return validated(cls, fields, "brand sheet", BrandError, sections=SECTIONS, remedy=remedy)
+        return validated(cls, fields, said("brand sheet"), BrandError, sections=SECTIONS, remedy=remedy)
 
     @classmethod
     def load(cls, path: str | Path) -> BrandSheet:

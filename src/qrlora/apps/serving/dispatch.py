@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
+from qrlora._said import said
 from qrlora.apps.serving.metrics import Metrics
 from qrlora.apps.serving.protocol import Engines, Finish, Made, Refused, Settings, Step
 from qrlora.errors import RequestError
@@ -102,9 +103,13 @@ class Dispatcher:
                 status=429,
                 code="rate_limit_exceeded",
                 retry_after=seconds,
-                expected=f"room for {len(pictures)} more in a queue of {self.queue_length}",
-                got=f"{len(self._waiting)} waiting",
-                remedy=f"try again in {seconds} s",
+                expected=said(
+                    "room for %(count)s more in a queue of %(queue_length)s",
+                    count=len(pictures),
+                    queue_length=self.queue_length,
+                ),
+                got=said("%(count)s waiting", count=len(self._waiting)),
+                remedy=said("try again in %(seconds)s s", seconds=seconds),
             )
         while len(self._workers) < self.at_once:
             self._workers.append(asyncio.create_task(self._work()))

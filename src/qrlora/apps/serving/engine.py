@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from qrlora._reading import visible
+from qrlora._said import said
 from qrlora.apps.serving.names import check_spelling
 from qrlora.apps.serving.protocol import Event, Facts, Made, Refused, Settings, Step
 from qrlora.errors import AdapterFileError, MismatchError, PictureError, QrloraError, printable
@@ -248,13 +249,14 @@ class Engine:
         for name in picture.composition:
             if name not in self._served:
                 raise MismatchError(
-                    f"adapter {name!r} is no longer served",
-                    got=self._left_out().get(name, "its file is gone"),
+                    said("adapter %(name)s is no longer served", name=repr(name)),
+                    got=self._left_out().get(name, said("its file is gone")),
                     remedy="GET /v1/models lists those that are",
                 )
             if picture.digests is not None and picture.digests.get(name) != self._digests[name]:
                 raise MismatchError(
-                    f"the file of adapter {name!r} was replaced after its use was permitted", remedy="ask again"
+                    said("the file of adapter %(name)s was replaced after its use was permitted", name=repr(name)),
+                    remedy="ask again",
                 )
         self.live.check(picture.composition)
 

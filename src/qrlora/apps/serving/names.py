@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 
 from qrlora._reading import plain_float
+from qrlora._said import said
 from qrlora.errors import AdapterFileError, RequestError, printable
 
 WEIGHTS = 100.0
@@ -80,9 +81,9 @@ def _checked(pairs: Sequence[tuple[str, object]], param: str, base: str, adapter
     for name, weight in pairs:
         if not _is_weight(weight):
             raise RequestError(
-                f"the weight of {name!r} is out of bounds",
+                said("the weight of %(name)s is out of bounds", name=repr(name)),
                 param=param,
-                expected=f"a number from {-WEIGHTS:g} to {WEIGHTS:g}",
+                expected=said("a number from %(least)s to %(most)s", least=f"{-WEIGHTS:g}", most=f"{WEIGHTS:g}"),
                 got=repr(weight)[:100],
             )
     return {name: float(weight) for name, weight in pairs}  # type: ignore[arg-type]
@@ -98,7 +99,13 @@ def _unknown(names: Sequence[str], param: str, base: str, adapters: Collection[s
         status=404,
         param=param,
         code="model_not_found",
-        expected=f"base model {base!r}; adapters: {', '.join(sorted(adapters)) or 'none'}",
+        expected=said(
+            "base model %(base)s; adapters: %(adapters)s",
+            base=repr(base),
+            adapters=", ".join(sorted(adapters)) or said("none"),
+        ),
         got=", ".join(map(repr, names))[:200],
-        remedy=f"write the model as {base}+NAME:WEIGHT+NAME:WEIGHT; GET /v1/models lists what there is",
+        remedy=said(
+            "write the model as %(base)s+NAME:WEIGHT+NAME:WEIGHT; GET /v1/models lists what there is", base=base
+        ),
     )

@@ -13,6 +13,7 @@ from typing import Any
 from cachetools import LRUCache
 from sqlalchemy import select
 
+from qrlora._said import joined, said
 from qrlora.apps.serving.protocol import Facts, Permission
 from qrlora.errors import PolicyError, QrloraError, RequestError
 from qrlora.operations.policy.action import Rules, Source, base_in_use, combination_of_files
@@ -87,12 +88,15 @@ class Gate:
         except Exception as error:  # whatever a database or a disk raises: nothing is served that was not permitted
             raise _unknown(error) from error
         if refusals := [finding for verdict in verdicts for finding in verdict.refusals]:
-            said = list(dict.fromkeys(f"{one.rule}: {one.got}; expected {one.expected}" for one in refusals))
+            reasons = dict.fromkeys(
+                said("%(rule)s: %(got)s; expected %(expected)s", rule=one.rule, got=one.got, expected=one.expected)
+                for one in refusals
+            )
             raise RequestError(
                 "this composition is not permitted here",
                 status=403,
                 code="not_permitted",
-                got="; ".join(said)[:2000],
+                got=joined(reasons),
                 remedy=refusals[0].remedy,
             )
         return strength, digests
@@ -173,11 +177,11 @@ def _file_stamp(path: Path) -> object:
 
 
 def _unknown(error: Exception) -> RequestError:
-    said = error.what if isinstance(error, QrloraError) else type(error).__name__
+    why = error.what if isinstance(error, QrloraError) else type(error).__name__
     return RequestError(
         "whether this is permitted cannot be found out, so it is not served",
         status=503,
         code="permission_unknown",
-        got=said,
+        got=why,
         remedy="tell who runs this server: its registry or its policy cannot be read",
     )

@@ -6,11 +6,13 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import RedirectResponse
 from starlette.exceptions import HTTPException
 from starlette.middleware.sessions import SessionMiddleware
 from starlette.staticfiles import StaticFiles
 
+from qrlora._said import said
 from qrlora.apps.serving.app import create_app as create_api
 from qrlora.apps.studio import explore, library, mix, pilot, prove, train
 from qrlora.apps.studio.forms import fields
@@ -42,6 +44,7 @@ def create_app(studio: Studio, *, local: bool = True) -> FastAPI:
     )
     app.add_exception_handler(QrloraError, _refused)  # type: ignore[arg-type]
     app.add_exception_handler(HTTPException, _not_here)  # type: ignore[arg-type]
+    app.add_exception_handler(RequestValidationError, _wrong_address)  # type: ignore[arg-type]
     app.add_exception_handler(Exception, _fault)
     for part in (mix, train, library, explore, prove, pilot):
         app.include_router(part.router)
@@ -104,5 +107,13 @@ def _fault(request: Request, error: Exception) -> Response:
 
 
 def _not_here(request: Request, error: HTTPException) -> Response:
-    what = {404: "there is no such page"}.get(error.status_code, str(error.detail))
+    known = {404: said("there is no such page"), 405: said("this page takes no such request")}
+    what = known.get(error.status_code, str(error.detail))
     return error_page(request, RequestError(what, status=error.status_code, got=request.url.path[:200]))
+
+
+def _wrong_address(request: Request, error: RequestValidationError) -> Response:
+    first = error.errors()[0]
+    what = said("the address has a value that cannot be read: %(name)s", name=first["loc"][-1])
+    remedy = "correct the address, or begin on the page itself"
+    return error_page(request, RequestError(what, status=422, got=repr(first.get("input"))[:100], remedy=remedy))

@@ -32,7 +32,8 @@ def brand_of(text: str) -> BrandSheet | None:
     """Return the brand sheet in a TOML text; None if there is none. BrandError if it is not one."""
     if not text.strip():
         return None
-    with parsing("this is no brand sheet", BrandError, expected="TOML as brands/brand.toml"):
+    remedy = "correct the text of the sheet"
+    with parsing("this is no brand sheet", BrandError, expected="TOML as brands/brand.toml", remedy=remedy):
         fields = tomllib.loads(text)
     if "logo" in fields:  # names a file, and files of this machine are not for whoever writes to it
         remedy = "leave [[logo]] out here; `qrlora evaluate --brand FILE` checks it"

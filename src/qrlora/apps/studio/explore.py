@@ -14,6 +14,7 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 from fastapi.concurrency import run_in_threadpool
 
+from qrlora._said import said
 from qrlora.apps.studio.forms import fields, number
 from qrlora.apps.studio.pages import error_page, page
 from qrlora.apps.studio.shelf import SUFFIX
@@ -109,7 +110,7 @@ async def save(request: Request) -> Response:
     """Save a point of a space as an adapter."""
     form, studio = await fields(request), studio_of(request)
     try:
-        z = [number("a coordinate", part, -10, 10) for part in filter(None, form.text("z").split(","))]
+        z = [number(said("a coordinate"), part, -10, 10) for part in filter(None, form.text("z").split(","))]
         mean, name = form.number("mean", -2, 3, 1), check_name(form.text("name", 60))
         role = "subject" if form.text("role") == "subject" else "style"
         kept = await run_in_threadpool(_keep, studio, registry_for(request), role, z, mean, name, person_of(request))

@@ -5,15 +5,35 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 from urllib.parse import parse_qsl
 
 from starlette.requests import Request
 
+from qrlora._said import Said, replaced, said, verbatim
 from qrlora.errors import QrloraError, RequestError
 
 MOST_FORM = 256 * 1024
 MOST_UPLOAD = 64 * 2**20
 """Bytes of a picture."""
+LABELS = {
+    "name": said("Name"),
+    "reason": said("Reason"),
+    "alias": said("Alias"),
+    "trigger": said("Trigger"),
+    "noun": said("What does it show?"),
+    "caption": said("Caption"),
+    "licence": said("Licence"),
+    "key": said("Key"),
+    "prompts": said("Prompts, one a line"),
+    "brand": said("Brand sheet"),
+    "toml": said("Project file (TOML)"),
+    "n": said("Keep them apart"),
+    "seeds": said("Pictures of each prompt"),
+    "mean": said("Strength of what all have in common"),
+    "step": said("step"),
+}
+"""Fields of forms as their pages call them."""
 SECONDS = 60
 """Seconds that a body may take to arrive."""
 
@@ -25,7 +45,11 @@ async def _chunks(request: Request, most: int, write: object) -> None:
         if done > most:
             remedy = "scale the picture down" if most == MOST_UPLOAD else "send less"
             raise RequestError(
-                "too large", status=413, expected=f"at most {most // 1024} KB", got="more", remedy=remedy
+                "too large",
+                status=413,
+                expected=said("at most %(most)s KB", most=most // 1024),
+                got=said("more"),
+                remedy=remedy,
             )
         write(chunk)  # type: ignore[operator]
 
@@ -34,7 +58,7 @@ async def _whole(request: Request, most: int, write: object) -> None:
     try:
         await asyncio.wait_for(_chunks(request, most, write), SECONDS)
     except asyncio.TimeoutError as error:
-        expected = f"all of it within {SECONDS} s"
+        expected = said("all of it within %(seconds)s s", seconds=SECONDS)
         raise RequestError("it did not come", status=408, expected=expected, remedy="send it again") from error
 
 
@@ -59,9 +83,9 @@ def renamed(error: QrloraError, path: Path, name: str) -> QrloraError:
     """Return the error about a file or folder of the studio, with its name as its sender knows it."""
     if isinstance(error, RequestError):
         return error
-    said = {key: getattr(error, key) for key in ("expected", "got", "remedy")}
-    renamed = {key: str(value).replace(str(path), name) for key, value in said.items() if value is not None}
-    return QrloraError(error.what.replace(str(path), name), **renamed)  # type: ignore[arg-type]
+    given = {key: value for key in ("expected", "got", "remedy") if (value := getattr(error, key)) is not None}
+    shown: dict[str, Any] = {key: replaced(verbatim(value), str(path), name) for key, value in given.items()}
+    return QrloraError(replaced(error.what, str(path), name), **shown)
 
 
 class Form:
@@ -77,15 +101,19 @@ class Form:
         """Return one field without surrounding white space. RequestError if it is longer than `most` characters."""
         value = next(iter(self.all(name)), default).strip()
         if len(value) > most:
-            raise RequestError(f"{name} is too long", expected=f"at most {most} characters", got=len(value))
+            raise RequestError(
+                said("%(name)s is too long", name=LABELS.get(name, verbatim(name))),
+                expected=said("at most %(most)s characters", most=most),
+                got=len(value),
+            )
         return value
 
     def number(self, name: str, least: float, most: float, default: float) -> float:
         """A field as a number within bounds. RequestError otherwise."""
-        return number(name, self.text(name) or default, least, most)
+        return number(LABELS.get(name, verbatim(name)), self.text(name) or default, least, most)
 
 
-def number(name: str, value: object, least: float, most: float) -> float:
+def number(name: Said, value: object, least: float, most: float) -> float:
     """A value as a number within bounds. RequestError otherwise."""
     try:
         found = float(str(value))
@@ -93,7 +121,9 @@ def number(name: str, value: object, least: float, most: float) -> float:
         found = float("nan")
     if not least <= found <= most:
         raise RequestError(
-            f"{name} is out of bounds", expected=f"a number from {least:g} to {most:g}", got=str(value)[:40]
+            said("%(name)s is out of bounds", name=name),
+            expected=said("a number from %(least)s to %(most)s", least=f"{least:g}", most=f"{most:g}"),
+            got=str(value)[:40],
         )
     return found
 
@@ -103,7 +133,7 @@ def weights(text: str) -> dict[str, float]:
     found: dict[str, float] = {}
     for part in filter(None, text.split(",")):
         name, _, weight = part.rpartition(":")
-        if value := number(f"the weight of {name[:40]}", weight, -10, 10):
+        if value := number(said("the weight of %(name)s", name=name[:40]), weight, -10, 10):
             found[name] = value
     return found
 

@@ -7,7 +7,6 @@ import hmac
 import secrets
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -16,6 +15,8 @@ from starlette.responses import PlainTextResponse, RedirectResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from qrlora._files import write_atomically
+from qrlora._said import said
+from qrlora.apps.studio.pages import csrf_of, in_words
 
 LOCAL = ("127.0.0.1", "localhost", "::1")
 POLICY = (
@@ -50,12 +51,6 @@ def right_key(given: str, keys: Sequence[str]) -> bool:
     return any([hmac.compare_digest(digest, hashlib.sha256(key.encode()).digest()) for key in keys])
 
 
-def csrf_of(session: dict[str, Any]) -> str:
-    """Return the session's token, which every request that changes something has to send in a header."""
-    token: str = session.setdefault("csrf", secrets.token_urlsafe(24))
-    return token
-
-
 class Guard:
     """Middleware, inside the session's, that refuses foreign hosts, foreign pages, unknown people and missing tokens.
 
@@ -86,9 +81,10 @@ class Guard:
         path, headers = request.url.path, request.headers
         host = urlsplit(f"//{headers.get('host', '')}").hostname
         if self.local and host not in LOCAL:
-            return PlainTextResponse(f"expected a name of this machine: http://localhost, got {host}", 421)
+            what = said("expected a name of this machine: http://localhost, got %(host)s", host=host)
+            return PlainTextResponse(in_words(request, what), 421)
         if self._foreign(headers):
-            return PlainTextResponse("refused: this request comes from another site", 403)
+            return PlainTextResponse(in_words(request, said("refused: this request comes from another site")), 403)
         if path.startswith("/api/"):  # has keys of its own, in a header that no page can make a browser send
             return None
         if self.keys and not request.session.get("person") and not path.startswith(OPEN):
@@ -97,7 +93,7 @@ class Guard:
             return RedirectResponse("/login", 303)
         changes = request.method not in ("GET", "HEAD", "OPTIONS")
         if changes and not hmac.compare_digest(headers.get(TOKEN, ""), csrf_of(request.session)):
-            return PlainTextResponse("this page is too old: reload it and try again", 403)
+            return PlainTextResponse(in_words(request, said("this page is too old: reload it and try again")), 403)
         return None
 
     @staticmethod

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from fastapi import APIRouter, Request, Response
 from fastapi.concurrency import run_in_threadpool
 
+from qrlora._said import Said, joined, said, verbatim
 from qrlora.apps.studio.forms import Form, fields, spelt
 from qrlora.apps.studio.pages import N_, error_page, page
 from qrlora.apps.studio.shelf import SLASH, SUFFIX
@@ -60,18 +61,18 @@ def verify(request: Request) -> Response:
     """Hash everything that is stored again, and follow the audit log's chain."""
     registry = studio_of(request).registry
     stored = [one for one in registry.search(deprecated=True, limit=100_000) if one.stored]
-    faults = [f"{one.title}: {why}" for one in stored if (why := _fault(registry, one))]
+    faults = [said("%(title)s: %(why)s", title=one.title, why=why) for one in stored if (why := _fault(registry, one))]
     entries = registry.log()
     faults += broken(entries)
     return page(request, "part_verified.html", faults=faults, files=len(stored), entries=len(entries))
 
 
-def _fault(registry: Registry, artifact: Artifact) -> str:
+def _fault(registry: Registry, artifact: Artifact) -> Said | None:
     try:
         registry.path(artifact)
     except QrloraError as error:
-        return f"{error.what}; {error.got}"
-    return ""
+        return joined([error.what, verbatim(error.got)]) if error.got is not None else error.what
+    return None
 
 
 @router.get("/library/{digest}")
@@ -169,7 +170,9 @@ async def act(request: Request, digest: str, action: str) -> Response:
 
 def _move_alias(registry: Registry, artifact: Artifact, form: Form) -> None:
     if not artifact.names:
-        raise RegistryError("an alias needs a name", got="an artifact without one", remedy="add it under a name first")
+        raise RegistryError(
+            "an alias needs a name", got=said("an artifact without one"), remedy="add it under a name first"
+        )
     name, alias = artifact.names[-1].partition("@")[0], form.text("alias", 63)
     registry.set_alias(name, alias, artifact.digest, reason=form.text("reason", 400))
 
@@ -193,10 +196,10 @@ def reason_and_key(studio: Studio, form: Form) -> tuple[str, SigningKey]:
         raise RequestError("decisions are signed on the reviewer's own machine", status=403, remedy=remedy)
     reason = form.text("reason", 400)
     if not reason:
-        raise RequestError("a decision needs a reason", expected="a sentence", got="none")
+        raise RequestError("a decision needs a reason", expected="a sentence", got=said("none"))
     name, known = form.text("key", 60), key_names()
     if name not in known:
-        expected = " or ".join(known) or "a key of your own: `qrlora keys new NAME` makes it"
+        expected = joined(map(verbatim, known), " or ") or said("a key of your own: `qrlora keys new NAME` makes it")
         raise RequestError("no private key of this name on this machine", expected=expected, got=name)
     return reason, SigningKey.load(name, form.text("passphrase", 200) or None)
 
@@ -220,7 +223,9 @@ def export(request: Request, digest: str, program: str) -> Response:
     studio, registry = studio_of(request), registry_for(request)
     artifact = registry.get(digest)
     if program not in PROGRAMS or artifact.kind not in APPROVABLE:
-        raise RequestError("no such export", status=404, got=f"{artifact.kind} for {program[:40]}")
+        raise RequestError(
+            "no such export", status=404, got=said("%(kind)s for %(program)s", kind=artifact.kind, program=program[:40])
+        )
     stem = artifact.title.partition("@")[0].replace("/", SLASH)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, f"{stem}-{program}{SUFFIX}")

@@ -11,6 +11,7 @@ from fastapi import Request as HttpRequest
 from fastapi.concurrency import run_in_threadpool
 from starlette.requests import ClientDisconnect
 
+from qrlora._said import said
 from qrlora.apps.serving.answer import pictures_of, while_there
 from qrlora.apps.serving.app import CLIENT_GONE
 from qrlora.apps.serving.protocol import Settings
@@ -72,7 +73,7 @@ async def picture(
     studio = studio_of(request)
     try:
         if n is not None:
-            number("the strength", n, 0, 1)
+            number(said("Keep them apart"), n, 0, 1)
         if not 0 <= s < 2**63:
             raise RequestError("no such seed", expected="a whole number from 0", got=s)
         png = await _made(request, studio, Request(p.strip()[:4000] or "a picture", s, weights(c), n), stage, page)
@@ -185,9 +186,12 @@ def grid(request: HttpRequest, c: str = "", n: float | None = None, p: str = "",
     parts = weights(c)
     if len(parts) < 2:
         raise RequestError("a grid needs two adapters", expected="two sliders above zero", got=len(parts))
+    cards = studio_of(request).shelf.cards
+    if unknown := [name for name in parts if name not in cards]:
+        raise RequestError("no such adapter", status=404, got=", ".join(unknown)[:60])
     rows, columns, *_ = parts
     cells = [[spelt(parts | {rows: a, columns: b}) for b in GRID] for a in GRID]
-    titles = [studio_of(request).shelf.cards[key].title for key in (rows, columns)]
+    titles = [cards[key].title for key in (rows, columns)]
     values: dict[str, Any] = {"cells": cells, "weights": GRID, "titles": titles, "p": p, "s": s, "n": n}
     return page(request, "part_grid.html", **values)
 
@@ -210,12 +214,13 @@ def _keep(studio: Studio, registry: Registry, form: Form) -> tuple[Artifact, boo
     parts = weights(form.text("c"))
     unknown = [key for key in parts if not getattr(studio.shelf.cards.get(key), "reference", "")]
     if not parts:
-        raise RequestError("nothing to keep", expected="a slider above zero", got="none")
+        raise RequestError("nothing to keep", expected="a slider above zero", got=said("none"))
     if unknown:
         raise RegistryError(
             "only registered adapters can be kept in a mix",
             got=", ".join(unknown),
-            remedy="add their files to the registry first: qrlora registry add FILE --name NAME",
+            remedy="leave out those of a folder, or let who runs the studio add their files to the library: "
+            "`qrlora registry add FILE --name NAME`",
         )
     strength = form.number("n", 0, 1, 0)
     verdict = rules.verdict_of(studio, parts, strength)

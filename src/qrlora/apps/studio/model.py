@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qrlora._said import said
 from qrlora.apps.serving.protocol import Event, Facts, Settings
 from qrlora.errors import QrloraError, RequestError
 from qrlora.models.request import Request
@@ -70,7 +71,9 @@ class LazyEngine:
             self.failed = error
         except Exception as error:  # whatever it is, the page has to say it
             log.exception("the base model cannot be loaded")
-            self.failed = QrloraError(f"{type(error).__name__} while loading {self.name}", got=error)
+            self.failed = QrloraError(
+                said("%(error)s while loading %(model)s", error=type(error).__name__, model=self.name), got=error
+            )
 
     def start(self, first: Work = _nothing, then: Work = _nothing) -> None:
         """Load it in a thread of its own."""

@@ -12,13 +12,14 @@ from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import FileResponse
 
 from qrlora._reading import read_json
+from qrlora._said import joined, said, verbatim
 from qrlora.apps.pilots import open_pilot
 from qrlora.apps.samples import SAMPLES
 from qrlora.apps.studio import projects
 from qrlora.apps.studio.ballots import Booth
 from qrlora.apps.studio.forms import Form, fields, renamed, upload
 from qrlora.apps.studio.library import reason_and_key
-from qrlora.apps.studio.pages import N_, error_page, language_of, page, translator
+from qrlora.apps.studio.pages import error_page, in_words, language_of, page
 from qrlora.apps.studio.runs import PILOTS, RUNNING, STAGE, STUDY, WAITING, Run
 from qrlora.apps.studio.state import Studio, person_of, registry_for, studio_of
 from qrlora.errors import DataError, QrloraError, RequestError
@@ -34,14 +35,7 @@ if TYPE_CHECKING:
 router = APIRouter()
 SHOWN = 24
 """Pictures of a group on the page; the downloaded report has as many."""
-REMEDIES = {
-    "qrlora pilot run": "run that stage on this page",
-    "qrlora pilot decide": "decide on that stage here first",
-    "put it there": "name a picture that the pilot has; its page takes yours, under this name or another",
-    "name the key.json": "take the file that the page of this study saved",
-}
-"""Beginnings of remedies for a terminal, and what helps on a page."""
-ARMS = {OURS: N_("With the adapters"), "words": N_("The base model, told in words")}
+ARMS = {OURS: said("With the adapters"), "words": said("The base model, told in words")}
 MOST_TEXT = 40_000
 """Characters of a project file."""
 
@@ -64,7 +58,7 @@ async def create(request: Request) -> Response:
             projects.create, studio.place, studio.model.name, form.text("sample", default=SAMPLES[0]), text
         )
     except QrloraError as error:
-        return error_page(request, _on_page(error))
+        return error_page(request, error)
     return Response(status_code=204, headers={"HX-Redirect": f"/pilot/{name}"})
 
 
@@ -81,7 +75,7 @@ def show(request: Request, name: str) -> Response:
     try:
         pilot = open_pilot(path, registry_for(request))
     except DataError as error:  # a picture that is gone, a table that was edited: here it can be mended
-        trouble = _on_page(renamed(error, path.parent, "."))
+        trouble = renamed(error, path.parent, ".")
         return page(request, "pilot.html", trouble=trouble, stages=[], due=None, **common)
     stages = [_stage(pilot, stage, say, run, person_of(request)) for stage in STAGES]
     due = next((one for one in stages if one["due"]), None)
@@ -271,8 +265,8 @@ async def take_vote(request: Request, name: str, stage: str) -> Response:
 
 @router.get("/pilot/{name}/study/{stage}/tally")
 def tally(request: Request, name: str, stage: str) -> Response:
-    _ = translator(request)
-    return _booth(request, name, stage).tally(request, {arm: _(title) for arm, title in ARMS.items()})
+    titles = {arm: in_words(request, title) for arm, title in ARMS.items()}
+    return _booth(request, name, stage).tally(request, titles)
 
 
 @router.get("/pilot/{name}/study/{stage}/page")
@@ -297,7 +291,7 @@ async def add_votes(request: Request, name: str, stage: str, file: str = "") -> 
     try:
         return await _taken_in(request, path, take)
     except QrloraError as error:
-        return error_page(request, _on_page(error))
+        return error_page(request, error)
 
 
 # What is done
@@ -314,16 +308,8 @@ async def act(request: Request, name: str, action: str) -> Response:
     try:
         await run_in_threadpool(known[action], request, name, form)
     except QrloraError as error:
-        return error_page(request, _on_page(renamed(error, folder, ".")))
+        return error_page(request, renamed(error, folder, "."))
     return Response(status_code=204, headers={"HX-Redirect": f"/pilot/{name}"})
-
-
-def _on_page(error: QrloraError) -> QrloraError:
-    """Return the error with a remedy on this page, where it names a command that the page stands for."""
-    for command, remedy in REMEDIES.items():
-        if (error.remedy or "").startswith(command):
-            return QrloraError(error.what, expected=error.expected, got=error.got, remedy=remedy)
-    return error
 
 
 def _resting(studio: Studio, name: str) -> None:
@@ -353,7 +339,11 @@ def _wanted(request: Request, name: str, form: Form) -> tuple[Pilot, Stage]:
     wanted = form.text("stage", 40) or pilot.next
     stage = next((one for one in STAGES if one == wanted), None)
     if stage is None:
-        raise RequestError("no such stage", expected=" or ".join(STAGES), got=wanted or "all have their go")
+        raise RequestError(
+            "no such stage",
+            expected=joined(map(verbatim, STAGES), " or "),
+            got=wanted or said("all have their go"),
+        )
     return pilot, stage
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qrlora._files import make_folder, write_all, write_atomically
+from qrlora._said import joined, said, verbatim
 from qrlora.apps.samples import SAMPLES, sample_files
 from qrlora.apps.studio.forms import renamed
 from qrlora.errors import QrloraError, RequestError
@@ -45,7 +46,7 @@ def create(place: Path, model: str, sample: str, text: str) -> str:
         DataError, RequestError: the project file cannot be used here, or its name is taken.
     """
     if sample not in SAMPLES:
-        raise RequestError("no such sample", expected=" or ".join(SAMPLES), got=sample[:40])
+        raise RequestError("no such sample", expected=joined(map(verbatim, SAMPLES), " or "), got=sample[:40])
     make_folder(place / "pilots")
     with tempfile.TemporaryDirectory(dir=place) as scratch:
         contents = sample_files(sample, Path(scratch, FILE))
@@ -69,7 +70,7 @@ def change(path: Path, model: str, text: str) -> None:
     try:
         name = checked(trial, model).name
         if name != path.parent.name:
-            raise RequestError("a pilot keeps its name", expected=path.parent.name, got=name)
+            raise RequestError("a pilot keeps its name", expected=verbatim(path.parent.name), got=name)
         trial.replace(path)
     finally:
         trial.unlink(missing_ok=True)
@@ -95,8 +96,8 @@ def checked(path: Path, model: str) -> Line:
                 "recipe fields that the pilot sets itself", got=", ".join(named), remedy="leave them out"
             )
         if line.model != model:
-            remedy = f'write `model = "{model}"`, or start the studio with --model'
-            raise RequestError("a pilot of another base model", expected=model, got=line.model, remedy=remedy)
+            remedy = said('write `model = "%(model)s"`, which is the one that this studio has loaded', model=model)
+            raise RequestError("a pilot of another base model", expected=verbatim(model), got=line.model, remedy=remedy)
         return Line.load(path)
     except QrloraError as error:
         raise renamed(error, path.parent, ".") from error

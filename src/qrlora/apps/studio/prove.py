@@ -16,11 +16,13 @@ from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import FileResponse
 
 from qrlora._files import make_folder, write_atomically
+from qrlora._said import packed, said
 from qrlora.apps.serving.answer import pictures_of
 from qrlora.apps.serving.protocol import Settings
 from qrlora.apps.studio.ballots import Booth
 from qrlora.apps.studio.forms import Form, fields
-from qrlora.apps.studio.pages import error_page, page, translator
+from qrlora.apps.studio.pages import error_page, in_words, page
+from qrlora.apps.studio.runs import told
 from qrlora.apps.studio.state import Studio, person_of, registry_for, studio_of
 from qrlora.errors import QrloraError, RequestError
 from qrlora.models.request import Request
@@ -88,7 +90,11 @@ def _asked(registry: Registry, studio: Studio, form: Form) -> dict[str, Any]:
     prompts = [line.strip() for line in form.text("prompts", 8000).splitlines() if line.strip()]
     seeds = int(form.number("seeds", 1, MOST_SEEDS, 2))
     if not 0 < len(prompts) <= MOST_PROMPTS:
-        raise RequestError("no prompts to compare on", expected=f"1 to {MOST_PROMPTS} lines", got=len(prompts))
+        raise RequestError(
+            "no prompts to compare on",
+            expected=said("1 to %(most_prompts)s lines", most_prompts=MOST_PROMPTS),
+            got=len(prompts),
+        )
     sheet = form.text("brand", 100_000)
     brand_of(sheet)
     arms = {arm: _arm(studio, registry.get(form.text(arm, 200))) for arm in ARMS}
@@ -105,7 +111,9 @@ def _arm(studio: Studio, artifact: Artifact) -> dict[str, Any]:
     mix = mix_of(studio, artifact)
     if mix is None:
         remedy = "the library says what it is made of"
-        raise RequestError(f"the adapters of {artifact.title} are not all on the shelf", remedy=remedy)
+        raise RequestError(
+            said("the adapters of %(title)s are not all on the shelf", title=artifact.title), remedy=remedy
+        )
     return {
         "title": artifact.title,
         "digest": artifact.digest,
@@ -141,7 +149,7 @@ async def _make(studio: Studio, folder: Path, registry: Registry) -> None:
     except Exception as error:  # whatever it is, the page has to say it
         if not isinstance(error, QrloraError):
             log.exception("comparison %s", folder.name)
-        _write(folder, {**proof, "state": "failed", "error": str(error)})
+        _write(folder, {**proof, "state": "failed", "error": packed(told(error))})
 
 
 @router.get("/prove/{name}")
@@ -167,7 +175,7 @@ def _booth(request: HttpRequest, name: str) -> Booth:
     from qrlora.apps.studio.compare import ballot_of
 
     folder = _folder(studio_of(request), name)
-    return Booth(ballot_of(folder, ARMS), f"/prove/{name}", f"/prove/{name}", translator(request)("Prove"))
+    return Booth(ballot_of(folder, ARMS), f"/prove/{name}", f"/prove/{name}", in_words(request, said("Prove")))
 
 
 @router.get("/prove/{name}/vote")

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from qrlora._said import said
 from qrlora.errors import PolicyError
 from qrlora.operations.policy.action import Rules, Source, combination_of_files
 from qrlora.operations.policy.check import Verdict
 from qrlora.operations.policy.licences import ADVICE, Licence, compute
-from qrlora.operations.policy.said import said
 
 if TYPE_CHECKING:
     from qrlora.apps.studio.shelf import Card

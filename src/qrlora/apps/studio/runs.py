@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from qrlora._files import make_folder, write_atomically
+from qrlora._said import Said, packed, said
 from qrlora.errors import QrloraError, RequestError
 from qrlora.operations.registry.registry import PLACE
 
@@ -54,7 +55,8 @@ class Run:
     created: float
     state: str = WAITING
     started: float = 0.0
-    error: str = ""
+    error: Any = ""
+    """The text of an error as `packed` has it, or a plain text."""
     reference: str = ""
     taken: dict[str, str] = field(default_factory=dict)
     kind: str = TRAINING
@@ -222,7 +224,7 @@ class Runs:
                 self._save(self._made(run))
             except Exception as error:  # whatever it is, the others' turn has to come
                 log.exception("run %s", run.id)
-                self._save(replace(run, state=FAILED, error=str(error)))
+                self._save(replace(run, state=FAILED, error=packed(told(error))))
 
     def _made(self, run: Run) -> Run:
         """Run the worker to its end, and return the run's new state."""
@@ -249,8 +251,17 @@ class Runs:
         if "stopped" in last or self._ending or code in (-signal.SIGTERM, 143, -signal.SIGINT, 130):
             return replace(run, state=STOPPED)
         tail = (folder / "worker.log").read_text(errors="replace")[-600:]
-        error = QrloraError("the process of this run ended", expected="its result", got=f"exit code {code}: {tail}")
-        return replace(run, state=FAILED, error=str(error))
+        error = QrloraError(
+            "the process of this run ended",
+            expected="its result",
+            got=said("exit code %(code)s: %(tail)s", code=code, tail=tail),
+        )
+        return replace(run, state=FAILED, error=packed(error.text))
+
+
+def told(error: Exception) -> Said | str:
+    """Return the text of an error, whatever it is."""
+    return error.text if isinstance(error, QrloraError) else str(error)
 
 
 def events(folder: Path) -> list[dict[str, Any]]:

@@ -9,7 +9,7 @@ import secrets
 import shutil
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,9 @@ from fastapi.sse import KEEPALIVE_COMMENT, EventSourceResponse, format_sse_event
 from PIL import Image
 
 from qrlora._files import make_folder
+from qrlora._said import said, unpacked
 from qrlora.apps.studio.forms import Form, fields, number, renamed, upload
-from qrlora.apps.studio.pages import N_, error_page, page
+from qrlora.apps.studio.pages import N_, error_page, in_words, page
 from qrlora.apps.studio.runs import ADAPTER, PILOTS, TRAINING, Run, events
 from qrlora.apps.studio.state import Studio, person_of, registry_for, studio_of
 from qrlora.errors import QrloraError, RequestError
@@ -142,7 +143,7 @@ async def begin(request: Request) -> Response:
 def _queue(studio: Studio, form: Form, person: str) -> Run:
     tokens = form.all("picture")
     if not 0 < len(tokens) <= MOST_PICTURES:
-        expected = f"1 to {MOST_PICTURES} pictures"
+        expected = said("1 to %(most_pictures)s pictures", most_pictures=MOST_PICTURES)
         raise RequestError(
             "no pictures to train on", expected=expected, got=len(tokens), remedy="drop some on the page"
         )
@@ -165,7 +166,7 @@ def _crop(text: str) -> tuple[float, float, float]:
     parts = text.split(",") if text else ["0.5", "0.5", "1"]
     if len(parts) != 3:
         raise RequestError("no such crop", expected="x,y,side", got=text[:40])
-    x, y, side = (number("crop", part, 0, 1) for part in parts)
+    x, y, side = (number(said("Crop"), part, 0, 1) for part in parts)
     return x, y, max(side, 0.05)
 
 
@@ -260,6 +261,7 @@ async def follow(request: Request, name: str) -> Response:
         while not await request.is_disconnected():
             run, found = await run_in_threadpool(runs.get, name), await run_in_threadpool(events, folder)
             if len(found) > sent or run.state != state:
+                run = replace(run, error=in_words(request, unpacked(run.error)))
                 yield _told(run, found[sent:], runs.ahead_of(run))
                 sent, state = len(found), run.state
             else:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qrlora._said import packed
 from qrlora.apps.quiet import hush, wait_passively
 from qrlora.errors import QrloraError
 
@@ -76,7 +77,7 @@ def main(folder: Path) -> int:
     try:
         (_train if run["kind"] == "training" else _make_stage)(folder, run, journal)
     except QrloraError as error:
-        journal.say(error=str(error))
+        journal.say(error=packed(error.text))
         return 2
     except KeyboardInterrupt as stopped:  # or TrainingInterrupted, which knows its step
         journal.say(stopped=getattr(stopped, "step", 0))

@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from qrlora._said import said
 from qrlora.errors import AdapterFileError, MismatchError, bounded
 from qrlora.method.basis import TURNED, VERSIONS, Basis, clipped_rank, fingerprint, sketch, turned, version_of
 
@@ -237,9 +238,21 @@ class Adapter:
         """Raise MismatchError if `strength` times this weight exceeds `largest`, the limit of the dtype in use."""
         if not abs(weight) * self.strength <= largest:  # NaN is not, nor is 0 times infinity
             raise MismatchError(
-                f"{self.name or 'the adapter'} is not finite at weight {weight:g}: its pictures would be black",
-                expected=f"a weight, times alpha / rank, times the longest row of ΔR, of at most {largest:.3g}",
-                got=f"{abs(weight) * self.strength:.3g}; alpha {self.metadata.alpha:g}, rank {self.metadata.rank}",
+                said(
+                    "%(name)s is not finite at weight %(weight)s: its pictures would be black",
+                    name=self.name or said("the adapter"),
+                    weight=f"{weight:g}",
+                ),
+                expected=said(
+                    "a weight, times alpha / rank, times the longest row of ΔR, of at most %(largest)s",
+                    largest=f"{largest:.3g}",
+                ),
+                got=said(
+                    "%(weight)s; alpha %(alpha)s, rank %(rank)s",
+                    weight=f"{abs(weight) * self.strength:.3g}",
+                    alpha=f"{self.metadata.alpha:g}",
+                    rank=self.metadata.rank,
+                ),
                 remedy="lower the weight; if it is 1 already, leave this file out: its alpha or its numbers are wrong",
             )
 

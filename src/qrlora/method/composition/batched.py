@@ -25,6 +25,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from qrlora._said import joined, said, verbatim
 from qrlora.errors import MismatchError, TunerError
 from qrlora.method.adapter.attach import adapted_layers, attach, remove_adapters
 from qrlora.method.adapter.record import Adapter
@@ -214,7 +215,7 @@ class Live:
         if unknown:
             raise MismatchError(
                 "a composition of adapters that are not there",
-                expected=f"some of {sorted(self._adapters)}",
+                expected=said("some of %(adapters)s", adapters=sorted(self._adapters)),
                 got=unknown,
                 remedy="add them first",
             )
@@ -225,9 +226,9 @@ class Live:
         largest = sum(abs(weight) * self._adapters[name].strength for name, weight in row.items())
         if not largest <= most:
             raise MismatchError(
-                f"the sum of {' and '.join(row)} is not finite at these weights",
-                expected=f"numbers up to {most:.3g}",
-                got=f"{dict(row)}, which may make {largest:.3g}",
+                said("the sum of %(row)s is not finite at these weights", row=joined(map(verbatim, row), " and ")),
+                expected=said("numbers up to %(most)s", most=f"{most:.3g}"),
+                got=said("%(row)s, which may make %(largest)s", row=dict(row), largest=f"{largest:.3g}"),
                 remedy="lower the weights, or load the model in bfloat16 or float32",
             )
 

@@ -20,6 +20,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from qrlora._said import Said, said, verbatim
 from qrlora.errors import MismatchError
 from qrlora.method.adapter.record import Adapter
 from qrlora.method.space.principal import principal
@@ -88,8 +89,12 @@ class Space:
         if most < 1 or not 1 <= (components or most) <= most:
             raise MismatchError(
                 "a space has at most one component less than adapters",
-                expected=f"two adapters or more, and from 1 to {max(1, most)} components",
-                got=f"{len(adapters)} adapters" + (f", {components} components" if components else ""),
+                expected=said("two adapters or more, and from 1 to %(most)s components", most=max(1, most)),
+                got=said(
+                    "%(adapters)s adapters, %(components)s components",
+                    adapters=len(adapters),
+                    components=components or most,
+                ),
                 remedy="name more adapters, or fewer components",
             )
         for adapter in adapters:
@@ -165,10 +170,10 @@ def check_alike(first: Adapter, other: Adapter, remedy: str = OF_ONE_SPACE) -> N
     for adapter in (first, other):
         if not adapter.metadata.on_basis:
             raise MismatchError(
-                f"{_called(adapter)} is no ΔR on a basis, so it spans no space",
+                said("%(adapter)s is no ΔR on a basis, so it spans no space", adapter=_called(adapter)),
                 expected="method qrlora",
-                got=f"method {adapter.metadata.method}",
-                remedy="train it with method qrlora, or put it on a basis: qrlora import FILE --like ADAPTER",
+                got=said("method %(method)s", method=adapter.metadata.method),
+                remedy="train it with method qrlora, or put it on a basis: `qrlora import FILE --like ADAPTER`",
             )
     facts = [
         {name: getattr(one.metadata, name) for name in LIKE}
@@ -182,7 +187,12 @@ def check_alike(first: Adapter, other: Adapter, remedy: str = OF_ONE_SPACE) -> N
     differ = [name for name in facts[0] if facts[0][name] != facts[1].get(name)]
     if differ:
         raise MismatchError(
-            f"{_called(first)} and {_called(other)} are not of one space: they differ in {', '.join(differ)}",
+            said(
+                "%(first)s and %(other)s are not of one space: they differ in %(differ)s",
+                first=_called(first),
+                other=_called(other),
+                differ=", ".join(differ),
+            ),
             expected={name: facts[0][name] for name in differ},
             got={name: facts[1][name] for name in differ},
             remedy=remedy,
@@ -190,8 +200,8 @@ def check_alike(first: Adapter, other: Adapter, remedy: str = OF_ONE_SPACE) -> N
     other.check_sketches(first.sketches)
 
 
-def _called(adapter: Adapter) -> str:
-    return adapter.name or "an adapter without a name"
+def _called(adapter: Adapter) -> Said:
+    return verbatim(adapter.name) if adapter.name else said("an adapter without a name")
 
 
 def _blank(adapters: Sequence[Adapter]) -> Adapter:

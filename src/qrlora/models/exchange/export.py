@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from qrlora._files import write_atomically
+from qrlora._said import said
 from qrlora.errors import MismatchError
 from qrlora.method.adapter import Adapter, save_adapter
 from qrlora.method.adapter.attach import check_fits
@@ -79,7 +80,7 @@ def _check_family(adapter: Adapter, family: ModelFamily, target: str) -> None:
         raise MismatchError("adapter of another family than this model", expected=known, got=family.name)
     if target in FAMILIES_OF and family.name not in FAMILIES_OF[target]:
         raise MismatchError(
-            f"no {target} form for {family.name}",
+            said("no %(target)s form for %(name)s", target=target, name=family.name),
             expected=", ".join(FAMILIES_OF[target]),
             got=family.name,
             remedy="export it in the diffusers form (--for diffusers), which its programs read",

@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from qrlora._said import said
 from qrlora.errors import DataError
 from qrlora.models.families.objectives import Latents, Mask, Objective, Timesteps
 
@@ -129,9 +130,9 @@ def refuse_long_prompts(
         tokens = len(tokenizer(template(prompt)).input_ids)
         if tokens > limit:
             raise DataError(
-                f"prompt too long for this model: {prompt!r}",
-                expected=f"at most {limit} tokens, with what the model puts before and after it",
-                got=f"{tokens} tokens",
+                said("prompt too long for this model: %(prompt)s", prompt=repr(prompt)),
+                expected=said("at most %(limit)s tokens, with what the model puts before and after it", limit=limit),
+                got=said("%(tokens)s tokens", tokens=tokens),
                 remedy="shorten the prompt or caption",
             )
 

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
+from qrlora._said import joined, said
 from qrlora._tensor_file import note
 from qrlora.errors import DataError, MismatchError, PictureError
 from qrlora.method.adapter import Adapter, attach, remove_adapters
@@ -315,9 +316,9 @@ class _Watch:
 def not_finite(jobs: Sequence[tuple[str, int]], images: Sequence[Image.Image | None] = ()) -> PictureError:
     """Return the error about these (prompt, seed) pairs; `images` are all of the call."""
     return PictureError(
-        f"{len(jobs)} pictures came out as NaN or Inf, and would have been black",
+        said("%(count)s pictures came out as NaN or Inf, and would have been black", count=len(jobs)),
         expected="finite numbers",
-        got="; ".join(f"{prompt!r} with seed {seed}" for prompt, seed in jobs),
+        got=joined(said("%(prompt)s with seed %(seed)s", prompt=repr(prompt), seed=seed) for prompt, seed in jobs),
         remedy="lower the adapters' weights or the guidance; a model in float16 may need bfloat16 or float32 (dtype)",
         images=images,
     )

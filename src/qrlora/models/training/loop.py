@@ -26,6 +26,7 @@ from torch import nn
 
 from qrlora._files import disk_error
 from qrlora._interrupts import deferred
+from qrlora._said import said
 from qrlora.errors import OutputError, TrainingError
 from qrlora.method.adapter import Adapter, adapter_from_model, save_adapter
 from qrlora.method.space import coefficients_on
@@ -235,9 +236,15 @@ def run_steps(run: Run, interrupted: Callable[[], bool], progress: Callable[[Pro
 def _stopped(run: Run, error: OSError) -> OutputError:
     """Return the error of a run that ends because something beside it cannot be written; it has been saved. Only the
     main process writes, so only it comes here, and does not wait for the others."""
-    said, saved = disk_error(error), _write_checkpoint(run, rescue=True)
-    then = f"{said.remedy}; then continue from {saved} with --resume" if saved else said.remedy
-    return OutputError(f"training stopped after step {run.step}: {said.what}", got=said.got, remedy=then)
+    full, saved = disk_error(error), _write_checkpoint(run, rescue=True)
+    then = (
+        said("%(remedy)s; then continue from %(saved)s with --resume", remedy=full.remedy, saved=saved)
+        if saved
+        else full.remedy
+    )
+    return OutputError(
+        said("training stopped after step %(step)s: %(what)s", step=run.step, what=full.what), got=full.got, remedy=then
+    )
 
 
 def _step(run: Run) -> tuple[float, float]:
@@ -251,10 +258,10 @@ def _step(run: Run) -> tuple[float, float]:
         run.optimizer.zero_grad()
         if run.loss_scale == 1 or not math.isfinite(total):
             raise TrainingError(
-                f"training broke down at step {run.step + 1}",
+                said("training broke down at step %(step)s", step=run.step + 1),
                 expected="a finite loss and gradient",
-                got=f"loss {total}, gradient norm {norm}",
-                remedy="lower learning_rate, or train in float32" + _kept(run),
+                got=said("loss %(total)s, gradient norm %(norm)s", total=total, norm=norm),
+                remedy=said("lower learning_rate, or train in float32%(kept)s", kept=_kept(run)),
             )
         run.loss_scale /= 2  # float16 overflowed on the way back: the same step again
     run.optimizer.step()

@@ -20,6 +20,7 @@ import numpy as np
 from PIL import Image, ImageCms, ImageOps
 
 from qrlora._reading import parsing
+from qrlora._said import said
 from qrlora.errors import DataError
 
 FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "TIFF", "BMP", "GIF")
@@ -117,8 +118,12 @@ class OpenPicture:
         least = tuple(math.ceil(side / LARGEST_ENLARGEMENT) for side in size)
         if self.image.width < least[0] or self.image.height < least[1]:
             raise DataError(
-                f"picture too small: {self.path}",
-                expected=f"at least {least[0]} x {least[1]} pixels, for training at {size[0]} x {size[1]}",
+                said("picture too small: %(path)s", path=self.path),
+                expected=said(
+                    "at least %(least)s pixels, for training at %(size)s",
+                    least=f"{least[0]} x {least[1]}",
+                    size=f"{size[0]} x {size[1]}",
+                ),
                 got=f"{self.image.width} x {self.image.height}",
                 remedy="use a larger picture",
             )
@@ -134,17 +139,21 @@ class OpenPicture:
         path = file or self.path
         if mask.size != self.image.size:
             raise DataError(
-                f"mask of another size than its picture: {path}",
-                expected=f"{self.image.width} x {self.image.height}, as {self.path.name}",
+                said("mask of another size than its picture: %(path)s", path=path),
+                expected=said(
+                    "%(size)s, as %(name)s", size=f"{self.image.width} x {self.image.height}", name=self.path.name
+                ),
                 got=f"{mask.width} x {mask.height}",
                 remedy="draw the mask on the picture itself, and save both in the same size",
             )
         mask = _cut(mask, size, Image.Resampling.BOX, view)
         if mask.getextrema()[1] < WHITE:  # type: ignore[operator]  # one band: two numbers
             raise DataError(
-                f"nothing left to learn by the mask {path}",
+                said("nothing left to learn by the mask %(path)s", path=path),
                 expected="white where the subject is",
-                got=f"no white in the middle {size[0]}:{size[1]} of it, which is what is trained on",
+                got=said(
+                    "no white in the middle %(shape)s of it, which is what is trained on", shape=f"{size[0]}:{size[1]}"
+                ),
                 remedy="paint what is to be learned white, or crop picture and mask around it",
             )
         return mask
@@ -205,22 +214,25 @@ def _cut(picture: Image.Image, size: Size, resampling: Image.Resampling, view: V
 def _reading(path: Path, content: bytes | None = None) -> Iterator[None]:
     """Turn what Pillow raises about a file into a DataError."""
     with parsing(
-        f"unreadable picture: {path}",
+        said("unreadable picture: %(path)s", path=path),
         DataError,
         expected="a complete PNG, JPEG, WebP, AVIF, TIFF, BMP or GIF file",
         remedy="open it in an image editor and save it again as PNG, or leave it out",
     ):
         if content is None and not path.is_file():
-            raise DataError(f"no such picture: {path}", remedy="check the path")
+            raise DataError(said("no such picture: %(path)s", path=path), remedy="check the path")
         size = path.stat().st_size if content is None else len(content)
         if size > LARGEST_FILE:
-            raise _too_large(path, f"{LARGEST_FILE} bytes at most", f"{size} bytes")
+            raise _too_large(path, said("%(most)s bytes at most", most=LARGEST_FILE), said("%(size)s bytes", size=size))
         yield
 
 
 def _too_large(path: Path, expected: str, got: str) -> DataError:
     return DataError(
-        f"picture too large: {path}", expected=expected, got=got, remedy="scale it down in an image editor"
+        said("picture too large: %(path)s", path=path),
+        expected=expected,
+        got=got,
+        remedy="scale it down in an image editor",
     )
 
 
@@ -234,9 +246,9 @@ def _upright(path: Path, content: bytes | None = None) -> Image.Image:
         picture = ImageOps.exif_transpose(opened)
     if picture.mode[0] in "IF":
         raise DataError(
-            f"picture of unknown range: {path}",
+            said("picture of unknown range: %(path)s", path=path),
             expected="8 bits a channel",
-            got=f"mode {picture.mode}",
+            got=said("mode %(mode)s", mode=picture.mode),
             remedy="save it as an 8-bit PNG",
         )
     return picture
@@ -244,7 +256,7 @@ def _upright(path: Path, content: bytes | None = None) -> Image.Image:
 
 def _opened(path: Path, content: bytes | None) -> Image.Image:
     """A picture file with its header read, and no pixel."""
-    most = f"{LARGEST_PICTURE // 10**6} million pixels at most"
+    most = said("%(most)s million pixels at most", most=LARGEST_PICTURE // 10**6)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the size is checked below
@@ -262,9 +274,9 @@ def _refuse_animation(opened: Image.Image, path: Path) -> None:
     frames = getattr(opened, "n_frames", 1)
     if frames > 1 and opened.format != "MPO":
         raise DataError(
-            f"animated or many-paged picture: {path}",
+            said("animated or many-paged picture: %(path)s", path=path),
             expected="one frame",
-            got=f"{frames} frames",
+            got=said("%(frames)s frames", frames=frames),
             remedy="save the frame that is meant as PNG",
         )
 
@@ -286,7 +298,7 @@ def _to_srgb(picture: Image.Image, path: Path) -> Image.Image:
 def _apply_profile(picture: Image.Image, profile: bytes, path: Path) -> Image.Image:
     """Convert from the embedded profile's colours to sRGB; a profile for another kind of picture is ignored."""
     remedy = "save the picture again as an sRGB PNG"
-    with parsing(f"unreadable colour profile in {path}", DataError, remedy=remedy):
+    with parsing(said("unreadable colour profile in %(path)s", path=path), DataError, remedy=remedy):
         embedded = ImageCms.ImageCmsProfile(io.BytesIO(profile))
         space = embedded.profile.xcolor_space.strip()
         if {"RGB": "RGB", "CMYK": "CMYK", "GRAY": "L"}.get(space) != picture.mode:

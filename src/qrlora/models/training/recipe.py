@@ -19,7 +19,8 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from qrlora._reading import parsing, plain_number, read_toml
+from qrlora._reading import parsing, plain_number, read_toml, required_field, unknown_field, wrong_value
+from qrlora._said import Said, joined, said
 from qrlora.errors import RecipeError
 
 TRIGGER = "[trigger]"
@@ -261,7 +262,8 @@ class Recipe(BaseModel):
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:
         if TRIGGER not in self.caption and self.trigger not in self.caption:
-            raise ValueError(f"caption {self.caption!r} has neither {TRIGGER} nor the trigger {self.trigger!r}")
+            facts = {"caption": repr(self.caption), "place": TRIGGER, "trigger": repr(self.trigger)}
+            raise ValueError(said("caption %(caption)s has neither %(place)s nor the trigger %(trigger)s", **facts))
         if self.method == "lora" and self.train_basis:
             raise ValueError("train_basis = true has no meaning with method = 'lora', which has no basis")
         if self.num_repeats and len(self.num_repeats) != len(self.images):
@@ -292,7 +294,7 @@ class Recipe(BaseModel):
             return cls.model_validate(dict(fields))
         except ValidationError as error:
             raise RecipeError(
-                "this recipe cannot be run:\n" + "\n".join(f"  - {line}" for line in _explain(error)),
+                said("this recipe cannot be run:\n  - %(lines)s", lines=joined(_explain(error), "\n  - ")),
                 remedy="`qrlora train --help` describes every field",
             ) from error
 
@@ -404,20 +406,18 @@ def _plain(facts: dict[str, Any]) -> dict[str, Any]:
     return kept | (choices[0] if len(choices) == 1 else {"anyOf": choices} if choices else {})
 
 
-def _explain(error: ValidationError) -> list[str]:
+def _explain(error: ValidationError) -> list[Said]:
     """Describe the wrong fields, one a line."""
     lines = []
     for number, item in enumerate(error.errors()):
         name = ".".join(str(part) for part in item["loc"][:1])
         if item["type"] == "extra_forbidden":
             near = difflib.get_close_matches(name, Recipe.model_fields, n=1, cutoff=0.5) if number < 20 else []
-            lines.append(f"unknown field {name!r}" + (f": did you mean {near[0]!r}?" if near else ""))
+            lines.append(unknown_field(name, near))
         elif item["type"] == "missing":
             # Without a role, what would be filled from it is missing too: naming the role is enough.
             if name in ("role", "images") or not any(i["loc"] == ("role",) for i in error.errors()):
-                lines.append(f"{name!r} is required: {Recipe.model_fields[name].description}")
-        elif name:
-            lines.append(f"{name} = {item['input']!r}: {item['msg']}")
+                lines.append(required_field(name, Recipe.model_fields[name].description))
         else:
-            lines.append(item["msg"].removeprefix("Value error, "))
+            lines.append(wrong_value(name, item))
     return list(dict.fromkeys(lines))

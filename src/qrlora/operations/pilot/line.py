@@ -8,7 +8,8 @@ from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from qrlora._reading import read_toml
+from qrlora._reading import read_toml, wrong_value
+from qrlora._said import joined, said
 from qrlora.errors import DataError
 
 Stage = Literal["one_picture", "several_styles", "line"]
@@ -57,7 +58,7 @@ class Prompts(_Part):
         for text in value:
             missing = [name for name in sorted(needed) if f"{{{name}}}" not in text]
             if missing:
-                raise ValueError(f"{text!r} lacks {{{missing[0]}}}")
+                raise ValueError(said("%(text)s lacks %(field)s", text=repr(text), field=f"{{{missing[0]}}}"))
         return value
 
     @property
@@ -142,7 +143,7 @@ class Line(_Part):
     def _names_differ(self) -> Line:
         names = [item.name for item in self.items]
         if len(set(names)) < len(names):
-            raise ValueError("subject and styles need names of their own")
+            raise ValueError(said("subject and styles need names of their own"))
         return self
 
     @property
@@ -167,13 +168,13 @@ class Line(_Part):
             DataError: it cannot be read, or has unknown, missing or contradictory fields.
         """
         remedy = "`qrlora pilot new line.toml` writes one to begin with"
-        fields = read_toml(path, "project file", DataError, remedy=remedy)
+        fields = read_toml(path, said("project file"), DataError, remedy=remedy)
         try:
             return cls.model_validate(fields)
         except ValidationError as error:
-            said = "; ".join(f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in error.errors())
+            wrong = joined(wrong_value(".".join(map(str, one["loc"])), one) for one in error.errors())
             remedy = "`qrlora pilot new --schema` prints what a project file may hold"
-            raise DataError(f"{path} is no project file", got=said, remedy=remedy) from error
+            raise DataError(said("%(path)s is no project file", path=path), got=wrong, remedy=remedy) from error
 
     def _placed(self, path: Path) -> Line:
         folder = path.resolve().parent
@@ -189,9 +190,11 @@ class Line(_Part):
         files += [(name, value) for name in ("brand", "products") if (value := getattr(line, name))]
         for what, file in files:
             if not file.exists():
-                remedy = "put it there, or name another one in the project file"
                 raise DataError(
-                    f"{path}: {what} is missing", expected=str(file), got="no such file or folder", remedy=remedy
+                    said("%(path)s: %(what)s is missing", path=path, what=what),
+                    expected=str(file),
+                    got=said("no such file or folder"),
+                    remedy=said("put it there, or name another one in the project file"),
                 )
         return line
 

@@ -19,6 +19,7 @@ from typing import Any
 
 from qrlora._files import claimed, make_folder, write_atomically
 from qrlora._reading import read_json
+from qrlora._said import Said, joined, said, verbatim
 from qrlora.errors import PolicyError, RegistryError, SignatureError
 from qrlora.models.training.sources import find_pictures
 from qrlora.operations.pilot.line import OURS, STAGES, STUDIED, Item, Line, Stage
@@ -75,7 +76,7 @@ class Ran:
     go: bool | None = None
     by: str = ""
     reason: str = ""
-    faults: tuple[str, ...] = ()
+    faults: tuple[Said, ...] = ()
 
 
 @dataclass
@@ -108,7 +109,9 @@ class Pilot:
             try:
                 pilot.stages = {name: Done(**found[name]) for name in STAGES if name in found}
             except TypeError as error:
-                raise RegistryError(f"{pilot._state} is no state of a pilot", got=error, remedy="restore it") from error
+                raise RegistryError(
+                    said("%(state)s is no state of a pilot", state=pilot._state), got=error, remedy="restore it"
+                ) from error
         return pilot
 
     @property
@@ -154,16 +157,19 @@ class Pilot:
         for before in STAGES[: STAGES.index(stage)]:
             ran = self._check_ran(before)
             if ran.go is not True:
-                got = "; ".join(ran.faults) or ("no decision" if ran.go is None else "a no-go")
-                remedy = f"qrlora pilot decide {self.path} --go --reason TEXT --key NAME"
-                raise PolicyError(f"stage {before} needs a go", got=got, remedy=remedy)
+                got = joined(ran.faults) or (said("no decision") if ran.go is None else said("a no-go"))
+                remedy = said("qrlora pilot decide %(path)s --go --reason TEXT --key NAME", path=self.path)
+                raise PolicyError(said("stage %(before)s needs a go", before=before), got=got, remedy=remedy)
 
     def _check_ran(self, stage: Stage) -> Ran:
         """Return what a stage left. PolicyError unless it has run on its present inputs."""
         ran = self.ran(stage)
         if ran is None or ran.inputs != self.inputs(stage):
-            got = "not run" if ran is None else "run before its inputs changed"
-            raise PolicyError(f"stage {stage} has to be run first", got=got, remedy=f"qrlora pilot run {self.path}")
+            raise PolicyError(
+                said("stage %(before)s has to be run first", before=stage),
+                got=said("not run") if ran is None else said("run before its inputs changed"),
+                remedy=said("qrlora pilot run %(path)s", path=self.path),
+            )
         return ran
 
     def run(self, stage: Stage | None = None, show: Show = lambda what, done, of: None) -> Result:
@@ -230,7 +236,10 @@ class Pilot:
     def check_studied(self, stage: Stage) -> None:
         """Raise PolicyError unless a stage is one that is studied, and has run on its present inputs."""
         if stage not in STUDIED:
-            raise PolicyError(f"no study is made of stage {stage}", expected=" or ".join(STUDIED))
+            raise PolicyError(
+                said("no study is made of stage %(stage)s", stage=stage),
+                expected=joined(map(verbatim, STUDIED), " or "),
+            )
         self._check_ran(stage)
 
     def study_is_about(self, stage: Stage, results: Mapping[str, Any]) -> bool:
@@ -261,15 +270,24 @@ class Pilot:
         ran = self.ran(stage) if stage else None
         if stage is None or ran is None:
             raise PolicyError(
-                "nothing to decide", got=stage or "all stages are done", remedy=f"qrlora pilot run {self.path}"
+                "nothing to decide",
+                got=stage or said("all stages are done"),
+                remedy=said("qrlora pilot run %(path)s", path=self.path),
             )
         if ran.inputs != self.inputs(stage):
-            raise PolicyError(f"stage {stage} was run on other inputs", remedy=f"qrlora pilot run {self.path}")
+            raise PolicyError(
+                said("stage %(stage)s was run on other inputs", stage=stage),
+                remedy=said("qrlora pilot run %(path)s", path=self.path),
+            )
         if not reason.strip():
             raise PolicyError("a decision needs a reason", expected="why, in a sentence")
         person = trust_of(self.registry).person_of(key.key_id)
         if fault := _may_not(person, ran.author):
-            raise PolicyError("this decision would not count", got=fault, expected=f"a {' or '.join(MAY_DECIDE)}")
+            raise PolicyError(
+                "this decision would not count",
+                got=fault,
+                expected=said("a %(roles)s", roles=joined(map(verbatim, MAY_DECIDE), " or ")),
+            )
         report = self.stages[stage].report
         predicate = {
             **{"pilot": self.line.name, "stage": stage, "inputs": ran.inputs, "report": report, "go": go},
@@ -293,29 +311,42 @@ class Pilot:
         artifact = self.registry.get(done.report)
         record = json.loads(self.registry.read(artifact))
         if (record.get("pilot"), record.get("stage")) != (self.line.name, stage):
-            remedy = f"qrlora pilot run {self.path} --stage {stage}"
-            raise RegistryError(f"{done.report[:19]} is no report of stage {stage}", got=artifact.title, remedy=remedy)
+            remedy = said("qrlora pilot run %(path)s --stage %(stage)s", path=self.path, stage=stage)
+            raise RegistryError(
+                said("%(report)s is no report of stage %(stage)s", report=done.report[:19], stage=stage),
+                got=artifact.title,
+                remedy=remedy,
+            )
         ran = Ran(record["inputs"], record["passes"], artifact.created_by, record)
         if not done.decision:
             return ran
         try:
             return self._decided(stage, done, ran)
         except (RegistryError, SignatureError) as error:
-            return replace(ran, faults=(str(error),))
+            return replace(ran, faults=(error.text,))
 
     def _decided(self, stage: Stage, done: Done, ran: Ran) -> Ran:
         """Add the recorded decision, or why it does not count."""
         artifact = self.registry.get(done.decision)
         envelope, trust = read_envelope(self.registry.read(artifact)), trust_of(self.registry)
         found, people = verify(envelope, trust, at=self.registry.added_at(artifact.digest), predicate_type=DECISION)
-        said = found["predicate"]
-        about = {"pilot": self.line.name, "stage": stage, "inputs": ran.inputs, "report": done.report}
-        faults = [f"the decision was on another {key}" for key, value in about.items() if said.get(key) != value]
-        faults += filter(None, (_may_not(person, ran.author) for person in people))
+        signed = found["predicate"]
+        about: dict[str, tuple[Said, str]] = {
+            "pilot": (said("pilot"), self.line.name),
+            "stage": (said("stage"), stage),
+            "inputs": (said("inputs"), ran.inputs),
+            "report": (said("report"), done.report),
+        }
+        faults = [
+            said("the decision was on another %(what)s", what=label)
+            for key, (label, value) in about.items()
+            if signed.get(key) != value
+        ]
+        faults += [why for person in people if (why := _may_not(person, ran.author))]
         if faults:
             return replace(ran, faults=tuple(faults))
         names = ", ".join(person.name for person in people)
-        return replace(ran, go=said.get("go") is True, by=names, reason=str(said.get("reason", "")))
+        return replace(ran, go=signed.get("go") is True, by=names, reason=str(signed.get("reason", "")))
 
     def verify(self) -> list[str]:
         """Return what is wrong with the recorded stages and decisions, one line a fault; empty if nothing is."""
@@ -329,11 +360,14 @@ class Pilot:
         return faults
 
 
-def _may_not(person: Person, author: str) -> str:
-    """Return why a person may not decide on a stage that the author ran; empty if they may."""
+def _may_not(person: Person, author: str) -> Said | None:
+    """Return why a person may not decide on a stage that the author ran; None if they may."""
     if not set(person.roles) & set(MAY_DECIDE):
-        return f"{person.name} is {', '.join(person.roles)}, not a {' or '.join(MAY_DECIDE)}"
-    return f"{person.name} ran it: nobody decides on their own work" if person.name == author else ""
+        roles, needed = ", ".join(person.roles), joined(map(verbatim, MAY_DECIDE), " or ")
+        return said("%(name)s is %(roles)s, not a %(needed)s", name=person.name, roles=roles, needed=needed)
+    if person.name == author:
+        return said("%(name)s ran it: nobody decides on their own work", name=person.name)
+    return None
 
 
 def _without_places(fields: dict[str, Any]) -> dict[str, Any]:

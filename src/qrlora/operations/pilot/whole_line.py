@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from qrlora._said import said
 from qrlora.errors import DataError
 from qrlora.operations.catalog.engine import Here, Pool
 from qrlora.operations.catalog.gallery import write
@@ -44,7 +45,7 @@ class WholeLine:
         line = work.line
         if line.products is None:
             remedy = 'write `products = "products.csv"` into the project file (docs/catalog.md)'
-            raise DataError("stage 3 needs the table of the line's products", got="none", remedy=remedy)
+            raise DataError("stage 3 needs the table of the line's products", got=said("none"), remedy=remedy)
         work.adapter(line.subject)
         products = work.products()
         file, styles = _styles(work)

@@ -18,6 +18,7 @@ import numpy as np
 
 from qrlora._files import make_folder, write_all, write_atomically
 from qrlora._reading import read_json
+from qrlora._said import said
 from qrlora.errors import DataError
 from qrlora.models.training.recipe import Recipe
 from qrlora.models.training.sources import find_pictures
@@ -56,7 +57,9 @@ def metric_scorer(role: str, name: str) -> Scorer:
     if name not in METRICS or METRICS[name].needs != (role,):
         fitting = ", ".join(one.name for one in METRICS.values() if one.needs == (role,))
         raise DataError(
-            f"no metric of a {role}: {name!r}", expected=fitting, remedy="mend [scores] in the project file"
+            said("no metric of a %(role)s: %(name)s", role=role, name=repr(name)),
+            expected=fitting,
+            remedy="mend [scores] in the project file",
         )
 
     def score(pictures: Sequence[MeasuredPicture], learned_from: Sequence[MeasuredPicture]) -> list[float]:

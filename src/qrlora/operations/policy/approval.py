@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from datetime import timedelta
 from typing import Any
 
+from qrlora._said import joined, said
 from qrlora.errors import PolicyError
 from qrlora.operations.policy.combination import Combination, Part, combination_of, same, unfolded
 from qrlora.operations.policy.decisions import APPROVAL, REQUEST, about, differences, may_not, read
@@ -37,7 +38,9 @@ def request(registry: Registry, combination: Combination, policy: Policy | None,
         raise PolicyError(
             "only what is registered can be approved",
             expected="registered adapters, trained on one registered base model",
-            got=f"not registered: {', '.join(missing)}" if missing else "no registered base model",
+            got=said("not registered: %(missing)s", missing=", ".join(missing))
+            if missing
+            else said("no registered base model"),
             remedy="`qrlora registry add` the adapters and their base model",
         )
     if len(combination.parts) > 1:
@@ -65,7 +68,9 @@ def asked(registry: Registry, reference: str) -> dict[str, Any]:
     record = json.loads(registry.read(artifact)) if artifact.kind == "approval" else {}
     if record.get("type") != REQUEST:
         remedy = "`qrlora approval list` shows the requests"
-        raise PolicyError(f"{artifact.digest[:19]} asks for no approval", got=artifact.kind, remedy=remedy)
+        raise PolicyError(
+            said("%(digest)s asks for no approval", digest=artifact.digest[:19]), got=artifact.kind, remedy=remedy
+        )
     return record
 
 
@@ -93,9 +98,11 @@ def approve(
     combination = combination_asked(registry, record["about"])
     person = trust_of(registry).person_of(key.key_id)
     if why := may_not(registry, combination, policy, person, record["by"]):
-        raise PolicyError(f"{person.name} cannot approve this", got=why, remedy="ask another reviewer")
+        raise PolicyError(
+            said("%(name)s cannot approve this", name=person.name), got=why, remedy="ask another reviewer"
+        )
     if changes := differences(record["about"], about(registry, combination, policy)):
-        raise PolicyError("it is not what was asked for", got="; ".join(changes), remedy="ask again: approval request")
+        raise PolicyError("it is not what was asked for", got=joined(changes), remedy="ask again: approval request")
     rule = policy.approval if policy else None
     allowed = [one for one in (days, rule.days if rule else None) if one]
     until = (now() + timedelta(days=min(allowed))).isoformat() if allowed else None

@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
+from qrlora._said import joined, said, verbatim
 from qrlora.errors import PolicyError, QrloraError, SignatureError
 from qrlora.operations.policy.combination import Combination
 from qrlora.operations.policy.decisions import Given, find, type_of
 from qrlora.operations.policy.findings import Case, Finding, findings
 from qrlora.operations.policy.rules import ACTIONS, Policy
-from qrlora.operations.policy.said import joined, said, verbatim
 from qrlora.operations.provenance.canonical import canonical_json
 from qrlora.operations.provenance.dsse import read_envelope, sign, statement, subjects_of, verify
 from qrlora.operations.provenance.keys import SigningKey, now
@@ -128,7 +128,10 @@ def in_force(registry: Registry) -> Policy | None:
         expected, got = moves[-1].digest[:19], current.digest[:19]
         remedy = "`qrlora registry verify` says what was changed; `qrlora policy activate TOML` brings one into force"
         raise PolicyError(
-            f"no command pointed {NAME}@{ALIAS} at this policy", expected=expected, got=got, remedy=remedy
+            said("no command pointed %(name)s@%(alias)s at this policy", name=NAME, alias=ALIAS),
+            expected=expected,
+            got=got,
+            remedy=remedy,
         )
     policy = _read(registry, current)
     for digest in dict.fromkeys(move.digest for move in moves if move.digest not in ("", current.digest)):
@@ -136,7 +139,7 @@ def in_force(registry: Registry) -> Policy | None:
         if before.version >= policy.version and not _signed(registry, current.digest, digest):
             raise PolicyError(
                 "a policy was replaced by one that is not newer",
-                expected=f"a version above {before.version}, or an operator's signature",
+                expected=said("a version above %(version)s, or an operator's signature", version=before.version),
                 got=policy.title,
                 remedy="activate the newer one, or let an operator type `qrlora policy activate TOML --key NAME`",
             )
@@ -146,7 +149,11 @@ def in_force(registry: Registry) -> Policy | None:
 def _read(registry: Registry, artifact: Artifact) -> Policy:
     """Read a policy from its bytes, hashed again."""
     if artifact.kind != "policy":
-        raise PolicyError(f"{NAME}@{ALIAS} is no policy", got=artifact.kind, remedy="`qrlora policy activate FILE`")
+        raise PolicyError(
+            said("%(name)s@%(alias)s is no policy", name=NAME, alias=ALIAS),
+            got=artifact.kind,
+            remedy="`qrlora policy activate FILE`",
+        )
     return Policy.parse(json.loads(registry.read(artifact)))
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from decimal import Decimal
 from typing import Any
 
+from qrlora._said import said
 from qrlora.errors import PolicyError
 from qrlora.operations.registry import Artifact, Registry
 
@@ -106,7 +107,7 @@ def combination_of(registry: Registry, reference: str, **options: Any) -> Combin
         return Combination(base, parts, float(record["null_space"]), **options)
     if artifact.kind != "adapter":
         raise PolicyError(
-            f"{artifact.title} is not something that can be combined",
+            said("%(title)s is not something that can be combined", title=artifact.title),
             expected="a composition or an adapter",
             got=artifact.kind,
             remedy="`qrlora registry search --kind composition` lists them",

@@ -13,11 +13,11 @@ from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta, timezone
 from typing import Any
 
+from qrlora._said import Said, joined, said, verbatim
 from qrlora.errors import QrloraError, RegistryError, SignatureError
 from qrlora.operations.policy.combination import Combination, leaves, reports, same, unfolded
 from qrlora.operations.policy.findings import Finding, signers_of
 from qrlora.operations.policy.rules import Policy
-from qrlora.operations.policy.said import Said, joined, said, verbatim
 from qrlora.operations.provenance.canonical import canonical_json, digest_of
 from qrlora.operations.provenance.dsse import read_envelope, subjects_of, verify
 from qrlora.operations.provenance.keys import Person, Trust, now

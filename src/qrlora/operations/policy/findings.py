@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from datetime import date, datetime, timezone
 from typing import Any
 
+from qrlora._said import Said, joined, said, verbatim
 from qrlora.errors import PolicyError, QrloraError, bounded
 from qrlora.operations.policy.combination import Combination, Part, leaves, reports, sources
 from qrlora.operations.policy.licences import ADVICE, compute, licence_of_model
 from qrlora.operations.policy.rules import Policy, ScoreRule, Selector, limits
-from qrlora.operations.policy.said import Said, joined, said, verbatim
 from qrlora.operations.registry import Artifact, Registry
 from qrlora.operations.registry.signatures import signatures_of, trust_of
 

@@ -21,8 +21,8 @@ from license_expression import AND, OR, ExpressionError, LicenseSymbol, LicenseW
 from license_expression import ParseError as WordsError
 
 from qrlora._reading import read_toml
+from qrlora._said import Said, joined, said
 from qrlora.errors import PolicyError
-from qrlora.operations.policy.said import Said, joined, said
 
 USES = ("internal", "outputs", "commercial")
 """internal: research and trials; outputs: commercial use of pictures; commercial: running the model for it too."""

@@ -14,9 +14,9 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from qrlora._reading import plain_number, read_toml, validated
+from qrlora._said import Said, joined, said
 from qrlora.errors import PolicyError
 from qrlora.operations.policy.licences import Asker, alternatives
-from qrlora.operations.policy.said import Said, joined, said
 from qrlora.operations.provenance.canonical import canonical_json, digest_of
 
 Action = Literal["compose", "generate", "serve", "export", "catalog"]

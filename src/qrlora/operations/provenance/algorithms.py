@@ -11,6 +11,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 
 from qrlora._files import disk_error
+from qrlora._said import joined, said, verbatim
 from qrlora.errors import SignatureError
 
 FOLDER, PASSPHRASE = "QRLORA_KEYS", "QRLORA_KEY_PASSPHRASE"
@@ -87,22 +88,30 @@ def read_private(path: Path, passphrase: str | None = None) -> PrivateKey:
         status = path.stat()
         data = path.read_bytes() if status.st_size <= MOST_BYTES else b""
     except OSError as error:
-        remedy = f"`qrlora keys list` shows the keys there are; {FOLDER} names their folder"
-        raise SignatureError(f"no private key {path}", got=error.strerror, remedy=remedy) from error
+        remedy = said("`qrlora keys list` shows the keys there are; %(folder)s names their folder", folder=FOLDER)
+        raise SignatureError(said("no private key %(path)s", path=path), got=error.strerror, remedy=remedy) from error
     if os.name == "posix" and status.st_mode & 0o077:
-        got = f"mode {status.st_mode & 0o777:o}"
-        remedy = f"chmod 600 {path}; if others had read it, revoke it and make a new one"
-        raise SignatureError(f"others can read the private key {path}", expected="mode 600", got=got, remedy=remedy)
+        got = said("mode %(mode)s", mode=f"{status.st_mode & 0o777:o}")
+        remedy = said("chmod 600 %(path)s; if others had read it, revoke it and make a new one", path=path)
+        raise SignatureError(
+            said("others can read the private key %(path)s", path=path), expected="mode 600", got=got, remedy=remedy
+        )
     try:
         key = _private(data, passphrase)
     except TypeError as error:
-        raise SignatureError(f"{path} needs its passphrase", remedy=f"set {PASSPHRASE}") from error
+        raise SignatureError(
+            said("%(path)s needs its passphrase", path=path), remedy=said("set %(variable)s", variable=PASSPHRASE)
+        ) from error
     except (ValueError, UnsupportedAlgorithm) as error:
         expected = "a private key in PEM, and its passphrase if it has one"
-        raise SignatureError(f"{path} cannot be read", expected=expected, got=first_line(error)) from error
+        raise SignatureError(
+            said("%(path)s cannot be read", path=path), expected=expected, got=first_line(error)
+        ) from error
     if algorithm_of(key) is None or not isinstance(key, PrivateKey):
-        expected = " or ".join(ALGORITHMS)
-        raise SignatureError(f"{path} has a key of another kind", expected=expected, got=type(key).__name__)
+        expected = joined(map(verbatim, ALGORITHMS), " or ")
+        raise SignatureError(
+            said("%(path)s has a key of another kind", path=path), expected=expected, got=type(key).__name__
+        )
     return key
 
 

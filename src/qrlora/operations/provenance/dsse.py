@@ -15,6 +15,7 @@ from collections.abc import Iterable, Mapping
 from datetime import datetime
 from typing import Any
 
+from qrlora._said import said
 from qrlora.errors import SignatureError
 from qrlora.operations.provenance.algorithms import signature_holds
 from qrlora.operations.provenance.canonical import DIGEST, canonical_json
@@ -91,9 +92,9 @@ def verify(
         person = trust.person_of(keyid, at)
         if not signature_holds(trust.key(keyid).public, signature, message):
             raise SignatureError(
-                f"the signature of {person.name} does not hold",
+                said("the signature of %(name)s does not hold", name=person.name),
                 expected="what was signed, unchanged",
-                got="another payload, or a signature by somebody else",
+                got=said("another payload, or a signature by somebody else"),
                 remedy="do not use it; get the envelope from its source again",
             )
         people[person.name] = person

@@ -22,6 +22,7 @@ from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from qrlora._files import claimed, disk_error, make_folder, write_atomically
+from qrlora._said import Said, said
 from qrlora.errors import SignatureError
 from qrlora.operations.provenance.algorithms import (
     ALGORITHMS,
@@ -49,7 +50,9 @@ def check_key_name(name: str) -> str:
     """Return the name. SignatureError unless it can be a file's name."""
     if not _NAME.fullmatch(name) or ".." in name:
         expected = "letters, digits, . _ - (at most 64)"
-        raise SignatureError(f"{name[:100]!r} cannot be a key's name", expected=expected, remedy="choose another")
+        raise SignatureError(
+            said("%(name)s cannot be a key's name", name=repr(name[:100])), expected=expected, remedy="choose another"
+        )
     return name
 
 
@@ -179,13 +182,15 @@ class Key(BaseModel):
     def algorithm(self) -> str:
         return algorithm_of(self.public) or ""
 
-    def state(self, at: datetime) -> str:
-        """Return why a signature of this time does not count; empty if it does."""
+    def state(self, at: datetime) -> Said | None:
+        """Return why a signature of this time does not count; None if it does."""
         if self.void_from and self.revoked_at and at >= self.void_from:
-            return f"revoked on {day(self.revoked_at)}: {self.reason}"
+            return said("revoked on %(day)s: %(reason)s", day=day(self.revoked_at), reason=self.reason)
         if at < self.valid_from:
-            return f"not valid before {day(self.valid_from)}"
-        return f"expired on {day(self.valid_until)}" if self.valid_until and at >= self.valid_until else ""
+            return said("not valid before %(day)s", day=day(self.valid_from))
+        if self.valid_until and at >= self.valid_until:
+            return said("expired on %(day)s", day=day(self.valid_until))
+        return None
 
 
 class Person(BaseModel):
@@ -254,7 +259,7 @@ class Trust:
             if key.key_id == key_id:
                 return person, key
         raise SignatureError(
-            f"the key {key_id[:12]} is nobody's whom this registry trusts",
+            said("the key %(key_id)s is nobody's whom this registry trusts", key_id=key_id[:12]),
             expected="a key that `qrlora keys list` shows",
             remedy="if it is a colleague's, an operator trusts it: `qrlora keys trust NAME --key FILE.pub --role ROLE`",
         )
@@ -263,8 +268,14 @@ class Trust:
         """Return whose key it is. SignatureError if it is unknown, or was not valid then (now if None)."""
         person, key = self._find(key_id)
         if state := key.state(at or now()):
-            remedy = f"ask {person.name} to sign again with a key in force (`qrlora keys list` shows them)"
-            raise SignatureError(f"the key {key_id[:12]} of {person.name} does not count", got=state, remedy=remedy)
+            remedy = said(
+                "ask %(name)s to sign again with a key in force (`qrlora keys list` shows them)", name=person.name
+            )
+            raise SignatureError(
+                said("the key %(key_id)s of %(name)s does not count", key_id=key_id[:12], name=person.name),
+                got=state,
+                remedy=remedy,
+            )
         return person
 
     def add(

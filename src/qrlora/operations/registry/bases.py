@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from qrlora._said import said
 from qrlora.errors import RegistryError
 from qrlora.method.adapter import Adapter
 from qrlora.operations.provenance.canonical import canonical_json, digest_of, file_digest
@@ -85,9 +86,14 @@ def trained_under(registry: Registry, adapter: Adapter, given: Artifact | None) 
         layers = json.loads(registry.read(given))["layers"]
         wrong = [name for name, digest in adapter.digests.items() if layers.get(name) != digest]
         raise RegistryError(
-            f"the adapter was not trained on {given.title}",
+            said("the adapter was not trained on %(title)s", title=given.title),
             expected="the same weights in every layer",
-            got=f"others in {len(wrong)} of {len(adapter.digests)} layers, such as {wrong[0]}",
+            got=said(
+                "others in %(wrong)s of %(all)s layers, such as %(first)s",
+                wrong=len(wrong),
+                all=len(adapter.digests),
+                first=wrong[0],
+            ),
             remedy="name the base model that it was trained on",
         )
     return None

@@ -10,6 +10,7 @@ from sqlalchemy import Select, or_, select
 from sqlalchemy.orm import Session
 
 from qrlora._reading import parse_json
+from qrlora._said import said
 from qrlora.errors import RegistryError
 from qrlora.operations.registry.records import Artifact, Move
 from qrlora.operations.registry.references import parse_reference
@@ -32,9 +33,11 @@ def find(session: Session, text: str) -> str:
             versions = versions.where(VersionRow.number == reference.version)
         found = list(session.scalars(versions.order_by(VersionRow.number.desc()).limit(1)))
     if len(found) != 1:
-        got = "several that begin so" if found else "none"
+        got = said("several that begin so") if found else said("none")
         remedy = "`qrlora registry search` lists what there is"
-        raise RegistryError(f"no {text[:200]!r} in the registry", expected="one artifact", got=got, remedy=remedy)
+        raise RegistryError(
+            said("no %(text)s in the registry", text=repr(text[:200])), expected="one artifact", got=got, remedy=remedy
+        )
     return found[0]
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+from qrlora._said import said
 from qrlora.errors import RegistryError
 
 PREFIX = "registry:"
@@ -29,7 +30,7 @@ def check_name(name: str) -> str:
     """Return the name. RegistryError unless it can be a name: it never leaves a folder, whatever it is joined to."""
     if not _NAME.fullmatch(name) or ".." in name:
         raise RegistryError(
-            f"{name[:100]!r} cannot be a name",
+            said("%(name)s cannot be a name", name=repr(name[:100])),
             expected="lower-case letters, digits, . _ - and at most one /, such as teapots/classic",
             remedy="choose another",
         )
@@ -40,7 +41,7 @@ def check_alias(alias: str) -> str:
     """Return the alias. RegistryError unless it can be one: v1, v2 and `latest` are taken by the versions."""
     if not _ALIAS.fullmatch(alias) or re.fullmatch("v[0-9]+", alias) or alias == "latest":
         raise RegistryError(
-            f"{alias[:100]!r} cannot be an alias",
+            said("%(alias)s cannot be an alias", alias=repr(alias[:100])),
             expected="a lower-case word such as production; v1, v2, … and latest name versions",
             remedy="choose another",
         )

@@ -19,6 +19,7 @@ from sqlalchemy import Engine, select
 from sqlalchemy.orm import Session
 
 from qrlora._files import make_folder
+from qrlora._said import said
 from qrlora.errors import RegistryError
 from qrlora.operations.provenance.audit import GENESIS, Entry, entry_hash
 from qrlora.operations.provenance.canonical import canonical_json, file_digest
@@ -161,7 +162,11 @@ class Registry:
             session.add(row)
             session.flush()
         elif there.kind != row.kind:
-            raise RegistryError(f"{row.digest[:19]} is registered as another kind", expected=there.kind, got=row.kind)
+            raise RegistryError(
+                said("%(digest)s is registered as another kind", digest=row.digest[:19]),
+                expected=there.kind,
+                got=row.kind,
+            )
         else:
             there.fill_in(row)
         links, tags = list(links), list(tags)
@@ -227,7 +232,9 @@ class Registry:
         found = self.get(artifact) if isinstance(artifact, str) else artifact
         if not found.stored:
             remedy = "use the file it was registered from"
-            raise RegistryError(f"the registry holds no bytes of {found.title}", got=found.kind, remedy=remedy)
+            raise RegistryError(
+                said("the registry holds no bytes of %(title)s", title=found.title), got=found.kind, remedy=remedy
+            )
         return self.store.path(found.digest)
 
     def read(self, artifact: Artifact | str) -> bytes:
@@ -315,8 +322,8 @@ class Registry:
     def _check_protected(row: AliasRow | None, digest: str, protect: bool | None, force: bool) -> None:
         if row and row.protected and not force and (row.digest != digest or protect is False):
             raise RegistryError(
-                f"{row.name}@{row.alias} is protected",
-                got=f"it points at {row.digest[:19]}",
+                said("%(name)s@%(alias)s is protected", name=row.name, alias=row.alias),
+                got=said("it points at %(digest)s", digest=row.digest[:19]),
                 remedy="if you may: `qrlora registry alias ALIAS REFERENCE --force`",
             )
 

@@ -9,6 +9,7 @@ from typing import Any
 from sqlalchemy import JSON, BigInteger, Boolean, DateTime, Float, ForeignKey, Index, Integer, MetaData, String, Text
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
+from qrlora._said import said
 from qrlora.errors import RegistryError
 from qrlora.operations.provenance.canonical import canonical_json, digest_of
 
@@ -64,12 +65,17 @@ class ArtifactRow(Base):
     def fill_in(self, again: ArtifactRow) -> None:
         """Set role, owner and licence where the first adding left them empty. RegistryError for another role, owner or
         licence."""
-        for key in ("role", "owner", "licence"):
-            known, said = getattr(self, key), getattr(again, key)
-            if known and said and known != said:
-                remedy = f"leave it out: what was registered with one {key} keeps it"
-                raise RegistryError(f"{self.digest[:19]} has another {key}", expected=known, got=said, remedy=remedy)
-            setattr(self, key, known or said)
+        for key, label in (("role", said("role")), ("owner", said("owner")), ("licence", said("licence"))):
+            known, given = getattr(self, key), getattr(again, key)
+            if known and given and known != given:
+                remedy = said("leave it out: what was registered with one %(key)s keeps it", key=label)
+                raise RegistryError(
+                    said("%(digest)s has another %(key)s", digest=self.digest[:19], key=label),
+                    expected=known,
+                    got=given,
+                    remedy=remedy,
+                )
+            setattr(self, key, known or given)
         self.stored = self.stored or again.stored
 
 

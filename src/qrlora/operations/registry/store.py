@@ -13,6 +13,7 @@ from typing import BinaryIO, Protocol, runtime_checkable
 import fsspec
 
 from qrlora._files import default_cache_dir, disk_error, make_folder, sweep, write_atomically
+from qrlora._said import said
 from qrlora.errors import RegistryError
 from qrlora.operations.provenance.canonical import file_digest, stream_digest
 
@@ -55,13 +56,13 @@ def _check(path: object, got: str | None, digest: str, where: object) -> None:
     """Raise RegistryError unless the digest is that which was found; None is a file that is not there."""
     if got is None:
         raise RegistryError(
-            f"the bytes of {digest[:19]} are missing",
-            expected=f"a file in {where}",
+            said("the bytes of %(digest)s are missing", digest=digest[:19]),
+            expected=said("a file in %(where)s", where=where),
             remedy="`qrlora registry verify` lists all that is missing; import it again from an export or its source",
         )
     if got != digest:
         raise RegistryError(
-            f"{path} is not what was registered",
+            said("%(path)s is not what was registered", path=path),
             expected=digest,
             got=got,
             remedy="it was changed or damaged: restore it from an export or a backup",

@@ -18,6 +18,7 @@ from jaxtyping import Float, UInt8
 from PIL import Image, ImageOps
 
 from qrlora._reading import inside, parse_json, visible
+from qrlora._said import said
 from qrlora.errors import DataError
 from qrlora.models.training.pictures import open_picture
 from qrlora.models.training.sources import MASK, SUFFIXES, caption_beside
@@ -115,7 +116,7 @@ def hex_colour(text: str) -> str:
     if re.fullmatch(r"[0-9a-f]{3}", digits):
         digits = "".join(2 * digit for digit in digits)
     if not re.fullmatch(r"[0-9a-f]{6}", digits):
-        raise ValueError(f"expected a colour such as #d7263d, got {text!r}")
+        raise ValueError(said("expected a colour such as #d7263d, got %(text)s", text=repr(text)))
     return f"#{digits}"
 
 

@@ -16,6 +16,7 @@ from typing import Any
 
 from qrlora._files import make_folder, write_all, write_atomically
 from qrlora._reading import read_json
+from qrlora._said import said
 from qrlora.errors import DataError
 from qrlora.quality.study.trials import study_page
 from qrlora.quality.study.votes import VoteCount, checked_key, count_votes, rater_of
@@ -99,7 +100,7 @@ class Ballot:
         rater = rater_of(result, self.key(), name)
         if self._file(rater).exists():
             remedy = 'if they are two people, change "rater" in the file'
-            raise DataError(f"{name}: there are votes of this rater", got=rater, remedy=remedy)
+            raise DataError(said("%(name)s: there are votes of this rater", name=name), got=rater, remedy=remedy)
         write_atomically(self._file(rater), json.dumps(result).encode(), make_folder=True)
         return rater
 

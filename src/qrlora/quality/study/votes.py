@@ -21,6 +21,7 @@ from jaxtyping import Float
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from qrlora._reading import parsing
+from qrlora._said import joined, said
 from qrlora.errors import DataError
 from qrlora.quality.metrics.shares import Share, Z
 from qrlora.quality.report import Block, Prose, Report, Section, Table
@@ -207,9 +208,9 @@ def count_votes(
     }
     counted = [v for v in votes if v.rater not in excluded and key["trials"][v.trial]["kind"] == "pair"]
     if not counted:
-        got = "; ".join(f"{rater}: {reason}" for rater, reason in excluded.items()) or "no votes"
+        left_out = joined(said("%(rater)s: %(reason)s", rater=rater, reason=why) for rater, why in excluded.items())
         remedy = "ask more people, or allow more: `qrlora study --misses`" if excluded else "ask people to vote"
-        error = NoVotesError("no votes are left to count", got=got, remedy=remedy)
+        error = NoVotesError("no votes are left to count", got=left_out or said("no votes"), remedy=remedy)
         error.excluded = excluded
         raise error
     arms = tuple(key["arms"])
@@ -234,16 +235,18 @@ def rater_of(result: object, key: Mapping[str, Any], name: str) -> str:
 def _votes(found: object, key: Mapping[str, Any], name: str) -> tuple[str, list[Vote]]:
     """The rater and the votes of one file, validated against the key and mapped to its sides."""
     expected = "the file that the study's page saved, unchanged"
-    with parsing(f"{name}: not a vote file of this study", DataError, expected=expected):
+    what = said("%(name)s: not a vote file of this study", name=name)
+    with parsing(what, DataError, expected=expected):
         result = _Result.model_validate(found)
         if result.study != key["study"]:
             remedy = "name the key.json that was written with the page"
-            raise DataError(f"{name}: votes of another study", expected=key["study"], got=result.study, remedy=remedy)
+            what = said("%(name)s: votes of another study", name=name)
+            raise DataError(what, expected=key["study"], got=result.study, remedy=remedy)
         votes: dict[str, Vote] = {}
         for answer in result.votes:
             trial, sides = key["trials"][answer.trial], {"left": answer.left, "right": answer.right}
             if {trial["a"], trial["b"]} != set(sides.values()) or answer.trial in votes:
-                raise ValueError(f"trial {answer.trial} has other pictures, or two answers")
+                raise ValueError(said("trial %(trial)s has other pictures, or two answers", trial=answer.trial))
             side = "tie" if answer.choice == "tie" else "a" if sides[answer.choice] == trial["a"] else "b"
             votes[answer.trial] = Vote(result.rater, answer.trial, side)
     return result.rater, list(votes.values())
