@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from qrlora._said import unpacked
 from qrlora.apps.pilots import open_pilot
 from qrlora.apps.studio import runs, worker
 from qrlora.apps.studio.pages import HERE
@@ -158,7 +159,7 @@ def test_the_worker_runs_the_stage_as_who_asked_for_it(
     assert asked == [("worked", "one_picture", "grace")]
     *told, failed = runs.events(folder)
     assert told == [{"work": "train teapot", "at": 1, "of": 2}, {"done": True}, {"stopped": 0}]
-    assert "pictures/gold.png" in failed["error"] and str(studio.place) not in failed["error"]
+    assert "pictures/gold.png" in str(unpacked(failed["error"])) and str(studio.place) not in str(failed)
 
 
 def test_a_report_has_its_figures_in_both_languages(studio: Studio, visitor: Visitor, teapots: str) -> None:

@@ -367,6 +367,6 @@ def test_two_processes_train_what_one_does_and_end_together(tmp_path):
     ends, step, stopped = train(tmp_path / "two", 2, stop=2)
     assert step == 3 and all(b"interrupted after step 3" in said for said, _ in ends)
     ends, step, two = train(tmp_path / "two", 2)
-    assert step == 6 and [code for _, code in ends] == [0, 0]
+    assert step == 6 and [code for _, code in ends] == [0, 0], ends
     assert not torch.equal(stopped, two)
     torch.testing.assert_close(two, one)

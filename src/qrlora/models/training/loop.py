@@ -135,8 +135,7 @@ def train(
         resume: continue from the newest checkpoint, to the ΔR of an uninterrupted run (bit for bit on a CPU).
         restart: remove the checkpoints of an earlier run, once this one is ready for its first step.
         score: of a sample sheet; the best step is returned, and training stops after `recipe.patience` worse sheets.
-        sampled: called for every sample sheet with its step, its pictures, and a function that returns that step's
-            adapter.
+        sampled: called for every sample sheet with its step, its pictures, and what returns that step's adapter.
 
     Raises:
         ModelError, DataError, BasisError, TunerError: the model, the pictures or the basis cannot be used.

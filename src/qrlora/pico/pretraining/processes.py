@@ -23,6 +23,11 @@ def joined() -> Iterator[None]:
     dist.init_process_group("gloo")
     try:
         yield
+    except KeyboardInterrupt:
+        dist.barrier()  # all end after the same step
+        raise
+    else:
+        dist.barrier()  # a process that leaves while others still read from it aborts them
     finally:
         dist.destroy_process_group()
 
