@@ -247,7 +247,7 @@ if hasattr(os, "register_at_fork"):
 
 @contextlib.contextmanager
 def claimed(path: Path, size: int = 0, *, folder: bool = False) -> Iterator[None]:
-    """Lock an output for this process while the block runs. A thread may claim an output again inside its own claim.
+    """Lock an output file or folder for this process during a `with` block. The thread that holds it may lock it again.
 
     The output is checked before it is locked: that it can be written, and that `size` bytes are free.
 

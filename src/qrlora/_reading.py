@@ -85,14 +85,14 @@ def _wrong_field(item: Any, model: Any, sections: Mapping[str, Any]) -> Said:
 
 
 def unknown_field(name: str, near: Sequence[str]) -> Said:
-    """Say that there is no such field; near: names like it, the nearest first."""
+    """Return the message for an unknown field. near: names of similar fields, most similar first."""
     if not near:
         return said("unknown field %(name)s", name=repr(name))
     return said("unknown field %(name)s: did you mean %(near)s?", name=repr(name), near=repr(near[0]))
 
 
 def required_field(name: str, about: str | None) -> Said:
-    """Say that a field is missing; about: its description."""
+    """Return the message for a missing field. about: its description, if it has one."""
     if not about:
         return said("%(name)s is required", name=repr(name))
     return said("%(name)s is required: %(about)s", name=repr(name), about=said(about))
@@ -127,7 +127,7 @@ WRONG = {
 
 
 def wrong_value(name: str, item: Any) -> Said:
-    """Say what is wrong with a field, by one of pydantic's errors; name: the field's, empty for all of them."""
+    """Return the message for one of pydantic's errors. name: the field's; empty if it is about the whole model."""
     context = item.get("ctx", {})
     cause = context.get("error")
     if cause is not None and cause.args:

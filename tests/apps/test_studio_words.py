@@ -72,7 +72,7 @@ REACHABLE: dict[str, str] = {
     "operations/provenance/algorithms.py": "read_private",
     "operations/provenance/audit.py": "",
     "operations/provenance/dsse.py": "verify",
-    "operations/provenance/keys.py": "check_key_name _find person_of",
+    "operations/provenance/keys.py": "check_key_name key_path _find person_of",
     "operations/registry/bases.py": "trained_under",
     "operations/registry/database.py": "_session",
     "operations/registry/queries.py": "find",

@@ -29,7 +29,7 @@ from qrlora.operations.provenance.dsse import (
     to_bundles,
     verify,
 )
-from qrlora.operations.provenance.keys import SigningKey, Trust, changing
+from qrlora.operations.provenance.keys import SigningKey, Trust, changing, key_path
 
 DIGEST = "sha256:" + "ab" * 32
 KIND = "urn:qrlora:test/v1"
@@ -114,6 +114,20 @@ def test_names_that_leave_the_folder(tmp_path: Path, name: str):
     with pytest.raises(SignatureError, match="cannot be a key's name"):
         SigningKey.create(tmp_path / "keys", name)
     assert not (tmp_path / "keys").exists()
+
+
+def test_a_key_by_its_name_is_none_by_its_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A page takes names alone: a path from a browser would open files of the server."""
+    monkeypatch.setenv("QRLORA_KEYS", str(tmp_path / "keys"))
+    SigningKey.create(None, "ada")
+    SigningKey.create(tmp_path, "ben")
+    assert SigningKey.load(key_path("ada")).name == "ada"
+    monkeypatch.chdir(tmp_path)
+    for name in (str(tmp_path / "ben.pem"), "ben.pem", "ben"):
+        with pytest.raises(SignatureError):
+            key_path(name)
+    with pytest.raises(SignatureError, match=r"no private key of this name on this machine\n  expected: ada"):
+        SigningKey.load("ben")
 
 
 def test_keys_of_other_algorithms(tmp_path: Path):

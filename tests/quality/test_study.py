@@ -308,3 +308,9 @@ def test_three_arms_are_put_in_order_and_on_a_page() -> None:
     assert max(found.strengths, key=lambda arm: found.strengths[arm].value) == "c"
     page = report(found)
     assert "Bradley-Terry" in page.html() and json.loads(json.dumps(page.data))["strengths"]["c"]["log_odds"] > 0
+
+
+def test_raters_whose_names_begin_alike_have_votes_of_their_own(tmp_path: Path) -> None:
+    ballot = Ballot(tmp_path)
+    files = {ballot._file("a" * 60 + end) for end in ("", "b", "c")}
+    assert len(files) == 3 and all(len(file.name) < 130 for file in files)

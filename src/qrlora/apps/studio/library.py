@@ -21,7 +21,7 @@ from qrlora.operations.policy.check import in_force
 from qrlora.operations.policy.combination import combination_of
 from qrlora.operations.policy.decisions import find
 from qrlora.operations.provenance.audit import broken
-from qrlora.operations.provenance.keys import key_names
+from qrlora.operations.provenance.keys import key_names, key_path
 from qrlora.operations.registry import Artifact, Registry
 from qrlora.operations.registry.lineage import graph
 
@@ -186,8 +186,8 @@ def reason_and_key(studio: Studio, form: Form) -> tuple[str, SigningKey]:
     """Return the reason and the signing key that a decision's form names: a key of this machine.
 
     Raises:
-        RequestError: no reason, no such key, or others reach this studio, whose keys are not on this machine.
-        SignatureError: its passphrase is wrong.
+        RequestError: no reason, or others reach this studio, whose keys are not on this machine.
+        SignatureError: there is no such key, or its passphrase is wrong.
     """
     from qrlora.operations.provenance.keys import SigningKey
 
@@ -197,11 +197,7 @@ def reason_and_key(studio: Studio, form: Form) -> tuple[str, SigningKey]:
     reason = form.text("reason", 400)
     if not reason:
         raise RequestError("a decision needs a reason", expected="a sentence", got=said("none"))
-    name, known = form.text("key", 60), key_names()
-    if name not in known:
-        expected = joined(map(verbatim, known), " or ") or said("a key of your own: `qrlora keys new NAME` makes it")
-        raise RequestError("no private key of this name on this machine", expected=expected, got=name)
-    return reason, SigningKey.load(name, form.text("passphrase", 200) or None)
+    return reason, SigningKey.load(key_path(form.text("key", 60)), form.text("passphrase", 200) or None)
 
 
 def _approve(registry: Registry, artifact: Artifact, form: Form, studio: Studio) -> None:

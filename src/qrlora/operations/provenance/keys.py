@@ -22,7 +22,7 @@ from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from qrlora._files import claimed, disk_error, make_folder, write_atomically
-from qrlora._said import Said, said
+from qrlora._said import Said, joined, said, verbatim
 from qrlora.errors import SignatureError
 from qrlora.operations.provenance.algorithms import (
     ALGORITHMS,
@@ -77,6 +77,16 @@ def key_names() -> list[str]:
     return sorted(path.stem for path in default_folder().glob("*.pub"))
 
 
+def key_path(name: str) -> Path:
+    """Return the file of a private key in the folder of keys; a path is no name. SignatureError if there is none."""
+    path = default_folder() / f"{check_key_name(name)}.pem"
+    if not path.is_file():
+        own = said("a key of your own: `qrlora keys new NAME` makes it")
+        expected = joined(map(verbatim, key_names()), " or ") or own
+        raise SignatureError("no private key of this name on this machine", expected=expected, got=name)
+    return path
+
+
 @dataclass(frozen=True)
 class SigningKey:
     """A private key and its owner's name for it.
@@ -119,7 +129,7 @@ class SigningKey:
             SignatureError: it is missing, open to others, damaged, or the passphrase is wrong.
         """
         by_path = isinstance(name, Path) or os.sep in name or name.endswith(".pem")
-        path = Path(name) if by_path else default_folder() / f"{check_key_name(str(name))}.pem"
+        path = Path(name) if by_path else key_path(str(name))
         return cls(path.stem, read_private(path, passphrase))
 
     @property

@@ -5,7 +5,8 @@ On the small world, in six stages, each resumable from what lies in DIR: ``rende
 latents, ``export`` the pipeline. On the wide world, from a trained pipeline: ``--start PIPELINE --stages wide,export``
 renders, encodes and trains at once, for as long as it is left to. The same code runs on CPU and GPU. The denoiser
 trains in several processes, each on a part of every batch, under ``torchrun --nproc-per-node 2 -m
-qrlora.pico.pretraining --threads 1``: on two cores 1.6 times as fast as one process with two threads.
+qrlora.pico.pretraining --threads 1``. On two cores with bfloat16 units, 64 pictures took 0.42 s (``seconds_per_step``
+in the log of that command) where one process with two threads took 0.57 s.
 """
 
 from __future__ import annotations

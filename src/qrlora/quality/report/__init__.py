@@ -1,4 +1,4 @@
-"""Write reports: an HTML file that needs no other file, and a JSON file with the same data.
+"""Write a report as one self-contained HTML file, and the same data as JSON.
 
     section = Section("Pictures", [Gallery([Picture(pixels, "a red mug")])])
     Report("Title", "One line under it", [section], {"n": 1}).write(Path("out"))   # out/report.html, out/report.json

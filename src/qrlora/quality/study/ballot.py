@@ -8,6 +8,7 @@ votes/         one file of each rater
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -45,8 +46,11 @@ class Ballot:
         return self.folder / VOTES
 
     def write(self, data: Mapping[str, Any], key: Mapping[str, Any]) -> None:
-        """Write a study as `study_data` returns it. Another one moves, with its votes, to a folder named by its id:
-        they are about other pictures. It comes back with them when it is written again."""
+        """Write a study as `study_data` returns it.
+
+        A different study in this folder moves, with its votes, into a subfolder named by its id, because its votes are
+        about other pictures. Writing it again restores both.
+        """
         if (self.folder / KEY).is_file() and (before := self.key()["study"]) != data["id"]:
             _move(self.folder, self.folder / before)
             _move(self.folder / str(data["id"]), self.folder)
@@ -55,7 +59,7 @@ class Ballot:
         write_all({self.folder / name: text.encode() for name, text in content.items()})
 
     def data(self) -> dict[str, Any]:
-        """Return what voters are shown."""
+        """Return the content of study.json, which voters see."""
         found: dict[str, Any] = read_json(self.folder / STUDY, "study", DataError)
         return found
 
@@ -79,7 +83,7 @@ class Ballot:
         return read_json(path, "votes", DataError) if path.is_file() else empty  # type: ignore[no-any-return]
 
     def vote(self, rater: str, trial: str, choice: str) -> None:
-        """Take one vote, the first of a rater on this trial. DataError if there is no such trial or choice."""
+        """Store one vote; later ones of this rater on this trial are ignored. DataError: unknown trial or choice."""
         shown = next((one for one in self.data()["trials"] if one["id"] == trial), None)
         if shown is None or choice not in ("left", "right", "tie"):
             raise DataError("no such vote", expected="left, right or tie", got=choice[:20], remedy="reload the page")
@@ -89,13 +93,14 @@ class Ballot:
             write_atomically(self._file(rater), json.dumps(given).encode(), make_folder=True)
 
     def add(self, result: object, name: str) -> str:
-        """Take a file that the study's page saved; returns the rater.
+        """Store the votes of a file that the study's page saved; return their rater.
 
         Args:
-            name: of the file, for errors.
+            result: the file's JSON.
+            name: the file's, for errors.
 
         Raises:
-            DataError: it is no file of votes in this study, or there are votes of this rater.
+            DataError: it is not a vote file of this study, or this rater's votes are stored already.
         """
         rater = rater_of(result, self.key(), name)
         if self._file(rater).exists():
@@ -111,7 +116,8 @@ class Ballot:
         return count_votes(cast, self.key(), names=[str(path) for path in files])
 
     def _file(self, rater: str) -> Path:
-        return self.votes / f"{rater.encode(errors='surrogatepass').hex()[:120]}.json"
+        name = rater.encode(errors="surrogatepass")
+        return self.votes / f"{name.hex() if len(name) <= 60 else hashlib.sha256(name).hexdigest()}.json"
 
 
 def _move(source: Path, target: Path) -> None:

@@ -228,7 +228,7 @@ def count_votes(
 
 
 def rater_of(result: object, key: Mapping[str, Any], name: str) -> str:
-    """Return whose votes a file has. name: of the file. DataError if it is no file of this study."""
+    """Return the rater of a vote file. name: the file's, for errors. DataError if it is not of this study."""
     return _votes(result, checked_key(key), name)[0]
 
 
